@@ -1,0 +1,29 @@
+"""The nouns everything else is made of: frozen values (and the one mutable sequence state). Imports no room but errors,
+and no torch: importing it is cheap."""
+
+from dfastllm.core.event import CanvasUpdate, Finish, StepEvent, StepStats, Usage
+from dfastllm.core.model import Kind, ModelInfo
+from dfastllm.core.request import Cache, DecodeParams, Request, SamplingParams
+from dfastllm.core.sequence import SequenceState
+from dfastllm.core.span import Attend, Commit, FinishReason, Span, Store, TokenLogprob
+
+__all__ = [
+    "Attend",
+    "Cache",
+    "CanvasUpdate",
+    "Commit",
+    "DecodeParams",
+    "Finish",
+    "FinishReason",
+    "Kind",
+    "ModelInfo",
+    "Request",
+    "SamplingParams",
+    "SequenceState",
+    "Span",
+    "StepEvent",
+    "StepStats",
+    "Store",
+    "TokenLogprob",
+    "Usage",
+]

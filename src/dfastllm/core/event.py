@@ -1,0 +1,85 @@
+"""What the engine tells its callers after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dfastllm.core.span import FinishReason, TokenLogprob
+from dfastllm.errors import DFastLLMError
+
+__all__ = ["CanvasUpdate", "Finish", "StepEvent", "StepStats", "Usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasUpdate:
+    """One denoise step as seen by a live display. Positions are relative to the canvas start (0 = first new token).
+
+    commit: newly fixed; provisional: best guess of positions still masked; revise: fixed before, now another token or
+    (token None) masked again; length: canvas tokens in all; masked: how many are still masked.
+    """
+
+    commit: Mapping[int, int]
+    provisional: Mapping[int, int]
+    revise: Mapping[int, int | None]
+    block_done: bool
+    length: int
+    masked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """completion_tokens counts committed tokens up to the first EOS, EOS and padding not counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    forwards: int  # nfe
+    exactness: str  # reference | exact-fast | approximate
+    queue_s: float = 0.0
+    first_token_s: float | None = None  # from arrival
+    total_s: float = 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.completion_tokens / self.forwards if self.forwards else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    reason: FinishReason
+    usage: Usage
+    stop: str | int | None = None  # the stop string or token id that ended it
+    error: DFastLLMError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """`token_ids`/`text`: newly stable output in order; text that might still become a stop string, or an incomplete
+    character, is held back, so concatenated texts are exactly the result. Every request ends with exactly one event that
+    has `finish`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token_ids when asked for
+    canvas: CanvasUpdate | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """Counters of one engine step, for subscribers (metrics, bench). Times in seconds."""
+
+    model: str
+    sequences: int
+    rows: int
+    wanted: int
+    committed: int
+    waiting: int
+    running: int
+    pages_used: int
+    pages_total: int
+    preempted: int
+    seconds: float
+    run_seconds: float
+    finished: tuple[Finish, ...] = field(default_factory=tuple)

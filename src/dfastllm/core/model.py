@@ -1,0 +1,40 @@
+"""What a model can do, as data. Everything asks this, never a model's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Kind", "ModelInfo"]
+
+Kind = Literal["ar", "diffusion", "block"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Capabilities of a built model.
+
+    kind       ar: causal; diffusion: full attention over a masked canvas; block: block-causal with exact K,V.
+    shift      1: the row of position i-1 predicts position i (Dream, Fast-dLLM v2); 0: row i predicts i.
+    block      native block length (kind "block"), else 0.
+    ar_first   the first token of a block comes from the row before it as in autoregression (Fast-dLLM v2).
+    edit       the model was trained to overwrite committed tokens (LLaDA2.1).
+    eos_ids    any of them ends a text; the first is the one padding is counted as.
+    """
+
+    name: str
+    family: str
+    kind: Kind
+    vocab_size: int
+    max_len: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    eos_ids: tuple[int, ...]
+    mask_id: int | None = None
+    bos_id: int | None = None
+    pad_id: int | None = None
+    shift: int = 0
+    block: int = 0
+    ar_first: bool = False
+    edit: bool = False

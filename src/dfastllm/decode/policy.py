@@ -1,0 +1,52 @@
+"""The policy protocol and its law. A policy (decoder) decides what a sequence runs next and what it makes of the answer.
+
+The law, checked for every registered policy by tests/decode/test_conformance.py:
+
+1. Pure: no I/O, no clock, no global randomness, nothing written to a SequenceState. All state is in `seq.policy`
+   (frozen, plain values) and comes back in a Commit.
+2. Independent: the Commit of a sequence does not depend on which others are in the group or on their order.
+3. Recoverable: with `kv_len` set to 0 between any two steps (preemption), later commits are unchanged: `plan` first
+   asks for the forwards that rebuild K,V from the tokens they were made from.
+4. Keyed: every random draw is a function of (seed, decode step, position).
+5. Ends: at most `bound(seq)` forwards after the prompt is in; the last Commit has `finish` and leaves no mask id.
+6. `stable` never decreases and tokens before it never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dfastllm.core import Commit, ModelInfo, Request, SequenceState, Span
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Policy"]
+
+
+class Policy(Protocol):
+    """One decoder. Instances are stateless and shared; sequences with the same policy are absorbed as one group."""
+
+    name: str
+
+    def check(self, request: Request, model: ModelInfo) -> None:
+        """Raise ValidationError or UnsupportedError (naming the field) if this request cannot be honoured."""
+        ...
+
+    def begin(self, request: Request, model: ModelInfo) -> tuple[list[int], Any]:
+        """Initial tokens (prompt, canvas of mask ids, suffix) and initial policy state."""
+        ...
+
+    def exactness(self, request: Request) -> str:
+        """reference | exact-fast | approximate: how the result relates to the model's plain algorithm."""
+        ...
+
+    def plan(self, seq: SequenceState, limit: int) -> Span:
+        """The next forward of this sequence. `limit` is the rows left in the step; a divisible span (prefill) must fit
+        it, an indivisible one (canvas) may exceed it and will wait. Called again if the span was not scheduled."""
+        ...
+
+    def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
+        """One Commit per item. logits: [sum of len(span.want), vocab] float32, rows in the order of items and want."""
+        ...

@@ -1,0 +1,148 @@
+"""Every error dfastllm raises on purpose. Imports no room.
+
+    DFastLLMError
+    ├── ValidationError            400  a request or a setting that cannot be honoured
+    │   ├── ContextLengthError     400  prompt (plus canvas) longer than the model's context
+    │   └── UnsupportedError       400  a known field this model or decoder cannot honour
+    ├── AuthenticationError        401
+    ├── ModelNotFoundError         404
+    ├── RequestNotFoundError       404
+    ├── PayloadTooLargeError       413
+    ├── RateLimitError             429  carries retry_after
+    │   └── QueueFullError         429  the waiting queue is at its limit
+    ├── CancelledError             499  the client went away or asked to cancel
+    ├── ModelLoadError             500  a checkpoint that cannot be read
+    │   ├── CheckpointError        500  missing, extra or mis-shaped tensors, corrupt files
+    │   └── TokenizerError         500  missing, unreadable or wrong tokenizer
+    ├── GenerationError            500  the engine failed while serving a request
+    ├── NotReadyError              503  still loading, or shutting down
+    └── TimeoutError               504
+
+Each has `code` (machine-readable, stable), `status` (HTTP), `param` (the offending field or None) and
+`hint` (what to do). `str(error)` is the full sentence shown to people.
+"""
+
+from __future__ import annotations
+
+import builtins
+
+__all__ = [
+    "AuthenticationError",
+    "CancelledError",
+    "CheckpointError",
+    "ContextLengthError",
+    "DFastLLMError",
+    "GenerationError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "NotReadyError",
+    "PayloadTooLargeError",
+    "QueueFullError",
+    "RateLimitError",
+    "RequestNotFoundError",
+    "TimeoutError",
+    "TokenizerError",
+    "UnsupportedError",
+    "ValidationError",
+]
+
+
+class DFastLLMError(Exception):
+    """Root of the tree. `type` is the OpenAI error type of the family."""
+
+    status = 500
+    code = "internal_error"
+    type = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message if hint is None else f"{message} {hint}")
+        self.message = str(self)
+        self.param = param
+        self.hint = hint
+
+
+class ValidationError(DFastLLMError, ValueError):
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class ContextLengthError(ValidationError):
+    code = "context_length_exceeded"
+
+
+class UnsupportedError(ValidationError):
+    code = "unsupported"
+
+
+class AuthenticationError(DFastLLMError):
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
+class ModelNotFoundError(DFastLLMError, LookupError):
+    status = 404
+    code = "model_not_found"
+    type = "invalid_request_error"
+
+
+class RequestNotFoundError(DFastLLMError, LookupError):
+    status = 404
+    code = "request_not_found"
+    type = "invalid_request_error"
+
+
+class PayloadTooLargeError(DFastLLMError):
+    status = 413
+    code = "payload_too_large"
+    type = "invalid_request_error"
+
+
+class RateLimitError(DFastLLMError):
+    """`retry_after` is in seconds."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+
+    def __init__(
+        self, message: str, *, retry_after: float = 1.0, param: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, hint=hint)
+        self.retry_after = retry_after
+
+
+class QueueFullError(RateLimitError):
+    code = "queue_full"
+
+
+class CancelledError(DFastLLMError):
+    status = 499
+    code = "cancelled"
+
+
+class ModelLoadError(DFastLLMError):
+    code = "model_load_failed"
+
+
+class CheckpointError(ModelLoadError):
+    code = "bad_checkpoint"
+
+
+class TokenizerError(ModelLoadError):
+    code = "bad_tokenizer"
+
+
+class GenerationError(DFastLLMError):
+    code = "generation_failed"
+
+
+class NotReadyError(DFastLLMError):
+    status = 503
+    code = "not_ready"
+
+
+class TimeoutError(DFastLLMError, builtins.TimeoutError):
+    status = 504
+    code = "timeout"
