@@ -1,0 +1,351 @@
+"""Every setting of dfastllm, declared once: the fields of `Settings`. Imports no room but errors, and no torch.
+
+A setting is a typed field with a default, a help line and its limits. From that one table derive the command line
+(`--max-num-seqs`), the environment (`DFASTLLM_MAX_NUM_SEQS`), the reference page (`python -m dfastllm.settings` prints
+docs/settings.md) and the tests. Precedence: command line, then environment, then default.
+
+What this file does not do: read files, or act on a value. A setting that nothing reads does not exist: a house test
+fails when a field here is used nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from dfastllm.errors import ValidationError
+
+__all__ = ["GROUPS", "PREFIX", "SETTINGS", "Setting", "Settings", "reference", "unknown_variables"]
+
+PREFIX = "DFASTLLM_"
+Group = Literal["server", "model", "engine"]
+GROUPS: Mapping[Group, str] = {
+    "server": "Server: where it listens and what it lets in.",
+    "model": "Models: what is loaded and how it runs.",
+    "engine": "Engine: the budgets of the step loop, for each served model.",
+}
+DEVICE = r"cpu|mps|cuda(:\d+)?"
+
+
+def _field(
+    default: Any,
+    help: str,
+    *,
+    group: Group,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    pattern: str | None = None,
+    pattern_help: str = "",
+    unit: str = "",
+    secret: bool = False,
+    alone: bool = False,
+) -> Any:
+    metadata = {
+        "help": help,
+        "group": group,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "pattern": pattern,
+        "pattern_help": pattern_help,
+        "unit": unit,
+        "secret": secret,
+        "alone": alone,
+    }
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Validated settings. Raises ValidationError with `param` set to the setting's name."""
+
+    host: str = _field("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.", group="server")
+    port: int = _field(8000, "TCP port; 0 takes a free one.", group="server", minimum=0, maximum=65535)
+    api_key: str | None = _field(
+        None,
+        "When set, requests must carry it as 'Authorization: Bearer KEY'. Health and metrics stay open.",
+        group="server",
+        secret=True,
+    )
+    allowed_origins: tuple[str, ...] = _field(
+        (), "Web origins that browsers may call from (CORS); none by default, '*' for any.", group="server"
+    )
+    max_body_bytes: int = _field(
+        8 << 20, "Largest request body; a larger one is refused with 413.", group="server", minimum=1024, unit="bytes"
+    )
+    max_prompts: int = _field(
+        256, "Largest number of sequences in one request (prompts x n).", group="server", minimum=1
+    )
+    request_timeout: float = _field(
+        600.0,
+        "Time a request may take, waiting included; then it ends with 504.",
+        group="server",
+        minimum=0.001,
+        unit="s",
+    )
+    shutdown_timeout: float = _field(
+        10.0, "How long a stopping server lets running requests finish.", group="server", minimum=0.0, unit="s"
+    )
+    log_level: str = _field(
+        "info", "Least severe log line written.", group="server", choices=("debug", "info", "warning", "error")
+    )
+
+    model: tuple[str, ...] = _field(
+        (),
+        "Model to serve: the name of a shipped demo model or a Hugging Face directory; repeatable."
+        " None given: every shipped model.",
+        group="model",
+    )
+    served_model_name: tuple[str, ...] = _field(
+        (), "Name in the API of each --model, in the same order; default: its directory's name.", group="model"
+    )
+    device: str = _field(
+        "cpu",
+        "Where models run: cpu, cuda, cuda:N or mps.",
+        group="model",
+        pattern=DEVICE,
+        pattern_help="cpu, cuda, cuda:N or mps",
+        alone=True,
+    )
+    dtype: str = _field(
+        "auto",
+        "Number format of the weights; auto keeps the checkpoint's.",
+        group="model",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        alone=True,
+    )
+    threads: int | None = _field(
+        None, "CPU threads of a forward pass; default: torch's own choice.", group="model", minimum=1, alone=True
+    )
+    max_model_len: int | None = _field(
+        None,
+        "Longest prompt plus output; default, and at most: the model's context.",
+        group="model",
+        minimum=8,
+        unit="tokens",
+        alone=True,
+    )
+
+    max_num_seqs: int = _field(64, "Most sequences that run at once.", group="engine", minimum=1)
+    max_num_batched_tokens: int = _field(2048, "Most rows of one forward pass.", group="engine", minimum=1)
+    max_waiting: int = _field(
+        1024, "Most requests that wait; one more is refused with 429 queue_full.", group="engine", minimum=1
+    )
+    kv_cache_tokens: int = _field(65536, "K,V memory, in tokens.", group="engine", minimum=16, unit="tokens")
+    page_size: int = _field(16, "K,V page: the unit of allocation.", group="engine", minimum=1, unit="tokens")
+
+    def __post_init__(self) -> None:
+        for setting in SETTINGS:
+            object.__setattr__(self, setting.name, setting.parse(getattr(self, setting.name)))
+        if self.served_model_name and len(self.served_model_name) != len(self.model):
+            raise ValidationError(
+                f"served_model_name must name each model once: got {len(self.served_model_name)} names for "
+                f"{len(self.model)} models.",
+                param="served_model_name",
+            )
+        if self.page_size > self.kv_cache_tokens:
+            raise ValidationError(
+                f"page_size must not exceed kv_cache_tokens: got {self.page_size} > {self.kv_cache_tokens}.",
+                param="page_size",
+            )
+
+    @classmethod
+    def load(cls, given: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None) -> Settings:
+        """Settings from `given` (values by name; None means not given), then `env` (default: the process's)."""
+        env = os.environ if env is None else env
+        given = given or {}
+        for name in given:
+            if name not in _BY_NAME:
+                near = difflib.get_close_matches(name, _BY_NAME, n=1)
+                raise ValidationError(
+                    f"there is no setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""), param=name
+                )
+        values = {}
+        for setting in SETTINGS:
+            value = given.get(setting.name)
+            if value is not None and value not in ((), []):
+                values[setting.name] = setting.parse(value, source=setting.flag)
+            elif env.get(setting.variable):
+                values[setting.name] = setting.parse(env[setting.variable], source=setting.variable)
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table. `type` is str, int, float, bool or tuple (of str); `optional` allows None."""
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    help: str
+    group: Group
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+    pattern: str | None
+    pattern_help: str
+    unit: str
+    secret: bool
+    alone: bool  # also an option of the commands that load one model and serve nothing
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def wanted(self) -> str:
+        """The values that pass, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.pattern is not None:
+            return self.pattern_help
+        if self.type is tuple:
+            return "a list of non-empty texts, separated by commas"
+        noun = {int: "a whole number", float: "a number", bool: "true or false", str: "a non-empty text"}[self.type]
+        if self.maximum is not None:
+            return f"{noun} from {self.minimum:g} to {self.maximum:g}"
+        return f"{noun}, at least {self.minimum:g}" if self.minimum is not None else noun
+
+    def parse(self, value: Any, *, source: str = "") -> Any:
+        """The validated value of `value`, which may be text (environment) or already typed. Raises ValidationError."""
+        if value is None and self.optional:
+            return None
+        try:
+            parsed = _PARSERS[self.type](value)
+        except (TypeError, ValueError):
+            raise self._refusal(value, source) from None
+        ok = parsed != ""
+        if self.choices:
+            ok = parsed in self.choices
+        elif self.pattern is not None:
+            ok = re.fullmatch(self.pattern, parsed) is not None
+        if self.minimum is not None:
+            ok = ok and parsed >= self.minimum  # False for nan
+        if self.maximum is not None:
+            ok = ok and parsed <= self.maximum
+        if not ok:
+            raise self._refusal(value, source)
+        return parsed
+
+    def _refusal(self, value: Any, source: str) -> ValidationError:
+        got = "a value that is not shown" if self.secret else repr(value)
+        origin = f" (from {source})" if source else ""
+        return ValidationError(f"{self.name} must be {self.wanted}; got {got}{origin}.", param=self.name)
+
+
+def _parse_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("1", "true", "yes", "on"):
+        return True
+    if str(value).lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(value)
+
+
+def _parse_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(value)
+    return int(value)
+
+
+def _parse_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError(value)
+    number = float(value)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(value)
+    return number
+
+
+def _parse_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _parse_list(value: Any) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    parsed = tuple(_parse_str(item).strip() for item in items)
+    if not all(parsed):
+        raise ValueError(value)
+    return parsed
+
+
+_PARSERS: Mapping[type, Any] = {
+    bool: _parse_bool,
+    int: _parse_int,
+    float: _parse_float,
+    str: _parse_str,
+    tuple: _parse_list,
+}
+
+
+def _table() -> tuple[Setting, ...]:
+    hints = typing.get_type_hints(Settings)
+    rows = []
+    for f in dataclasses.fields(Settings):
+        hint = hints[f.name]
+        optional = typing.get_origin(hint) is types.UnionType
+        if optional:
+            hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        kind = cast(type, typing.get_origin(hint) or hint)
+        rows.append(Setting(name=f.name, type=kind, optional=optional, default=f.default, **f.metadata))
+    return tuple(rows)
+
+
+SETTINGS: tuple[Setting, ...] = _table()
+_BY_NAME: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
+
+
+def unknown_variables(env: Mapping[str, str] | None = None) -> list[str]:
+    """Names of DFASTLLM_* variables that are no setting: mistyped, or put there by something else (Kubernetes does so
+    for a service called dfastllm), so callers warn and go on."""
+    env = os.environ if env is None else env
+    known = {setting.variable for setting in SETTINGS}
+    return sorted(name for name in env if name.startswith(PREFIX) and name not in known)
+
+
+def _shown(setting: Setting) -> str:
+    if setting.default is None or setting.default == ():
+        return "—"
+    number = f"{setting.default:g}" if isinstance(setting.default, float) else str(setting.default)
+    return f"`{number}`" + (f" {setting.unit}" if setting.unit else "")
+
+
+def reference() -> str:
+    """The settings page (Markdown), generated from the table."""
+    lines = [
+        "# Settings",
+        "",
+        "Generated by `python -m dfastllm.settings > docs/settings.md`; a test fails when it is stale.",
+        "",
+        "`dfastllm serve` takes every setting as a flag or from the environment; the flag wins. A list is a repeated",
+        "flag, or one comma-separated variable. Values are checked before anything is loaded.",
+    ]
+    for group, title in GROUPS.items():
+        lines += ["", f"## {title.rstrip('.')}", "", "| flag | environment | default | wanted | what it does |"]
+        lines += ["|---|---|---|---|---|"]
+        for s in SETTINGS:
+            if s.group == group:
+                lines.append(f"| `{s.flag}` | `{s.variable}` | {_shown(s)} | {s.wanted} | {s.help} |")
+    alone = ", ".join(f"`{s.flag}`" for s in SETTINGS if s.alone)
+    lines += ["", f"`dfastllm generate` and `dfastllm chat` take {alone} too."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
