@@ -47,6 +47,7 @@ def _field(
     unit: str = "",
     secret: bool = False,
     alone: bool = False,
+    engine: str = "",
 ) -> Any:
     metadata = {
         "help": help,
@@ -59,6 +60,7 @@ def _field(
         "unit": unit,
         "secret": secret,
         "alone": alone,
+        "engine": engine,
     }
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
@@ -132,15 +134,49 @@ class Settings:
         minimum=8,
         unit="tokens",
         alone=True,
+        engine="max_len",
     )
 
-    max_num_seqs: int = _field(64, "Most sequences that run at once.", group="engine", minimum=1)
-    max_num_batched_tokens: int = _field(2048, "Most rows of one forward pass.", group="engine", minimum=1)
-    max_waiting: int = _field(
-        1024, "Most requests that wait; one more is refused with 429 queue_full.", group="engine", minimum=1
+    max_num_seqs: int = _field(
+        64, "Most sequences that run at once.", group="engine", minimum=1, engine="max_sequences"
     )
-    kv_cache_tokens: int = _field(65536, "K,V memory, in tokens.", group="engine", minimum=16, unit="tokens")
-    page_size: int = _field(16, "K,V page: the unit of allocation.", group="engine", minimum=1, unit="tokens")
+    max_num_batched_tokens: int = _field(
+        2048,
+        "Most rows of one forward pass; a canvas longer than it runs alone.",
+        group="engine",
+        minimum=1,
+        unit="rows",
+        engine="max_batch_rows",
+    )
+    prefill_chunk: int = _field(
+        512,
+        "Most prompt rows of one sequence in a forward pass, so that a long prompt does not hold up the others.",
+        group="engine",
+        minimum=1,
+        unit="rows",
+        engine="prefill_chunk",
+    )
+    max_waiting: int = _field(
+        1024,
+        "Most requests that wait; one more is refused with 429 queue_full.",
+        group="engine",
+        minimum=1,
+        engine="max_waiting",
+    )
+    ageing_steps: int = _field(
+        64,
+        "Steps waited that raise a request's priority by one level, so that none starves; 0: no ageing.",
+        group="engine",
+        minimum=0,
+        unit="steps",
+        engine="ageing_steps",
+    )
+    kv_cache_tokens: int = _field(
+        65536, "K,V memory of all sequences together.", group="engine", minimum=16, unit="tokens", engine="kv_tokens"
+    )
+    page_size: int = _field(
+        16, "K,V page: the unit of allocation.", group="engine", minimum=1, unit="tokens", engine="page_size"
+    )
 
     def __post_init__(self) -> None:
         for setting in SETTINGS:
@@ -177,6 +213,10 @@ class Settings:
                 values[setting.name] = setting.parse(env[setting.variable], source=setting.variable)
         return cls(**values)
 
+    def engine_options(self) -> dict[str, Any]:
+        """Keyword arguments of engine.EngineConfig: `EngineConfig(**settings.engine_options())`."""
+        return {s.engine: getattr(self, s.name) for s in SETTINGS if s.engine}
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -196,6 +236,7 @@ class Setting:
     unit: str
     secret: bool
     alone: bool  # also an option of the commands that load one model and serve nothing
+    engine: str  # the field of EngineConfig that it sets, if it is one
 
     @property
     def flag(self) -> str:
