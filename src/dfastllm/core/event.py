@@ -54,9 +54,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """`token_ids`/`text`: newly stable output in order; text that might still become a stop string, or an incomplete
-    character, is held back, so concatenated texts are exactly the result. Every request ends with exactly one event that
-    has `finish`."""
+    """Newly stable output, in order.
+
+    Text that might still become a stop string, or an incomplete character, is held back, so the concatenated texts are
+    exactly the result. An end token (EOS, stop token) is not part of `token_ids`. Every request ends with exactly one
+    event that has `finish`.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -25,9 +25,9 @@ class SamplingParams:
     """How tokens are drawn. vLLM's field names and defaults. One order everywhere: penalties -> logit_bias (and
     allowed_token_ids, min_tokens) -> temperature -> top_k -> top_p -> min_p -> draw.
 
-    temperature 0 is greedy. top_k 0 or -1, top_p 1, min_p 0 are off. `max_tokens` is the number of new tokens (AR) or the
-    canvas length (diffusion, rounded up to the block). `logprobs` n: record the chosen token and the n best at each
-    position. Raises ValidationError naming the field.
+    temperature 0 is greedy. top_k 0 or -1, top_p 1, min_p 0 are off. `max_tokens` bounds the new tokens; a diffusion
+    canvas is it rounded up to the block, and what lies beyond it is not part of the output.
+    `logprobs` n: record the chosen token and the n best at each position. Raises ValidationError naming the field.
     """
 
     n: int = 1
@@ -66,7 +66,8 @@ class SamplingParams:
             v = getattr(self, name)
             _require(-2.0 <= v <= 2.0, f"{name} must be in [-2, 2], got {v}.", name)
         _require(
-            self.repetition_penalty > 0, f"repetition_penalty must be > 0, got {self.repetition_penalty}.",
+            self.repetition_penalty > 0,
+            f"repetition_penalty must be > 0, got {self.repetition_penalty}.",
             "repetition_penalty",
         )
         _require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}.", "temperature")
@@ -76,19 +77,24 @@ class SamplingParams:
         _require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}.", "max_tokens")
         _require(
             0 <= self.min_tokens <= self.max_tokens,
-            f"min_tokens must be in [0, max_tokens={self.max_tokens}], got {self.min_tokens}.", "min_tokens",
+            f"min_tokens must be in [0, max_tokens={self.max_tokens}], got {self.min_tokens}.",
+            "min_tokens",
         )
         _require(
-            self.logprobs is None or 0 <= self.logprobs <= 20, f"logprobs must be in [0, 20], got {self.logprobs}.",
+            self.logprobs is None or 0 <= self.logprobs <= 20,
+            f"logprobs must be in [0, 20], got {self.logprobs}.",
             "logprobs",
         )
         _require(all(self.stop), "stop strings must not be empty.", "stop")
         _require(
-            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids must not be empty.",
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids must not be empty.",
             "allowed_token_ids",
         )
         for token, bias in self.logit_bias.items():
-            _require(-100 <= bias <= 100, f"logit_bias of token {token} must be in [-100, 100], got {bias}.", "logit_bias")
+            _require(
+                -100 <= bias <= 100, f"logit_bias of token {token} must be in [-100, 100], got {bias}.", "logit_bias"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ class DecodeParams:
     a request that sets it.
 
     rule          a name from the decode registry; None: chosen from `threshold` / `factor`, else "schedule".
-    cache         none | prefix | dual | windowed (masked diffusion); block-diffusion models keep exact K,V and take None.
+    cache         none | prefix | dual | windowed (masked diffusion); a block-diffusion model
+                  keeps exact K,V and takes None only.
     steps         minimum rate: each block commits at least ceil-fair shares over steps * block / canvas denoise steps.
     block_length  canvas tokens per block; None: the model's own block (block diffusion) or 32.
     remasking     order of the fixed schedule: low_confidence | random | entropy | margin.
@@ -124,23 +131,28 @@ class DecodeParams:
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}.", "steps")
         _require(
             self.block_length is None or self.block_length >= 1,
-            f"block_length must be at least 1, got {self.block_length}.", "block_length",
+            f"block_length must be at least 1, got {self.block_length}.",
+            "block_length",
         )
         _require(
-            self.threshold is None or 0 < self.threshold <= 1, f"threshold must be in (0, 1], got {self.threshold}.",
+            self.threshold is None or 0 < self.threshold <= 1,
+            f"threshold must be in (0, 1], got {self.threshold}.",
             "threshold",
         )
         _require(
             self.factor is None or (math.isfinite(self.factor) and self.factor > 0),
-            f"factor must be > 0, got {self.factor}.", "factor",
+            f"factor must be > 0, got {self.factor}.",
+            "factor",
         )
         _require(
             self.cache in (None, "none", "prefix", "dual", "windowed"),
-            f"cache must be none, prefix, dual or windowed, got {self.cache!r}.", "cache",
+            f"cache must be none, prefix, dual or windowed, got {self.cache!r}.",
+            "cache",
         )
         _require(
             self.remasking in ("low_confidence", "random", "entropy", "margin"),
-            f"remasking must be low_confidence, random, entropy or margin, got {self.remasking!r}.", "remasking",
+            f"remasking must be low_confidence, random, entropy or margin, got {self.remasking!r}.",
+            "remasking",
         )
 
 

@@ -19,8 +19,8 @@ class SequenceState:
     kv_len    positions [0, kv_len) whose K,V are held. Preemption sets it to 0: `plan` must then rebuild what it needs
               before anything else, from `tokens` and `policy`, so that later tokens come out the same.
     seed      the request's seed, or the one drawn at admission.
-    forwards  forward passes so far, prefill and rebuilding included (nfe). Randomness is keyed by (seed, decode step,
-              position), the decode step being the policy's own count, never this one: rebuilding must not change a draw.
+    forwards  forward passes so far, prefill and rebuilding included (nfe). Randomness is keyed by (seed, decode
+              step, position), the decode step being the policy's own count, never this one: rebuilding changes no draw.
     policy    the policy's own state, last returned by `begin` or in a Commit.
     """
 

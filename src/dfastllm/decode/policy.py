@@ -1,4 +1,4 @@
-"""The policy protocol and its law. A policy (decoder) decides what a sequence runs next and what it makes of the answer.
+"""The policy protocol and its law. A policy (decoder) decides what a sequence runs next and what the answer means.
 
 The law, checked for every registered policy by tests/decode/test_conformance.py:
 

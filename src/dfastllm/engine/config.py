@@ -1,0 +1,38 @@
+"""Sizes and limits of one engine. Data only; validated on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from dfastllm.errors import ValidationError
+
+__all__ = ["EngineConfig"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """max_batch_rows  token budget of a step: rows through the linear layers. One canvas larger than it runs alone.
+    prefill_chunk      most prompt rows of one sequence in a step, so that a long prompt does not hold up the others.
+    max_sequences      sequences holding K,V pages or decoder state at once.
+    max_waiting        waiting requests before `add` raises QueueFullError.
+    page_size          positions per K,V page.
+    kv_tokens          K,V positions of all sequences together (rounded up to pages).
+    ageing_steps       every so many steps waited count as one level of priority, so nothing starves. 0: no ageing.
+    max_len            positions a sequence may have; None: the model's own limit.
+    """
+
+    max_batch_rows: int = 2048
+    prefill_chunk: int = 512
+    max_sequences: int = 64
+    max_waiting: int = 1024
+    page_size: int = 16
+    kv_tokens: int = 65536
+    ageing_steps: int = 64
+    max_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.name == "ageing_steps" else 1
+            if value is not None and value < least:
+                raise ValidationError(f"{f.name} must be at least {least}, got {value}.", param=f.name)

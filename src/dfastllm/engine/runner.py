@@ -1,0 +1,73 @@
+"""The only caller of a model: packs spans, runs one forward, returns float32 logits of the wanted rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from dfastllm.core import ModelInfo, Span
+from dfastllm.engine.batch import Packed, pack
+from dfastllm.engine.kv import KVStore, PageTable
+from dfastllm.kernels.attention import span_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+__all__ = ["Runnable", "Runner"]
+
+
+class Runnable(Protocol):
+    """What the runner needs of a model; `dfastllm.models` builds these."""
+
+    info: ModelInfo
+
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor: ...
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class Runner:
+    """Owns the K,V tensors of one model. `run` writes them; nobody else does."""
+
+    def __init__(self, model: Runnable, slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        info = model.info
+        self.model = model
+        self.device = torch.device(device)
+        self.kv = KVStore(info.layers, slots, info.kv_heads, info.head_dim, dtype, self.device)
+
+    @torch.inference_mode()
+    def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> torch.Tensor:
+        """Logits [sum of len(span.want), vocab] float32 on the CPU-visible device of the model, in the order of items.
+
+        Writes K,V of the spans that keep or replace. items: (span, pages, kv_len before the step)."""
+        packed = pack(items, self.device)
+        hidden = self.model(packed.ids, packed.positions, self._attend(packed))
+        if packed.want.numel() == 0:
+            return torch.empty(0, self.model.info.vocab_size, device=self.device)
+        return self.model.head(hidden[packed.want]).float()
+
+    def _attend(self, packed: Packed) -> Attend:
+        all_k, all_v = self.kv.k, self.kv.v
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            layer_k, layer_v = all_k[layer], all_v[layer]
+            if packed.write_rows.numel():
+                layer_k[packed.write_slots] = k[packed.write_rows].to(layer_k.dtype)
+                layer_v[packed.write_slots] = v[packed.write_rows].to(layer_v.dtype)
+            out = torch.empty_like(q)
+            for s in packed.spans:
+                own_k, own_v = k[s.row0 + s.own0 : s.row1], v[s.row0 + s.own0 : s.row1]
+                if s.cached is None:
+                    keys, values = own_k, own_v
+                else:
+                    keys, values = layer_k[s.cached].to(k.dtype), layer_v[s.cached].to(v.dtype)
+                    if own_k.shape[0]:
+                        keys, values = torch.cat([keys, own_k]), torch.cat([values, own_v])
+                out[s.row0 : s.row1] = span_attention(q[s.row0 : s.row1], keys, values, s.mask)
+            return out
+
+        return attend
