@@ -1,6 +1,7 @@
 """Packing: many spans end to end, no padding, as the index tensors one forward pass needs.
 
-Everything that depends only on the spans (positions, slots, masks) is built once per step here and reused by all layers.
+Everything that depends only on the spans (positions, slots, masks) is built once per step here and reused by all
+layers.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Packed:
 
 
 def visibility(span: Span, cached: int) -> np.ndarray | None:
-    """Bool [rows, keys] of Span's rules for keys = positions [0, cached) then the own rows that are not cached; None when
-    all are visible."""
+    """Bool [rows, keys] of Span's rules for keys = positions [0, cached) then the own rows that are not cached; None
+    when all are visible."""
     own0 = _own0(span)
     if span.attend == "full" and not span.shadows:
         return None
@@ -80,7 +81,8 @@ def _cached(span: Span, kv_len: int) -> int:
 
 
 def pack(items: Sequence[tuple[Span, PageTable, int]], device: torch.device | str) -> Packed:
-    """Pack (span, its sequence's pages, its kv_len). The tables must already hold the pages that `span.stored` needs."""
+    """Pack (span, its sequence's pages, its kv_len). The tables must already hold the pages that `span.stored`
+    needs."""
     ids: list[int] = []
     positions: list[int] = []
     write_rows: list[int] = []

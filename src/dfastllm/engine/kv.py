@@ -1,7 +1,7 @@
 """Paged K,V: who owns which page (bookkeeping, no tensors) and the tensors themselves.
 
-A slot is one position's K,V: slot = page * page_size + offset. `Pages` hands out lowest-numbered pages first, so a table
-is usually one run of consecutive pages and its K,V can be read as a view instead of gathered.
+A slot is one position's K,V: slot = page * page_size + offset. `Pages` hands out lowest-numbered pages first, so a
+table is usually one run of consecutive pages and its K,V can be read as a view instead of gathered.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The table op -> implementation, with the reason each was chosen. Native kernels register here; today every op runs its
-plain torch twin. Knows tensors only: no models, no engine."""
+"""The table op -> implementation, with the reason each was chosen. Native kernels register here; today every op runs
+its plain torch twin. Knows tensors only: no models, no engine."""
 
 from __future__ import annotations
 

@@ -1,0 +1,285 @@
+"""The engine: one loop for every decoder. A request joins and leaves between any two steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dfastllm.core import CanvasUpdate, Commit, FinishReason, Request, SequenceState, Span, StepEvent, StepStats
+from dfastllm.decode import policy_for
+from dfastllm.engine.config import EngineConfig
+from dfastllm.engine.kv import Pages, PageTable
+from dfastllm.engine.runner import Runnable, Runner
+from dfastllm.engine.scheduler import Scheduler
+from dfastllm.engine.sequence import Live
+from dfastllm.errors import ContextLengthError, GenerationError, QueueFullError, TimeoutError, ValidationError
+from dfastllm.text import Detokenizer
+
+if TYPE_CHECKING:
+    from dfastllm.decode.policy import Policy
+    from dfastllm.text import Tokenizer
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("dfastllm.engine")
+
+Chosen = Sequence[tuple[Live, Span]]
+
+
+class Engine:
+    """Serves many requests on one model. Not thread-safe: one thread calls add, cancel and step (see `worker`).
+
+    tokenizer None: requests and events carry token ids only, and stop strings are refused. `dtype` is that of the K,V
+    pages (default: the model's). `choose` picks the policy of a request; tests and extensions may pass their own.
+    """
+
+    def __init__(
+        self,
+        model: Runnable,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        choose: Callable[..., Policy] = policy_for,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.info = model.info
+        self.tokenizer = tokenizer
+        self.pages = Pages(math.ceil(self.config.kv_tokens / self.config.page_size), self.config.page_size)
+        slots = self.pages.count * self.pages.page_size
+        self.runner = Runner(model, slots, dtype or getattr(model, "dtype", torch.float32), device)
+        self.scheduler = Scheduler(self.config, self.pages)
+        self.max_len = min(self.config.max_len or self.info.max_len, self.info.max_len)
+        self.steps = 0
+        self._choose = choose
+        self._added = 0
+        self._subscribers: list[Callable[[StepStats], None]] = []
+        self._dead: list[tuple[Live, FinishReason]] = []
+
+    @property
+    def has_work(self) -> bool:
+        return len(self.scheduler) > 0 or bool(self._dead)
+
+    def subscribe(self, fn: Callable[[StepStats], None]) -> None:
+        """Call `fn` with the counters of every step, on the engine's thread."""
+        self._subscribers.append(fn)
+
+    def check(self, request: Request) -> Policy:
+        """The policy that will serve this request. Raises ValidationError, UnsupportedError or ContextLengthError: what
+        passes here can be run. Thread-safe: reads only."""
+        if request.sampling.n != 1:
+            raise ValidationError("n > 1 is several requests: submit one per choice.", param="n")
+        if request.sampling.stop and self.tokenizer is None:
+            raise ValidationError("stop strings need a tokenizer; this engine has none.", param="stop")
+        self._check_ids(request)
+        policy = self._choose(request, self.info)
+        policy.check(request, self.info)
+        length = len(request.prompt) + len(request.suffix)
+        if length >= self.max_len:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens; this model's context is {self.max_len} with the answer.",
+                param="prompt",
+            )
+        tokens, _ = policy.begin(request, self.info)
+        need = max(len(tokens), length + request.sampling.max_tokens)
+        if need > self.max_len:
+            raise ContextLengthError(
+                f"prompt ({length}) and answer take {need} positions; this model's context is {self.max_len}.",
+                param="max_tokens",
+                hint=f"Ask for at most {self.max_len - length} tokens.",
+            )
+        if need > self.pages.count * self.pages.page_size:
+            raise ContextLengthError(
+                f"the request needs K,V for {need} positions; the engine holds {self.config.kv_tokens}.",
+                param="max_tokens",
+                hint="Raise kv_tokens.",
+            )
+        return policy
+
+    def _check_ids(self, request: Request) -> None:
+        vocab = self.info.vocab_size
+        wanted = {"prompt": request.prompt, "suffix": request.suffix, "stop_token_ids": request.sampling.stop_token_ids}
+        wanted["logit_bias"] = tuple(request.sampling.logit_bias)
+        wanted["allowed_token_ids"] = request.sampling.allowed_token_ids or ()
+        for name, ids in wanted.items():
+            bad = next((i for i in ids if not 0 <= i < vocab), None)
+            if bad is not None:
+                raise ValidationError(
+                    f"{name} holds token id {bad}; ids of this model are 0 to {vocab - 1}.", param=name
+                )
+        if self.info.mask_id is not None and self.info.mask_id in request.prompt + request.suffix:
+            raise ValidationError(
+                "the prompt holds the model's mask token, which marks what is to be generated.", param="prompt"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises what `check` raises, ValidationError for a duplicate id, QueueFullError."""
+        policy = self.check(request)
+        if self.scheduler.find(request.request_id) is not None:
+            raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
+        self.check_room()
+        tokens, state = policy.begin(request, self.info)
+        sampling = request.sampling
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        detokenizer = None
+        if self.tokenizer is not None:
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                stop=sampling.stop,
+                include_stop=sampling.include_stop_str_in_output,
+                skip_special=sampling.skip_special_tokens,
+            )
+        end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else set(self.info.eos_ids))
+        sequence = SequenceState(request, self.info, list(tokens), seed, policy=state)
+        live = Live(sequence, policy, PageTable(self.pages), detokenizer, end_ids, self.steps, self._added)
+        self._added += 1
+        self.scheduler.add(live)
+
+    def check_room(self) -> None:
+        """Raises QueueFullError when the waiting queue is at its limit. Thread-safe."""
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFullError(f"{self.config.max_waiting} requests are waiting already.", hint="Try again later.")
+
+    def abandon(self, error: GenerationError) -> list[StepEvent]:
+        """End every request with `error` and start afresh; for a caller whose `step` raised."""
+        events = []
+        for live in list(self.scheduler.everyone()):
+            self.scheduler.remove(live)
+            events.append(live.fail(FinishReason.ERROR, error))
+        events += [live.fail(reason, None) for live, reason in self._dead]
+        self._dead = []
+        return events
+
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
+        """End a request now; its pages return at once and its Finish comes with the next step. False: not known."""
+        live = self.scheduler.find(request_id)
+        if live is None:
+            return False
+        self.scheduler.remove(live)
+        self._dead.append((live, reason))
+        return True
+
+    def step(self) -> list[StepEvent]:
+        """One turn of the loop: plan and schedule, run, absorb, commit, emit. At most one event per request."""
+        began = time.monotonic()
+        self._expire(began)
+        preempted = self.scheduler.preempted
+        chosen = self.scheduler.schedule(self.steps)
+        logits, seconds = self._run(chosen)
+        commits = self._absorb(chosen, logits)
+        canvases = self._commit(chosen, commits)
+        events = self._emit(chosen, commits, canvases)
+        self.steps += 1
+        self._report(began, seconds, chosen, commits, events, self.scheduler.preempted - preempted)
+        return events
+
+    def _expire(self, now: float) -> None:
+        for live in list(self.scheduler.everyone()):
+            timeout = live.request.timeout
+            if timeout is not None and now - live.request.arrival > timeout:
+                self.cancel(live.request.request_id, FinishReason.TIMEOUT)
+
+    def _run(self, chosen: Chosen) -> tuple[torch.Tensor | None, float]:
+        """Logits of the batch, or None when the forward failed (then every request in it fails, and no other)."""
+        now = time.monotonic()
+        for live, _ in chosen:
+            live.ran = self.steps
+            live.state.forwards += 1
+            live.first_scheduled = live.first_scheduled or now
+        if not chosen:
+            return None, 0.0
+        try:
+            logits = self.runner.run([(span, live.table, live.state.kv_len) for live, span in chosen])
+        except Exception:
+            log.exception("forward pass failed")
+            logits = None
+        return logits, time.monotonic() - now
+
+    def _absorb(self, chosen: Chosen, logits: torch.Tensor | None) -> list[Commit | Exception]:
+        """One commit, or the error that ends the request, per chosen sequence: one `absorb` call per policy."""
+        if logits is None:
+            return [GenerationError("the model failed on this step; see the server's log.") for _ in chosen]
+        rows, groups, offset = [], {}, 0
+        for i, (live, span) in enumerate(chosen):
+            rows.append(range(offset, offset + len(span.want)))
+            offset += len(span.want)
+            groups.setdefault(id(live.policy), []).append(i)
+        finite = torch.isfinite(logits.sum(dim=-1)).tolist()  # one NaN or inf anywhere in a row shows in its sum
+        out: list[Commit | Exception] = [GenerationError("the model gave logits that are not finite.")] * len(chosen)
+        for members in groups.values():
+            good = [i for i in members if all(finite[r] for r in rows[i])]
+            if not good:
+                continue
+            index = [r for i in good for r in rows[i]]
+            part = logits if len(index) == logits.shape[0] else logits[torch.tensor(index, device=logits.device)]
+            policy = chosen[good[0]][0].policy
+            try:
+                commits = policy.absorb([(chosen[i][0].state, chosen[i][1]) for i in good], part)
+            except Exception as error:
+                log.exception("policy %s failed", policy.name)
+                commits = [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(good)
+            for i, commit in zip(good, commits, strict=True):
+                out[i] = commit
+        return out
+
+    def _commit(self, chosen: Chosen, commits: Sequence[Commit | Exception]) -> list[CanvasUpdate | None]:
+        return [
+            live.apply(span, commit) if isinstance(commit, Commit) else None
+            for (live, span), commit in zip(chosen, commits, strict=True)
+        ]
+
+    def _emit(
+        self, chosen: Chosen, commits: Sequence[Commit | Exception], canvases: Sequence[CanvasUpdate | None]
+    ) -> list[StepEvent]:
+        events = []
+        for live, reason in self._dead:
+            error = TimeoutError("the request ran past its time limit.") if reason is FinishReason.TIMEOUT else None
+            events.append(live.fail(reason, error))
+        self._dead = []
+        now = time.monotonic()
+        for (live, _), commit, canvas in zip(chosen, commits, canvases, strict=True):
+            if isinstance(commit, Commit):
+                event = live.emit(now, canvas, commit.finish)
+            else:
+                event = live.fail(FinishReason.ERROR, commit if isinstance(commit, GenerationError) else None)
+            if event is not None:
+                events.append(event)
+                if event.finish is not None:
+                    self.scheduler.remove(live)
+        return events
+
+    def _report(
+        self,
+        began: float,
+        run_seconds: float,
+        chosen: Chosen,
+        commits: Sequence[Commit | Exception],
+        events: Sequence[StepEvent],
+        preempted: int,
+    ) -> None:
+        if not self._subscribers:
+            return
+        stats = StepStats(
+            model=self.info.name,
+            sequences=len(chosen),
+            rows=sum(span.rows for _, span in chosen),
+            wanted=sum(len(span.want) for _, span in chosen),
+            committed=sum(len(c.fixed) for c in commits if isinstance(c, Commit)),
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            pages_used=self.pages.used,
+            pages_total=self.pages.count,
+            preempted=preempted,
+            seconds=time.monotonic() - began,
+            run_seconds=run_seconds,
+            finished=tuple(e.finish for e in events if e.finish is not None),
+        )
+        for fn in self._subscribers:
+            fn(stats)

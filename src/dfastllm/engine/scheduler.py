@@ -1,0 +1,119 @@
+"""Who runs in this step: admission, token budget, pages, priority with ageing, preemption. Bookkeeping only, no
+tensors.
+
+Order: lower priority value first; every `ageing_steps` steps waited count as one level, so nothing starves. Within a
+level the sequence that ran longest ago goes first, then the older one. Preemption takes the pages of the lowest-ranked
+running sequence; its tokens and policy state stay, and its policy rebuilds the K,V when its turn comes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dfastllm.core import Span
+from dfastllm.engine.config import EngineConfig
+from dfastllm.engine.kv import Pages
+from dfastllm.engine.sequence import Live
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Holds the waiting and the running sequences of one engine."""
+
+    def __init__(self, config: EngineConfig, pages: Pages) -> None:
+        self.config = config
+        self.pages = pages
+        self.waiting: list[Live] = []
+        self.running: list[Live] = []
+        self.preempted = 0  # total
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def add(self, live: Live) -> None:
+        self.waiting.append(live)
+
+    def remove(self, live: Live) -> None:
+        """Take a sequence out for good; its pages return."""
+        (self.running if live.held else self.waiting).remove(live)
+        live.held = False
+        live.table.free()
+
+    def level(self, live: Live, step: int) -> int:
+        """Effective priority of a waiting or starved sequence: its own less one per `ageing_steps` steps waited."""
+        since = live.enqueued if not live.held else max(live.ran, live.enqueued)
+        age = (step - since) // self.config.ageing_steps if self.config.ageing_steps else 0
+        return (live.rank if live.held else live.request.priority) - age
+
+    def schedule(self, step: int) -> list[tuple[Live, Span]]:
+        """The batch of this step: each chosen sequence with its planned span, pages already allocated."""
+        chosen: list[tuple[Live, Span]] = []
+        rows = self.config.max_batch_rows
+        for live in sorted(self.running, key=lambda s: (self.level(s, step), s.ran, s.order)):
+            if live.held and rows > 0:  # an earlier one may have preempted it
+                rows -= self._place(live, step, rows, chosen)
+        for live in sorted(self.waiting, key=lambda s: (self.level(s, step), s.order)):
+            if rows <= 0 or not self._admit(live, step, chosen):
+                break  # strictly in order: a small request must not overtake a large one for ever
+            rows -= self._place(live, step, rows, chosen)
+        return chosen
+
+    def _place(self, live: Live, step: int, rows: int, chosen: list[tuple[Live, Span]]) -> int:
+        """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""
+        span = live.policy.plan(live.state, min(rows, self.config.prefill_chunk))
+        if span.rows > rows and chosen:
+            return 0  # an indivisible canvas: first in line next step, since it ran longest ago
+        if not self._make_room(live, span.stored, chosen):
+            return 0
+        live.table.grow(span.stored)
+        chosen.append((live, span))
+        return span.rows
+
+    def _make_room(self, live: Live, positions: int, chosen: list[tuple[Live, Span]]) -> bool:
+        """Free pages for `live` by preempting running sequences of lower rank that are not in the batch yet."""
+        busy = {id(s) for s, _ in chosen}
+        while live.table.missing(positions) > self.pages.free:
+            victims = [s for s in self.running if s is not live and id(s) not in busy and s.table.pages]
+            if not victims:
+                return False
+            victim = max(victims, key=lambda s: (s.rank, s.order))
+            if (victim.rank, victim.order) < (live.rank, live.order):
+                return False  # everyone else is ahead of it: it waits. The first of all can always take what it needs.
+            self._preempt(victim)
+        return True
+
+    def _admit(self, live: Live, step: int, chosen: list[tuple[Live, Span]]) -> bool:
+        """Give a waiting sequence a place. Needs a free place, or one held by a sequence of strictly lower priority,
+        and pages for its whole known length beside what the running ones still lack of theirs."""
+        rank = self.level(live, step)
+        needed = self.pages.pages_for(len(live.state.tokens))
+        busy = {id(s) for s, _ in chosen}
+        while len(self.running) >= self.config.max_sequences or needed > self.pages.free - self._promised():
+            victims = [s for s in self.running if s.rank > live.request.priority and id(s) not in busy]
+            if not victims:
+                return False
+            self._preempt(max(victims, key=lambda s: (s.rank, s.order)))
+        self.waiting.remove(live)
+        self.running.append(live)
+        live.held, live.rank = True, rank
+        return True
+
+    def _promised(self) -> int:
+        """Pages the running sequences will still want for the tokens they already have."""
+        return sum(s.table.missing(len(s.state.tokens)) for s in self.running)
+
+    def _preempt(self, live: Live) -> None:
+        self.running.remove(live)
+        self.waiting.append(live)
+        live.held = False
+        live.table.free()
+        live.state.kv_len = 0
+        self.preempted += 1
+
+    def find(self, request_id: str) -> Live | None:
+        return next((s for s in self.everyone() if s.request.request_id == request_id), None)
+
+    def everyone(self) -> Iterable[Live]:
+        yield from self.running
+        yield from self.waiting

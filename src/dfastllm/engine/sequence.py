@@ -1,0 +1,166 @@
+"""One request inside the engine: its state, its policy, its pages, and what of it has been shown so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dfastllm.core import (
+    CanvasUpdate,
+    Commit,
+    Finish,
+    FinishReason,
+    Request,
+    SequenceState,
+    Span,
+    StepEvent,
+    TokenLogprob,
+    Usage,
+)
+from dfastllm.decode.policy import Policy
+from dfastllm.engine.kv import PageTable
+from dfastllm.errors import DFastLLMError
+from dfastllm.text import Detokenizer
+
+__all__ = ["Live"]
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request between `add` and its Finish. `held` is true while it has a place among the running sequences.
+
+    shown      absolute position up to which tokens have been emitted.
+    ended      the end token or stop string already emitted up to; later tokens are not output.
+    enqueued   engine step at which it began to wait (for ageing); ran: engine step that last ran it.
+    rank       the priority it was admitted with, ageing included; protects it from preemption by what it overtook.
+    """
+
+    state: SequenceState
+    policy: Policy
+    table: PageTable
+    detokenizer: Detokenizer | None
+    end_ids: frozenset[int]
+    enqueued: int
+    order: int
+    held: bool = False
+    rank: int = 0
+    ran: int = -1
+    shown: int = 0
+    completion: int = 0
+    ended: int | str | None = None
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shown = self.state.canvas_start
+
+    @property
+    def request(self) -> Request:
+        return self.state.request
+
+    def apply(self, span: Span, commit: Commit) -> CanvasUpdate | None:
+        """Write a commit into the state. Returns what a live display would show (canvas models only)."""
+        state = self.state
+        before = state.tokens if state.model.mask_id is None else list(state.tokens)
+        for position in sorted(commit.fixed):
+            if position == len(state.tokens):
+                state.tokens.append(commit.fixed[position])
+            else:
+                state.tokens[position] = commit.fixed[position]
+        for position in commit.masked:
+            assert state.model.mask_id is not None, "only a canvas can be re-masked"
+            state.tokens[position] = state.model.mask_id
+        if span.store == "keep":
+            state.kv_len = span.stop
+        if commit.kv_len is not None:
+            assert commit.kv_len <= state.kv_len, "a commit can only shorten K,V"
+            state.kv_len = commit.kv_len
+            self.table.truncate(commit.kv_len)
+        state.policy = commit.state
+        assert commit.stable >= state.stable, "stable went backwards"
+        state.stable = commit.stable
+        self.logprobs.update(commit.logprobs)
+        if state.model.mask_id is None:
+            return None
+        return self._canvas(before, commit)
+
+    def _canvas(self, before: list[int], commit: Commit) -> CanvasUpdate:
+        start, mask = self.state.canvas_start, self.state.model.mask_id
+        new: dict[int, int] = {}
+        revise: dict[int, int | None] = {}
+        for position, token in commit.fixed.items():
+            was = before[position] if position < len(before) else mask
+            if was == mask:
+                new[position - start] = token
+            elif was != token:
+                revise[position - start] = token
+        for position in commit.masked:
+            revise[position - start] = None
+        stop = self.state.canvas_stop
+        canvas = self.state.tokens[start:stop]
+        return CanvasUpdate(
+            commit=new,
+            provisional={p - start: t for p, t in commit.provisional.items()},
+            revise=revise,
+            block_done=commit.block_done,
+            length=stop - start,
+            masked=sum(token == mask for token in canvas),
+        )
+
+    def emit(self, now: float, canvas: CanvasUpdate | None, finish: FinishReason | None) -> StepEvent | None:
+        """The event of this step, if there is anything to tell. A stop string found in the text finishes the
+        request."""
+        tokens, text = self._release(now)
+        if finish is None and isinstance(self.ended, str):
+            finish = FinishReason.STOP
+        done = None
+        if finish is not None:
+            if self.detokenizer is not None and not isinstance(self.ended, str):
+                text += self.detokenizer.flush()
+                self.ended = self.detokenizer.stopped if self.detokenizer.stopped is not None else self.ended
+            done = self._finish(now, finish)
+        if not tokens and not text and canvas is None and done is None:
+            return None
+        logprobs = tuple(self.logprobs.pop(p) for p in tokens if p in self.logprobs)
+        return StepEvent(self.request.request_id, tuple(tokens.values()), text, logprobs, canvas, done)
+
+    def _release(self, now: float) -> tuple[Mapping[int, int], str]:
+        """Newly stable output tokens by position, and their text."""
+        state, out, text = self.state, {}, ""
+        stop = min(state.stable, state.canvas_stop, state.canvas_start + state.sampling.max_tokens)
+        while self.shown < stop and self.ended is None:
+            token = state.tokens[self.shown]
+            if token in self.end_ids:
+                self.ended = token
+                break
+            out[self.shown] = token
+            self.shown += 1
+            self.completion += token not in state.model.eos_ids
+            if self.detokenizer is not None:
+                text += self.detokenizer.push([token])
+                self.ended = self.detokenizer.stopped
+        if out and self.first_token is None:
+            self.first_token = now
+        return out, text
+
+    def _finish(self, now: float, reason: FinishReason, error: DFastLLMError | None = None) -> Finish:
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            reason = FinishReason.LENGTH if self.ended is None else FinishReason.STOP
+        arrival = self.request.arrival
+        usage = Usage(
+            prompt_tokens=len(self.request.prompt) + len(self.request.suffix),
+            completion_tokens=self.completion,
+            forwards=self.state.forwards,
+            exactness=self.policy.exactness(self.request),
+            queue_s=(self.first_scheduled if self.first_scheduled is not None else now) - arrival,
+            first_token_s=None if self.first_token is None else self.first_token - arrival,
+            total_s=now - arrival,
+        )
+        return Finish(reason, usage, self.ended, error)
+
+    def fail(self, reason: FinishReason, error: DFastLLMError | None) -> StepEvent:
+        """The last event of a request that did not end by itself. What was shown stays shown; nothing is made up."""
+        finish = self._finish(time.monotonic(), reason, error)
+        return StepEvent(self.request.request_id, finish=finish)

@@ -1,0 +1,220 @@
+"""One thread that steps every engine with work, and streams that callers on any thread or event loop can read.
+
+A call into the worker never blocks on a step: commands go into an inbox which the thread empties between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from dfastllm.core import FinishReason, Request, StepEvent
+from dfastllm.errors import (
+    CancelledError,
+    GenerationError,
+    ModelNotFoundError,
+    NotReadyError,
+    TimeoutError,
+    ValidationError,
+)
+
+if TYPE_CHECKING:
+    from dfastllm.engine.loop import Engine
+
+__all__ = ["Stream", "Worker"]
+
+log = logging.getLogger("dfastllm.engine")
+
+
+class Stream:
+    """The events of one request, in order, ending with the one that has `finish`.
+
+    Iterate it on any thread, or with `async for` in an event loop; not both. A request that did not end by itself
+    raises after its last event: TimeoutError, GenerationError, CancelledError. Leaving it early does not cancel: call
+    `cancel`.
+    """
+
+    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
+        self.request = request
+        self._cancel = cancel
+        self._events: queue.SimpleQueue[StepEvent | Exception] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self.done = False
+
+    def cancel(self) -> None:
+        """Ask the engine to end the request; its last event says so. Harmless when it has ended."""
+        self._cancel(self.request.request_id)
+
+    def put(self, event: StepEvent | Exception) -> None:
+        """Deliver one event (the worker's side)."""
+        with self._lock:
+            self._events.put(event)
+            if self._waiter is not None:
+                loop, flag = self._waiter
+                try:
+                    loop.call_soon_threadsafe(flag.set)
+                except RuntimeError:  # the caller's event loop is gone; nobody reads this stream any more
+                    self._cancel(self.request.request_id)
+
+    def __iter__(self) -> Iterator[StepEvent]:
+        while not self.done:
+            yield from self._open(self._events.get())
+
+    async def __aiter__(self) -> AsyncIterator[StepEvent]:
+        flag = asyncio.Event()
+        with self._lock:
+            self._waiter = (asyncio.get_running_loop(), flag)
+            if not self._events.empty():
+                flag.set()
+        while not self.done:
+            await flag.wait()
+            flag.clear()
+            while not self.done:
+                try:
+                    item = self._events.get_nowait()
+                except queue.Empty:
+                    break
+                for event in self._open(item):
+                    yield event
+
+    def _open(self, item: StepEvent | Exception) -> Iterator[StepEvent]:
+        if isinstance(item, Exception):
+            self.done = True
+            raise item
+        self.done = item.finish is not None
+        yield item
+        if item.finish is not None:
+            if item.finish.error is not None:
+                raise item.finish.error
+            if item.finish.reason is FinishReason.CANCELLED:
+                raise CancelledError(f"request {self.request.request_id!r} was cancelled.")
+            if item.finish.reason is FinishReason.TIMEOUT:
+                raise TimeoutError("the request ran past its time limit.")
+
+
+class Worker:
+    """Steps engines, in turn, on one thread of its own. Engines share the cores, so they never step side by side."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self.engines = dict(engines)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._streams: dict[str, Stream] = {}
+        self._owners: dict[str, Engine] = {}
+        self._thread = threading.Thread(target=self._run, name="dfastllm-engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> Worker:
+        self._thread.start()
+        return self
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End the thread after its current step; requests in flight get a NotReadyError. Returns once it has ended."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def __enter__(self) -> Worker:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def submit(self, model: str, request: Request) -> Stream:
+        """Queue a request and return its stream. Raises at once: ModelNotFoundError, what `Engine.check` raises,
+        QueueFullError, NotReadyError when the worker is not running. Thread-safe."""
+        engine = self.engines.get(model)
+        if engine is None:
+            known = ", ".join(sorted(self.engines)) or "none"
+            raise ModelNotFoundError(f"no model {model!r} is served here; there are: {known}.", param="model")
+        if self._stopping or not self._thread.is_alive():
+            raise NotReadyError("the engine is not running.")
+        engine.check_room()
+        engine.check(request)
+        stream = Stream(request, self._ask_cancel)
+        self._post(lambda: self._add(engine, request, stream))
+        return stream
+
+    def cancel(self, request_id: str) -> bool:
+        """Ask for the end of a request by id. False when it is not in flight. Thread-safe."""
+        known = request_id in self._streams
+        self._ask_cancel(request_id)
+        return known
+
+    def call(self, fn: Callable[[], None]) -> None:
+        """Run `fn` on the engine's thread between two steps (for reading state consistently)."""
+        self._post(fn)
+
+    def _ask_cancel(self, request_id: str) -> None:
+        self._post(lambda: self._drop(request_id))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.append(command)
+        self._wake.set()
+
+    def _add(self, engine: Engine, request: Request, stream: Stream) -> None:
+        try:
+            if request.request_id in self._streams:
+                raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
+            engine.add(request)
+        except Exception as error:
+            stream.put(error)
+            return
+        self._streams[request.request_id] = stream
+        self._owners[request.request_id] = engine
+
+    def _drop(self, request_id: str) -> None:
+        engine = self._owners.get(request_id)
+        if engine is not None:
+            engine.cancel(request_id)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._commands()
+            busy = [e for e in self.engines.values() if e.has_work]
+            if not busy:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            for engine in busy:
+                self._turn(engine)
+                self._commands()
+        gone = NotReadyError("the engine was stopped while the request ran.")
+        self._commands()
+        for stream in self._streams.values():
+            stream.put(gone)
+        self._streams.clear()
+        self._owners.clear()
+
+    def _commands(self) -> None:
+        while self._inbox:
+            try:
+                self._inbox.popleft()()
+            except Exception:
+                log.exception("a command to the engine failed")
+
+    def _turn(self, engine: Engine) -> None:
+        try:
+            events = engine.step()
+        except Exception:
+            # A fault of the loop itself: end what this engine holds, so that nobody waits for ever, and go on.
+            log.exception("the engine's step failed")
+            events = engine.abandon(GenerationError("the engine failed on this step; see the server's log."))
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if event.finish is not None:
+                self._streams.pop(event.request_id, None)
+                self._owners.pop(event.request_id, None)
+            if stream is not None:
+                stream.put(event)
