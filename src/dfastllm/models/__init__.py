@@ -1,0 +1,33 @@
+"""Models: one decoder, shaped and named by published wirings; reading and writing Hugging Face directories.
+
+A model maps token rows to hidden states and hidden rows to logits. It holds no cache, knows no masks and samples
+nothing: `attend`, given by the caller, is the only place where rows meet. Importing this room imports torch and never
+transformers; no code of a checkpoint is ever run.
+"""
+
+from dfastllm.models import blockdiff, llada, llama  # noqa: F401  (importing a wiring registers its families)
+from dfastllm.models.checkpoint import build, load, save
+from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
+from dfastllm.models.decoder import Decoder
+from dfastllm.models.family import FAMILIES, Family, Ids, describe, find_family
+from dfastllm.models.parts import Attend, dense_attention
+from dfastllm.models.tiny import tiny, tiny_config
+
+__all__ = [
+    "FAMILIES",
+    "Attend",
+    "Decoder",
+    "DecoderConfig",
+    "Family",
+    "Ids",
+    "MoEConfig",
+    "RopeScaling",
+    "build",
+    "dense_attention",
+    "describe",
+    "find_family",
+    "load",
+    "save",
+    "tiny",
+    "tiny_config",
+]

@@ -1,0 +1,241 @@
+"""Families: how a published model describes itself (config.json, tensor names, token ids) in the terms of one decoder.
+
+A wiring file (llama, llada, dream, blockdiff, moe) declares `Family` values with `register`; everything else asks the
+registry. A family is data and two functions, never a subclass: the module tree is always `Decoder`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from dfastllm.core import Kind, ModelInfo
+from dfastllm.errors import ModelLoadError
+from dfastllm.models.config import DecoderConfig
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Fields",
+    "Ids",
+    "NameTable",
+    "describe",
+    "family_of",
+    "find_family",
+    "register",
+    "require_expressible",
+]
+
+T = TypeVar("T")
+
+
+class Fields:
+    """A parsed config.json with typed reads; every failure is a ModelLoadError naming the field, what it holds and what
+    was wanted. Null counts as absent."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
+        self.raw = raw
+        self.where = where
+
+    def get(self, name: str, wanted: type[T], default: T | None = None) -> T:
+        """The first of the `|`-separated field names that is present, as `wanted` (an int passes for a float)."""
+        for key in name.split("|"):
+            value = self.raw.get(key)
+            if value is None:
+                continue
+            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+                raise ModelLoadError(
+                    f"{self.where}: field {key!r} must be {wanted.__name__}, got {value!r}.", param=key
+                )
+            return value
+        if default is None:
+            raise ModelLoadError(f"{self.where}: field {name.replace('|', ' or ')!r} is missing.", param=name)
+        return default
+
+    def has(self, name: str) -> bool:
+        return self.raw.get(name) is not None
+
+    def only(self, **values: Any) -> None:
+        """Refuse a model that switches on something this decoder does not compute: each field, where present, must have
+        the given value (or one of the given tuple)."""
+        for name, allowed in values.items():
+            options = allowed if isinstance(allowed, tuple) else (allowed,)
+            got = self.raw.get(name)
+            if got is not None and got not in options:
+                wanted = " or ".join(repr(option) for option in options)
+                raise ModelLoadError(f"{self.where}: {name}={got!r} is not supported; supported: {wanted}.", param=name)
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class NameTable:
+    """Bijection between parameter names of `Decoder` and published tensor names.
+
+    Rules are module patterns with {i} for the layer and {j} for the expert, e.g. "layers.{i}.attn.q_proj" ->
+    "model.layers.{i}.self_attn.q_proj"; the parameter's own name (weight, bias) is kept, unless a rule names the whole
+    parameter.
+    """
+
+    def __init__(self, rules: Mapping[str, str]) -> None:
+        self.rules = dict(rules)
+        self._back = {published: own for own, published in rules.items()}
+        if len(self._back) != len(self.rules):
+            raise ValueError("two rules of a name table give the same published name")
+
+    def published(self, own: str) -> str:
+        """KeyError for a name that no rule covers."""
+        return self._map(own, self.rules)
+
+    def own(self, published: str) -> str:
+        """KeyError for a name that no rule covers."""
+        return self._map(published, self._back)
+
+    @staticmethod
+    def _map(name: str, rules: Mapping[str, str]) -> str:
+        numbers = _NUMBER.findall(name)
+        if len(numbers) > 2:
+            raise KeyError(name)
+        marks = iter(("{i}", "{j}"))
+        pattern = _NUMBER.sub(lambda _: next(marks), name)
+        if pattern in rules:
+            found = rules[pattern]
+        else:
+            module, _, parameter = pattern.rpartition(".")
+            if module not in rules:
+                raise KeyError(name)
+            found = f"{rules[module]}.{parameter}"
+        return found.format(**dict(zip("ij", numbers, strict=False)))
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """Token ids of a model, as far as known."""
+
+    eos: tuple[int, ...] = ()
+    mask: int | None = None
+    bos: int | None = None
+    pad: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published wiring.
+
+    read     config.json -> shape. write: shape and capabilities -> the fields of config.json (without the token ids and
+             `architectures`, `model_type`, which `checkpoint` adds).
+    names    the published tensor names.
+    kind, shift, ar_first: see core.ModelInfo. block: (field of config.json, fallback) of the native block length.
+    edit     whether this checkpoint was trained to overwrite committed tokens, from its config.json.
+    ids      used where the model's own files say nothing. end_tokens, mask_tokens: contents of added tokens of the
+             tokenizer that also end a text, or are the mask.
+    harmless patterns (re.fullmatch) of tensors that may be in a file and are not parameters.
+    tiny     fields of config.json that a tiny model of the family needs beside the common shape.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    names: NameTable
+    read: Callable[[Fields], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    kind: Kind = "ar"
+    shift: int = 0
+    ar_first: bool = False
+    block: tuple[str, int] | None = None
+    edit: Callable[[Fields], bool] = field(default=lambda _: False)
+    ids: Ids = Ids()
+    end_tokens: tuple[str, ...] = ()
+    mask_tokens: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Add to the registry; ValueError if its name is taken."""
+    if family.name in FAMILIES:
+        raise ValueError(f"family {family.name!r} is registered twice")
+    FAMILIES[family.name] = family
+    return family
+
+
+def find_family(name: str) -> Family:
+    """By registered name. Raises ModelLoadError listing the families there are."""
+    if name not in FAMILIES:
+        raise ModelLoadError(f"unknown model family {name!r}; known: {', '.join(sorted(FAMILIES))}.", param="family")
+    return FAMILIES[name]
+
+
+def family_of(fields: Fields) -> Family:
+    """The family of a config.json: by `architectures` (several families share a model_type), else by `model_type`.
+    Raises ModelLoadError naming both."""
+    architectures = fields.raw.get("architectures") or []
+    model_type = fields.raw.get("model_type")
+    for family in FAMILIES.values():
+        if any(name in family.architectures for name in architectures):
+            return family
+    for family in FAMILIES.values():
+        if not architectures and model_type in family.model_types:
+            return family
+    raise ModelLoadError(
+        f"{fields.where}: no supported family for architectures={architectures}, model_type={model_type!r}; "
+        f"supported: {', '.join(sorted(FAMILIES))}.",
+        param="architectures",
+    )
+
+
+def require_expressible(family: Family, config: DecoderConfig) -> None:
+    """Raise ValidationError unless the family's config.json can say this shape, so that it reads back the same."""
+    back = family.read(Fields({**family.tiny, **family.write(config)}))
+    names = DecoderConfig.__dataclass_fields__
+    differing = [name for name in names if getattr(back, name) != getattr(config, name)]
+    if differing:
+        shown = ", ".join(f"{n}={getattr(config, n)!r} (it would read {getattr(back, n)!r})" for n in differing)
+        raise ValidationError(f"family {family.name} cannot have {shown}.", param=differing[0])
+
+
+def describe(
+    family: str,
+    config: DecoderConfig,
+    ids: Ids,
+    *,
+    name: str = "",
+    block: int | None = None,
+    edit: bool = False,
+) -> ModelInfo:
+    """Capabilities of a model of this family and shape. `block` None: the family's native block. Raises ModelLoadError
+    for a family that needs a mask id and has none, or an id outside the vocabulary."""
+    found = find_family(family)
+    if found.kind != "ar" and ids.mask is None:
+        raise ModelLoadError(f"{family} needs a mask token id and none is known; set mask_token_id in config.json.")
+    for label, token in [("mask", ids.mask), ("bos", ids.bos), ("pad", ids.pad), *(("eos", e) for e in ids.eos)]:
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise ModelLoadError(
+                f"{label} token id {token} is outside the vocabulary of {config.vocab_size} embedding rows."
+            )
+    native = found.block[1] if found.block else 0
+    return ModelInfo(
+        name=name or family,
+        family=family,
+        kind=found.kind,
+        vocab_size=config.vocab_size,
+        max_len=config.max_len,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        eos_ids=ids.eos,
+        mask_id=ids.mask,
+        bos_id=ids.bos,
+        pad_id=ids.pad,
+        shift=found.shift,
+        block=native if block is None else block,
+        ar_first=found.ar_first,
+        edit=edit,
+    )

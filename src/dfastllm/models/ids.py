@@ -1,0 +1,87 @@
+"""Token ids of a checkpoint from its own files. Does not tokenise: that is the text room's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dfastllm.errors import ModelLoadError
+from dfastllm.models.family import Family, Fields, Ids
+from dfastllm.models.headers import read_json
+
+__all__ = ["added_tokens", "read_ids"]
+
+
+def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -> Ids:
+    """Ids in order of trust: generation_config.json, config.json, the tokenizer's own special tokens, the family's
+    published values (only those inside the vocabulary). eos: the union of the first that name any, with the family's
+    end tokens that the tokenizer has; the first id is config.json's, the one padding is counted as.
+
+    Raises ModelLoadError for an id that is no integer.
+    """
+    generation = _optional(directory / "generation_config.json")
+    tokens = added_tokens(directory)
+    special = _optional(directory / "tokenizer_config.json").raw
+
+    def one(name: str) -> int | None:
+        for source in (fields, generation):
+            if source.has(f"{name}_token_id"):
+                value = source.raw[f"{name}_token_id"]
+                return _integers(value, f"{name}_token_id", source)[0]
+        content = special.get(f"{name}_token")
+        if isinstance(content, dict):
+            content = content.get("content")
+        return tokens.get(content) if isinstance(content, str) else None
+
+    eos = _integers(fields.raw.get("eos_token_id"), "eos_token_id", fields)
+    eos += _integers(generation.raw.get("eos_token_id"), "eos_token_id", generation)
+    if not eos and one("eos") is not None:
+        eos = [one("eos") or 0]
+    eos += [tokens[content] for content in family.end_tokens if content in tokens]
+    mask = one("mask")
+    if mask is None:
+        mask = next((tokens[content] for content in family.mask_tokens if content in tokens), None)
+    known = Ids(eos=tuple(dict.fromkeys(eos)), mask=mask, bos=one("bos"), pad=one("pad"))
+    return _with_fallbacks(known, family.ids, vocab_size)
+
+
+def _with_fallbacks(known: Ids, published: Ids, vocab_size: int) -> Ids:
+    def inside(token: int | None) -> int | None:
+        return token if token is not None and token < vocab_size else None
+
+    return Ids(
+        eos=known.eos or tuple(token for token in published.eos if token < vocab_size),
+        mask=known.mask if known.mask is not None else inside(published.mask),
+        bos=known.bos if known.bos is not None else inside(published.bos),
+        pad=known.pad if known.pad is not None else inside(published.pad),
+    )
+
+
+def added_tokens(directory: Path) -> dict[str, int]:
+    """Content -> id of the tokens a tokenizer adds to its vocabulary, from tokenizer.json, tokenizer_config.json and
+    added_tokens.json, whichever are there; malformed entries are passed over (the text room refuses them)."""
+    found: dict[str, int] = {}
+    for content, token in _optional(directory / "added_tokens.json").raw.items():
+        if isinstance(token, int):
+            found[content] = token
+    decoder = _optional(directory / "tokenizer_config.json").raw.get("added_tokens_decoder")
+    for token, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict) and str(token).isdigit():
+            found[str(entry.get("content"))] = int(token)
+    listed = _optional(directory / "tokenizer.json").raw.get("added_tokens")
+    for entry in listed if isinstance(listed, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
+            found[str(entry.get("content"))] = entry["id"]
+    return found
+
+
+def _optional(path: Path) -> Fields:
+    return Fields(read_json(path) if path.is_file() else {}, path.name)
+
+
+def _integers(value: Any, name: str, source: Fields) -> list[int]:
+    """An id, a list of ids, or null, as a list."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(item, int) or isinstance(item, bool) for item in values):
+        raise ModelLoadError(f"{source.where}: {name} must be an integer or a list of integers, got {value!r}.")
+    return list(values)

@@ -1,0 +1,165 @@
+"""Autoregressive wiring: Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 differ only in what their config.json says.
+
+Published names are those of Hugging Face transformers. A sliding window is honoured by limiting the context to it:
+within the window it is plain causal attention, and longer inputs are refused rather than computed differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from dfastllm.errors import ModelLoadError
+from dfastllm.models.config import DecoderConfig, RopeScaling
+from dfastllm.models.family import Family, Fields, NameTable, register
+
+__all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN2", "QWEN3", "read_llama", "read_qwen2", "read_qwen3", "write_llama"]
+
+NAMES = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+    "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.attn.q_proj": "model.layers.{i}.self_attn.q_proj",
+    "layers.{i}.attn.k_proj": "model.layers.{i}.self_attn.k_proj",
+    "layers.{i}.attn.v_proj": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.attn.o_proj": "model.layers.{i}.self_attn.o_proj",
+    "layers.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm",
+    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp.gate_proj": "model.layers.{i}.mlp.gate_proj",
+    "layers.{i}.mlp.up_proj": "model.layers.{i}.mlp.up_proj",
+    "layers.{i}.mlp.down_proj": "model.layers.{i}.mlp.down_proj",
+}
+
+
+def read_rope(fields: Fields, default_theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
+    """theta and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    raw = fields.get("rope_parameters|rope_scaling", dict, {})
+    rope = Fields(raw, f"{fields.where}: rope_scaling")
+    theta = rope.get("rope_theta", float, fields.get("rope_theta", float, default_theta))
+    kind = rope.get("rope_type|type", str, "default")
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ModelLoadError(
+            f"{rope.where}: rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn.",
+            param="rope_scaling",
+        )
+    factor = rope.get("factor", float)
+    if kind == "linear":
+        return theta, RopeScaling("linear", factor)
+    original = rope.get("original_max_position_embeddings", int, fields.get("max_position_embeddings", int))
+    if kind == "llama3":
+        low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
+        return theta, RopeScaling("llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
+    return theta, RopeScaling(
+        "yarn",
+        factor,
+        original,
+        beta_fast=rope.get("beta_fast", float, 32.0),
+        beta_slow=rope.get("beta_slow", float, 1.0),
+        attention_factor=rope.get("attention_factor", float) if rope.has("attention_factor") else None,
+        truncate=rope.get("truncate", bool, True),
+    )
+
+
+def write_rope(config: DecoderConfig) -> dict[str, Any]:
+    """The fields `read_rope` reads, in the form readers of transformers 4 and 5 share."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    raw: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        raw["original_max_position_embeddings"] = scaling.original_max_len
+    if scaling.kind == "llama3":
+        raw |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        raw |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        if scaling.attention_factor is not None:
+            raw["attention_factor"] = scaling.attention_factor
+    return {"rope_theta": config.rope_theta, "rope_scaling": raw}
+
+
+def read_llama(fields: Fields) -> DecoderConfig:
+    """Llama and Mistral. Fields absent from old files have the defaults of their transformers classes."""
+    fields.only(hidden_act="silu", pretraining_tp=1)
+    heads, hidden = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
+    theta, scaling = read_rope(fields)
+    max_len = fields.get("max_position_embeddings", int, 2048)
+    window = fields.get("sliding_window", int, max_len)
+    bias = fields.get("attention_bias", bool, False)
+    return DecoderConfig(
+        vocab_size=fields.get("vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=fields.get("intermediate_size", int),
+        layers=fields.get("num_hidden_layers", int),
+        heads=heads,
+        kv_heads=fields.get("num_key_value_heads", int, heads),
+        head_dim=fields.get("head_dim", int, hidden // heads),
+        max_len=min(max_len, window),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=fields.get("mlp_bias", bool, False),
+        tied=fields.get("tie_word_embeddings", bool, False),
+    )
+
+
+def _without_unused_window(fields: Fields) -> Fields:
+    """Qwen files carry a `sliding_window` that `use_sliding_window: false` switches off."""
+    if fields.get("use_sliding_window", bool, False):
+        return fields
+    return Fields({**fields.raw, "sliding_window": None}, fields.where)
+
+
+def read_qwen2(fields: Fields) -> DecoderConfig:
+    """Qwen2 and 2.5: always a bias on q, k, v and never on the output projection."""
+    return replace(read_llama(_without_unused_window(fields)), qkv_bias=True, out_bias=False)
+
+
+def read_qwen3(fields: Fields) -> DecoderConfig:
+    """Qwen3: RMS norm of every q and k head before rope; head_dim 128 where the file says nothing."""
+    with_dim = Fields({"head_dim": 128, **fields.raw}, fields.where)
+    return replace(read_llama(_without_unused_window(with_dim)), qk_norm=True)
+
+
+def write_llama(config: DecoderConfig) -> dict[str, Any]:
+    """config.json of every wiring that follows Llama's field names."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_len,
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.out_bias,
+        "mlp_bias": config.mlp_bias,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tied,
+        **write_rope(config),
+    }
+
+
+LLAMA = register(
+    Family(
+        name="llama",
+        architectures=("LlamaForCausalLM",),
+        model_types=("llama",),
+        names=NameTable(NAMES),
+        read=read_llama,
+        write=write_llama,
+    )
+)
+MISTRAL = register(replace(LLAMA, name="mistral", architectures=("MistralForCausalLM",), model_types=("mistral",)))
+QWEN2 = register(
+    replace(LLAMA, name="qwen2", architectures=("Qwen2ForCausalLM",), model_types=("qwen2",), read=read_qwen2)
+)
+QWEN3 = register(
+    replace(LLAMA, name="qwen3", architectures=("Qwen3ForCausalLM",), model_types=("qwen3",), read=read_qwen3)
+)

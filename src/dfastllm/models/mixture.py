@@ -1,0 +1,66 @@
+"""Mixtures of experts: the two routers and the sum over experts. No expert parallelism, no load-balancing loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfastllm.models.config import MoEConfig
+from dfastllm.models.parts import SwiGLU
+
+__all__ = ["Mixture", "Router"]
+
+
+class Router(nn.Module):
+    """Scores rows against experts in float32. `bias` (sigmoid router only) steers selection, never the weights."""
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.experts, hidden))
+        self.bias = nn.Parameter(torch.zeros(config.experts)) if config.router == "sigmoid" else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [tokens, hidden] -> weights float32, experts int64, both [tokens, top_k]."""
+        config = self.config
+        logits = F.linear(x.float(), self.weight.float())  # [tokens, experts]
+        if self.bias is None:
+            weights, chosen = logits.softmax(-1).topk(config.top_k, dim=-1)
+        else:
+            scores = logits.sigmoid()
+            chosen = self._within_best_groups(scores + self.bias.float()).topk(config.top_k, dim=-1).indices
+            weights = scores.gather(-1, chosen)
+        if config.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * config.scale, chosen
+
+    def _within_best_groups(self, biased: Tensor) -> Tensor:
+        """biased [tokens, experts] with every expert outside the row's best groups at -inf."""
+        grouped = biased.view(len(biased), self.config.groups, -1)
+        group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # [tokens, groups]
+        best = group_score.topk(self.config.groups_kept, dim=-1).indices
+        kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(-1, best, True)
+        return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+
+
+class Mixture(nn.Module):
+    """Sum of the chosen experts' outputs times their weights, plus the shared expert's."""
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.router = Router(hidden, config)
+        self.experts = nn.ModuleList(SwiGLU(hidden, config.intermediate_size) for _ in range(config.experts))
+        self.shared = SwiGLU(hidden, config.shared_size) if config.shared_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]. Only experts that some row chose run, each on its rows at once."""
+        weights, chosen = self.router(x)
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for expert in chosen.unique().tolist():
+            row, slot = (chosen == expert).nonzero(as_tuple=True)
+            update = self.experts[expert](x[row]).float() * weights[row, slot, None]
+            out = out.index_add(0, row, update)
+        if self.shared is not None:
+            out = out + self.shared(x).float()
+        return out.to(x.dtype)
