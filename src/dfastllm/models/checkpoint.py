@@ -204,7 +204,8 @@ def save(model: Decoder, path: str | Path, *, files: Iterable[str | Path] = (), 
 
 
 def config_json(model: Decoder) -> dict[str, Any]:
-    """The config.json that `load` reads back to the same shape and capabilities. Raises ValidationError if there is none."""
+    """The config.json that `load` reads back to the same shape and capabilities. Raises ValidationError if the family
+    has no such shape."""
     family, info = find_family(model.info.family), model.info
     require_expressible(family, model.config)
     eos: int | list[int] | None = list(info.eos_ids) if len(info.eos_ids) > 1 else next(iter(info.eos_ids), None)

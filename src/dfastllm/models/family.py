@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dfastllm.core import Kind, ModelInfo
-from dfastllm.errors import ModelLoadError
+from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig
 
 __all__ = [

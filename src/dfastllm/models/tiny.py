@@ -27,14 +27,17 @@ BODY = {
 
 
 def tiny_config(family: str, **overrides: Any) -> DecoderConfig:
-    """The family's wiring (what its config reader derives from a plain config.json) at a tiny size; `overrides` are
-    fields of DecoderConfig. Raises ValidationError for an unknown one and for a shape the family cannot have."""
+    """The family's wiring at a tiny size; `overrides` are fields of DecoderConfig (head_dim follows hidden_size and
+    heads). Raises ValidationError for an unknown field and for a shape the family cannot have."""
     found = find_family(family)
     unknown = overrides.keys() - DecoderConfig.__dataclass_fields__.keys()
     if unknown:
         raise ValidationError(f"unknown config field(s) {', '.join(sorted(unknown))}.", param=min(unknown))
     plain = DecoderConfig(**BODY)  # type: ignore[arg-type]
     wired = found.read(Fields({**found.write(plain), **found.tiny}))
+    if "head_dim" not in overrides and overrides.keys() & {"hidden_size", "heads"}:
+        body = {**BODY, **overrides}
+        overrides["head_dim"] = body["hidden_size"] // body["heads"]
     shape = {**{name: getattr(wired, name) for name in DecoderConfig.__dataclass_fields__}, **overrides}
     config = DecoderConfig(**shape)
     require_expressible(found, config)
