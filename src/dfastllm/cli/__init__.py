@@ -1,0 +1,48 @@
+"""The `dfastllm` command. One file per command; a command imports what it needs when it runs, so `--help` is quick and
+loads neither torch nor the web stack. Does no work of its own: parses options, calls a room below, prints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dfastllm.cli.check import check
+from dfastllm.cli.doctor import doctor
+from dfastllm.cli.output import Group
+from dfastllm.cli.serve import serve
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dfastllm",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (serve, check, doctor):
+    app.command()(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"dfastllm {version('dfastllm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fast language-model inference, masked diffusion and autoregression in one engine."""
+
+
+def main() -> None:
+    app()

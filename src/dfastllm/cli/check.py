@@ -1,0 +1,5 @@
+"""`dfastllm check`"""
+
+
+def check() -> None:
+    """x"""

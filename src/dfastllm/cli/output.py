@@ -1,0 +1,75 @@
+"""What every command does with people: one line per error, results on stdout, progress and remarks on stderr.
+
+Convention: a progress bar or a spinner is rich's and goes to stderr, so that stdout holds the result and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dfastllm.errors import DFastLLMError, ModelNotFoundError, ValidationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Group", "console", "exit_code", "warn", "working"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def warn(message: str) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; nothing where stderr is not a terminal."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield
+        return
+    with screen.status(what):
+        yield
+
+
+def exit_code(error: BaseException) -> int:
+    """2: the input was wrong and another call may succeed; 1: it failed."""
+    return 2 if isinstance(error, (ValidationError, ModelNotFoundError)) else 1
+
+
+class Group(typer.core.TyperGroup):
+    """The command group: errors become one line on stderr and an exit code. `--debug` shows the traceback as well."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException):  # typer's own: usage errors have exit code 2
+            raise
+        except DFastLLMError as error:
+            self._report(ctx, error, f"error: {error}")
+            raise typer.Exit(exit_code(error)) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our pipe went away: nobody is left to tell
+            sys.stderr.close()
+            raise typer.Exit(1) from None
+        except Exception as error:
+            hint = "" if ctx.params.get("debug") else " (dfastllm --debug COMMAND shows where)"
+            self._report(ctx, error, f"error: {type(error).__name__}: {error}{hint}")
+            raise typer.Exit(1) from None
+
+    def _report(self, ctx: Any, error: BaseException, line: str) -> None:
+        if ctx.params.get("debug"):
+            traceback.print_exception(error)
+        typer.echo(" ".join(line.split()), err=True)

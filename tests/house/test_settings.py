@@ -1,0 +1,141 @@
+"""One settings table: documented, honoured, and the same on the command line, in the environment and in Python."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from source import ROOT, modules
+
+from dfastllm.errors import ValidationError
+from dfastllm.settings import SETTINGS, Setting, Settings, reference, unknown_variables
+
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+# A value for each setting that differs from its default, as text, and the same typed.
+OTHER: dict[str, tuple[str, object]] = {
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("9000", 9000),
+    "api_key": ("s3cret", "s3cret"),
+    "allowed_origins": ("https://a.example,https://b.example", ("https://a.example", "https://b.example")),
+    "max_body_bytes": ("4096", 4096),
+    "max_prompts": ("3", 3),
+    "request_timeout": ("1.5", 1.5),
+    "shutdown_timeout": ("0", 0.0),
+    "log_level": ("debug", "debug"),
+    "model": ("demo-ar,demo-block", ("demo-ar", "demo-block")),
+    "served_model_name": ("a,b", ("a", "b")),
+    "device": ("cuda:1", "cuda:1"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "threads": ("3", 3),
+    "max_model_len": ("128", 128),
+    "max_num_seqs": ("2", 2),
+    "max_num_batched_tokens": ("99", 99),
+    "prefill_chunk": ("7", 7),
+    "max_waiting": ("5", 5),
+    "ageing_steps": ("0", 0),
+    "kv_cache_tokens": ("4096", 4096),
+    "page_size": ("32", 32),
+}
+BAD = {int: ["x", "", "1.5", "-1"], float: ["x", "nan", "inf", "-1"], tuple: ["a,,b", ","], str: [""]}
+
+
+def test_reference_is_fresh() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == reference(), "stale: run `python -m dfastllm.settings > docs/settings.md`"
+
+
+def test_every_setting_is_documented() -> None:
+    for setting in SETTINGS:
+        assert setting.help.endswith("."), setting.name
+        assert f"`{setting.flag}`" in reference(), setting.name
+        assert f"`{setting.variable}`" in reference(), setting.name
+
+
+def test_every_setting_is_honoured() -> None:
+    """Some code above settings reads `settings.NAME`; the engine's are passed on by engine_options."""
+    read = set()
+    for module in modules():
+        if module.room in ("settings", "engine"):
+            continue
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+                if name.endswith("settings"):
+                    read.add(node.attr)
+    wanted = {s.name for s in SETTINGS if not s.engine} | {"engine_options"}
+    assert wanted - read == set(), "declared and read by nothing"
+
+
+def test_engine_settings_are_the_engines() -> None:
+    from dfastllm.engine.config import EngineConfig
+
+    config = EngineConfig(**Settings().engine_options())
+    assert config == EngineConfig(), "a default differs between settings and EngineConfig"
+    assert set(Settings().engine_options()) == set(EngineConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_environment_and_python_agree(name: str) -> None:
+    text, value = OTHER[name]
+    also = {"DFASTLLM_MODEL": "x,y"} if name == "served_model_name" else {}
+    loaded = Settings.load(env={BY_NAME[name].variable: text, **also})
+    assert getattr(loaded, name) == value != BY_NAME[name].default
+    assert getattr(Settings.load({name: value}, env=also), name) == value
+
+
+def test_the_table_above_is_complete() -> None:
+    assert set(OTHER) == set(BY_NAME)
+
+
+def test_precedence() -> None:
+    env = {"DFASTLLM_PORT": "9000", "DFASTLLM_MAX_WAITING": ""}
+    assert Settings.load(env=env).port == 9000
+    assert Settings.load({"port": 7000}, env=env).port == 7000
+    assert Settings.load({"port": None}, env=env).port == 9000
+    assert Settings.load(env=env).max_waiting == Settings().max_waiting
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [(s, text) for s in SETTINGS for text in BAD[s.type] if not (s.optional and text == "" and s.type is int)],
+    ids=lambda v: v.name if isinstance(v, Setting) else repr(v),
+)
+def test_bad_values_are_named(setting: Setting, text: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings.load({setting.name: text}, env={})
+    message = str(caught.value)
+    assert caught.value.param == setting.name
+    assert message.startswith(f"{setting.name} must be {setting.wanted}")
+    assert f"(from {setting.flag})" in message
+    assert ("not shown" if setting.secret else repr(text)) in message
+
+
+def test_limits() -> None:
+    """Each limit itself passes; a step beyond it does not."""
+    for setting in SETTINGS:
+        for limit, step in ((setting.minimum, -0.001), (setting.maximum, 0.001)):
+            if limit is None:
+                continue
+            assert setting.parse(limit) == limit
+            beyond = limit + step * (1 if setting.type is float else 1000)
+            with pytest.raises(ValidationError):
+                setting.parse(beyond)
+
+
+def test_settings_that_contradict() -> None:
+    with pytest.raises(ValidationError, match="served_model_name must name each model once"):
+        Settings(model=("a",), served_model_name=("x", "y"))
+    with pytest.raises(ValidationError, match="page_size must not exceed kv_cache_tokens"):
+        Settings(page_size=64, kv_cache_tokens=32)
+    with pytest.raises(ValidationError, match="Did you mean 'max_num_seqs'"):
+        Settings.load({"max_seqs": 3}, env={})
+
+
+def test_secrets_are_not_shown() -> None:
+    assert "s3cret" not in repr(Settings(api_key="s3cret"))
+
+
+def test_unknown_variables() -> None:
+    env = {"DFASTLLM_PORT": "1", "DFASTLLM_PROT": "1", "OTHER": "x"}
+    assert unknown_variables(env) == ["DFASTLLM_PROT"]
