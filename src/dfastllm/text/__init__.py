@@ -1,0 +1,20 @@
+"""Text in and out of token ids: tokenizer files, chat templates, incremental detokenising and stop strings, tools.
+
+It reads a checkpoint directory's tokenizer files and knows nothing of models, decoding or the engine. Imports no torch
+and no transformers: the `tokenizers` library encodes and decodes, a Jinja sandbox renders templates.
+"""
+
+from dfastllm.text.chat import ChatTemplates
+from dfastllm.text.detokenizer import Detokenizer
+from dfastllm.text.tokenizer import Tokenizer
+from dfastllm.text.tools import ParsedMessage, ToolCall, ToolCallParser, parse_tool_calls
+
+__all__ = [
+    "ChatTemplates",
+    "Detokenizer",
+    "ParsedMessage",
+    "Tokenizer",
+    "ToolCall",
+    "ToolCallParser",
+    "parse_tool_calls",
+]

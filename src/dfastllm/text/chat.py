@@ -1,0 +1,207 @@
+"""Chat templates: messages and tools -> prompt text, in an immutable Jinja sandbox, as Hugging Face renders them.
+
+The environment is the documented one of Hugging Face chat templates: trim_blocks and lstrip_blocks, loop controls, a
+`tojson` that neither escapes HTML nor sorts keys, `raise_exception(message)`, `strftime_now(format)`, and the
+`{% generation %}` tag, which only marks its body and is rendered through here. Templates come from untrusted
+checkpoints: the sandbox denies attribute tricks and any change to the values handed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dfastllm.errors import TokenizerError, ValidationError
+from dfastllm.text.files import read_json, read_text
+
+__all__ = ["ChatTemplates"]
+
+
+class _GenerationTag(Extension):
+    """`{% generation %} ... {% endgeneration %}` marks the assistant's text for training masks; it renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012  (the attribute's type is set by jinja2)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _Refused(jinja2.TemplateError):
+    """The template itself called raise_exception: it refuses these messages."""
+
+
+def _raise_exception(message: str) -> None:
+    raise _Refused(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], loader=jinja2.DictLoader({})
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplates:
+    """The named templates of one checkpoint. `render` picks "tool_use" when tools are given and it exists, else
+    "default". Compiled on first use, so that a broken template only fails who needs it."""
+
+    def __init__(self, templates: Mapping[str, str]) -> None:
+        self._sources = dict(templates)
+        self._compiled: dict[str, jinja2.Template] = {}
+        self._environment = _environment()
+
+    @classmethod
+    def load(cls, directory: Path, config: Mapping[str, Any]) -> ChatTemplates:
+        """Templates of a checkpoint directory. Files win over `config` (the content of tokenizer_config.json), as in
+        Hugging Face: chat_template.jinja, additional_chat_templates/*.jinja, chat_template.json, then the config's
+        `chat_template`: one string, or a list of {"name", "template"}. Raises TokenizerError when none of these forms
+        fits."""
+        templates = _from_value(config.get("chat_template"), "tokenizer_config.json", directory)
+        legacy = directory / "chat_template.json"
+        if legacy.is_file():
+            templates |= _from_value(read_json(legacy).get("chat_template"), legacy.name, directory)
+        single = directory / "chat_template.jinja"
+        if single.is_file():
+            templates["default"] = read_text(single)
+        for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+            templates[file.stem] = read_text(file)
+        return cls(templates)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._sources))
+
+    def __bool__(self) -> bool:
+        return bool(self._sources)
+
+    def source(self, name: str = "default") -> str | None:
+        """The template's text, None when there is none of that name."""
+        return self._sources.get(name)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a conversation.
+
+        variables: further names the template sees (bos_token, enable_thinking, ...).
+        Raises ValidationError when there is no template, the messages are no messages, or the template refuses them;
+        TokenizerError when the template itself is broken.
+        """
+        _check_messages(messages)
+        name = self._pick(template, tools)
+        compiled = self._compile(name)
+        try:
+            return compiled.render(
+                **{
+                    **(variables or {}),
+                    "messages": list(messages),
+                    "tools": list(tools) if tools else None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+        except _Refused as error:
+            raise ValidationError(f"The chat template refuses these messages: {error}", param="messages") from error
+        except (SecurityError, jinja2.TemplateNotFound) as error:  # it reached for other objects, or for files
+            raise TokenizerError(
+                f"The chat template {name!r} tried something its sandbox forbids: {error}.",
+                hint="Do not trust this checkpoint's template; put your own in chat_template.jinja.",
+            ) from error
+        except (jinja2.UndefinedError, TypeError, ValueError, LookupError) as error:
+            raise ValidationError(
+                f"The chat template {name!r} cannot render these messages: {type(error).__name__}: {error}.",
+                param="messages",
+                hint="Each message needs the fields that the template reads, usually role and content.",
+            ) from error
+        except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:
+            raise TokenizerError(f"The chat template {name!r} failed: {type(error).__name__}: {error}.") from error
+
+    def _pick(self, template: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        if not self._sources:
+            raise ValidationError(
+                "This model has no chat template, so it cannot take messages.",
+                param="messages",
+                hint="Send a plain prompt, or add a chat_template.jinja to the model directory.",
+            )
+        if template is None:
+            template = "tool_use" if tools and "tool_use" in self._sources else "default"
+        if template not in self._sources:
+            raise ValidationError(
+                f"No chat template is called {template!r}; this model has {', '.join(self.names)}.", param="template"
+            )
+        return template
+
+    def _compile(self, name: str) -> jinja2.Template:
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = self._environment.from_string(self._sources[name])
+            except jinja2.TemplateSyntaxError as error:
+                raise TokenizerError(
+                    f"The chat template {name!r} does not parse: {error.message} at line {error.lineno}.",
+                    hint="Mend it in tokenizer_config.json, or put a good one in chat_template.jinja.",
+                ) from error
+        return self._compiled[name]
+
+
+def _from_value(value: Any, file: str, directory: Path) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    rows = value if isinstance(value, list) else []
+    ok = bool(rows) and all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("template"), str)
+        for row in rows
+    )
+    if not ok:
+        raise TokenizerError(
+            f"chat_template in {file} of {directory} must be a string or a list of "
+            f'{{"name": ..., "template": ...}} objects, got {type(value).__name__}.'
+        )
+    return {row["name"]: row["template"] for row in rows}
+
+
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
+        raise ValidationError(
+            f"messages must be a non-empty list of {{role, content}} objects, got {messages!r}.", param="messages"
+        )
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValidationError(
+                f"messages[{index}] must be an object with a role, got {message!r}.", param=f"messages[{index}]"
+            )

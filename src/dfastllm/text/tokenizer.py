@@ -1,0 +1,214 @@
+"""Text <-> token ids from a checkpoint's tokenizer files.
+
+Wraps the `tokenizers` library. Reads tokenizer.json (needed), tokenizer_config.json, special_tokens_map.json,
+generation_config.json (further EOS ids) and chat templates; writes nothing. It does not know the model: `check_fits`
+compares it with one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from dfastllm.errors import TokenizerError, ValidationError
+from dfastllm.text.chat import ChatTemplates
+from dfastllm.text.files import read_json, read_text
+
+__all__ = ["Tokenizer"]
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "sep_token", "cls_token")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Tokenizer:
+    """A loaded tokenizer. Immutable after construction and safe to use from many threads.
+
+    vocab_size   highest token id + 1: the least width of logits that fits (a model's own vocabulary may be padded).
+    eos_ids      every id that ends a text: the config's eos_token first, then those of generation_config.json.
+    special_ids  ids that `decode(skip_special=True)` leaves out.
+    byte_ids     ids of SentencePiece byte-fallback tokens (<0x00>..<0xFF>), empty for other tokenizers.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        eos_ids: Sequence[int] = (),
+        templates: ChatTemplates | None = None,
+    ) -> None:
+        """backend: the library's tokenizer; truncation and padding are switched off. special_tokens: role (bos_token,
+        eos_token, mask_token, ...) -> token text. Raises TokenizerError for a role whose token is not in the
+        vocabulary."""
+        backend.no_truncation()  # a tokenizer.json saved with truncation would otherwise cut prompts silently
+        backend.no_padding()
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.templates = templates or ChatTemplates({})
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise TokenizerError("The tokenizer has an empty vocabulary.", hint="Use the tokenizer.json of the model.")
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        fallback = '"ByteFallback"' in json.dumps(json.loads(backend.to_str())["decoder"])
+        self.byte_ids = (
+            frozenset(i for t, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(t)) if fallback else frozenset()
+        )
+        for role, token in self.special_tokens.items():
+            if token not in vocabulary:
+                raise TokenizerError(
+                    f"{role} is {token!r}, which is not in the vocabulary of tokenizer.json.",
+                    hint="tokenizer_config.json and tokenizer.json belong to different models, or one is damaged.",
+                )
+        self.bos_id = self._role("bos_token")
+        self.eos_id = self._role("eos_token")
+        self.pad_id = self._role("pad_token")
+        self.mask_id = self._role("mask_token")
+        own = () if self.eos_id is None else (self.eos_id,)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *eos_ids)))
+        if self.eos_id is None and self.eos_ids:
+            self.eos_id = self.eos_ids[0]
+
+    def _role(self, role: str) -> int | None:
+        token = self.special_tokens.get(role)
+        return None if token is None else self.token_to_id(token)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """The tokenizer of a checkpoint directory. Raises TokenizerError naming the missing or unreadable file."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise TokenizerError(f"{directory} is not a directory, so it holds no tokenizer.")
+        backend = _load_backend(directory)
+        config = _optional(directory / "tokenizer_config.json")
+        _add_declared(backend, config.get("added_tokens_decoder"), directory)
+        roles = _optional(directory / "special_tokens_map.json") | config
+        special = {role: text for role in _SPECIAL_NAMES if (text := _token_text(roles.get(role))) is not None}
+        eos = _optional(directory / "generation_config.json").get("eos_token_id")
+        eos_ids = [eos] if isinstance(eos, int) else eos or []
+        if not isinstance(eos_ids, list) or not all(isinstance(i, int) for i in eos_ids):
+            raise TokenizerError(
+                f"eos_token_id in generation_config.json of {directory} must be a number or a list, got {eos!r}."
+            )
+        return cls(backend, special_tokens=special, eos_ids=eos_ids, templates=ChatTemplates.load(directory, config))
+
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids. Special tokens written out in `text` become their ids. add_special: also what the tokenizer puts
+        around a text (usually BOS); leave it off for a rendered chat template, which writes them itself. Raises
+        ValidationError for text with lone surrogates."""
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special).ids
+        except TypeError as error:  # what the library says of lone surrogates, and of what is no text
+            if not isinstance(text, str):
+                raise
+            raise ValidationError("The text is not valid Unicode: it has a lone surrogate.", param="prompt") from error
+        except Exception as error:  # the library raises plain Exception, as for a missing unknown token
+            raise TokenizerError(
+                f"The tokenizer cannot encode this text: {error}.",
+                hint="Its tokenizer.json is damaged or of another model.",
+            ) from error
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`. Bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary decode to nothing."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of a conversation; encode it with add_special=False. `variables` (enable_thinking, ...) reach
+        the template next to this tokenizer's special tokens. Errors: see ChatTemplates.render."""
+        return self.templates.render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            template=template,
+            variables={**self.special_tokens, **variables},
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.templates)
+
+    def token_to_id(self, token: str) -> int | None:
+        found: int | None = self.backend.token_to_id(token)
+        return found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling (not text: spaces and bytes are encoded), None for an id outside it."""
+        found: str | None = self.backend.id_to_token(token_id) if token_id >= 0 else None
+        return found
+
+    def check_fits(self, vocab_size: int, mask_id: int | None = None) -> None:
+        """Raise TokenizerError when this tokenizer cannot belong to a model with `vocab_size` logits and `mask_id`."""
+        if self.vocab_size > vocab_size:
+            raise TokenizerError(
+                f"The tokenizer's ids reach {self.vocab_size - 1}, but the model has only {vocab_size} embeddings.",
+                hint="This is another model's tokenizer.json.",
+            )
+        if mask_id is not None and self.mask_id is not None and mask_id != self.mask_id:
+            raise TokenizerError(
+                f"The tokenizer's mask token is {self.mask_id}, but the model's config says {mask_id}.",
+                hint="This is another model's tokenizer.json, or config.json was edited.",
+            )
+
+
+def _load_backend(directory: Path) -> tokenizers.Tokenizer:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        old = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (directory / name).is_file()]
+        raise TokenizerError(
+            f"{directory} has no tokenizer.json" + (f" (it has {', '.join(old)})." if old else "."),
+            hint="Save the model's fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(directory)."
+            if old
+            else "Download the model's tokenizer files too.",
+        )
+    read_json(file)  # its errors name the file and the place; the library's do not
+    try:
+        return tokenizers.Tokenizer.from_str(read_text(file))
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(
+            f"tokenizer.json in {directory} is no tokenizer: {error}.",
+            hint="Download it again, or update the `tokenizers` package.",
+        ) from error
+
+
+def _add_declared(backend: tokenizers.Tokenizer, declared: Any, directory: Path) -> None:
+    """Add the tokens that only tokenizer_config.json declares ({id: {content, special, ...}}), each at its own id."""
+    if not isinstance(declared, dict):
+        return
+    for key, row in sorted(declared.items(), key=lambda item: int(item[0]) if item[0].isdigit() else -1):
+        content = _token_text(row)
+        if content is None or not key.isdigit():
+            raise TokenizerError(f"added_tokens_decoder[{key!r}] in {directory}/tokenizer_config.json is no token.")
+        if backend.token_to_id(content) is None:
+            flags = {k: bool(row[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in row}
+            backend.add_tokens([tokenizers.AddedToken(content, **flags)])
+        if backend.token_to_id(content) != int(key):
+            raise TokenizerError(
+                f"{content!r} has id {key} in tokenizer_config.json and {backend.token_to_id(content)} in "
+                f"tokenizer.json of {directory}.",
+                hint="The two files belong to different models.",
+            )
+
+
+def _token_text(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
