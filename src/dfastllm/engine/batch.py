@@ -37,7 +37,11 @@ class SpanKeys:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One forward pass: ids, positions [rows]; write_rows, write_slots [stored]; want [wanted]; all int64."""
+    """One forward pass: ids, positions [rows]; write_rows, write_slots [stored]; want [wanted]; all int64.
+
+    rows and wanted count padding rows at the end (token 0 at position 0, read by nobody, attending to nothing);
+    `wanted` says how many of `want` are real.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -45,6 +49,7 @@ class Packed:
     write_rows: torch.Tensor
     write_slots: torch.Tensor
     want: torch.Tensor
+    wanted: int
 
 
 def visibility(span: Span, cached: int) -> np.ndarray | None:
@@ -80,9 +85,9 @@ def _cached(span: Span, kv_len: int) -> int:
     return {"keep": span.stop, "replace": kv_len, "scratch": span.start, "none": 0}[span.store]
 
 
-def pack(items: Sequence[tuple[Span, PageTable, int]], device: torch.device | str) -> Packed:
+def pack(items: Sequence[tuple[Span, PageTable, int]], device: torch.device | str, min_rows: int = 1) -> Packed:
     """Pack (span, its sequence's pages, its kv_len). The tables must already hold the pages that `span.stored`
-    needs."""
+    needs. The pass is padded to `min_rows` rows, and so are the wanted rows if there are any."""
     ids: list[int] = []
     positions: list[int] = []
     write_rows: list[int] = []
@@ -111,7 +116,16 @@ def pack(items: Sequence[tuple[Span, PageTable, int]], device: torch.device | st
         mask = None if seen is None else torch.from_numpy(seen).to(device)
         spans.append(SpanKeys(row0, len(ids), cached, _own0(span), mask))
 
+    wanted = len(want)
+    if wanted:
+        want += [want[0]] * (min_rows - wanted)
+    pad = max(0, min_rows - len(ids))
+    ids += [0] * pad
+    positions += [0] * pad
+
     def index(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    return Packed(index(ids), index(positions), tuple(spans), index(write_rows), index(write_slots), index(want))
+    return Packed(
+        index(ids), index(positions), tuple(spans), index(write_rows), index(write_slots), index(want), wanted
+    )

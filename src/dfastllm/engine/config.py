@@ -18,6 +18,9 @@ class EngineConfig:
     page_size          positions per K,V page.
     kv_tokens          K,V positions of all sequences together (rounded up to pages).
     ageing_steps       every so many steps waited count as one level of priority, so nothing starves. 0: no ageing.
+    min_rows           a forward is padded to this many rows; None: 8 per CPU thread, at least 16. Matrix products of
+                       fewer rows use other kernels with another order of summation, so without padding a request's last
+                       bits would depend on its neighbours (measured: LOG.md). 1: no padding.
     max_len            positions a sequence may have; None: the model's own limit.
     """
 
@@ -28,6 +31,7 @@ class EngineConfig:
     page_size: int = 16
     kv_tokens: int = 65536
     ageing_steps: int = 64
+    min_rows: int | None = None
     max_len: int | None = None
 
     def __post_init__(self) -> None:

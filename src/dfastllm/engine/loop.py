@@ -54,7 +54,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.pages = Pages(math.ceil(self.config.kv_tokens / self.config.page_size), self.config.page_size)
         slots = self.pages.count * self.pages.page_size
-        self.runner = Runner(model, slots, dtype or getattr(model, "dtype", torch.float32), device)
+        min_rows = self.config.min_rows or max(16, 8 * torch.get_num_threads())
+        self.runner = Runner(model, slots, dtype or getattr(model, "dtype", torch.float32), device, min_rows)
         self.scheduler = Scheduler(self.config, self.pages)
         self.max_len = min(self.config.max_len or self.info.max_len, self.info.max_len)
         self.steps = 0

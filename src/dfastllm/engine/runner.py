@@ -33,10 +33,13 @@ class Runnable(Protocol):
 class Runner:
     """Owns the K,V tensors of one model. `run` writes them; nobody else does."""
 
-    def __init__(self, model: Runnable, slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, model: Runnable, slots: int, dtype: torch.dtype, device: torch.device | str, min_rows: int = 1
+    ) -> None:
         info = model.info
         self.model = model
         self.device = torch.device(device)
+        self.min_rows = min_rows
         self.kv = KVStore(info.layers, slots, info.kv_heads, info.head_dim, dtype, self.device)
 
     @torch.inference_mode()
@@ -44,11 +47,11 @@ class Runner:
         """Logits [sum of len(span.want), vocab] float32 on the CPU-visible device of the model, in the order of items.
 
         Writes K,V of the spans that keep or replace. items: (span, pages, kv_len before the step)."""
-        packed = pack(items, self.device)
+        packed = pack(items, self.device, self.min_rows)
         hidden = self.model(packed.ids, packed.positions, self._attend(packed))
-        if packed.want.numel() == 0:
+        if packed.wanted == 0:
             return torch.empty(0, self.model.info.vocab_size, device=self.device)
-        return self.model.head(hidden[packed.want]).float()
+        return self.model.head(hidden[packed.want])[: packed.wanted].float()
 
     def _attend(self, packed: Packed) -> Attend:
         all_k, all_v = self.kv.k, self.kv.v
@@ -59,6 +62,7 @@ class Runner:
                 layer_k[packed.write_slots] = k[packed.write_rows].to(layer_k.dtype)
                 layer_v[packed.write_slots] = v[packed.write_rows].to(layer_v.dtype)
             out = torch.empty_like(q)
+            out[packed.spans[-1].row1 :] = 0  # padding rows
             for s in packed.spans:
                 own_k, own_v = k[s.row0 + s.own0 : s.row1], v[s.row0 + s.own0 : s.row1]
                 if s.cached is None:

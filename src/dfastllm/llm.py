@@ -1,0 +1,280 @@
+"""The facade: load a model, generate, stream, chat. One engine thread behind it, the same that the server uses.
+
+llm = LLM("demo-diffusion")
+print(llm.chat([{"role": "user", "content": "What is 12 plus 30?"}]).text)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, StepEvent, TokenLogprob, Usage
+from dfastllm.engine import Engine, EngineConfig, Stream, Worker
+from dfastllm.errors import ModelNotFoundError, TokenizerError, ValidationError
+from dfastllm.models import load
+from dfastllm.text import Tokenizer
+
+__all__ = ["LLM", "Completion", "RequestOutput", "load_engine", "resolve", "shipped_models"]
+
+SHIPPED = Path(__file__).parent / "shipped"
+DEFAULT_SAMPLING = SamplingParams(temperature=0.0, max_tokens=128)
+
+Prompt = str | Sequence[int]
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
+
+
+def resolve(model: str | Path) -> Path:
+    """Directory of a model: a shipped model's name, or a path. Raises ModelNotFoundError naming what there is."""
+    if str(model) in shipped_models():
+        return SHIPPED / str(model)
+    path = Path(model)
+    if path.is_dir():
+        return path
+    raise ModelNotFoundError(
+        f"no model {str(model)!r}: it is neither a directory nor a shipped model ({', '.join(shipped_models())}).",
+        param="model",
+    )
+
+
+def load_engine(
+    model: str | Path,
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    config: EngineConfig | None = None,
+) -> Engine:
+    """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": what the
+    checkpoint's config says. Raises ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
+    path = resolve(model)
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype, None)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValidationError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.", param="dtype")
+    built = load(path, device=device, dtype=dtype)
+    built.info = dataclasses.replace(built.info, name=name or path.name)
+    tokenizer = Tokenizer.load(path)
+    tokenizer.check_fits(built.info.vocab_size, built.info.mask_id)
+    return Engine(built, tokenizer, config, device=device)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. `token_ids` holds no end token; `stop` is the stop string or token id that ended it, if one did."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()
+    stop: str | int | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The answers to one prompt: n of them, `outputs[i].index == i`."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    outputs: tuple[Completion, ...]
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+
+class LLM:
+    """A loaded model. Thread-safe; use as a context manager, or call `close`, to end its engine thread.
+
+    model: a shipped model's name or a Hugging Face directory. device: cpu, cuda, cuda:N or mps. Text prompts are
+    encoded with the tokenizer's own special tokens; token ids are taken as they are. Without `sampling` a request is
+    greedy with at most 128 tokens. Each call raises ValidationError, UnsupportedError or ContextLengthError for what
+    cannot be honoured, TimeoutError or GenerationError for what went wrong underway.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "demo-diffusion",
+        *,
+        device: str = "cpu",
+        dtype: str | torch.dtype | None = None,
+        engine: EngineConfig | Engine | None = None,
+    ) -> None:
+        self.engine = (
+            engine if isinstance(engine, Engine) else load_engine(model, device=device, dtype=dtype, config=engine)
+        )
+        self.info = self.engine.info
+        self.worker = Worker({self.info.name: self.engine}).start()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.engine.tokenizer is None:
+            raise TokenizerError("this model was built without a tokenizer; give token ids.")
+        return self.engine.tokenizer
+
+    def close(self) -> None:
+        self.worker.stop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def encode(self, prompt: Prompt, *, add_special: bool = True) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt, add_special=add_special))
+        return tuple(prompt)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        decode: DecodeParams | None = None,
+        *,
+        suffix: Prompt = (),
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Stream:
+        """Queue one sequence (n must be 1) and return its stream of events."""
+        request = Request(
+            request_id or uuid.uuid4().hex,
+            self.encode(prompt),
+            sampling or DEFAULT_SAMPLING,
+            decode,
+            self.encode(suffix, add_special=False),
+            priority=priority,
+            timeout=timeout,
+        )
+        return self.worker.submit(self.info.name, request)
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, decode: DecodeParams | None = None, **options: Any
+    ) -> Iterator[StepEvent]:
+        """Events of one sequence as they come; options as in `submit`. Closing the iterator cancels the request."""
+        stream = self.submit(prompt, sampling, decode, **options)
+        try:
+            yield from stream
+        finally:
+            if not stream.done:
+                stream.cancel()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        decode: DecodeParams | Sequence[DecodeParams | None] | None = None,
+        *,
+        suffixes: Sequence[Prompt] | None = None,
+        timeout: float | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
+        one for all or one per prompt. If any request fails the others are cancelled and its error is raised."""
+        batch = _as_batch(prompts)
+        samplings = _per_prompt(sampling or DEFAULT_SAMPLING, len(batch), "sampling")
+        decodes = _per_prompt(decode, len(batch), "decode")
+        tails = list(suffixes) if suffixes is not None else [()] * len(batch)
+        if len(tails) != len(batch):
+            raise ValidationError(
+                f"suffixes: got {len(tails)}, wanted one per prompt ({len(batch)}).", param="suffixes"
+            )
+        jobs = [
+            (i, self.encode(prompt), single, decodes[i], tails[i])
+            for i, prompt in enumerate(batch)
+            for single in split_choices(samplings[i])
+        ]
+        results: list[list[Completion]] = [[] for _ in batch]
+        window = self.engine.config.max_waiting
+        for at in range(0, len(jobs), window):
+            self._run(jobs[at : at + window], results, timeout)
+        return [
+            RequestOutput(uuid.uuid4().hex, self.encode(prompt), tuple(done))
+            for prompt, done in zip(batch, results, strict=True)
+        ]
+
+    def _run(
+        self, jobs: Sequence[tuple[int, Any, Any, Any, Any]], results: list[list[Completion]], timeout: Any
+    ) -> None:
+        streams: list[Stream] = []
+        try:
+            for _, prompt, sampling, decode, suffix in jobs:
+                streams.append(self.submit(prompt, sampling, decode, suffix=suffix, timeout=timeout))
+            for (i, *_), stream in zip(jobs, streams, strict=True):
+                results[i].append(collect(stream, index=len(results[i])))
+        finally:
+            for stream in streams:
+                if not stream.done:
+                    stream.cancel()
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's chat template, ready for the assistant's turn."""
+        return tuple(self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, tools), add_special=False))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: SamplingParams | None = None,
+        decode: DecodeParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = None,
+    ) -> RequestOutput:
+        """The assistant's next message. messages: OpenAI form (role, content, tool_calls, ...)."""
+        return self.generate([self.render(messages, tools)], sampling, decode, timeout=timeout)[0]
+
+
+def collect(stream: Stream, index: int = 0) -> Completion:
+    """Read a stream to its end. Raises what the request ended with if it did not end by itself."""
+    ids: list[int] = []
+    text: list[str] = []
+    logprobs: list[TokenLogprob] = []
+    for event in stream:
+        ids += event.token_ids
+        text.append(event.text)
+        logprobs += event.logprobs
+        if event.finish is not None:
+            end = event.finish
+    return Completion(index, "".join(text), tuple(ids), end.reason, end.usage, tuple(logprobs), end.stop)
+
+
+def split_choices(sampling: SamplingParams) -> list[SamplingParams]:
+    """n choices are n independent sequences; with a seed, choice i draws with a seed of its own (choice 0 with
+    `seed`)."""
+    if sampling.n == 1:
+        return [sampling]
+    return [
+        dataclasses.replace(sampling, n=1, seed=None if sampling.seed is None else (sampling.seed + i) % 2**63)
+        for i in range(sampling.n)
+    ]
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [items]
+    return items
+
+
+def _per_prompt(value: Any, n: int, name: str) -> list[Any]:
+    if isinstance(value, Sequence):
+        if len(value) != n:
+            raise ValidationError(f"{name}: got {len(value)}, wanted one for all or one per prompt ({n}).", param=name)
+        return list(value)
+    return [value] * n

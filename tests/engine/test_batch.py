@@ -1,0 +1,118 @@
+"""Packing against the words of Span: visibility by brute force, and packed rows against each span alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfastllm.core import Span
+from dfastllm.engine.batch import pack, visibility
+from dfastllm.engine.kv import Pages, PageTable
+from dfastllm.engine.runner import Runner
+from tests.engine.fake import FakeModel
+
+
+def brute(span: Span, cached: int) -> np.ndarray:
+    """Span's docstring, one (row, key) at a time."""
+    own = len(span.ids) if span.store in ("keep", "replace") else 0
+    keys = [("plain", p) for p in range(cached)]
+    keys += [("plain", span.start + r) for r in range(own, len(span.ids))]
+    keys += [("shadow", i) for i in range(len(span.shadows))]
+    rows = [(span.start + r, None) for r in range(len(span.ids))]
+    rows += [(p, i) for i, (p, _) in enumerate(span.shadows)]
+    out = np.zeros((len(rows), len(keys)), dtype=bool)
+    for r, (position, shadow) in enumerate(rows):
+        for c, (what, key) in enumerate(keys):
+            if what == "shadow":
+                out[r, c] = shadow == key
+            elif shadow is not None and key == position:
+                out[r, c] = False
+            elif span.attend == "causal":
+                out[r, c] = key <= position
+            elif span.attend == "block":
+                out[r, c] = key < (position // span.block + 1) * span.block
+            else:
+                out[r, c] = True
+    return out
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> tuple[Span, int]:
+    start, n = draw(st.integers(0, 9)), draw(st.integers(1, 6))
+    store = draw(st.sampled_from(["keep", "replace", "scratch", "none"]))
+    attend = draw(st.sampled_from(["causal", "full", "block"]))
+    shadows = tuple((draw(st.integers(start, start + n - 1)), 3) for _ in range(draw(st.integers(0, 3))))
+    span = Span(start, tuple(range(n)), attend, store, block=draw(st.integers(1, 5)), shadows=shadows)
+    kv = draw(st.integers(start + n, start + n + 6)) if store == "replace" else start
+    cached = {"keep": span.stop, "replace": kv, "scratch": start, "none": 0}[store]
+    return span, cached
+
+
+@given(spans())
+@settings(max_examples=300, deadline=None)
+def test_visibility_is_what_span_says(case: tuple[Span, int]) -> None:
+    span, cached = case
+    got = visibility(span, cached)
+    expected = brute(span, cached)
+    if got is None:
+        assert expected.all()
+    else:
+        assert (got == expected).all()
+
+
+def test_packed_spans_equal_each_alone() -> None:
+    def run(groups: list[list[int]]) -> dict[int, torch.Tensor]:
+        pool = Pages(16, 4)
+        runner = Runner(FakeModel(), 64, torch.float64, "cpu", 16)
+        tables = [PageTable(pool) for _ in range(3)]
+        prompts = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11, 12, 13, 14)]
+        for table in tables:
+            table.grow(12)
+        last = [(20,), (21, 22, 23), (24, 25)]
+        out = {}
+        for group in groups:
+            runner.run([(Span(0, prompts[i], "causal", "keep"), tables[i], 0) for i in group])
+            n = {i: len(prompts[i]) for i in group}
+            items = [
+                (Span(n[i], last[i], "causal", "scratch", tuple(range(len(last[i])))), tables[i], n[i]) for i in group
+            ]
+            logits, at = runner.run(items), 0
+            for i in group:
+                out[i] = logits[at : at + len(last[i])]
+                at += len(last[i])
+        return out
+
+    together, alone = run([[0, 1, 2]]), run([[2], [0], [1]])
+    for i in range(3):
+        assert torch.equal(together[i], alone[i])
+
+
+def test_padding_rows_change_nothing() -> None:
+    table = PageTable(Pages(4, 4))
+    table.grow(8)
+    span = Span(0, (1, 2, 3), "full", "none", (1, 2))
+    packed = pack([(span, table, 0)], "cpu", 8)
+    assert packed.ids.tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
+    assert packed.want.tolist() == [1, 2] + [1] * 6
+    assert packed.wanted == 2
+    model = FakeModel()
+    rows = [Runner(model, 16, torch.float64, "cpu", m).run([(span, table, 0)]) for m in (1, 8)]
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_scattered_pages_read_like_consecutive_ones() -> None:
+    pool = Pages(8, 2)
+    runner = Runner(FakeModel(), 16, torch.float64, "cpu")
+    apart, other, together = PageTable(pool), PageTable(pool), PageTable(pool)
+    apart.grow(2)
+    other.grow(2)
+    apart.grow(6)
+    together.grow(6)
+    assert apart.run(5) is None
+    logits = []
+    for table in (apart, together):
+        runner.run([(Span(0, (1, 2, 3, 4), "causal", "keep"), table, 0)])
+        logits.append(runner.run([(Span(4, (5,), "causal", "keep", (0,)), table, 4)]))
+    assert torch.equal(logits[0], logits[1])
