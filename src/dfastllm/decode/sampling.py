@@ -1,0 +1,269 @@
+"""How a token is drawn from a row of logits.
+
+One order everywhere: penalties -> logit_bias -> allowed_token_ids -> min_tokens -> temperature -> top_k -> top_p -> min_p
+-> draw. Every row has its own parameters, and a row's result depends on nothing but the row, its parameters and
+(seed, step, position): a counter-based hash gives the noise, so neighbours in a batch never change a draw.
+
+Greedy rows without edits cost one argmax and no copy of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfastllm.core import ModelInfo, SamplingParams, TokenLogprob
+from dfastllm.errors import UnsupportedError, ValidationError
+
+__all__ = ["Draw", "check_sampling", "draw", "gumbel", "log_normaliser", "row_keys", "token_logprobs", "uniform"]
+
+_U64 = np.uint64
+_CHUNK = 1 << 22  # elements of a temporary [rows, vocab]: 16 MiB of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Consecutive rows of one sequence and how to draw them.
+
+    positions  absolute position each row decides.
+    prompt     ids that count for the repetition penalty only.
+    output     generated ids so far: they count for all three penalties.
+    first      absolute position of the first generated token; rows before first + min_tokens may not end the text.
+    enders     ids that end a text (EOS unless ignored, and stop_token_ids).
+    """
+
+    sampling: SamplingParams
+    positions: Sequence[int]
+    seed: int
+    step: int
+    first: int
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+    enders: tuple[int, ...] = ()
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits change before the draw."""
+        s = self.sampling
+        return bool(
+            s.repetition_penalty != 1.0
+            or s.presence_penalty
+            or s.frequency_penalty
+            or s.logit_bias
+            or s.allowed_token_ids is not None
+            or any(p < self.first + s.min_tokens for p in self.positions)
+        )
+
+
+def check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
+    """Raise ValidationError when the options name tokens the model lacks or leave nothing to draw from."""
+    named = {
+        "stop_token_ids": sampling.stop_token_ids,
+        "logit_bias": tuple(sampling.logit_bias),
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+    }
+    for param, ids in named.items():
+        for token in ids:
+            if not 0 <= token < model.vocab_size:
+                raise ValidationError(
+                    f"{param} must be token ids in [0, {model.vocab_size}) of model {model.name}, got {token}.",
+                    param=param,
+                )
+    if sampling.allowed_token_ids is None:
+        return
+    left = set(sampling.allowed_token_ids) - {model.mask_id}
+    if not left:
+        raise ValidationError(
+            f"allowed_token_ids must hold a token other than the mask id {model.mask_id}.", param="allowed_token_ids"
+        )
+    if sampling.min_tokens and not left - {*model.eos_ids, *sampling.stop_token_ids}:
+        raise UnsupportedError(
+            f"allowed_token_ids holds only tokens that end the text, but min_tokens is {sampling.min_tokens}.",
+            param="allowed_token_ids",
+            hint="Allow one more token or set min_tokens to 0.",
+        )
+
+
+# ---- keyed noise ----------------------------------------------------------------------------------------------------
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al., 2014). x: uint64, any shape; wraps by design."""
+    with np.errstate(over="ignore"):
+        x = x + _U64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+def row_keys(seed: int, step: int, positions: Sequence[int], salt: int = 0) -> np.ndarray:
+    """uint64 [len(positions)]: one key per (seed, step, position). `salt` separates kinds of draws (0: tokens)."""
+    key = np.asarray([seed & 0xFFFFFFFFFFFFFFFF], dtype=_U64)
+    for part in (step, salt):
+        key = _splitmix64(key ^ np.asarray([part & 0xFFFFFFFFFFFFFFFF], dtype=_U64))
+    return _splitmix64(key ^ np.asarray(positions, dtype=np.int64).astype(_U64))
+
+
+def uniform(keys: np.ndarray) -> np.ndarray:
+    """float64 in (0, 1), one per key."""
+    return ((_splitmix64(keys) >> _U64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A full-avalanche 32-bit mix (Wellons' "lowbias32" family) on int32; the shifts are made logical by the masks."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x21F0AAAD
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * 0x735A2D97
+    return x ^ ((x >> 15) & 0x1FFFF)
+
+
+def gumbel(keys: np.ndarray, vocab: int, device: torch.device) -> Tensor:
+    """Standard Gumbel noise float32 [len(keys), vocab], a pure function of (key, column).
+
+    With V uniform in (0, 1), -log(-log1p(-V)) is Gumbel; V small is where the noise is large, and there float32 keeps its
+    full relative precision, so the upper tail is right down to 2^-33 (with U = 1 - V it would stop at 2^-24).
+    """
+    halves = np.ascontiguousarray(keys).view(np.int32).reshape(len(keys), 2)  # low and high words
+    low = torch.from_numpy(halves[:, 0].copy()).to(device)[:, None]
+    high = torch.from_numpy(halves[:, 1].copy()).to(device)[:, None]
+    column = torch.arange(vocab, dtype=torch.int32, device=device)[None, :] * -1640531527  # 0x9E3779B9 as int32
+    bits = _mix32(_mix32(column + low) ^ high)
+    v = ((bits.double() + 2147483648.5) * 2.0**-32).float().clamp_(max=1 - 2.0**-24)
+    return torch.log(-torch.log1p(-v)).neg_()
+
+
+# ---- statistics of raw rows -----------------------------------------------------------------------------------------
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """logsumexp per row, float32 [rows], from logits float32 [rows, vocab].
+
+    Summed in float64, so the value does not depend on how many rows are reduced together; rows go in chunks, so the
+    temporary stays small.
+    """
+    rows, vocab = logits.shape
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    step = max(1, _CHUNK // max(1, vocab))
+    for at in range(0, rows, step):
+        part = logits[at : at + step]
+        top = part.amax(dim=-1, keepdim=True)
+        total = (part - top).exp_().sum(dim=-1, dtype=torch.float64)
+        out[at : at + step] = (total.log() + top[:, 0]).float()
+    return out
+
+
+def token_logprobs(logits: Tensor, norm: Tensor, tokens: Tensor, top: int) -> list[TokenLogprob]:
+    """Records of the chosen tokens from the raw distribution. logits [rows, vocab], norm [rows], tokens [rows] int64."""
+    chosen = (logits.gather(1, tokens[:, None])[:, 0] - norm).tolist()
+    ids = tokens.tolist()
+    if top == 0:
+        return [TokenLogprob(t, lp) for t, lp in zip(ids, chosen, strict=True)]
+    best = torch.topk(logits, min(top, logits.shape[1]), dim=-1)
+    values = (best.values - norm[:, None]).tolist()
+    names = best.indices.tolist()
+    return [
+        TokenLogprob(t, lp, tuple((i, v) for i, v in zip(n, vs, strict=True) if v != float("-inf")))
+        for t, lp, n, vs in zip(ids, chosen, names, values, strict=True)
+    ]
+
+
+# ---- the draw -------------------------------------------------------------------------------------------------------
+
+
+def _edit(logits: Tensor, d: Draw, positions: Sequence[int]) -> None:
+    """Penalties, bias, allowed ids and min_tokens, in place on one sequence's rows [rows, vocab]."""
+    s, vocab, device = d.sampling, logits.shape[1], logits.device
+    if s.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*d.prompt, *d.output}), dtype=torch.long, device=device)
+        picked = logits[:, seen]
+        logits[:, seen] = torch.where(picked > 0, picked / s.repetition_penalty, picked * s.repetition_penalty)
+    if d.output and (s.frequency_penalty or s.presence_penalty):
+        counts = torch.bincount(torch.tensor(d.output, dtype=torch.long, device=device), minlength=vocab)
+        logits -= s.frequency_penalty * counts + s.presence_penalty * (counts > 0)
+    if s.logit_bias:
+        ids = torch.tensor(list(s.logit_bias), dtype=torch.long, device=device)
+        logits[:, ids] += torch.tensor(list(s.logit_bias.values()), dtype=logits.dtype, device=device)
+    if s.allowed_token_ids is not None:
+        allowed = torch.zeros(vocab, dtype=torch.bool, device=device)
+        allowed[torch.tensor(s.allowed_token_ids, dtype=torch.long, device=device)] = True
+        logits.masked_fill_(~allowed, float("-inf"))
+    early = [r for r, p in enumerate(positions) if p < d.first + s.min_tokens]
+    if early and d.enders:
+        rows = torch.tensor(early, dtype=torch.long, device=device)
+        ids = torch.tensor(d.enders, dtype=torch.long, device=device)
+        logits[rows[:, None], ids[None, :]] = float("-inf")
+
+
+def _filter(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """A copy in which what lies outside top_k, then top_p, then min_p is -inf. logits [rows, vocab], not yet divided by
+    temperature float32 [rows]; top_k int64 [rows] (vocab: off), top_p, min_p float64 [rows] (1 and 0: off). Of equal
+    values the lowest ids stay."""
+    ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    keep = rank[None, :] < top_k[:, None]
+    scaled = (ranked - ranked[:, :1]).double() / temperature.double()[:, None]
+    probs = torch.softmax(scaled.masked_fill(~keep, float("-inf")), dim=-1)
+    before = probs.cumsum(dim=-1) - probs  # mass of the better tokens
+    keep &= (before < top_p[:, None]) | (top_p >= 1)[:, None]
+    keep &= probs >= min_p[:, None] * probs[:, :1]
+    keep[:, 0] = True
+    return torch.empty_like(logits).scatter_(1, order, ranked.masked_fill(~keep, float("-inf")))
+
+
+def _draw_hot(logits: Tensor, rows: Sequence[tuple[Draw, int]]) -> Tensor:
+    """Tokens int64 [rows] at temperature > 0. `rows` names (draw, index into its positions) per row; logits
+    [rows, vocab] are overwritten."""
+    device = logits.device
+    params = [d.sampling for d, _ in rows]
+    temperature = torch.tensor([s.temperature for s in params], dtype=torch.float32, device=device)
+    filtered = [i for i, s in enumerate(params) if s.top_k > 0 or s.top_p < 1 or s.min_p > 0]
+    if filtered:
+        at = torch.tensor(filtered, dtype=torch.long, device=device)
+        few = [params[i] for i in filtered]
+        logits[at] = _filter(
+            logits[at],
+            temperature[at],
+            torch.tensor([s.top_k if s.top_k > 0 else logits.shape[1] for s in few], device=device),
+            torch.tensor([s.top_p for s in few], dtype=torch.float64, device=device),
+            torch.tensor([s.min_p for s in few], dtype=torch.float64, device=device),
+        )
+    keys = np.concatenate([row_keys(d.seed, d.step, [d.positions[i]]) for d, i in rows])
+    # argmax(logits / T + g) written as argmax(logits + T g): no overflow at tiny temperatures
+    return (logits + temperature[:, None] * gumbel(keys, logits.shape[1], device)).argmax(dim=-1)
+
+
+@torch.inference_mode()
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """One token id per row, int64 [rows]. logits float32 [rows, vocab], left unchanged; rows in the order of `draws`."""
+    rows = [(d, i) for d in draws for i in range(len(d.positions))]
+    tokens = logits.argmax(dim=-1)  # the first of equal maxima: the lowest id
+    special = [r for r, (d, _) in enumerate(rows) if d.sampling.temperature > 0 or d.edits]
+    step = max(1, _CHUNK // max(1, logits.shape[1]))
+    for at in range(0, len(special), step):
+        some = special[at : at + step]
+        where = torch.tensor(some, dtype=torch.long, device=logits.device)
+        edited = logits[where]
+        _edit_all(edited, [rows[r] for r in some])
+        hot = [i for i, r in enumerate(some) if rows[r][0].sampling.temperature > 0]
+        chosen = edited.argmax(dim=-1)
+        if hot:
+            which = torch.tensor(hot, dtype=torch.long, device=logits.device)
+            chosen[which] = _draw_hot(edited[which], [rows[some[i]] for i in hot])
+        tokens[where] = chosen
+    return tokens
+
+
+def _edit_all(logits: Tensor, rows: Sequence[tuple[Draw, int]]) -> None:
+    """`_edit` on each run of rows that belong to the same draw, in place."""
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        if stop == len(rows) or rows[stop][0] is not rows[start][0]:
+            d = rows[start][0]
+            if d.edits:
+                _edit(logits[start:stop], d, [d.positions[i] for _, i in rows[start:stop]])
+            start = stop
