@@ -1,14 +1,20 @@
 """Block-diffusion wirings: block-causal attention with exact K,V, on Qwen bodies.
 
-SDAR is Qwen3 (block 4 to 64, row i predicts position i).
+SDAR (arXiv 2510.06303) is Qwen3, or Qwen3's mixture of experts: blocks of 4 to 64, row i predicts position i.
+Fast-dLLM v2 (arXiv 2509.26328) is Qwen2.5: blocks of 32, the row of position i - 1 predicts position i, so the first
+token of a block comes from the last row of the block before it, as in autoregression.
 """
 
 from __future__ import annotations
 
-from dfastllm.models.family import Family, Ids, NameTable, register
-from dfastllm.models.llama import NAMES, read_qwen3, write_llama
+from dataclasses import replace
 
-__all__ = ["SDAR"]
+from dfastllm.models.config import MoEConfig
+from dfastllm.models.family import Family, Ids, NameTable, register
+from dfastllm.models.llama import NAMES, read_qwen2, read_qwen3, write_llama
+from dfastllm.models.moe import QWEN3_MOE_NAMES, read_qwen3_moe, write_qwen3_moe
+
+__all__ = ["FAST_DLLM_V2", "SDAR", "SDAR_MOE"]
 
 SDAR = register(
     Family(
@@ -23,5 +29,36 @@ SDAR = register(
         ids=Ids(eos=(151645, 151643), mask=151669, pad=151643),
         end_tokens=("<|im_end|>",),
         mask_tokens=("<|MASK|>",),
+        shape={"qk_norm": True},
+    )
+)
+SDAR_MOE = register(
+    replace(
+        SDAR,
+        name="sdar_moe",
+        architectures=("SDARMoeForCausalLM",),
+        model_types=("sdar_moe",),
+        names=NameTable(QWEN3_MOE_NAMES),
+        read=read_qwen3_moe,
+        write=write_qwen3_moe,
+        shape={"qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24, normalise=True)},
+    )
+)
+FAST_DLLM_V2 = register(
+    Family(
+        name="fast_dllm_v2",
+        architectures=("Fast_dLLM_QwenForCausalLM",),
+        model_types=("Fast_dLLM_Qwen",),
+        names=NameTable(NAMES),
+        read=read_qwen2,
+        write=write_llama,
+        kind="block",
+        shift=1,
+        ar_first=True,
+        block=("bd_size", 32),
+        ids=Ids(eos=(151645,), mask=151665, pad=151643),
+        end_tokens=("<|im_end|>",),
+        mask_tokens=("|<MASK>|",),
+        shape={"qkv_bias": True},
     )
 )

@@ -1,7 +1,9 @@
 """Hugging Face directories: build a model, load one, save one. config.json plus safetensors; nothing is executed.
 
-Weights are memory-mapped and become the model's parameters one by one: where dtype and device match the file they stay
-views of the mapping (private: training in place never writes the file), elsewhere one converted copy is made.
+Weights are read from a memory map of one shard at a time and copied tensor by tensor, so never held twice. They are
+copied even where dtype and device fit the file, for two reasons: a view of the map lies at whatever offset the file has,
+and matrix kernels give other last bits on unaligned memory; and a file overwritten in place would kill a process that
+still has it mapped.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from dfastllm.models.ids import read_ids
 __all__ = ["DTYPES", "build", "compare", "load", "read_model", "save"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+EDIT_FIELD = "edits_committed_tokens"  # ours: LLaDA2.1's config.json does not tell it from LLaDA2.0
 NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,16 +74,23 @@ def skeleton(config: DecoderConfig, info: ModelInfo, dtype: torch.dtype) -> Deco
 
 
 def read_model(directory: Path, name: str | None = None) -> tuple[Family, DecoderConfig, ModelInfo]:
-    """Family, shape and capabilities from the small files of a directory. Raises ModelLoadError."""
+    """Family, shape and capabilities from the small files of a directory. Raises ModelLoadError (a quantised
+    checkpoint is one: its tensors are not this model's parameters)."""
     fields = Fields(read_json(directory / "config.json"), str(directory / "config.json"))
     family = family_of(fields)
+    if fields.has("quantization_config"):
+        raise ModelLoadError(
+            f"{fields.where}: quantised checkpoints are not supported, got {fields.raw['quantization_config']!r:.80}.",
+            param="quantization_config",
+            hint="Load the original bfloat16 or float32 checkpoint.",
+        )
     try:
         config = family.read(fields)
     except ValidationError as error:
         raise ModelLoadError(f"{fields.where}: {error}", param=error.param) from error
     ids = read_ids(directory, fields, family, config.vocab_size)
     block = fields.get(family.block[0], int, family.block[1]) if family.block else None
-    edit = family.edit(fields)
+    edit = fields.get(EDIT_FIELD, bool, False)
     return family, config, describe(family.name, config, ids, name=name or directory.name, block=block, edit=edit)
 
 
@@ -100,8 +111,17 @@ def compare(family: Family, model: nn.Module, found: dict[str, TensorEntry]) -> 
     for name in sorted(found.keys() - wanted.keys()):
         if name == tied or any(re.fullmatch(pattern, name) for pattern in family.harmless):
             continue  # a tied head is often written all the same; the embedding is what counts
-        problems.append(f"unexpected tensor {name} {list(found[name].shape)}")
+        problems.append(f"unexpected tensor {name} {list(found[name].shape)}{_beyond(family, name)}")
     return problems
+
+
+def _beyond(family: Family, name: str) -> str:
+    """Why a tensor with a name of this family is not wanted all the same."""
+    try:
+        family.names.own(name)
+    except KeyError:
+        return ""
+    return " (config.json describes no such layer, expert, bias or norm)"
 
 
 def load(
@@ -110,8 +130,10 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     name: str | None = None,
+    edit: bool | None = None,
 ) -> Decoder:
-    """A model from a Hugging Face directory. dtype None: the dtype most of its weights are stored in.
+    """A model from a Hugging Face directory, its parameters without gradient. dtype None: the dtype most of its weights
+    are stored in. edit: whether it was trained to overwrite committed tokens (LLaDA2.1); None: as config.json says.
 
     Raises ModelLoadError for an unreadable config, an unsupported family or an unknown device; CheckpointError listing
     every missing, unexpected or mis-shaped tensor, or naming the corrupt file.
@@ -120,6 +142,8 @@ def load(
     if not directory.is_dir():
         raise ModelLoadError(f"{directory} is not a model directory.", hint="Give a directory that has a config.json.")
     family, config, info = read_model(directory, name)
+    if edit is not None:
+        info = replace(info, edit=edit)
     found = inventory(directory)
     model = skeleton(config, info, _dtype(dtype, found))
     problems = compare(family, model, found)
@@ -157,7 +181,7 @@ def _device(wanted: str | torch.device) -> torch.device:
 
 
 def _fill(model: Decoder, family: Family, found: dict[str, TensorEntry], device: torch.device) -> None:
-    """Replace every meta parameter by the file's tensor, a shard at a time, each converted copy made on its own."""
+    """Replace every meta parameter by a copy of the file's tensor, a shard at a time."""
     by_file: dict[Path, list[tuple[str, str]]] = {}
     for own, _ in model.named_parameters():
         published = family.names.published(own)
@@ -169,7 +193,7 @@ def _fill(model: Decoder, family: Family, found: dict[str, TensorEntry], device:
                     module, _, leaf = own.rpartition(".")
                     parent = model.get_submodule(module)
                     dtype = getattr(parent, leaf).dtype
-                    tensor = shard.get_tensor(published).to(device=device, dtype=dtype)
+                    tensor = shard.get_tensor(published).to(device=device, dtype=dtype, copy=True)
                     setattr(parent, leaf, nn.Parameter(tensor))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}.") from error
@@ -219,6 +243,8 @@ def config_json(model: Decoder) -> dict[str, Any]:
     }
     if info.mask_id is not None:
         raw["mask_token_id"] = info.mask_id
+    if info.edit:
+        raw[EDIT_FIELD] = True
     if family.block:
         raw[family.block[0]] = info.block
     return raw

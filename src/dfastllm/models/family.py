@@ -130,11 +130,10 @@ class Family:
              `architectures`, `model_type`, which `checkpoint` adds).
     names    the published tensor names.
     kind, shift, ar_first: see core.ModelInfo. block: (field of config.json, fallback) of the native block length.
-    edit     whether this checkpoint was trained to overwrite committed tokens, from its config.json.
     ids      used where the model's own files say nothing. end_tokens, mask_tokens: contents of added tokens of the
              tokenizer that also end a text, or are the mask.
     harmless patterns (re.fullmatch) of tensors that may be in a file and are not parameters.
-    tiny     fields of config.json that a tiny model of the family needs beside the common shape.
+    shape    fields of DecoderConfig that every model of this wiring has.
     """
 
     name: str
@@ -147,12 +146,11 @@ class Family:
     shift: int = 0
     ar_first: bool = False
     block: tuple[str, int] | None = None
-    edit: Callable[[Fields], bool] = field(default=lambda _: False)
     ids: Ids = Ids()
     end_tokens: tuple[str, ...] = ()
     mask_tokens: tuple[str, ...] = ()
     harmless: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
-    tiny: Mapping[str, Any] = field(default_factory=dict)
+    shape: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {}
@@ -193,7 +191,7 @@ def family_of(fields: Fields) -> Family:
 
 def require_expressible(family: Family, config: DecoderConfig) -> None:
     """Raise ValidationError unless the family's config.json can say this shape, so that it reads back the same."""
-    back = family.read(Fields({**family.tiny, **family.write(config)}))
+    back = family.read(Fields(family.write(config)))
     names = DecoderConfig.__dataclass_fields__
     differing = [name for name in names if getattr(back, name) != getattr(config, name)]
     if differing:

@@ -97,5 +97,6 @@ LLADA = register(
         ids=Ids(eos=(126081, 126348), mask=126336, pad=126081),
         end_tokens=("<|eot_id|>",),
         mask_tokens=("<|mdm_mask|>",),
+        shape={"norm_eps": 1e-5},
     )
 )

@@ -6,6 +6,7 @@ within the window it is plain causal attention, and longer inputs are refused ra
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -53,13 +54,18 @@ def read_rope(fields: Fields, default_theta: float = 10000.0) -> tuple[float, Ro
     if kind == "llama3":
         low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
         return theta, RopeScaling("llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
+    attention_factor = rope.get("attention_factor", float) if rope.has("attention_factor") else None
+    if attention_factor is None and rope.has("mscale") and rope.has("mscale_all_dim"):
+        # DeepSeek's form: the ratio of two logarithmic factors instead of one.
+        one, all_dims = (0.1 * rope.get(key, float) * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim"))
+        attention_factor = one / all_dims
     return theta, RopeScaling(
         "yarn",
         factor,
         original,
         beta_fast=rope.get("beta_fast", float, 32.0),
         beta_slow=rope.get("beta_slow", float, 1.0),
-        attention_factor=rope.get("attention_factor", float) if rope.has("attention_factor") else None,
+        attention_factor=attention_factor,
         truncate=rope.get("truncate", bool, True),
     )
 
@@ -89,6 +95,10 @@ def read_llama(fields: Fields) -> DecoderConfig:
     max_len = fields.get("max_position_embeddings", int, 2048)
     window = fields.get("sliding_window", int, max_len)
     bias = fields.get("attention_bias", bool, False)
+    head_dim = fields.get("head_dim", int, hidden // max(heads, 1))
+    rotating = Fields(fields.get("rope_parameters", dict, {})).get(
+        "partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 1.0)
+    )
     return DecoderConfig(
         vocab_size=fields.get("vocab_size", int),
         hidden_size=hidden,
@@ -96,9 +106,10 @@ def read_llama(fields: Fields) -> DecoderConfig:
         layers=fields.get("num_hidden_layers", int),
         heads=heads,
         kv_heads=fields.get("num_key_value_heads", int, heads),
-        head_dim=fields.get("head_dim", int, hidden // heads),
+        head_dim=head_dim,
         max_len=min(max_len, window),
         rope_theta=theta,
+        rope_dim=int(head_dim * rotating) % head_dim,
         rope_scaling=scaling,
         norm_eps=fields.get("rms_norm_eps", float, 1e-6),
         qkv_bias=bias,
@@ -142,6 +153,7 @@ def write_llama(config: DecoderConfig) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied,
+        "partial_rotary_factor": config.rotary_dim / config.head_dim,
         **write_rope(config),
     }
 
@@ -158,8 +170,22 @@ LLAMA = register(
 )
 MISTRAL = register(replace(LLAMA, name="mistral", architectures=("MistralForCausalLM",), model_types=("mistral",)))
 QWEN2 = register(
-    replace(LLAMA, name="qwen2", architectures=("Qwen2ForCausalLM",), model_types=("qwen2",), read=read_qwen2)
+    replace(
+        LLAMA,
+        name="qwen2",
+        architectures=("Qwen2ForCausalLM",),
+        model_types=("qwen2",),
+        read=read_qwen2,
+        shape={"qkv_bias": True},
+    )
 )
 QWEN3 = register(
-    replace(LLAMA, name="qwen3", architectures=("Qwen3ForCausalLM",), model_types=("qwen3",), read=read_qwen3)
+    replace(
+        LLAMA,
+        name="qwen3",
+        architectures=("Qwen3ForCausalLM",),
+        model_types=("qwen3",),
+        read=read_qwen3,
+        shape={"qk_norm": True},
+    )
 )

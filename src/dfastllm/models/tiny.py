@@ -10,7 +10,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.models.checkpoint import build
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
-from dfastllm.models.family import Fields, Ids, describe, find_family, require_expressible
+from dfastllm.models.family import Ids, describe, find_family, require_expressible
 
 __all__ = ["tiny", "tiny_config"]
 
@@ -33,12 +33,9 @@ def tiny_config(family: str, **overrides: Any) -> DecoderConfig:
     unknown = overrides.keys() - DecoderConfig.__dataclass_fields__.keys()
     if unknown:
         raise ValidationError(f"unknown config field(s) {', '.join(sorted(unknown))}.", param=min(unknown))
-    plain = DecoderConfig(**BODY)  # type: ignore[arg-type]
-    wired = found.read(Fields({**found.write(plain), **found.tiny}))
+    shape = {**BODY, **found.shape, **overrides}
     if "head_dim" not in overrides and overrides.keys() & {"hidden_size", "heads"}:
-        body = {**BODY, **overrides}
-        overrides["head_dim"] = body["hidden_size"] // body["heads"]
-    shape = {**{name: getattr(wired, name) for name in DecoderConfig.__dataclass_fields__}, **overrides}
+        shape["head_dim"] = shape["hidden_size"] // shape["heads"]
     config = DecoderConfig(**shape)
     require_expressible(found, config)
     return config

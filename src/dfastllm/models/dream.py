@@ -1,0 +1,26 @@
+"""Dream wiring: masked diffusion on a Qwen2.5 body; the row of position i - 1 predicts position i (Ye et al. 2025,
+arXiv 2508.15487). Dream-7B and DiffuCoder-7B."""
+
+from __future__ import annotations
+
+from dfastllm.models.family import Family, Ids, NameTable, register
+from dfastllm.models.llama import NAMES, read_qwen2, write_llama
+
+__all__ = ["DREAM"]
+
+DREAM = register(
+    Family(
+        name="dream",
+        architectures=("DreamModel",),
+        model_types=("Dream",),
+        names=NameTable(NAMES),
+        read=read_qwen2,
+        write=write_llama,
+        kind="diffusion",
+        shift=1,
+        ids=Ids(eos=(151643, 151645), mask=151666, pad=151643),
+        end_tokens=("<|im_end|>",),
+        mask_tokens=("<|mask|>",),
+        shape={"qkv_bias": True},
+    )
+)
