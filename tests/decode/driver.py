@@ -1,7 +1,7 @@
 """A plain driver: one step of one or many sequences, with dense K,V, no pages, no scheduler.
 
-It honours Span.attend, store, shadows and want literally, so a policy that passes here passes under any engine that keeps
-the same contract. `FakeModel` is a two-layer random transformer with exact float64 maths: what a row sees changes its logits.
+It honours Span.attend, store, shadows and want literally, so a policy that passes here passes under any engine that
+keeps the same contract. `FakeModel` is a two-layer random float64 transformer: what a row sees changes its logits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def info(kind: str = "diffusion", **changes: Any) -> ModelInfo:
 
 
 class FakeModel:
-    """Same face as a built model: forward(ids, positions, attend) -> hidden, head(hidden) -> logits. Deterministic by seed.
+    """Same face as a built model: forward(ids, positions, attend) -> hidden, head(hidden) -> logits. Seeded.
 
     `sharp` scales the logits: large makes confident rows, so that thresholds have something to accept.
     """
@@ -90,9 +90,10 @@ class Store:
 
 def run_span(model: Any, seq: SequenceState, span: Span, store: Store) -> Tensor:
     """Logits float32 [len(want), vocab]; updates the store and seq.kv_len as `span.store` says."""
-    assert 0 <= span.start
+    assert span.start >= 0
     assert span.store == "none" or span.start <= seq.kv_len or span.start == 0, "span starts past the cached K,V"
-    assert list(span.want) == sorted(set(span.want)) and all(0 <= w < span.rows for w in span.want)
+    assert list(span.want) == sorted(set(span.want))
+    assert all(0 <= w < span.rows for w in span.want)
     n, held = len(span.ids), seq.kv_len
     if span.store == "replace":
         assert span.stop <= held

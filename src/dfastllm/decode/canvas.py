@@ -184,8 +184,8 @@ def check_canvas(request: Request, model: ModelInfo, aligned: bool) -> Choice:
     total = len(request.prompt) + length + len(request.suffix)
     if total > model.max_len:
         raise ContextLengthError(
-            f"prompt ({len(request.prompt)}), canvas ({length}) and suffix ({len(request.suffix)}) make {total} tokens, "
-            f"but the context of {model.name} is {model.max_len}.",
+            f"prompt ({len(request.prompt)}), canvas ({length}) and suffix ({len(request.suffix)}) make {total} "
+            f"tokens, but the context of {model.name} is {model.max_len}.",
             param="max_tokens" if len(request.prompt) < model.max_len else "prompt",
             hint="Shorten the prompt or lower max_tokens.",
         )

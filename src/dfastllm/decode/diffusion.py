@@ -26,7 +26,6 @@ from dfastllm.decode.canvas import (
     CanvasState,
     block_bounds,
     block_steps,
-    blocks,
     canvas_length,
     check_canvas,
     ending,
@@ -47,7 +46,7 @@ class MaskedDiffusion:
         """Raises ValidationError, ContextLengthError or UnsupportedError naming the field."""
         if model.kind != "diffusion":
             raise UnsupportedError(
-                f"the diffusion decoder needs a full-attention masked model, but {model.name} is of kind {model.kind!r}.",
+                f"the diffusion decoder needs a masked full-attention model, but {model.name} is {model.kind!r}.",
                 param="model",
             )
         check_canvas(request, model, aligned=False)
@@ -92,12 +91,7 @@ class MaskedDiffusion:
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
         active = [_active(seq) for seq, span in items if span.want]
         decisions = iter(denoise(active, logits))
-        return [
-            _commit(seq, span, next(decisions))
-            if span.want
-            else Commit(kv_len=_kept(seq), state=seq.policy, stable=seq.stable)
-            for seq, span in items
-        ]
+        return [_commit(seq, span, next(decisions)) if span.want else _rebuilt(seq) for seq, span in items]
 
 
 def _refresh_due(state: CanvasState) -> bool:
@@ -124,6 +118,11 @@ def _kept(seq: SequenceState) -> int | None:
     if state.choice.cache != "prefix":
         return None
     return block_bounds(seq, state, aligned=False)[0] - seq.model.shift
+
+
+def _rebuilt(seq: SequenceState) -> Commit:
+    """Nothing is decided by a forward that only restores K,V."""
+    return Commit(kv_len=_kept(seq), state=seq.policy, stable=seq.stable)
 
 
 def _commit(seq: SequenceState, span: Span, d: Decision) -> Commit:

@@ -1,7 +1,7 @@
 """How a token is drawn from a row of logits.
 
-One order everywhere: penalties -> logit_bias -> allowed_token_ids -> min_tokens -> temperature -> top_k -> top_p -> min_p
--> draw. Every row has its own parameters, and a row's result depends on nothing but the row, its parameters and
+One order everywhere: penalties -> logit_bias -> allowed_token_ids -> min_tokens -> temperature -> top_k -> top_p
+-> min_p -> draw. Every row has its own parameters, and a row's result depends on nothing but the row, its parameters and
 (seed, step, position): a counter-based hash gives the noise, so neighbours in a batch never change a draw.
 
 Greedy rows without edits cost one argmax and no copy of the logits.
@@ -97,7 +97,8 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
         x = x + _U64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return x ^ (x >> _U64(31))
+    out: np.ndarray = x ^ (x >> _U64(31))
+    return out
 
 
 def row_keys(seed: int, step: int, positions: Sequence[int], salt: int = 0) -> np.ndarray:
@@ -125,8 +126,8 @@ def _mix32(x: Tensor) -> Tensor:
 def gumbel(keys: np.ndarray, vocab: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise float32 [len(keys), vocab], a pure function of (key, column).
 
-    With V uniform in (0, 1), -log(-log1p(-V)) is Gumbel; V small is where the noise is large, and there float32 keeps its
-    full relative precision, so the upper tail is right down to 2^-33 (with U = 1 - V it would stop at 2^-24).
+    With V uniform in (0, 1), -log(-log1p(-V)) is Gumbel; V small is where the noise is large, and there float32 keeps
+    its full relative precision, so the upper tail is right down to 2^-33 (with U = 1 - V it would stop at 2^-24).
     """
     halves = np.ascontiguousarray(keys).view(np.int32).reshape(len(keys), 2)  # low and high words
     low = torch.from_numpy(halves[:, 0].copy()).to(device)[:, None]
@@ -158,7 +159,7 @@ def log_normaliser(logits: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, norm: Tensor, tokens: Tensor, top: int) -> list[TokenLogprob]:
-    """Records of the chosen tokens from the raw distribution. logits [rows, vocab], norm [rows], tokens [rows] int64."""
+    """Records of the chosen tokens, raw distribution. logits [rows, vocab], norm [rows], tokens [rows] int64."""
     chosen = (logits.gather(1, tokens[:, None])[:, 0] - norm).tolist()
     ids = tokens.tolist()
     if top == 0:
@@ -239,7 +240,7 @@ def _draw_hot(logits: Tensor, rows: Sequence[tuple[Draw, int]]) -> Tensor:
 
 @torch.inference_mode()
 def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """One token id per row, int64 [rows]. logits float32 [rows, vocab], left unchanged; rows in the order of `draws`."""
+    """One token id per row, int64 [rows]. logits float32 [rows, vocab], unchanged; rows in the order of `draws`."""
     rows = [(d, i) for d in draws for i in range(len(d.positions))]
     tokens = logits.argmax(dim=-1)  # the first of equal maxima: the lowest id
     special = [r for r, (d, _) in enumerate(rows) if d.sampling.temperature > 0 or d.edits]

@@ -1,9 +1,9 @@
 """The unmasking rules: which masked positions of the active block to commit, from statistics of their rows.
 
 A rule is a pure numpy function over many sequences at once: `Field` in, `Verdict` out. Arrays are [sequences, block],
-column j being position block start + j, padded on the right with columns that are not masked. A rule says which positions
-it accepts and how it ranks them; `decide` then guarantees progress: the `floor` best are always accepted (at least one),
-and never more than `max_parallel_tokens`. Ties go to the lowest position.
+column j being position block start + j, padded on the right with columns that are not masked. A rule says which
+positions it accepts and how it ranks them; `decide` then guarantees progress: the best that `steps` demands are always
+accepted (at least one), and never more than `max_parallel_tokens`. Ties go to the lowest position.
 
 What a rule does not do: read logits, choose tokens, or know of caches. Sources are named at each rule; quirks of the
 published code that are not copied are said there too.
@@ -97,7 +97,8 @@ def _due(f: Field) -> Ints:
     done = f.size - f.masked.sum(axis=1)
     at = np.minimum(f.step, f.steps - 1) + 1
     due = at * (f.size // f.steps) + np.minimum(at, f.size % f.steps)
-    return np.maximum(1, due - done)
+    out: Ints = np.maximum(1, due - done)
+    return out
 
 
 def _rank(score: Floats, masked: Bools) -> Ints:
