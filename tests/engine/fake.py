@@ -33,8 +33,16 @@ class FakeModel:
         self.nan_on: int | None = None  # a token id whose rows give NaN logits
         self.forwards = 0
         fields: dict[str, Any] = {
-            "name": "fake", "family": "fake", "kind": kind, "vocab_size": VOCAB, "max_len": 512, "layers": 2,
-            "kv_heads": 1, "head_dim": 4, "eos_ids": (EOS,), "mask_id": None if kind == "ar" else MASK,
+            "name": "fake",
+            "family": "fake",
+            "kind": kind,
+            "vocab_size": VOCAB,
+            "max_len": 512,
+            "layers": 2,
+            "kv_heads": 1,
+            "head_dim": 4,
+            "eos_ids": (EOS,),
+            "mask_id": None if kind == "ar" else MASK,
             "block": 4 if kind == "block" else 0,
         }
         self.info = ModelInfo(**(fields | info))

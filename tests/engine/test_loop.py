@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, StepEvent, StepStats
-from dfastllm.decode import policy_for
 from dfastllm.decode.ar import Autoregressive
+from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import ContextLengthError, QueueFullError, ValidationError
 from tests.engine.fake import MASK, FakeModel
@@ -160,8 +160,9 @@ def test_cancel_at_any_point_returns_the_pages(data: st.DataObject) -> None:
 
 
 def long_request(name: str, priority: int = 0, tokens: int = 40, **options: Any) -> Request:
-    return Request(name, (1, 2, 3), SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
-                   priority=priority, **options)
+    return Request(
+        name, (1, 2, 3), SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), priority=priority, **options
+    )
 
 
 def test_memory_pressure_preempts_and_resumes() -> None:
@@ -214,7 +215,7 @@ def test_without_ageing_priority_is_strict() -> None:
 
 
 def test_budget_is_kept_and_shared() -> None:
-    """64 canvases of 24 rows against a budget of 100 rows: at most 4 a step, all finish, none runs twice before others."""
+    """12 canvases of 24 rows against a budget of 100: at most 4 a step, and none runs twice before the others."""
     engine = Engine(FakeModel(), config=EngineConfig(max_batch_rows=100), choose=either)
     stats: list[StepStats] = []
     engine.subscribe(stats.append)
@@ -262,7 +263,7 @@ def test_nan_logits_end_only_their_own_request() -> None:
     model.nan_on = 9
     engine = Engine(model, config=EngineConfig(), choose=either)
     engine.add(Request("bad", (1, 9), SamplingParams(temperature=0)))
-    engine.add(long_request("good"))
+    engine.add(Request("good", (1, 2), SamplingParams(temperature=0, logit_bias={9: -100}, ignore_eos=True)))
     events = drain(engine)
     assert events["bad"][-1].finish.reason is FinishReason.ERROR
     assert result(events["good"]).finish.reason is FinishReason.LENGTH

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dfastllm.core import CanvasUpdate, Commit, FinishReason, Request, SequenceState, Span, StepEvent, StepStats
-from dfastllm.decode import policy_for
+from dfastllm.decode.registry import policy_for
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.kv import Pages, PageTable
 from dfastllm.engine.runner import Runnable, Runner
@@ -219,7 +219,9 @@ class Engine:
             if not good:
                 continue
             index = [r for i in good for r in rows[i]]
-            part = logits if len(index) == logits.shape[0] else logits[torch.tensor(index, device=logits.device)]
+            part = logits
+            if len(index) != logits.shape[0]:
+                part = logits[torch.tensor(index, dtype=torch.int64, device=logits.device)]
             policy = chosen[good[0]][0].policy
             try:
                 commits = policy.absorb([(chosen[i][0].state, chosen[i][1]) for i in good], part)

@@ -48,18 +48,17 @@ class Scheduler:
 
     def schedule(self, step: int) -> list[tuple[Live, Span]]:
         """The batch of this step: each chosen sequence with its planned span, pages already allocated."""
+        for live in sorted(self.waiting, key=lambda s: (self.level(s, step), s.order)):
+            if not self._admit(live, step):
+                break  # strictly in order: a small request must not overtake a large one for ever
         chosen: list[tuple[Live, Span]] = []
         rows = self.config.max_batch_rows
         for live in sorted(self.running, key=lambda s: (self.level(s, step), s.ran, s.order)):
             if live.held and rows > 0:  # an earlier one may have preempted it
-                rows -= self._place(live, step, rows, chosen)
-        for live in sorted(self.waiting, key=lambda s: (self.level(s, step), s.order)):
-            if rows <= 0 or not self._admit(live, step, chosen):
-                break  # strictly in order: a small request must not overtake a large one for ever
-            rows -= self._place(live, step, rows, chosen)
+                rows -= self._place(live, rows, chosen)
         return chosen
 
-    def _place(self, live: Live, step: int, rows: int, chosen: list[tuple[Live, Span]]) -> int:
+    def _place(self, live: Live, rows: int, chosen: list[tuple[Live, Span]]) -> int:
         """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""
         span = live.policy.plan(live.state, min(rows, self.config.prefill_chunk))
         if span.rows > rows and chosen:
@@ -83,20 +82,20 @@ class Scheduler:
             self._preempt(victim)
         return True
 
-    def _admit(self, live: Live, step: int, chosen: list[tuple[Live, Span]]) -> bool:
+    def _admit(self, live: Live, step: int) -> bool:
         """Give a waiting sequence a place. Needs a free place, or one held by a sequence of strictly lower priority,
         and pages for its whole known length beside what the running ones still lack of theirs."""
         rank = self.level(live, step)
         needed = self.pages.pages_for(len(live.state.tokens))
-        busy = {id(s) for s, _ in chosen}
         while len(self.running) >= self.config.max_sequences or needed > self.pages.free - self._promised():
-            victims = [s for s in self.running if s.rank > live.request.priority and id(s) not in busy]
+            victims = [s for s in self.running if s.rank > live.request.priority]
             if not victims:
                 return False
             self._preempt(max(victims, key=lambda s: (s.rank, s.order)))
         self.waiting.remove(live)
         self.running.append(live)
         live.held, live.rank = True, rank
+        live.ran = step - 1  # level with those that ran last step, so the older of them go first
         return True
 
     def _promised(self) -> int:
