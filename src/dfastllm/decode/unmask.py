@@ -124,8 +124,16 @@ def decide(rule: Rule, f: Field) -> Bools:
     verdict = rule.decide(f)
     rank = _rank(verdict.score, f.masked)
     cap = np.asarray([o["max_parallel_tokens"] or f.masked.shape[1] for o in f.options], dtype=np.int64)
-    accept = verdict.accept | (rank < _due(f)[:, None])
+    accept = verdict.accept | (rank < _due(f)[:, None]) | _all_sure(f)
     return accept & f.masked & (rank < cap[:, None])
+
+
+def _all_sure(f: Field) -> Bools:
+    """bool [S, 1]: every masked position reaches `early_stop_confidence`, so the block need not be refined further."""
+    enough = f.option("early_stop_confidence")
+    least = np.where(f.masked, f.confidence, np.inf).min(axis=1, keepdims=True, initial=np.inf)
+    out: Bools = (enough > 0) & (least >= enough)
+    return out
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -158,7 +166,13 @@ def _threshold(f: Field) -> Verdict:
     return Verdict(f.confidence >= f.option("threshold"), f.confidence)
 
 
-_MAX_PARALLEL = Option(0, "at most this many commits a step; 0: no limit")
+# What every rule knows beside its own options.
+_COMMON = {
+    "max_parallel_tokens": Option(0, "at most this many commits a step; 0: no limit"),
+    "early_stop_confidence": Option(
+        0.0, "commit all that is left of a block once every position of it is this confident; 0: never", 0, 1
+    ),
+}
 
 RULES: dict[str, Rule] = {
     rule.name: rule
@@ -179,4 +193,4 @@ RULES: dict[str, Rule] = {
     )
 }
 for _rule in RULES.values():
-    object.__setattr__(_rule, "options", {**_rule.options, "max_parallel_tokens": _MAX_PARALLEL})
+    object.__setattr__(_rule, "options", {**_rule.options, **_COMMON})
