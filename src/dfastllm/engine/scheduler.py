@@ -60,9 +60,10 @@ class Scheduler:
 
     def _place(self, live: Live, rows: int, chosen: list[tuple[Live, Span]]) -> int:
         """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""
-        span = live.policy.plan(live.state, min(rows, self.config.prefill_chunk))
+        # Chunks are cut the same whatever else runs: how a prompt is cut must not depend on the neighbours.
+        span = live.policy.plan(live.state, min(self.config.prefill_chunk, self.config.max_batch_rows))
         if span.rows > rows and chosen:
-            return 0  # an indivisible canvas: first in line next step, since it ran longest ago
+            return 0  # first in line next step, since it ran longest ago
         if not self._make_room(live, span.stored, chosen):
             return 0
         live.table.grow(span.stored)
