@@ -6,27 +6,32 @@ transformers; no code of a checkpoint is ever run.
 """
 
 from dfastllm.models import blockdiff, dream, llada, llama, moe  # noqa: F401  (importing a wiring registers its families)
+from dfastllm.models.check import CheckReport, Problem, check
 from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import FAMILIES, Family, Ids, describe, find_family
 from dfastllm.models.parts import Attend, dense_attention
-from dfastllm.models.tiny import tiny, tiny_config
+from dfastllm.models.tiny import random_like, tiny, tiny_config
 
 __all__ = [
     "FAMILIES",
     "Attend",
+    "CheckReport",
     "Decoder",
     "DecoderConfig",
     "Family",
     "Ids",
     "MoEConfig",
+    "Problem",
     "RopeScaling",
     "build",
+    "check",
     "dense_attention",
     "describe",
     "find_family",
     "load",
+    "random_like",
     "save",
     "tiny",
     "tiny_config",

@@ -1,9 +1,9 @@
 """Hugging Face directories: build a model, load one, save one. config.json plus safetensors; nothing is executed.
 
 Weights are read from a memory map of one shard at a time and copied tensor by tensor, so never held twice. They are
-copied even where dtype and device fit the file, for two reasons: a view of the map lies at whatever offset the file has,
-and matrix kernels give other last bits on unaligned memory; and a file overwritten in place would kill a process that
-still has it mapped.
+copied even where dtype and device fit the file, for two reasons: a view of the map lies at whatever offset the file
+has, and matrix kernels give other last bits on unaligned memory; and a file overwritten in place would kill a process
+that still has it mapped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,18 @@ from dfastllm.models.family import Family, Fields, describe, family_of, find_fam
 from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inventory, read_json
 from dfastllm.models.ids import read_ids
 
-__all__ = ["DTYPES", "build", "compare", "load", "read_model", "save"]
+__all__ = [
+    "DTYPES",
+    "build",
+    "compare",
+    "config_json",
+    "load",
+    "named_dtype",
+    "read_model",
+    "save",
+    "skeleton",
+    "stored_dtype",
+]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EDIT_FIELD = "edits_committed_tokens"  # ours: LLaDA2.1's config.json does not tell it from LLaDA2.0
@@ -145,7 +156,7 @@ def load(
     if edit is not None:
         info = replace(info, edit=edit)
     found = inventory(directory)
-    model = skeleton(config, info, _dtype(dtype, found))
+    model = skeleton(config, info, stored_dtype(found) if dtype is None else named_dtype(dtype))
     problems = compare(family, model, found)
     if problems:
         raise CheckpointError(f"{directory} does not fit family {family.name}: {_listed(problems)}")
@@ -158,13 +169,17 @@ def _listed(problems: list[str], most: int = 12) -> str:
     return "; ".join(problems[:most]) + more + "."
 
 
-def _dtype(wanted: torch.dtype | str | None, found: dict[str, TensorEntry]) -> torch.dtype:
-    if isinstance(wanted, str):
-        if wanted not in NAMED:
-            raise ValidationError(f"dtype must be {', '.join(NAMED)}, got {wanted!r}.", param="dtype")
-        return NAMED[wanted]
-    if wanted is not None:
-        return wanted
+def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A torch dtype from its name. Raises ValidationError for a name that is not float32, bfloat16 or float16."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in NAMED:
+        raise ValidationError(f"dtype must be {', '.join(NAMED)}, got {dtype!r}.", param="dtype")
+    return NAMED[dtype]
+
+
+def stored_dtype(found: dict[str, TensorEntry]) -> torch.dtype:
+    """The dtype that most weights of a checkpoint are stored in; float32 if none is a known one."""
     elements = dict.fromkeys(DTYPES, 0)
     for entry in found.values():
         if entry.dtype in elements:

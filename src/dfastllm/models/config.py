@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from dfastllm.errors import ValidationError
 
 __all__ = ["DecoderConfig", "MoEConfig", "RopeScaling"]
+
+
+# Bounds far above any published model: a damaged or hostile config.json is refused before anything is allocated.
+LARGEST = 2**31 - 1
+MOST_LAYERS = 1024
+MOST_EXPERTS = 4096
+
+
+def _require(ok: bool, name: str, wanted: str, got: object) -> None:
+    if not ok:
+        raise ValidationError(f"{name} must be {wanted}, got {got!r}.", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,18 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.factor > 0, "rope scaling factor", "greater than 0", self.factor)
+        if self.kind != "linear":
+            _require(self.original_max_len >= 1, "original_max_len", "at least 1", self.original_max_len)
+        if self.kind == "llama3":
+            ordered = 0 < self.low_freq_factor < self.high_freq_factor
+            both = (self.low_freq_factor, self.high_freq_factor)
+            _require(ordered, "low_freq_factor, high_freq_factor", "positive and ascending", both)
+        if self.kind == "yarn":
+            ordered = 0 < self.beta_slow < self.beta_fast
+            _require(ordered, "beta_slow, beta_fast", "positive and ascending", (self.beta_slow, self.beta_fast))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +75,20 @@ class MoEConfig:
     shared_size: int = 0  # hidden width of the shared expert, 0: none
     layers: tuple[bool, ...] = ()  # which layers are mixtures; empty: all
 
+    def __post_init__(self) -> None:
+        _require(1 <= self.experts <= MOST_EXPERTS, "experts", f"in [1, {MOST_EXPERTS}]", self.experts)
+        _require(self.intermediate_size >= 1, "expert intermediate size", "at least 1", self.intermediate_size)
+        _require(self.shared_size >= 0, "shared expert size", "at least 0", self.shared_size)
+        _require(1 <= self.groups_kept <= self.groups, "groups_kept", f"in [1, {self.groups}]", self.groups_kept)
+        _require(self.experts % self.groups == 0, "experts", f"a multiple of {self.groups} groups", self.experts)
+        reachable = self.experts // self.groups * self.groups_kept
+        _require(1 <= self.top_k <= reachable, "top_k", f"in [1, {reachable}] (reachable experts)", self.top_k)
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Shape of a decoder. `vocab_size` counts rows of the embedding and of the head."""
+    """Shape of a decoder. `vocab_size` counts rows of the embedding and of the head. Raises ValidationError for a shape
+    that no decoder can have."""
 
     vocab_size: int
     hidden_size: int
@@ -77,21 +111,19 @@ class DecoderConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValidationError(f"{name} must be an integer of at least 1, got {value!r}.", param=name)
-        if self.max_len < 1:
-            raise ValidationError(f"max_len must be at least 1, got {self.max_len}.", param="max_len")
-        if self.heads % self.kv_heads:
-            raise ValidationError(
-                f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}.", param="kv_heads"
-            )
-        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ValidationError(
-                f"rotary dims must be even and at most head_dim={self.head_dim}, got {self.rotary_dim}.",
-                param="rope_dim",
-            )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "max_len")
+        for name in sizes:
+            _require(1 <= getattr(self, name) <= LARGEST, name, f"in [1, {LARGEST}]", getattr(self, name))
+        _require(1 <= self.layers <= MOST_LAYERS, "layers", f"in [1, {MOST_LAYERS}]", self.layers)
+        _require(self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads={self.kv_heads}", self.heads)
+        wanted = f"even and in [2, head_dim={self.head_dim}]"
+        _require(
+            self.rotary_dim % 2 == 0 and 2 <= self.rotary_dim <= self.head_dim, "rope_dim", wanted, self.rotary_dim
+        )
+        _require(1 < self.rope_theta < math.inf, "rope_theta", "greater than 1 and finite", self.rope_theta)
+        _require(0 < self.norm_eps < 1, "norm_eps", "in (0, 1)", self.norm_eps)
+        if self.moe is not None and self.moe.layers:
+            _require(len(self.moe.layers) == self.layers, "moe.layers", f"of length {self.layers}", self.moe.layers)
 
     @property
     def rotary_dim(self) -> int:

@@ -174,7 +174,7 @@ def find_family(name: str) -> Family:
 def family_of(fields: Fields) -> Family:
     """The family of a config.json: by `architectures` (several families share a model_type), else by `model_type`.
     Raises ModelLoadError naming both."""
-    architectures = fields.raw.get("architectures") or []
+    architectures = fields.get("architectures", list, [])
     model_type = fields.raw.get("model_type")
     for family in FAMILIES.values():
         if any(name in family.architectures for name in architectures):

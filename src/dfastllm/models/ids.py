@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dfastllm.errors import ModelLoadError
+from dfastllm.errors import ModelLoadError, TokenizerError
 from dfastllm.models.family import Family, Fields, Ids
 from dfastllm.models.headers import read_json
 
-__all__ = ["added_tokens", "read_ids"]
+__all__ = ["added_tokens", "read_ids", "tokenizer_size"]
 
 
 def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -> Ids:
@@ -75,8 +75,30 @@ def added_tokens(directory: Path) -> dict[str, int]:
     return found
 
 
+def tokenizer_size(directory: Path) -> int | None:
+    """One past the largest id that tokenizer.json can give; None where there is no tokenizer.json. Raises
+    TokenizerError if it cannot be read."""
+    raw = _optional(directory / "tokenizer.json").raw
+    if not raw:
+        return None
+    vocab = raw["model"].get("vocab") if isinstance(raw.get("model"), dict) else None
+    largest = max(added_tokens(directory).values(), default=-1)
+    if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel: token -> id
+        largest = max([largest, *(token for token in vocab.values() if isinstance(token, int))])
+    elif isinstance(vocab, list):  # Unigram: [token, score] in order of id
+        largest = max(largest, len(vocab) - 1)
+    return largest + 1
+
+
 def _optional(path: Path) -> Fields:
-    return Fields(read_json(path) if path.is_file() else {}, path.name)
+    """The fields of a JSON file, none where there is no such file. Raises ModelLoadError, for the tokenizer's files
+    TokenizerError, if it cannot be read."""
+    try:
+        return Fields(read_json(path) if path.is_file() else {}, path.name)
+    except ModelLoadError as error:
+        if path.name.startswith(("tokenizer", "added_tokens")):
+            raise TokenizerError(error.message) from error
+        raise
 
 
 def _integers(value: Any, name: str, source: Fields) -> list[int]:

@@ -53,7 +53,7 @@ def read_llada(fields: Fields) -> DecoderConfig:
         layers=fields.get("n_layers", int),
         heads=heads,
         kv_heads=fields.get("n_kv_heads", int, heads),
-        head_dim=hidden // heads,
+        head_dim=hidden // max(heads, 1),
         max_len=fields.get("max_sequence_length", int),
         rope_theta=fields.get("rope_theta", float, 10000.0),
         norm_eps=fields.get("rms_norm_eps", float, 1e-5),

@@ -109,7 +109,7 @@ def read_llama(fields: Fields) -> DecoderConfig:
         head_dim=head_dim,
         max_len=min(max_len, window),
         rope_theta=theta,
-        rope_dim=int(head_dim * rotating) % head_dim,
+        rope_dim=0 if rotating == 1 else int(head_dim * rotating),
         rope_scaling=scaling,
         norm_eps=fields.get("rms_norm_eps", float, 1e-6),
         qkv_bias=bias,

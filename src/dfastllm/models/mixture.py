@@ -54,13 +54,23 @@ class Mixture(nn.Module):
         self.shared = SwiGLU(hidden, config.shared_size) if config.shared_size else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]. Only experts that some row chose run, each on its rows at once."""
+        """x [tokens, hidden] -> [tokens, hidden]. Only experts that some row chose run, each on its rows at once, and
+        a row's sum runs over its experts in ascending order, so it does not depend on the other rows."""
         weights, chosen = self.router(x)
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in chosen.unique().tolist():
             row, slot = (chosen == expert).nonzero(as_tuple=True)
-            update = self.experts[expert](x[row]).float() * weights[row, slot, None]
+            update = _padded(self.experts[expert], x[row]).float() * weights[row, slot, None]
             out = out.index_add(0, row, update)
         if self.shared is not None:
             out = out + self.shared(x).float()
         return out.to(x.dtype)
+
+
+def _padded(expert: nn.Module, x: Tensor) -> Tensor:
+    """expert(x), run on at least as many rows as the engine pads a forward to: matrix products of a few rows use other
+    kernels with another order of summation, so a row's last bits would depend on how many rows chose its expert."""
+    least = max(16, 8 * torch.get_num_threads())
+    if len(x) >= least:
+        return expert(x)  # type: ignore[no-any-return]
+    return expert(F.pad(x, (0, 0, 0, least - len(x))))[: len(x)]  # type: ignore[no-any-return]

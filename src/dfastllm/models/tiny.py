@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfastllm.errors import ValidationError
-from dfastllm.models.checkpoint import build
+from dfastllm.models.checkpoint import build, named_dtype, read_model
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Ids, describe, find_family, require_expressible
 
-__all__ = ["tiny", "tiny_config"]
+__all__ = ["random_like", "tiny", "tiny_config"]
 
 BODY = {
     "vocab_size": 96,
@@ -61,3 +62,12 @@ def tiny(
     given = ids or Ids(eos=(last - 1,), mask=last if masked else None, bos=last - 2, pad=last - 1)
     info = describe(family, config, given, name=name or f"tiny-{family}", block=block, edit=edit)
     return build(config, info, seed=seed, device=device, dtype=dtype)
+
+
+def random_like(
+    path: str | Path, seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.bfloat16
+) -> Decoder:
+    """Random weights in the real shape that a directory's config.json describes; no weight files are needed. For
+    measuring speed and memory: its texts mean nothing. Raises ModelLoadError as `load` does."""
+    _, config, info = read_model(Path(path))
+    return build(config, info, seed=seed, device=device, dtype=named_dtype(dtype))

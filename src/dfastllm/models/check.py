@@ -1,0 +1,143 @@
+"""Would this checkpoint load, and why not: all that `load` would refuse, found from headers, no weights read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dfastllm.core import ModelInfo
+from dfastllm.errors import ModelLoadError
+from dfastllm.models.checkpoint import compare, named_dtype, read_model, skeleton, stored_dtype
+from dfastllm.models.decoder import Decoder
+from dfastllm.models.headers import TensorEntry, inventory
+from dfastllm.models.ids import tokenizer_size
+
+__all__ = ["CheckReport", "Problem", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a checkpoint would not load or not serve right. `code` is the code of the error `load` (or the
+    tokenizer) would raise: model_load_failed, bad_checkpoint or bad_tokenizer."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a directory holds. Fields are None where a problem keeps them from being known.
+
+    weight_bytes: memory of the parameters at `dtype`; kv_bytes_per_token: K,V of all layers at `dtype`; file_bytes: of
+    the tensors in the files. notes: oddities that do not keep it from loading.
+    """
+
+    path: Path
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+    info: ModelInfo | None = None
+    dtype: str | None = None
+    parameters: int | None = None
+    weight_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    tensors: int | None = None
+    files: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def memory_bytes(self, tokens: int) -> int | None:
+        """Weights and the K,V of this many tokens; activations come on top."""
+        if self.weight_bytes is None or self.kv_bytes_per_token is None:
+            return None
+        return self.weight_bytes + tokens * self.kv_bytes_per_token
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {'would load' if self.ok else 'would not load'}"]
+        if self.info is not None:
+            lines.append(f"  family {self.info.family}, kind {self.info.kind}, context {self.info.max_len} tokens")
+        if self.parameters is not None and self.weight_bytes is not None and self.kv_bytes_per_token is not None:
+            lines.append(
+                f"  {self.parameters:,} parameters, {self.weight_bytes / 2**20:,.1f} MiB at {self.dtype}; "
+                f"K,V {self.kv_bytes_per_token / 1024:,.2f} KiB per token"
+            )
+        lines += [f"  problem ({problem.code}): {problem.message}" for problem in self.problems]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckReport:
+    """Look at a Hugging Face directory as `load(path, dtype=dtype)` would, and report instead of raising.
+
+    Raises ValidationError only for a dtype that is none of float32, bfloat16, float16.
+    """
+    directory = Path(path)
+    wanted = None if dtype is None else named_dtype(dtype)
+    if not directory.is_dir():
+        return CheckReport(directory, (Problem(ModelLoadError.code, f"{directory} is not a directory."),))
+    problems: list[Problem] = []
+    found: dict[str, TensorEntry] | None = None
+    described = None
+    try:
+        found = inventory(directory)
+    except ModelLoadError as error:
+        problems.append(Problem(error.code, error.message))
+    try:
+        described = read_model(directory)
+    except ModelLoadError as error:
+        problems.append(Problem(error.code, error.message))
+    counted = {} if found is None else {"tensors": len(found), "files": len({e.file for e in found.values()})}
+    if described is None:
+        return CheckReport(directory, tuple(problems), **counted)
+
+    family, config, info = described
+    chosen = wanted or stored_dtype(found or {})
+    model = skeleton(config, info, chosen)
+    if found is not None:
+        problems += [Problem("bad_checkpoint", f"{message}.") for message in compare(family, model, found)]
+    problems += _tokenizer_problems(directory, config.vocab_size)
+    return CheckReport(
+        directory,
+        tuple(problems),
+        notes=tuple(_notes(directory, info)),
+        info=info,
+        dtype=str(chosen).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        kv_bytes_per_token=_kv_bytes(model, chosen),
+        **counted,
+    )
+
+
+def _kv_bytes(model: Decoder, dtype: torch.dtype) -> int:
+    config = model.config
+    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+def _tokenizer_problems(directory: Path, rows: int) -> list[Problem]:
+    """A tokenizer that can give ids without an embedding row is another model's."""
+    try:
+        size = tokenizer_size(directory)
+    except ModelLoadError as error:
+        return [Problem(error.code, error.message)]
+    if size is None or size <= rows:
+        return []
+    return [
+        Problem(
+            "bad_tokenizer",
+            f"wrong tokenizer: tokenizer.json has ids up to {size - 1}, the model has {rows} embedding rows "
+            f"(ids up to {rows - 1}).",
+        )
+    ]
+
+
+def _notes(directory: Path, info: ModelInfo) -> list[str]:
+    notes = []
+    if not (directory / "tokenizer.json").is_file():
+        notes.append("no tokenizer.json: the model takes token ids only.")
+    if not info.eos_ids:
+        notes.append("no end-of-text id known: texts end only at their token limit.")
+    return notes
