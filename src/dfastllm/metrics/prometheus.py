@@ -1,0 +1,167 @@
+"""The metrics of one server, in a registry of its own (two servers in one process do not mix).
+
+Names are those of vLLM behind the prefix `dfastllm_`, so that its dashboards need one edit, and `model_name` is the
+label; what vLLM has no name for (nfe, tokens per forward) has ours. Times are in seconds, and the buckets begin well
+under 10 ms, where small models live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from dfastllm.core import Finish, FinishReason, Kind, StepStats
+
+__all__ = ["Metrics", "Subscribable"]
+
+SECONDS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+RATIOS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
+
+
+class Subscribable(Protocol):
+    def subscribe(self, fn: Callable[[StepStats], None], /) -> None: ...
+
+
+class Metrics:
+    """All metrics of a server. Thread-safe: engines report on their own thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._declare_engine()
+        self._declare_requests()
+        self._declare_http()
+
+    def _gauge(self, name: str, help: str) -> Gauge:
+        return Gauge(name, help, ["model_name"], namespace="dfastllm", registry=self.registry)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(name, help, labels or ("model_name",), namespace="dfastllm", registry=self.registry)
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...] = SECONDS, *labels: str) -> Histogram:
+        return Histogram(
+            name, help, labels or ("model_name",), namespace="dfastllm", registry=self.registry, buckets=buckets
+        )
+
+    def _declare_engine(self) -> None:
+        self.running = self._gauge("num_requests_running", "Requests with a place in the batch.")
+        self.waiting = self._gauge("num_requests_waiting", "Requests that wait for a place.")
+        self.kv_usage = self._gauge("kv_cache_usage_perc", "Part of the K,V pages in use; 1 is all of them.")
+        self.preemptions = self._counter("num_preemptions", "Times a running request lost its pages to another.")
+        self.steps = self._counter("engine_steps", "Turns of the engine's loop.")
+        self.batch = self._histogram("parallel_batch_size", "Sequences in a step.", SIZES)
+        self.step_time = self._histogram("engine_step_seconds", "One turn of the loop, forward pass included.")
+        self.run_time = self._histogram("engine_forward_seconds", "The forward pass of a step.")
+        self.denoising = self._counter(
+            "diffusion_num_denoising_steps", "Forward passes of a diffusion request's canvas, refreshes included."
+        )
+        self.canvas = self._counter("diffusion_num_canvas_positions", "Canvas positions whose logits were computed.")
+        self.committed = self._counter("diffusion_num_committed_tokens", "Canvas positions that were fixed.")
+
+    def _declare_requests(self) -> None:
+        self.success = self._counter(
+            "request_success", "Requests that ended by themselves.", "model_name", "finished_reason"
+        )
+        self.failure = self._counter(
+            "request_failure", "Requests that were cancelled, failed or timed out.", "model_name", "reason"
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
+        self.generation_tokens = self._counter("generation_tokens", "Output tokens of ended requests, EOS not counted.")
+        self.nfe = self._counter("nfe", "Forward passes of ended requests (number of function evaluations).")
+        self.per_forward = self._histogram("tokens_per_forward", "Output tokens per forward pass of a request.", RATIOS)
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival to the first settled token; for a canvas, its first settled block."
+        )
+        self.latency = (
+            self._histogram("e2e_request_latency_seconds", "Arrival to end of a request."),
+            self._histogram("request_latency_seconds", "The same as e2e_request_latency_seconds."),
+        )
+        self.per_token = (
+            self._histogram("request_time_per_output_token_seconds", "(end - first token) / (tokens - 1)."),
+            self._histogram("time_per_output_token_seconds", "The same as request_time_per_output_token_seconds."),
+        )
+        self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to the first forward pass.")
+        self.prefill_time = self._histogram("request_prefill_time_seconds", "First forward pass to first token.")
+        self.decode_time = self._histogram("request_decode_time_seconds", "First token to the end.")
+        self.inference_time = self._histogram("request_inference_time_seconds", "First forward pass to the end.")
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds", "Time between output tokens; tokens that arrive together share the gap."
+        )
+
+    def _declare_http(self) -> None:
+        self.http = self._counter("http_requests", "HTTP requests answered.", "method", "handler", "status")
+        self.http_time = self._histogram(
+            "http_request_duration_seconds", "HTTP request to the last byte.", SECONDS, "handler"
+        )
+
+    def watch(self, engine: Subscribable, name: str, kind: Kind) -> None:
+        """Count what this engine does, under the model's name in the API."""
+        for gauge in (self.running, self.waiting, self.kv_usage):
+            gauge.labels(name).set(0)
+        engine.subscribe(partial(self._step, name, kind))
+
+    def _step(self, name: str, kind: Kind, stats: StepStats) -> None:
+        self.running.labels(name).set(stats.running)
+        self.waiting.labels(name).set(stats.waiting)
+        self.kv_usage.labels(name).set(stats.pages_used / stats.pages_total if stats.pages_total else 0.0)
+        self.steps.labels(name).inc()
+        self.step_time.labels(name).observe(stats.seconds)
+        self.run_time.labels(name).observe(stats.run_seconds)
+        if stats.sequences:
+            self.batch.labels(name).observe(stats.sequences)
+        if stats.preempted:
+            self.preemptions.labels(name).inc(stats.preempted)
+        if kind != "ar":
+            self.denoising.labels(name).inc(stats.sequences)
+            self.canvas.labels(name).inc(stats.wanted)
+            self.committed.labels(name).inc(stats.committed)
+        for finish in stats.finished:
+            self._finished(name, finish)
+
+    def _finished(self, name: str, finish: Finish) -> None:
+        usage = finish.usage
+        self.prompt_tokens.labels(name).inc(usage.prompt_tokens)
+        self.generation_tokens.labels(name).inc(usage.completion_tokens)
+        self.nfe.labels(name).inc(usage.forwards)
+        if finish.reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            self.failure.labels(name, finish.reason.value).inc()
+            return
+        self.success.labels(name, finish.reason.value).inc()
+        self.per_forward.labels(name).observe(usage.tokens_per_forward)
+        for histogram in self.latency:
+            histogram.labels(name).observe(usage.total_s)
+        self.queue_time.labels(name).observe(usage.queue_s)
+        self.inference_time.labels(name).observe(usage.total_s - usage.queue_s)
+        if usage.first_token_s is None:
+            return
+        decode = usage.total_s - usage.first_token_s
+        self.first_token.labels(name).observe(usage.first_token_s)
+        self.prefill_time.labels(name).observe(usage.first_token_s - usage.queue_s)
+        self.decode_time.labels(name).observe(decode)
+        if usage.completion_tokens > 1:
+            for histogram in self.per_token:
+                histogram.labels(name).observe(decode / (usage.completion_tokens - 1))
+
+    def tokens(self, name: str, gap: float, count: int) -> None:
+        """`count` tokens reached a client `gap` seconds after the ones before."""
+        for _ in range(count):
+            self.inter_token.labels(name).observe(gap / count)
+
+    def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
+        """One HTTP request; `handler` is the route's template, so that ids in paths make no new series."""
+        self.http.labels(method, handler, str(status)).inc()
+        self.http_time.labels(handler).observe(seconds)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that `accept` asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type

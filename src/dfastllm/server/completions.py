@@ -1,0 +1,144 @@
+"""POST /v1/completions: prompts in any form, infilling by `suffix`, streaming or not."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+
+from dfastllm.core import Finish, StepEvent
+from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.server.canvas import canvas_chunk
+from dfastllm.server.generation import (
+    Events,
+    Job,
+    Result,
+    collect,
+    engine_requests,
+    first_event,
+    total,
+    while_connected,
+)
+from dfastllm.server.options import decode_params, sampling_params
+from dfastllm.server.prompts import completion_prompts, encode
+from dfastllm.server.replies import Completion, CompletionChoice, dump, figures, usage_out
+from dfastllm.server.schemas import CompletionRequest
+from dfastllm.server.serving import ServedModel, Serving
+from dfastllm.server.sse import EventStream
+from dfastllm.server.tokens import completion_logprobs
+
+__all__ = ["completions"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to this route, understood."""
+
+    body: CompletionRequest
+    model: ServedModel
+    job: Job
+    prompts: Sequence[tuple[tuple[int, ...], str]]
+    choices: int  # for each prompt
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def reply(self, choices: list[CompletionChoice], **rest: Any) -> Completion:
+        return Completion(id=self.job.id, created=self.created, model=self.model.name, choices=choices, **rest)
+
+    def choice(self, index: int, text: str, result: Result | StepEvent, offset: int, **rest: Any) -> CompletionChoice:
+        """Choice `index` with the tokens of `result`; `offset` is where its text begins (for the logprobs)."""
+        records = result.logprobs if self.body.logprobs is not None else []
+        logprobs = completion_logprobs(self.model.tokenizer, records, offset) if records else None
+        if self.body.return_token_ids:
+            rest["token_ids"] = list(result.token_ids)
+        return CompletionChoice(index=index, text=text, logprobs=logprobs, **rest)
+
+    def echoed(self, index: int) -> str:
+        return self.prompts[index // self.choices][1] if self.body.echo else ""
+
+
+async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+    """Complete a prompt, or several."""
+    serving: Serving = request.app.state.serving
+    call = await _understand(serving, body, request.state.request_id)
+    if not body.stream:
+        return Response(dump(await while_connected(request, _whole(call))), media_type="application/json")
+    events = await first_event(request, call.job)
+    return EventStream(_chunks(call, events), call.job.cancel)
+
+
+async def _understand(serving: Serving, body: CompletionRequest, request_id: str) -> Call:
+    model = serving.model(body.model)
+    if body.stream_options is not None and not body.stream:
+        raise ValidationError("stream_options needs stream: true.", param="stream_options")
+    if body.echo and body.logprobs is not None:
+        raise UnsupportedError(
+            "echo together with logprobs would need the prompt's log probabilities, which are not computed yet.",
+            param="echo",
+        )
+    if body.suffix and not model.diffuses:
+        raise UnsupportedError(f"suffix (infilling) needs a diffusion model; {model.name!r} is not.", param="suffix")
+    prompts = await completion_prompts(body, model)
+    choices = body.n or 1
+    suffix = await encode(model, body.suffix, param="suffix") if body.suffix else ()
+    longest = max(len(ids) for ids, _ in prompts) + len(suffix)
+    sampling = sampling_params(body, model, longest=longest, logprobs=body.logprobs)
+    decode = decode_params(body, model, sampling.max_tokens)
+    id = f"cmpl-{uuid.uuid4().hex}"
+    requests = engine_requests(serving, id, body, [ids for ids, _ in prompts], choices, sampling, decode, suffix)
+    return Call(body, model, Job(serving, model.name, requests, id=id, request_id=request_id), prompts, choices)
+
+
+async def _whole(call: Call) -> Completion:
+    ended = await collect(call.job)
+    choices = []
+    for index, (result, finish) in enumerate(ended):
+        echo = call.echoed(index)
+        rest: dict[str, Any] = {"finish_reason": finish.reason.value, "stop_reason": finish.stop}
+        if call.body.return_token_ids:
+            rest["prompt_token_ids"] = list(call.job.requests[index].prompt)
+        choices.append(call.choice(index, echo + result.text, result, len(echo), **rest))
+    usage = total([finish for _, finish in ended], call.choices)
+    return call.reply(choices, usage=usage_out(usage), dfastllm=figures(usage))
+
+
+async def _chunks(call: Call, events: Events) -> AsyncGenerator[str]:
+    options = call.body.stream_options
+    with_usage = options is not None and bool(options.include_usage)
+    with_canvas = options is not None and bool(options.canvas_events)
+    with_tokens = call.body.logprobs is not None or bool(call.body.return_token_ids)
+    null_usage: dict[str, Any] = {"usage": None} if with_usage else {}
+    offsets = [0] * len(call.job.requests)
+    steps = [0] * len(call.job.requests)
+    finishes: dict[int, Finish] = {}
+    async with aclosing(events):
+        for index in range(len(offsets)):
+            if echo := call.echoed(index):
+                offsets[index] = len(echo)
+                yield dump(call.reply([_text_only(index, echo)], **null_usage))
+        async for index, event in events:
+            if event.canvas is not None and with_canvas:
+                steps[index] += 1
+                shown = canvas_chunk(call.model.tokenizer, index, steps[index], event.canvas)
+                yield dump(call.reply([], canvas=shown, **null_usage))
+            if not event.text and event.finish is None and not (with_tokens and event.token_ids):
+                continue  # its text is held back: it may become a stop string, or is half a character
+            rest: dict[str, Any] = {"finish_reason": None}
+            if event.finish is not None:
+                finishes[index] = event.finish
+                rest = {"finish_reason": event.finish.reason.value, "stop_reason": event.finish.stop}
+            choice = call.choice(index, event.text, event, offsets[index], **rest)
+            offsets[index] += sum(map(len, choice.logprobs.tokens)) if choice.logprobs else 0
+            yield dump(call.reply([choice], **null_usage))
+    if with_usage:
+        usage = total([finishes[index] for index in sorted(finishes)], call.choices)
+        yield dump(call.reply([], usage=usage_out(usage), dfastllm=figures(usage)))
+
+
+def _text_only(index: int, text: str) -> CompletionChoice:
+    return CompletionChoice(index=index, text=text, logprobs=None, finish_reason=None)

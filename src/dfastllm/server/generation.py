@@ -1,0 +1,241 @@
+"""From engine requests to their results: submit, merge the streams of one call, collect, and cancel.
+
+One call of the API is a `Job`: one engine request per prompt and choice. It ends whole or fails whole: whatever way its
+events are left (an error, a disconnected client, a cancelled task), what still runs is cancelled and its compute freed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from dfastllm.core import DecodeParams, Finish, Request, SamplingParams, StepEvent, TokenLogprob, Usage
+from dfastllm.errors import CancelledError, DFastLLMError, ValidationError
+from dfastllm.server.schemas import GenerationRequest
+
+if TYPE_CHECKING:
+    from dfastllm.engine import Stream
+    from dfastllm.server.serving import Serving
+
+__all__ = [
+    "Events",
+    "Job",
+    "Result",
+    "collect",
+    "disconnected",
+    "engine_requests",
+    "first_event",
+    "total",
+    "while_connected",
+]
+
+T = TypeVar("T")
+Events = AsyncGenerator[tuple[int, StepEvent]]
+_EXACTNESS = ("reference", "exact-fast", "approximate")  # a call is as exact as its least exact choice
+
+
+class Job:
+    """The engine requests of one HTTP request. `id` names the response, `request_id` is its X-Request-ID."""
+
+    def __init__(self, serving: Serving, model: str, requests: Sequence[Request], *, id: str, request_id: str) -> None:
+        self.serving = serving
+        self.model = model
+        self.requests = requests
+        self.id = id
+        self.request_id = request_id
+        self.streams: list[Stream] = []
+        self.failure: DFastLLMError | None = None
+
+    def cancel(self) -> None:
+        for stream in self.streams:
+            stream.cancel()
+
+    def fail(self, error: DFastLLMError) -> None:
+        """End the job with this error in place of CancelledError."""
+        self.failure = error
+        self.cancel()
+
+    async def events(self) -> Events:
+        """(index of the engine request, event) as they come; each request's last event has `finish`. Raises what the
+        engine refuses on submission, and the error of the first request that fails."""
+        worker = self.serving.require_ready()
+        with self.serving.tracked(self):
+            try:
+                for request in self.requests:
+                    self.streams.append(worker.submit(self.model, request))
+                merged = _merge(self.streams) if len(self.streams) > 1 else _single(self.streams[0])
+                async with aclosing(merged):
+                    async for index, event in merged:
+                        yield index, event
+            except CancelledError as error:
+                raise self.failure or error from None
+            finally:
+                self.cancel()  # harmless for what has ended
+
+    async def timed_events(self) -> Events:
+        """`events`, with the gaps between tokens reported to the metrics."""
+        last: dict[int, float] = {}
+        async with aclosing(self.events()) as events:
+            async for index, event in events:
+                if event.token_ids:
+                    now = time.perf_counter()
+                    if index in last:
+                        self.serving.metrics.tokens(self.model, now - last[index], len(event.token_ids))
+                    last[index] = now
+                yield index, event
+
+
+async def _single(stream: Stream) -> Events:
+    async for event in stream:
+        yield 0, event
+
+
+async def _merge(streams: Sequence[Stream]) -> Events:
+    """The events of many streams as they come. Ends when all have ended, or raises with the first that does."""
+    ready: asyncio.Queue[tuple[int, StepEvent | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: Stream) -> None:
+        try:
+            async for event in stream:
+                ready.put_nowait((index, event))
+        except Exception as error:
+            ready.put_nowait((index, error))
+        else:
+            ready.put_nowait((index, None))
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            index, item = await ready.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield index, item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+@dataclass
+class Result:
+    """What one engine request gave."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+async def collect(job: Job) -> list[tuple[Result, Finish]]:
+    """Run a job to its end; one result per engine request, in order."""
+    results = [Result() for _ in job.requests]
+    async with aclosing(job.timed_events()) as events:
+        async for index, event in events:
+            result = results[index]
+            result.text += event.text
+            result.token_ids += event.token_ids
+            result.logprobs += event.logprobs
+            result.finish = event.finish
+    return [(result, result.finish) for result in results if result.finish is not None]
+
+
+def total(finishes: Sequence[Finish], choices: int) -> Usage:
+    """Usage of a whole call. A prompt is counted once for all its `choices`; times are those of the slowest request."""
+    used = [finish.usage for finish in finishes]
+    first = [u.first_token_s for u in used if u.first_token_s is not None]
+    return Usage(
+        prompt_tokens=sum(u.prompt_tokens for u in used[::choices]),
+        completion_tokens=sum(u.completion_tokens for u in used),
+        forwards=sum(u.forwards for u in used),
+        exactness=max((u.exactness for u in used), key=_EXACTNESS.index),
+        queue_s=max(u.queue_s for u in used),
+        first_token_s=min(first) if first else None,
+        total_s=max(u.total_s for u in used),
+    )
+
+
+def _limit_sequences(serving: Serving, prompts: int, choices: int) -> None:
+    limit = serving.settings.max_prompts
+    if prompts * choices > limit:
+        raise ValidationError(
+            f"One request may ask for {limit} sequences (prompts times n), got {prompts * choices}.",
+            param="n" if choices > 1 else "prompt",
+        )
+
+
+def engine_requests(
+    serving: Serving,
+    id: str,
+    body: GenerationRequest,
+    prompts: Sequence[tuple[int, ...]],
+    choices: int,
+    sampling: SamplingParams,
+    decode: DecodeParams | None,
+    suffix: tuple[int, ...] = (),
+) -> list[Request]:
+    """One engine request per prompt and choice. Choice i of a seeded call draws with seed + i, so that choice 0 is what
+    the same call gives with n = 1. Raises ValidationError for too many sequences."""
+    _limit_sequences(serving, len(prompts), choices)
+    limit = serving.settings.request_timeout
+    if body.timeout is not None and not body.timeout > 0:
+        raise ValidationError(f"timeout must be > 0 s, got {body.timeout}.", param="timeout")
+    timeout = limit if body.timeout is None else min(limit, body.timeout)
+    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(choices)]
+    return [
+        Request(
+            request_id=f"{id}-{index * choices + i}",
+            prompt=prompt,
+            sampling=replace(sampling, seed=seeds[i]),
+            decode=decode,
+            suffix=suffix,
+            priority=body.priority or 0,
+            timeout=timeout,
+        )
+        for index, prompt in enumerate(prompts)
+        for i in range(choices)
+    ]
+
+
+async def first_event(http: HttpRequest, job: Job) -> Events:
+    """The job's events once there is a first one, so that a refusal still gets its own status code."""
+    events = job.timed_events()
+    first = await while_connected(http, anext(events))
+
+    async def rest() -> Events:
+        async with aclosing(events):
+            yield first
+            async for item in events:
+                yield item
+
+    return rest()
+
+
+async def while_connected(http: HttpRequest, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away. Raises dfastllm's CancelledError then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(http.receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise CancelledError("The client disconnected.")
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def disconnected(receive: Any) -> None:
+    """Returns when the client has gone away (the request's body has been read before)."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,137 @@
+"""What happens to every HTTP request before a route sees it. Plain ASGI, so that streams and disconnects pass through.
+
+`Trace` gives each request its id, times it, and turns an unexpected exception into a logged 500. `BodyLimit` reads the
+body (chunked or not) up to a limit. `ApiKey` lets in who carries the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dfastllm.errors import AuthenticationError, GenerationError, PayloadTooLargeError
+from dfastllm.server.refusals import error_response
+
+__all__ = ["ApiKey", "BodyLimit", "Trace"]
+
+log = logging.getLogger("dfastllm.server")
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+Observe = Callable[[str, str, int, float], None]  # method, route template, status, seconds
+
+
+class Trace:
+    """Outermost. The client's X-Request-ID is kept when it is sane, else one is made; it is always in the answer.
+
+    observe: told about each finished request (metrics).
+    """
+
+    def __init__(self, app: ASGIApp, observe: Observe) -> None:
+        self.app = app
+        self.observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+        began = time.perf_counter()
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, tagged)
+        except Exception:
+            log.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            if status:
+                raise  # too late for an answer: the server closes the connection
+            failure = GenerationError(
+                "The server failed on this request.", hint=f"Its log says why, under {request_id}."
+            )
+            await error_response(failure)(scope, receive, tagged)
+        finally:
+            template = getattr(scope.get("route"), "path", "unmatched")
+            self.observe(scope["method"], template, status or 499, time.perf_counter() - began)
+
+
+class BodyLimit:
+    """Reads the whole body before the route runs, and answers 413 as soon as it is longer than `limit` bytes."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdigit() and int(declared) > self.limit:
+            await self._refuse(declared, scope, receive, send)
+            return
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return  # nobody to answer
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.limit:
+                await self._refuse("more", scope, receive, send)
+                return
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _refuse(self, got: str, scope: Scope, receive: Receive, send: Send) -> None:
+        error = PayloadTooLargeError(f"The body must have at most {self.limit} bytes, got {got}.")
+        response = error_response(error)
+        response.headers["Connection"] = "close"  # the rest of the body is not read
+        await response(scope, receive, send)
+
+
+class ApiKey:
+    """Asks for `Authorization: Bearer KEY` on everything but health, metrics and documentation. Compares digests in
+    constant time, so neither the key's length nor its beginning can be guessed from timing."""
+
+    OPEN = ("/health", "/metrics", "/docs", "/openapi.json", "/version")
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app = app
+        self.digest = hashlib.sha256(key.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._open(scope["path"]):
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
+            if not hmac.compare_digest(digest, self.digest) or scheme.lower() != "bearer":
+                refusal = AuthenticationError(
+                    "No API key was given." if not given else "The API key is wrong.",
+                    hint="Send it as 'Authorization: Bearer KEY'.",
+                )
+                await error_response(refusal)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _open(self, path: str) -> bool:
+        return any(path == open_path or path.startswith(open_path + "/") for open_path in self.OPEN)

@@ -1,0 +1,188 @@
+"""The wire, outwards: response bodies and stream chunks of the OpenAI API, with dfastllm's figures beside the usage."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dfastllm.core import Usage
+
+__all__ = [
+    "ChatChoice",
+    "ChatChunk",
+    "ChatChunkChoice",
+    "ChatCompletion",
+    "ChatLogprobs",
+    "ChatMessage",
+    "ChatTokenLogprob",
+    "Completion",
+    "CompletionChoice",
+    "CompletionLogprobs",
+    "Delta",
+    "Figures",
+    "FunctionCall",
+    "ToolCallOut",
+    "TopLogprob",
+    "UsageOut",
+    "dump",
+    "figures",
+    "usage_out",
+]
+
+
+class Out(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    def model_post_init(self, _: Any, /) -> None:
+        """`object` and `type` are part of the form, so they count as set though they are defaults."""
+        self.model_fields_set.update({"object", "type"}.intersection(type(self).model_fields))
+
+
+class UsageOut(Out):
+    prompt_tokens: int
+    completion_tokens: int = Field(description="Committed tokens up to the end of text, which is not counted itself.")
+    total_tokens: int
+
+
+class Figures(Out):
+    """What the answer took."""
+
+    nfe: int = Field(description="Forward passes.")
+    tokens_per_forward: float
+    exactness: str = Field(description="reference | exact-fast | approximate, against the model's plain algorithm.")
+    queue_seconds: float
+    first_token_seconds: float | None
+    total_seconds: float
+
+
+class CompletionLogprobs(Out):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Out):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(Out):
+    """A response, or a chunk of a stream (then `usage` is null but in the last chunk, when it was asked for)."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageOut | None = None
+    dfastllm: Figures | None = None
+    canvas: dict[str, Any] | None = None
+
+
+class FunctionCall(Out):
+    name: str
+    arguments: str
+
+
+class ToolCallOut(Out):
+    index: int | None = None
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class TopLogprob(Out):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Out):
+    content: list[ChatTokenLogprob]
+
+
+class ChatMessage(Out):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    tool_calls: list[ToolCallOut] | None = None
+
+
+class ChatChoice(Out):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(Out):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageOut
+    dfastllm: Figures
+    prompt_token_ids: list[int] | None = None
+
+
+class Delta(Out):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallOut] | None = None
+
+
+class ChatChunkChoice(Out):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(Out):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: UsageOut | None = None
+    dfastllm: Figures | None = None
+    canvas: dict[str, Any] | None = None
+
+
+def usage_out(usage: Usage) -> UsageOut:
+    return UsageOut(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+    )
+
+
+def figures(usage: Usage) -> Figures:
+    return Figures(
+        nfe=usage.forwards,
+        tokens_per_forward=usage.tokens_per_forward,
+        exactness=usage.exactness,
+        queue_seconds=usage.queue_s,
+        first_token_seconds=usage.first_token_s,
+        total_seconds=usage.total_s,
+    )
+
+
+def dump(body: Out) -> str:
+    """JSON of what was set: a field that was not asked for is absent rather than null."""
+    return body.model_dump_json(exclude_unset=True)

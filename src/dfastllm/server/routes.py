@@ -1,0 +1,131 @@
+"""Every route but the two that generate: models, health, metrics, tokens, cancelling, documentation."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from dfastllm.errors import ValidationError
+from dfastllm.server.docs import docs_page
+from dfastllm.server.prompts import chat_text, encode
+from dfastllm.server.schemas import DetokenizeRequest, TokenizeRequest
+from dfastllm.server.serving import ServedModel, Serving
+
+__all__ = [
+    "cancel_request",
+    "detokenize",
+    "docs",
+    "health",
+    "live",
+    "metrics",
+    "model_card",
+    "models",
+    "openapi",
+    "ready",
+    "tokenize",
+    "version_info",
+]
+
+
+def _serving(request: Request) -> Serving:
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+def _card(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "dfastllm",
+        "root": model.info.name,
+        "max_model_len": model.context,
+        "family": model.info.family,
+        "kind": model.info.kind,
+    }
+
+
+async def models(request: Request) -> dict[str, Any]:
+    """Every model that is served."""
+    serving = _serving(request)
+    serving.require_ready()
+    return {"object": "list", "data": [_card(model) for model in serving.models.values()]}
+
+
+async def model_card(model_id: str, request: Request) -> dict[str, Any]:
+    """One model."""
+    return _card(_serving(request).model(model_id))
+
+
+async def live(request: Request) -> JSONResponse:
+    """200 while the process does its work, loading included; 503 when the engine's thread has died."""
+    phase = _serving(request).phase
+    return JSONResponse({"status": phase}, 503 if phase == "failed" else 200)
+
+
+async def ready(request: Request) -> JSONResponse:
+    """200 when requests are taken; 503 while loading, shutting down or failed."""
+    serving = _serving(request)
+    phase = serving.phase
+    if phase == "ready":
+        return JSONResponse({"status": "ready", "models": list(serving.models)})
+    return JSONResponse({"status": phase}, 503, {"Retry-After": "1"})
+
+
+health = ready
+
+
+async def version_info() -> dict[str, str]:
+    """Versions of the server and of what it runs on."""
+    return {"version": version("dfastllm"), "torch": version("torch"), "python": platform.python_version()}
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    body, content_type = _serving(request).metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": content_type})
+
+
+async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
+    """Cancel what runs under a response id or an X-Request-ID; the request itself ends with the error `cancelled`."""
+    return {"id": request_id, "object": "request", "cancelled": _serving(request).cancel(request_id)}
+
+
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """Token ids of a prompt, or of messages as the chat template writes them."""
+    model = _serving(request).model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ValidationError("Send either prompt or messages.", param="prompt")
+    if body.messages is not None:
+        ids = await encode(model, await chat_text(model, body.messages, None), param="messages")
+    else:
+        ids = await encode(model, body.prompt or "", param="prompt", add_special=body.add_special_tokens)
+    out: dict[str, Any] = {"count": len(ids), "max_model_len": model.context, "tokens": ids}
+    if body.return_token_strs:
+        out["token_strs"] = [model.tokenizer.id_to_token(token) for token in ids]
+    return out
+
+
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+    """The text of token ids, special tokens included."""
+    model = _serving(request).model(body.model)
+    bad = next((token for token in body.tokens if not 0 <= token < model.info.vocab_size), None)
+    if bad is not None:
+        raise ValidationError(
+            f"tokens holds the id {bad}; {model.name!r} has ids 0 to {model.info.vocab_size - 1}.", param="tokens"
+        )
+    return {"prompt": model.tokenizer.decode(body.tokens, skip_special=False)}
+
+
+async def openapi(request: Request) -> JSONResponse:
+    """The OpenAPI description."""
+    return JSONResponse(request.app.openapi())
+
+
+async def docs(request: Request) -> HTMLResponse:
+    """The OpenAPI description as a page that needs no network and no script."""
+    return HTMLResponse(docs_page(request.app.openapi()))

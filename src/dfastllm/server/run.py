@@ -1,0 +1,221 @@
+"""`serve`: one process, listening at once, loading behind it, ending cleanly.
+
+The socket is bound before anything is loaded, so that a port in use is told in a moment. The server answers health
+checks while a thread loads the models. SIGTERM and SIGINT stop it: no new requests, those running finish within
+`shutdown_timeout` or end with an error, then the engine's thread ends. A second SIGINT does not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from dfastllm.errors import DFastLLMError, ModelLoadError, ValidationError
+from dfastllm.server.app import create_app
+from dfastllm.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from dfastllm.engine import Engine, Worker
+    from dfastllm.server.serving import Serving
+
+__all__ = ["Loading", "Server", "listen", "serve"]
+
+log = logging.getLogger("dfastllm.server")
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal. Raises ValidationError when the port is in use or the address is not this machine's, and
+    what loading raises: ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
+    _log_to_stderr(settings.log_level)
+    with contextlib.closing(listen(settings.host, settings.port)) as listener:
+        host, port = listener.getsockname()[:2]
+        app = create_app(settings=settings)
+        server = Server(app, settings)
+        loading = Loading(settings, server)
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        try:
+            server.run(sockets=[listener])
+        finally:
+            loading.close()
+    if loading.error is not None:
+        raise loading.error
+
+
+def _log_to_stderr(level: str) -> None:
+    """One line per event of dfastllm and uvicorn on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("dfastllm", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level.upper())
+        logger.propagate = False
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger("uvicorn").level))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound TCP socket. Raises ValidationError naming port or host."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError) as error:
+        raise ValidationError(f"There is no address {host!r}: {error}.", param="host") from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise _refused(host, port, error) from error
+    return listener
+
+
+def _refused(host: str, port: int, error: OSError) -> ValidationError:
+    if error.errno == errno.EADDRINUSE:
+        return ValidationError(
+            f"Port {port} on {host} is in use.",
+            param="port",
+            hint="Stop what listens there, or take another with --port (0: any free one).",
+        )
+    if error.errno == errno.EACCES:
+        return ValidationError(f"Port {port} may not be opened by this user.", param="port", hint="Use one above 1023.")
+    return ValidationError(f"{host} port {port} cannot be listened on: {error.strerror}.", param="host")
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a shutdown that ends requests rather than connections, and that returns instead of dying of the
+    signal, so that what was started is also stopped."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self.serving: Serving = app.state.serving
+        self.grace = settings.shutdown_timeout
+        self.up = threading.Event()
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(self.grace)) + 5,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.serving.drain()
+        loop = asyncio.get_running_loop()
+        last_call = loop.call_later(self.grace, self.serving.abort)
+        watch = loop.create_task(self._abort_when_forced())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            last_call.cancel()
+            watch.cancel()
+
+    async def _abort_when_forced(self) -> None:
+        while not self.force_exit:
+            await asyncio.sleep(0.1)
+        self.serving.abort()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, without raising the signal again afterwards: that would skip the caller's clean-up."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        log.info("%s: stopping", signal.Signals(number).name)
+        self.handle_exit(number, frame)
+
+
+class Loading:
+    """Loads the models on a thread and opens the server; `error` is why it could not, and then the server stops."""
+
+    def __init__(self, settings: Settings, server: Server) -> None:
+        self.settings = settings
+        self.server = server
+        self.error: DFastLLMError | None = None
+        self.worker: Worker | None = None
+        self._thread = threading.Thread(target=self._run, name="dfastllm-load", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the loading to stop, then stop the engine's thread."""
+        self._thread.join(self.settings.shutdown_timeout)
+        if self.worker is not None:
+            self.worker.stop()
+
+    def _run(self) -> None:
+        try:
+            engines = self._load()
+            if self.server.should_exit:
+                return
+            from dfastllm.engine import Worker
+
+            self.worker = Worker(engines).start()
+            self.server.serving.open(self.worker, engines)
+            log.info("ready: %s", ", ".join(engines))
+        except DFastLLMError as error:
+            self.error = error
+            self.server.should_exit = True
+        except Exception as error:
+            log.exception("loading failed")
+            self.error = ModelLoadError(f"Loading failed: {type(error).__name__}: {error}.")
+            self.server.should_exit = True
+
+    def _load(self) -> dict[str, Engine]:
+        import torch
+
+        from dfastllm.engine import EngineConfig
+        from dfastllm.llm import load_engine, shipped_models
+
+        settings = self.settings
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        wanted = settings.model or tuple(shipped_models())
+        if not wanted:
+            raise ValidationError("There is no model to serve.", param="model", hint="Name one with --model.")
+        names = settings.served_model_name or tuple(Path(model).resolve().name for model in wanted)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValidationError(
+                f"Two models would be called {twice!r}.", param="served_model_name", hint="Name each of them."
+            )
+        engines: dict[str, Engine] = {}
+        for model, name in zip(wanted, names, strict=True):
+            if self.server.should_exit:
+                break
+            engines[name] = load_engine(
+                model,
+                name=name,
+                device=settings.device,
+                dtype=settings.dtype,
+                config=EngineConfig(**settings.engine_options()),
+            )
+        return engines

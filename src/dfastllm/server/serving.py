@@ -1,0 +1,128 @@
+"""What the routes share: the models being served, whether the server is ready, and the requests in flight.
+
+Holds no HTTP and runs no model: `engine.Worker` steps the engines in its own thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from dfastllm.core import ModelInfo
+from dfastllm.errors import ModelNotFoundError, NotReadyError, RequestNotFoundError
+from dfastllm.metrics import Metrics
+from dfastllm.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dfastllm.engine import Engine, Worker
+    from dfastllm.server.generation import Job
+    from dfastllm.text import Tokenizer
+
+__all__ = ["Phase", "ServedModel", "Serving"]
+
+Phase = Literal["loading", "ready", "stopping", "failed"]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One name of the API. `context` is the most positions a sequence may have: prompt, suffix and output."""
+
+    name: str
+    info: ModelInfo
+    tokenizer: Tokenizer
+    context: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def diffuses(self) -> bool:
+        return self.info.kind != "ar"
+
+
+class Serving:
+    """Lives as long as the app. `open` is called when the models are loaded, `drain` when the server stops."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.worker: Worker | None = None
+        self.models: Mapping[str, ServedModel] = {}
+        self.jobs: dict[str, set[Job]] = {}
+        self.draining = False
+
+    def open(self, worker: Worker, engines: Mapping[str, Engine]) -> None:
+        """Serve these engines, whose worker has been started. Safe from another thread: one assignment makes ready."""
+        models = {}
+        for name, engine in engines.items():
+            if engine.tokenizer is None:
+                raise ModelNotFoundError(f"The model {name!r} has no tokenizer, so it cannot be served.", param="model")
+            models[name] = ServedModel(name, engine.info, engine.tokenizer, engine.max_len)
+            self.metrics.watch(engine, name, engine.info.kind)
+        self.worker = worker
+        self.models = models
+
+    @property
+    def phase(self) -> Phase:
+        if self.draining:
+            return "stopping"
+        if not self.models or self.worker is None:
+            return "loading"
+        return "ready" if self.worker.is_alive else "failed"
+
+    def require_ready(self) -> Worker:
+        """The worker. Raises NotReadyError with the reason."""
+        phase = self.phase
+        if phase != "ready" or self.worker is None:
+            reason = {
+                "loading": "The models are still loading.",
+                "stopping": "The server is shutting down.",
+                "failed": "The engine has stopped.",
+            }[phase]
+            raise NotReadyError(reason, hint="GET /health/ready answers 200 when requests are taken.")
+        return self.worker
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model of that name, or the only one for None. Raises ModelNotFoundError."""
+        self.require_ready()
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name is None or name not in self.models:
+            got = "No model was named" if name is None else f"There is no model {name[:200]!r}"
+            raise ModelNotFoundError(f"{got}; served here: {', '.join(sorted(self.models))}.", param="model")
+        return self.models[name]
+
+    @contextmanager
+    def tracked(self, job: Job) -> Iterator[None]:
+        """Makes a job cancellable by its ids while it runs."""
+        for key in {job.id, job.request_id}:
+            self.jobs.setdefault(key, set()).add(job)
+        try:
+            yield
+        finally:
+            for key in {job.id, job.request_id}:
+                jobs = self.jobs.get(key, set())
+                jobs.discard(job)
+                if not jobs:
+                    self.jobs.pop(key, None)
+
+    def cancel(self, name: str) -> int:
+        """Cancel the jobs with that response id or X-Request-ID. Raises RequestNotFoundError."""
+        jobs = list(self.jobs.get(name, ()))
+        if not jobs:
+            raise RequestNotFoundError(f"No request {name[:200]!r} is running.", param="id")
+        for job in jobs:
+            job.cancel()
+        return len(jobs)
+
+    def drain(self) -> None:
+        """Take no more requests; those in flight go on."""
+        self.draining = True
+
+    def abort(self) -> None:
+        """End every request in flight with an error."""
+        for job in {job for jobs in self.jobs.values() for job in jobs}:
+            job.fail(NotReadyError("The server is shutting down."))
