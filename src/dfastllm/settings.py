@@ -148,6 +148,15 @@ class Settings:
         unit="rows",
         engine="max_batch_rows",
     )
+    min_num_batched_tokens: int | None = _field(
+        None,
+        "A smaller forward pass is padded to this many rows, so that a request's numbers do not depend on its"
+        " neighbours; default: 8 per CPU thread, at least 16. 1: no padding, and no such promise.",
+        group="engine",
+        minimum=1,
+        unit="rows",
+        engine="min_rows",
+    )
     prefill_chunk: int = _field(
         512,
         "Most prompt rows of one sequence in a forward pass, so that a long prompt does not hold up the others.",

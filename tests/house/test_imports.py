@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from source import SRC, Module, imported, modules
+
+from tests.house.source import SRC, Module, imported, modules
 
 # Rooms from the bottom up; a room may import rooms of lower levels and itself, never its neighbours or above.
 LEVELS = (

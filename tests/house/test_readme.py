@@ -9,7 +9,8 @@ import shlex
 import subprocess
 
 import pytest
-from source import ROOT, modules
+
+from tests.house.source import ROOT, modules
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHIPPED = ROOT / "src" / "dfastllm" / "shipped"

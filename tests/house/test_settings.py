@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 
 import pytest
-from source import ROOT, modules
 
 from dfastllm.errors import ValidationError
 from dfastllm.settings import SETTINGS, Setting, Settings, reference, unknown_variables
+from tests.house.source import ROOT, modules
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 # A value for each setting that differs from its default, as text, and the same typed.
@@ -30,6 +30,7 @@ OTHER: dict[str, tuple[str, object]] = {
     "max_model_len": ("128", 128),
     "max_num_seqs": ("2", 2),
     "max_num_batched_tokens": ("99", 99),
+    "min_num_batched_tokens": ("4", 4),
     "prefill_chunk": ("7", 7),
     "max_waiting": ("5", 5),
     "ageing_steps": ("0", 0),

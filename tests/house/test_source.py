@@ -7,9 +7,9 @@ import inspect
 import re
 
 import pytest
-from source import ROOT, Module, modules, shipped_files, text_of
 
 import dfastllm.errors as errors
+from tests.house.source import ROOT, Module, modules, shipped_files, text_of
 
 # file -> reason. An entry that is no longer needed fails the test.
 ALLOWED_CALLS: dict[str, str] = {}

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from dfastllm.cli.chat import chat
 from dfastllm.cli.check import check
 from dfastllm.cli.doctor import doctor
+from dfastllm.cli.generate import generate
 from dfastllm.cli.output import Group
 from dfastllm.cli.serve import serve
+from dfastllm.cli.train import train
 
 __all__ = ["app", "main"]
 
@@ -22,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve, check, doctor):
+for _command in (generate, chat, serve, train, check, doctor):
     app.command()(_command)
 
 

@@ -1,5 +1,94 @@
-"""`dfastllm check`"""
+"""`dfastllm check`: would this checkpoint load, and if not, why not. Reads headers and tokenizer files, no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfastllm.cli.output import console
+from dfastllm.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from dfastllm.models.check import CheckReport
+
+__all__ = ["check"]
 
 
-def check() -> None:
-    """x"""
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory, or a shipped name.")],
+    dtype: Annotated[
+        str, typer.Option(help="Number format to count memory at: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Say whether a checkpoint would load, and why not. Exit code 1 when it would not."""
+    from dfastllm.llm import resolve
+    from dfastllm.models.check import check as inspect
+
+    path = resolve(model)
+    report = inspect(path, dtype=None if dtype == "auto" else dtype)
+    problems = [(problem.code, problem.message) for problem in report.problems]
+    problems += _tokenizer_problems(path, report)
+    if as_json:
+        typer.echo(json.dumps(_as_json(report, problems), indent=2))
+    else:
+        _print(report, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _tokenizer_problems(path: Path, report: CheckReport) -> list[tuple[str, str]]:
+    """What the tokenizer's own loading finds, unless the model's check has found a fault in it already."""
+    from dfastllm.text import Tokenizer
+
+    if any(problem.code == TokenizerError.code for problem in report.problems):
+        return []
+    try:
+        tokenizer = Tokenizer.load(path)
+        if report.info is not None:
+            tokenizer.check_fits(report.info.vocab_size, report.info.mask_id)
+    except TokenizerError as error:
+        return [(error.code, str(error))]
+    return []
+
+
+def _as_json(report: CheckReport, problems: list[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(report),
+        "path": str(report.path),
+        "problems": [{"code": code, "message": message} for code, message in problems],
+        "loads": not problems,
+    }
+
+
+def _print(report: CheckReport, problems: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("directory", str(report.path))
+    if report.info is not None:
+        info = report.info
+        facts.add_row("family", f"{info.family} ({info.kind})")
+        facts.add_row("shape", f"{info.layers} layers, vocabulary {info.vocab_size:,}, context {info.max_len:,} tokens")
+    if report.parameters is not None and report.weight_bytes is not None:
+        size = f"{report.weight_bytes / 2**20:,.1f} MiB at {report.dtype}"
+        facts.add_row("parameters", f"{report.parameters:,} ({size})")
+    if report.kv_bytes_per_token is not None:
+        facts.add_row("K,V", f"{report.kv_bytes_per_token / 1024:,.2f} KiB per token")
+    if report.tensors is not None:
+        facts.add_row("files", f"{report.tensors} tensors in {report.files} safetensors file(s)")
+    screen = console()
+    screen.print(facts)
+    for note in report.notes:
+        screen.print(f"note: {note}", markup=False)
+    if problems:
+        found = Table("problem", "what", title="It would not load:", title_justify="left", show_lines=True)
+        for code, message in problems:
+            found.add_row(code, message)
+        screen.print(found)
+    else:
+        screen.print("It would load.")

@@ -18,13 +18,24 @@ from dfastllm.errors import DFastLLMError, ModelNotFoundError, ValidationError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Group", "console", "exit_code", "warn", "working"]
+__all__ = ["Group", "console", "exit_code", "printable", "warn", "working"]
+
+# C0 and C1 controls but tab and newline -> their visible signs: a model's text must not steer the terminal.
+CONTROLS = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
+    **dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+}
 
 
 def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text that is safe to show on a terminal."""
+    return text.translate(CONTROLS)
 
 
 def warn(message: str) -> None:
@@ -72,4 +83,4 @@ class Group(typer.core.TyperGroup):
     def _report(self, ctx: Any, error: BaseException, line: str) -> None:
         if ctx.params.get("debug"):
             traceback.print_exception(error)
-        typer.echo(" ".join(line.split()), err=True)
+        typer.echo(printable(" ".join(line.split())), err=True)

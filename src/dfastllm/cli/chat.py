@@ -1,0 +1,119 @@
+"""`dfastllm chat`: a conversation in the terminal, with its history."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfastllm.cli.options import DECODE, SAMPLING, decode_params, from_settings, sampling_params, takes
+from dfastllm.cli.output import console, printable, warn
+from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.errors import CancelledError, ContextLengthError, DFastLLMError, UnsupportedError, ValidationError
+from dfastllm.settings import Settings
+
+if TYPE_CHECKING:
+    from dfastllm.llm import LLM
+
+__all__ = ["chat"]
+
+HELP = """/reset   forget the conversation
+/quit    leave (ctrl-D too)
+/help    this list
+Ctrl-C stops an answer, and keeps the conversation as it was before the question."""
+
+
+@takes(settings=from_settings(alone=True), sampling=SAMPLING, decode=DECODE)
+def chat(
+    model: Annotated[str, typer.Option(help="A shipped model's name or a Hugging Face directory.")] = "demo-diffusion",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    plain: Annotated[bool, typer.Option("--plain", help="No live canvas on a terminal.")] = False,
+    *,
+    settings: dict[str, Any],
+    sampling: dict[str, Any],
+    decode: dict[str, Any],
+) -> None:
+    """Talk with a model. /reset forgets, /quit leaves, ctrl-C stops an answer."""
+    loaded = Settings.load(settings)
+    params, decoding = sampling_params(sampling), decode_params(decode)
+    for name, wanted in (("n", 1), ("logprobs", None)):
+        if getattr(params, name) != wanted:
+            raise ValidationError(f"{name} has no place in a conversation; use `dfastllm generate`.", param=name)
+
+    from dfastllm.cli.session import open_model
+
+    with open_model(model, loaded) as llm:
+        if not llm.tokenizer.has_chat_template:
+            raise UnsupportedError(
+                f"{llm.info.name} has no chat template.", param="model", hint="Use `dfastllm generate`."
+            )
+        Conversation(llm, params, decoding, system, plain=plain).talk()
+
+
+class Conversation:
+    """The turns of one chat. A turn that fails or is cancelled leaves the history as it was."""
+
+    def __init__(
+        self, llm: LLM, sampling: SamplingParams, decode: DecodeParams | None, system: str, *, plain: bool
+    ) -> None:
+        self.llm = llm
+        self.sampling = sampling
+        self.decode = decode
+        self.out = console()
+        self.live = self.out.is_terminal and not self.out.is_dumb_terminal and not plain
+        self.asks = sys.stdin.isatty()
+        self.opening = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = list(self.opening)
+
+    def talk(self) -> None:
+        """Read and answer lines until /quit or the end of input."""
+        if self.asks:
+            import readline  # noqa: F401  (its import gives input() editing and history)
+
+            self.out.print(f"{self.llm.info.name}: /help lists the commands, /quit leaves.", style="dim")
+        while True:
+            try:
+                line = input("you> " if self.asks else "").strip()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                self.out.print("\n/quit leaves.", style="dim")
+                continue
+            if line == "/quit":
+                break
+            if line:
+                self.command(line) if line.startswith("/") else self.turn(line)
+
+    def command(self, line: str) -> None:
+        if line == "/reset":
+            self.messages = list(self.opening)
+            self.out.print("forgotten", style="dim")
+        elif line == "/help":
+            self.out.print(HELP, style="dim", markup=False)
+        else:
+            warn(f"there is no command {line.split()[0]}; /help lists them")
+
+    def turn(self, text: str) -> None:
+        """Ask, show the answer, remember both."""
+        from dfastllm.cli.canvas import summary
+        from dfastllm.cli.session import run
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        try:
+            answer, usage = run(self.llm, self.llm.render(messages), self.sampling, self.decode, live=self.live)
+        except (CancelledError, KeyboardInterrupt):
+            self.out.print("\n(stopped)", style="dim")
+            return
+        except ContextLengthError as error:
+            warn(f"{error} /reset starts afresh.")
+            return
+        except DFastLLMError as error:
+            typer.echo(f"error: {error}", err=True)
+            return
+        if self.live:
+            self.out.print(printable(answer), markup=False, soft_wrap=True)
+            self.out.print(summary(usage), style="dim")
+        else:
+            typer.echo("")
+        self.messages = [*messages, {"role": "assistant", "content": answer}]

@@ -1,0 +1,92 @@
+"""What `generate` and `chat` share: opening a model, and running one request to its end on the screen."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from dfastllm.cli.canvas import Canvas, Screen
+from dfastllm.cli.output import console, printable, working
+from dfastllm.core import DecodeParams, SamplingParams, Usage
+from dfastllm.settings import Settings
+
+if TYPE_CHECKING:
+    from dfastllm.engine import Stream
+    from dfastllm.llm import LLM
+
+__all__ = ["cancelled_by_interrupt", "open_model", "run"]
+
+
+def open_model(model: str, settings: Settings) -> LLM:
+    """The model, loaded as the settings say."""
+    with working(f"loading {model}"):
+        import torch
+
+        from dfastllm.engine import EngineConfig
+        from dfastllm.llm import LLM
+
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        config = EngineConfig(**settings.engine_options())
+        return LLM(model, device=settings.device, dtype=settings.dtype, engine=config)
+
+
+@contextmanager
+def cancelled_by_interrupt(stream: Stream) -> Iterator[None]:
+    """Ctrl-C cancels the stream, which then ends with CancelledError; a second one is a KeyboardInterrupt as usual, in
+    case a step hangs. Outside the main thread, which alone may handle signals, ctrl-C stays what it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stream.cancel()
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run(
+    llm: LLM,
+    prompt: str | Sequence[int],
+    sampling: SamplingParams,
+    decode: DecodeParams | None,
+    *,
+    live: bool,
+    suffix: str = "",
+) -> tuple[str, Usage]:
+    """Run one request; show its canvas while it runs (live), or print the text as it becomes final.
+
+    Returns the text and the counts. Raises CancelledError after ctrl-C, once the engine has let go of the request.
+    """
+    canvas = Canvas(llm.tokenizer, frozenset(llm.info.eos_ids))
+    out = console()
+    if live and llm.info.mask_id is not None:
+        decode = replace(decode or DecodeParams(), provisional=True)
+    stream = llm.submit(prompt, sampling, decode, suffix=suffix)
+    try:
+        with cancelled_by_interrupt(stream):
+            if live:
+                with Screen(out, canvas) as screen:
+                    for event in stream:
+                        canvas.absorb(event)
+                        screen.show()
+            else:
+                for event in stream:
+                    canvas.absorb(event)
+                    out.file.write(printable(event.text) if out.is_terminal else event.text)
+                    out.file.flush()
+    finally:
+        if not stream.done:
+            stream.cancel()
+    assert canvas.usage is not None, "a stream that ends without raising ends with a Finish"
+    return canvas.text, canvas.usage

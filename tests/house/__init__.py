@@ -1,0 +1,1 @@
+"""House tests: the project checks its own habits."""
