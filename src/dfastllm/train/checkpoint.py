@@ -1,0 +1,102 @@
+"""Training checkpoints: safetensors and JSON only, each written whole or not at all.
+
+A checkpoint is a directory `step-N` with weights.safetensors, optimizer.safetensors and state.json. It holds all that a
+run needs to continue bit for bit: random draws are keyed by the step, so there is no generator state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dfastllm.errors import CheckpointError
+
+__all__ = ["latest", "prune", "read_checkpoint", "read_weights", "write_checkpoint"]
+
+
+def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """State tensors as "optimizer.parameter.name"; plain numbers become 0-d float64 tensors."""
+    return {
+        f"{o}.{p}.{key}": (value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64))
+        for o, optimizer in enumerate(optimizers)
+        for p, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def write_checkpoint(
+    run: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]
+) -> Path:
+    """Write run/step-N. `state`: JSON values (data position, recipe, counters)."""
+    target, temporary = run / f"step-{step}", run / f".step-{step}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, temporary / "weights.safetensors")
+    save_file({k: v.detach().cpu().contiguous() for k, v in _flat(optimizers).items()}, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return target
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint with the highest step, None when there is none."""
+    found = [p for p in run.glob("step-*") if (p / "state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+
+
+def prune(run: Path, keep: int, milestones: Sequence[int]) -> None:
+    """Remove all but the newest `keep` checkpoints and the milestones."""
+    found = sorted(run.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    for path in found[:-keep]:
+        if int(path.name.removeprefix("step-")) not in milestones:
+            shutil.rmtree(path)
+
+
+def read_weights(path: Path, model: nn.Module) -> list[str]:
+    """Fill the parameters of the same name and shape; the names of those the checkpoint does not have are returned.
+    Raises CheckpointError for a tensor of another shape or a file that cannot be read."""
+    try:
+        tensors = load_file(path / "weights.safetensors")
+    except Exception as error:  # the library raises its own plain errors and OSErrors
+        raise CheckpointError(f"cannot read {path / 'weights.safetensors'}: {error}.") from error
+    missing = []
+    for name, parameter in model.named_parameters():
+        if name not in tensors:
+            missing.append(name)
+            continue
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(parameter.shape)}."
+            )
+        with torch.no_grad():
+            parameter.copy_(tensors[name])
+    return missing
+
+
+def read_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Restore weights and optimizer state in place; returns the state's JSON. Raises CheckpointError."""
+    missing = read_weights(path, model)
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}.", hint="Start this run afresh.")
+    try:
+        tensors = load_file(path / "optimizer.safetensors")
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    except Exception as error:
+        raise CheckpointError(f"cannot read {path}: {error}.") from error
+    for o, optimizer in enumerate(optimizers):
+        restored: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            which, parameter, key = name.split(".", 2)
+            if int(which) == o:
+                restored.setdefault(int(parameter), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
+    return state

@@ -1,0 +1,100 @@
+"""Recipes: everything that decides a trained model, as frozen data. The demo models' are here; others are JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dfastllm.errors import ValidationError
+
+__all__ = ["RECIPES", "Init", "Recipe", "load_recipe"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """Warm start from another recipe's weights after `step` of its steps (trained first if they are not there)."""
+
+    recipe: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """shape: fields of models.DecoderConfig but vocab_size and max_len. steps: optimizer steps. batch_tokens: padded rows
+    a step. lr: of AdamW (embedding, head, norms); matrix_lr: of Muon on the layers' matrices, or of AdamW there too when
+    `optimizer` is "adamw". schedule: "wsd" holds the rate and falls linearly to 0 over the last `decay` share of the
+    steps; "cosine" falls from the warm-up on. bf16: autocast. Raises ValidationError for impossible values."""
+
+    name: str
+    family: str
+    objective: str
+    shape: Mapping[str, Any]
+    steps: int
+    batch_tokens: int = 4096
+    lr: float = 2e-3
+    matrix_lr: float = 2e-3
+    optimizer: str = "muon"
+    weight_decay: float = 0.01
+    warmup: int = 100
+    schedule: str = "wsd"
+    decay: float = 0.25
+    clip: float = 1.0
+    bf16: bool = True
+    seed: int = 0
+    init: Init | None = None
+    block: int = 0
+    milestones: tuple[int, ...] = ()  # steps whose weights are kept, for warm starts
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValidationError(f"{name} must be at least 1, got {getattr(self, name)}.", param=name)
+        for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine"))):
+            if getattr(self, name) not in allowed:
+                raise ValidationError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.", param=name)
+        if not 0 <= self.decay <= 1:
+            raise ValidationError(f"decay must be in [0, 1], got {self.decay}.", param="decay")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe by name, or from a JSON file with the fields of Recipe. Raises ValidationError naming what is wrong."""
+    if str(name) in RECIPES:
+        return RECIPES[str(name)]
+    path = Path(name)
+    if not path.is_file():
+        raise ValidationError(
+            f"unknown recipe {str(name)!r}; there are {', '.join(sorted(RECIPES))}, or give a JSON file.", param="recipe"
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValidationError(f"{path} is not JSON: {error}.", param="recipe") from error
+    known = {field.name for field in fields(Recipe)}
+    if not isinstance(raw, dict) or not raw.keys() <= known:
+        wrong = sorted(raw.keys() - known) if isinstance(raw, dict) else raw
+        raise ValidationError(f"{path}: unknown recipe fields {wrong}; known are {sorted(known)}.", param="recipe")
+    try:
+        init = Init(**raw.pop("init")) if raw.get("init") else None
+        return Recipe(**{**raw, "init": init, "milestones": tuple(raw.get("milestones", ()))})
+    except TypeError as error:
+        raise ValidationError(f"{path} is not a recipe: {error}.", param="recipe") from error
+
+
+BODY = {"hidden_size": 256, "intermediate_size": 704, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 64}
+SMALL = {"hidden_size": 128, "intermediate_size": 352, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 32}
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("demo-ar", "llama", "causal", BODY, steps=4000, milestones=(1000, 2000, 3000)),
+        Recipe("demo-draft", "llama", "causal", SMALL, steps=3000),
+        Recipe("demo-diffusion", "llada", "masked_diffusion", BODY, steps=6000, init=Init("demo-ar", 1000)),
+        Recipe("demo-block", "sdar", "block_diffusion", BODY, steps=5000, block=4, init=Init("demo-ar", 2000)),
+    )
+}
