@@ -20,8 +20,17 @@ class NullModel:
 
     def __init__(self, kind: Any, vocab: int = 1024) -> None:
         self.info = ModelInfo(
-            name=f"null-{kind}", family="null", kind=kind, vocab_size=vocab, max_len=4096, layers=1, kv_heads=1,
-            head_dim=1, eos_ids=(0,), mask_id=None if kind == "ar" else 1, block=4 if kind == "block" else 0,
+            name=f"null-{kind}",
+            family="null",
+            kind=kind,
+            vocab_size=vocab,
+            max_len=4096,
+            layers=1,
+            kv_heads=1,
+            head_dim=1,
+            eos_ids=(0,),
+            mask_id=None if kind == "ar" else 1,
+            block=4 if kind == "block" else 0,
         )
         generator = torch.Generator().manual_seed(0)
         self._logits = torch.randn(8192, vocab, generator=generator)

@@ -55,7 +55,7 @@ class Engine:
         self.pages = Pages(math.ceil(self.config.kv_tokens / self.config.page_size), self.config.page_size)
         slots = self.pages.count * self.pages.page_size
         min_rows = self.config.min_rows or max(16, 8 * torch.get_num_threads())
-        self.runner = Runner(model, slots, dtype or getattr(model, "dtype", torch.float32), device, min_rows)
+        self.runner = Runner(model, slots, dtype or model.dtype, device, min_rows)
         self.scheduler = Scheduler(self.config, self.pages)
         self.max_len = min(self.config.max_len or self.info.max_len, self.info.max_len)
         self.steps = 0
@@ -207,7 +207,9 @@ class Engine:
         """One commit, or the error that ends the request, per chosen sequence: one `absorb` call per policy."""
         if logits is None:
             return [GenerationError("the model failed on this step; see the server's log.") for _ in chosen]
-        rows, groups, offset = [], {}, 0
+        rows: list[range] = []
+        groups: dict[int, list[int]] = {}
+        offset = 0
         for i, (live, span) in enumerate(chosen):
             rows.append(range(offset, offset + len(span.want)))
             offset += len(span.want)
@@ -223,13 +225,14 @@ class Engine:
             if len(index) != logits.shape[0]:
                 part = logits[torch.tensor(index, dtype=torch.int64, device=logits.device)]
             policy = chosen[good[0]][0].policy
+            answers: Sequence[Commit | Exception]
             try:
-                commits = policy.absorb([(chosen[i][0].state, chosen[i][1]) for i in good], part)
+                answers = policy.absorb([(chosen[i][0].state, chosen[i][1]) for i in good], part)
             except Exception as error:
                 log.exception("policy %s failed", policy.name)
-                commits = [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(good)
-            for i, commit in zip(good, commits, strict=True):
-                out[i] = commit
+                answers = [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(good)
+            for i, answer in zip(good, answers, strict=True):
+                out[i] = answer
         return out
 
     def _commit(self, chosen: Chosen, commits: Sequence[Commit | Exception]) -> list[CanvasUpdate | None]:

@@ -25,6 +25,9 @@ class Runnable(Protocol):
 
     info: ModelInfo
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor: ...
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor: ...

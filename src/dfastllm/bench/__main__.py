@@ -1,0 +1,87 @@
+"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dfastllm.bench.measure import write_record
+
+app = typer.Typer(add_completion=False, help=__doc__)
+console = Console(stderr=True)
+Out = Annotated[Path, typer.Option(help="Directory of the records.")]
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cell(value: Any) -> str:
+    if hasattr(value, "median"):
+        return f"{value.median:,.4g} ({value.low:,.4g}–{value.high:,.4g})"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def overhead(out: Out = Path("benchmarks"), steps: int = 60) -> None:
+    """The loop's own cost per step with a null model at 1, 8 and 64 sequences."""
+    from dfastllm.bench.overhead import step_overhead
+
+    cases = [(kind, n) for kind in ("ar", "diffusion", "block") for n in (1, 8, 64)]
+    rows = [step_overhead(kind, n, steps) for kind, n in track(cases, "loop overhead", console=console)]
+    write_record(out / "overhead.json", "overhead", rows, steps=steps)
+    _table("engine step with a null model, µs: median (low–high)", rows)
+
+
+@app.command()
+def batching(out: Out = Path("benchmarks"), requests: int = 32, repeats: int = 3) -> None:
+    """Continuous batching against one request at a time on the demo models."""
+    from dfastllm.bench.batching import batching_gain
+    from dfastllm.llm import shipped_models
+
+    models = track(shipped_models(), "batching", console=console)
+    rows = [batching_gain(model, requests, repeats) for model in models]
+    write_record(out / "batching.json", "batching", rows)
+    _table("throughput, tok/s: median (low–high)", rows)
+
+
+@app.command()
+def decoders(
+    out: Out = Path("benchmarks"), model: str = "demo-diffusion", samples: int = 60, canvas: int = 64, block: int = 32
+) -> None:
+    """Every rule x cache on a masked-diffusion model, and the parallelism sweep with its plot."""
+    from dfastllm.bench.decoders import Point, as_rows, decoder_grid, measure_decoders, parallelism_sweep, plot_points
+    from dfastllm.decode.unmask import RULES
+    from dfastllm.llm import LLM
+
+    caches = ("none", "prefix", "dual", "windowed")
+    grid = list(decoder_grid(list(RULES), caches, block, canvas))
+    sweep = [c for cache in ("none", "dual") for c in parallelism_sweep(cache, block, canvas)]
+    with LLM(model) as llm:
+        results = [
+            list(track(measure_decoders(llm, iter(configs), samples, canvas), what, len(configs), console=console))
+            for what, configs in (("rule x cache", grid), ("parallelism", sweep))
+        ]
+    points = [[p for p in part if isinstance(p, Point)] for part in results]
+    refused = sorted({p for part in results for p in part if isinstance(p, str)})
+    record = {"grid": as_rows(points[0]), "sweep": as_rows(points[1]), "refused": refused}
+    write_record(out / "decoders.json", "decoders", record, model=model, samples=samples, canvas=canvas, block=block)
+    plot_points(points[1], out / "accuracy_vs_parallelism.png", f"{model}: accuracy against parallelism")
+    _table(f"{model}, {samples} held-out samples", as_rows(points[0] + points[1]))
+    for line in refused:
+        console.print(f"refused: {line}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,68 @@
+"""What benchmarks run: held-out samples of the task mix, graded, so that no speed is reported without its accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.llm import LLM, Completion
+from dfastllm.train.tasks import TASKS, Sample, draw, grade
+
+__all__ = ["Outcome", "gradable", "run"]
+
+
+def gradable(n: int, seed: int = 0) -> list[Sample]:
+    """n samples of the test split that have a grader, every gradable task equally often."""
+    names = [name for name in TASKS if draw("test", seed, 0, name).grader is not None]
+    return [draw("test", seed, i // len(names), names[i % len(names)]) for i in range(n)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Totals over a set of samples. tokens: committed, EOS not counted. forwards: summed over requests (nfe)."""
+
+    samples: int
+    correct: int
+    tokens: int
+    forwards: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.samples
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.forwards
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def run(
+    llm: LLM, samples: Sequence[Sample], sampling: SamplingParams, decode: DecodeParams | None, *, together: bool = True
+) -> tuple[Outcome, list[Completion]]:
+    """Answer the samples, all in flight at once or one after the other, and grade them."""
+    import time
+
+    prompts = [llm.render(s.messages, s.tools or None) for s in samples]
+    began = time.perf_counter()
+    if together:
+        outputs = llm.generate(prompts, sampling, decode)
+    else:
+        outputs = [llm.generate([prompt], sampling, decode)[0] for prompt in prompts]
+    seconds = time.perf_counter() - began
+    done = [output.outputs[0] for output in outputs]
+    correct = sum(grade(sample, completion.text) for sample, completion in zip(samples, done, strict=True))
+    return (
+        Outcome(
+            len(samples),
+            correct,
+            sum(c.usage.completion_tokens for c in done),
+            sum(c.usage.forwards for c in done),
+            seconds,
+        ),
+        done,
+    )
