@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dfastllm.errors import DFastLLMError, ModelNotFoundError, ValidationError
+from dfastllm.errors import CancelledError, DFastLLMError, ModelNotFoundError, ValidationError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,12 +66,12 @@ class Group(typer.core.TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.TyperException):  # typer's own: usage errors have exit code 2
             raise
+        except (CancelledError, KeyboardInterrupt):  # only ctrl-C cancels what a command runs
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
         except DFastLLMError as error:
             self._report(ctx, error, f"error: {error}")
             raise typer.Exit(exit_code(error)) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our pipe went away: nobody is left to tell
             sys.stderr.close()
             raise typer.Exit(1) from None
