@@ -64,17 +64,19 @@ class Runner:
             if packed.write_rows.numel():
                 layer_k[packed.write_slots] = k[packed.write_rows].to(layer_k.dtype)
                 layer_v[packed.write_slots] = v[packed.write_rows].to(layer_v.dtype)
-            out = torch.empty_like(q)
-            out[packed.spans[-1].row1 :] = 0  # padding rows
+            out = []
             for s in packed.spans:
-                own_k, own_v = k[s.row0 + s.own0 : s.row1], v[s.row0 + s.own0 : s.row1]
+                own = slice(s.row0 + s.own0, s.row1)
                 if s.cached is None:
-                    keys, values = own_k, own_v
+                    keys, values = k[own], v[own]
                 else:
-                    keys, values = layer_k[s.cached].to(k.dtype), layer_v[s.cached].to(v.dtype)
-                    if own_k.shape[0]:
-                        keys, values = torch.cat([keys, own_k]), torch.cat([values, own_v])
-                out[s.row0 : s.row1] = span_attention(q[s.row0 : s.row1], keys, values, s.mask)
-            return out
+                    keys, values = layer_k[s.cached], layer_v[s.cached]
+                    if keys.dtype != k.dtype:
+                        keys, values = keys.to(k.dtype), values.to(v.dtype)
+                    if own.start < own.stop:
+                        keys, values = torch.cat([keys, k[own]]), torch.cat([values, v[own]])
+                out.append(span_attention(q[s.row0 : s.row1], keys, values, s.mask))
+            out.append(torch.zeros_like(q[packed.spans[-1].row1 :]))  # padding rows
+            return torch.cat(out)
 
         return attend

@@ -25,7 +25,7 @@ def table() -> list[OpChoice]:
     """Every dispatched op, in order of name."""
     import torch
 
-    backend = "oneDNN/MKL" if torch.backends.mkl.is_available() else "torch native"
+    backend = "oneDNN/MKL" if torch.backends.mkl.is_available() else "torch native"  # type: ignore[no-untyped-call]
     why = "no native kernel is built into this version"
     return [
         OpChoice("linear", f"torch.nn.functional.linear ({backend})", why),
