@@ -30,8 +30,8 @@ class Problem:
 class CheckReport:
     """What a directory holds. Fields are None where a problem keeps them from being known.
 
-    weight_bytes: memory of the parameters at `dtype`; kv_bytes_per_token: K,V of all layers at `dtype`; file_bytes: of
-    the tensors in the files. notes: oddities that do not keep it from loading.
+    weight_bytes: memory of the parameters at `dtype`; kv_bytes_per_token: K,V of all layers at `dtype`. notes:
+    oddities that do not keep it from loading.
     """
 
     path: Path
@@ -89,9 +89,10 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         described = read_model(directory)
     except ModelLoadError as error:
         problems.append(Problem(error.code, error.message))
-    counted = {} if found is None else {"tensors": len(found), "files": len({e.file for e in found.values()})}
+    tensors = None if found is None else len(found)
+    files = None if found is None else len({entry.file for entry in found.values()})
     if described is None:
-        return CheckReport(directory, tuple(problems), **counted)
+        return CheckReport(directory, tuple(problems), tensors=tensors, files=files)
 
     family, config, info = described
     chosen = wanted or stored_dtype(found or {})
@@ -108,7 +109,8 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         kv_bytes_per_token=_kv_bytes(model, chosen),
-        **counted,
+        tensors=tensors,
+        files=files,
     )
 
 

@@ -64,21 +64,21 @@ def inventory(directory: Path) -> dict[str, TensorEntry]:
         single = directory / WEIGHTS_FILE
         if not single.exists():
             others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            found = f"; found {', '.join(others)}, which are not read" if others else ""
+            instead = f"; found {', '.join(others)}, which are not read" if others else ""
             raise CheckpointError(
-                f"no weights in {directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}.",
+                f"no weights in {directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE}{instead}.",
                 hint="Convert the checkpoint to safetensors.",
             )
         return read_header(single)
     where = _weight_map(index)
-    found = {}
+    found: dict[str, TensorEntry] = {}
     for name in sorted(set(where.values())):
         for tensor, entry in read_header(_shard(directory, name)).items():
             if tensor in found:
                 raise CheckpointError(f"tensor {tensor!r} is in two shards: {found[tensor].file.name} and {name}.")
             found[tensor] = entry
     for tensor, name in where.items():
-        if tensor not in found or found[tensor].file.name != Path(name).name:
+        if tensor not in found or found[tensor].file != directory / name:
             raise CheckpointError(f"{INDEX_FILE} says tensor {tensor!r} is in {name}, which does not hold it.")
     return found
 

@@ -1,0 +1,149 @@
+"""Autoregressive families against transformers, on tiny random checkpoints that transformers itself writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dfastllm import models
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "vocab_size": 120,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("Llama", {"head_dim": 12}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 64, "head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-tied-yarn": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3-yarn-tuned": (
+        "Qwen3",
+        {"head_dim": 16, "rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}},
+    ),
+    "qwen3-yarn-mscale": (
+        "Qwen3",
+        {"head_dim": 16, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+}
+
+
+def _published(case: str, directory: Path) -> Any:
+    """A random model of transformers, also written to the directory."""
+    kind, extra = CASES[case]
+    torch.manual_seed(sum(map(ord, case)))
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **extra})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():  # biases and norms start at constants that would hide mistakes
+        if parameter.ndim == 1:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        assert name
+    model.save_pretrained(directory)
+    return model
+
+
+def _greedy(model: models.Decoder, ids: list[int], count: int) -> list[int]:
+    for _ in range(count):
+        attend = models.dense_attention(1, len(ids), "causal")
+        hidden = model(torch.tensor(ids), torch.arange(len(ids)), attend)
+        ids = [*ids, int(model.head(hidden[-1:]).argmax())]
+    return ids
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens(case: str, tmp_path: Path) -> None:
+    theirs = _published(case, tmp_path)
+    ours = models.load(tmp_path)
+    ids = torch.randint(3, 120, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+        positions = torch.arange(60).repeat(2)
+        got = ours.head(ours(ids.flatten(), positions, models.dense_attention(2, 60, "causal"))).view(2, 60, -1)
+        tokens = theirs.generate(ids[:1, :20], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert wanted.std() > 0.3
+    assert (got - wanted).abs().max() <= 1e-4
+    assert _greedy(ours, ids[0, :20].tolist(), 20) == tokens[0].tolist()
+
+
+@pytest.mark.parametrize("case", ["llama-llama3", "llama-linear", "qwen3-tied-yarn", "qwen3-yarn-mscale", "qwen2"])
+def test_config_fields_of_transformers_4(case: str, tmp_path: Path) -> None:
+    """`rope_theta` and `rope_scaling` beside each other mean what `rope_parameters` means."""
+    _published(case, tmp_path)
+    file = tmp_path / "config.json"
+    raw = json.loads(file.read_text())
+    now = models.load(tmp_path).config
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    raw["rope_scaling"] = None if rope == {"rope_type": "default"} else {**rope, "type": rope["rope_type"]}
+    file.write_text(json.dumps(raw))
+    assert models.load(tmp_path).config == now
+
+
+def test_our_files_load_in_transformers(tmp_path: Path) -> None:
+    """What `save` writes is what transformers reads: same logits."""
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        ours = models.tiny(family, seed=3, max_len=64)
+        models.save(ours, tmp_path / family)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
+        ids = torch.randint(0, 90, (1, 20), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            wanted = theirs(ids).logits[0]
+            got = ours.head(ours(ids[0], torch.arange(20), models.dense_attention(1, 20, "causal")))
+        assert (got - wanted).abs().max() <= 1e-4, family
+
+
+def test_sliding_window_limits_the_context(tmp_path: Path) -> None:
+    _published("mistral-window", tmp_path)
+    assert models.load(tmp_path).info.max_len == 64
+
+
+def test_unused_sliding_window_does_not(tmp_path: Path) -> None:
+    _published("qwen2", tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "sliding_window": 8, "use_sliding_window": False}))
+    assert models.load(tmp_path).info.max_len == 256
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "sliding_window": 8, "use_sliding_window": True}))
+    assert models.load(tmp_path).info.max_len == 8
