@@ -97,7 +97,7 @@ def test_changelog_names_this_version() -> None:
 
 
 def test_ci_and_scripts_are_parsed_by_sh() -> None:
-    for script in ("run", ".ci/run"):
+    for script in ("run", ".ci/run", ".ci/fresh"):
         subprocess.run(["sh", "-n", script], cwd=ROOT, check=True)
 
 
