@@ -1,9 +1,9 @@
 """What every canvas decoder shares: the choice a request makes, where its blocks lie, when its text ends.
 
-No forward passes and no logits here. The canvas is [canvas_start, canvas_stop): `max_tokens` rounded up to whole blocks
+No forward passes and no logits here. The canvas begins after the prompt and has `max_tokens` rounded up to whole blocks
 (with a suffix it is exactly `max_tokens` and the last block may be shorter, because a cut would leave a hole before the
-suffix). Text ends at the first EOS or stop token with no mask before it, or after `max_tokens`; `Commit.stable` never
-passes that end, so the result is tokens[canvas_start : stable of the last commit], the ending token included.
+suffix). The text ends at the first EOS or stop token with no mask before it, or after `max_tokens`. `Commit.stable`
+never passes that end, so the result is tokens[canvas_start : stable of the last commit], the ending token included.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = [
     "CanvasState",
     "Choice",
     "Ending",
-    "blocks",
-    "canvas_length",
+    "Layout",
     "check_canvas",
     "choose",
     "ending",
     "fill_id",
+    "lay_out",
 ]
 
 CACHES: dict[str, dict[str, Option]] = {
@@ -37,7 +37,7 @@ CACHES: dict[str, dict[str, Option]] = {
     "dual": {},
     "windowed": {
         "window": Option(16, "positions recomputed on each side of the block"),
-        "refresh": Option(8, "full forward every so many steps of a block", 1),
+        "refresh": Option(8, "a full forward every so many steps of a block", 1),
         "warmup": Option(4, "first steps of a request that are full forwards"),
     },
 }
@@ -45,7 +45,7 @@ CACHES: dict[str, dict[str, Option]] = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Decoder options of one request, complete and checked. steps: denoise steps of each block, None: one per token."""
+    """Decoder options of one request, complete and checked. steps: over the canvas, None: one per token."""
 
     rule: str
     cache: str
@@ -57,22 +57,59 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class CanvasState:
-    """Policy state of a canvas. Positions are absolute.
+class Layout:
+    """Where the blocks of a canvas lie. Positions are absolute; block b begins at origin + b * length.
 
-    block       index of the active block; step: denoise steps so far (it keys the draws); block_step: within the block.
+    start, stop  the canvas. origin: start, or for block diffusion the multiple of `length` at or before it.
+    steps        denoise steps of the whole canvas, or None for one per token.
+    """
+
+    start: int
+    stop: int
+    origin: int
+    length: int
+    steps: int | None
+
+    @property
+    def count(self) -> int:
+        return -(-(self.stop - self.origin) // self.length)
+
+    def bounds(self, block: int) -> tuple[int, int]:
+        """[start, stop) of a block's canvas positions."""
+        begin = self.origin + block * self.length
+        return max(begin, self.start), min(begin + self.length, self.stop)
+
+    def share(self, block: int) -> int:
+        """Denoise steps of a block: a fair share of `steps`, the first blocks getting one more, and no more than it has
+        tokens (a step commits at least one)."""
+        begin, end = self.bounds(block)
+        if self.steps is None:
+            return end - begin
+        return min(end - begin, self.steps // self.count + (block < self.steps % self.count))
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasState:
+    """Policy state of a canvas.
+
+    block       the active block; step: denoise steps so far (it keys the draws); block_step: those within the block.
     snapshot    ids of the active block when the K,V outside it were made; what a rebuild runs over.
     end         one past the first stable ending token, once there is one.
-    memory      the rule's own state.
+    memory      the rule's own, for this block.
     """
 
     choice: Choice
+    layout: Layout
     block: int = 0
     step: int = 0
     block_step: int = 0
     snapshot: tuple[int, ...] = ()
     end: int | None = None
     memory: Any = None
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.layout.bounds(self.block)
 
 
 def _rule_of(decode: DecodeParams) -> Rule:
@@ -90,20 +127,15 @@ def _option(name: str, value: Any, option: Option) -> Any:
         if value not in option.choices:
             raise ValidationError(f"{name} must be one of {', '.join(option.choices)}, got {value!r}.", param=name)
         return value
-    wanted: type = type(option.default)
-    good = isinstance(value, bool) if wanted is bool else isinstance(value, int | float) and not isinstance(value, bool)
-    if wanted is int and good:
-        good = float(value).is_integer()
-    if not good or not (wanted is bool or option.low <= value <= option.high):
-        raise ValidationError(
-            f"{name} must be {'true or false' if wanted is bool else f'in [{option.low:g}, {option.high:g}]'}"
-            f"{' and whole' if wanted is int else ''}, got {value!r}.",
-            param=name,
-        )
-    return wanted(value)
+    whole = isinstance(option.default, int)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and option.low <= value <= option.high
+    if not good or (whole and not float(value).is_integer()):
+        kind = "a whole number" if whole else "a number"
+        raise ValidationError(f"{name} must be {kind} in [{option.low:g}, {option.high:g}], got {value!r}.", param=name)
+    return int(value) if whole else float(value)
 
 
-def choose(decode: DecodeParams, model: ModelInfo) -> Choice:
+def choose(decode: DecodeParams, default_length: int) -> Choice:
     """The complete choice of a request. Raises UnsupportedError for an unknown or unusable name, ValidationError for a
     bad value."""
     rule = _rule_of(decode)
@@ -117,9 +149,7 @@ def choose(decode: DecodeParams, model: ModelInfo) -> Choice:
         if name in rule.options:
             given[name] = value
         elif not (name == "threshold" and rule.name == "factor"):  # factor overrides threshold by definition
-            raise UnsupportedError(
-                f"rule {rule.name!r} has no {name}.", param=name, hint="Leave it out or change rule."
-            )
+            raise UnsupportedError(f"rule {rule.name!r} has no {name}.", param=name, hint="Leave it out.")
     cache = "none" if decode.cache is None else decode.cache
     known = {**rule.options, **CACHES[cache]}
     for name in given:
@@ -129,83 +159,78 @@ def choose(decode: DecodeParams, model: ModelInfo) -> Choice:
                 param=name,
                 hint=f"Known: {', '.join(sorted(known))}.",
             )
-    options = {name: _option(name, given.get(name, o.default), o) for name, o in known.items()}
     return Choice(
         rule=rule.name,
         cache=cache,
-        block_length=decode.block_length or model.block or 32,
+        block_length=decode.block_length or default_length,
         steps=decode.steps,
         early_stop=decode.early_stop,
         provisional=decode.provisional,
-        options=options,
+        options={name: _option(name, given.get(name, o.default), o) for name, o in known.items()},
     )
 
 
-def canvas_length(request: Request, block_length: int, aligned: bool) -> int:
-    """Canvas tokens. aligned: blocks lie at absolute multiples of block_length (block diffusion)."""
-    wanted = request.sampling.max_tokens
-    if request.suffix:
-        return wanted
-    head = len(request.prompt) % block_length if aligned else 0
-    return -(-(head + wanted) // block_length) * block_length - head
+def lay_out(request: Request, choice: Choice, align: int = 0) -> Layout:
+    """The layout of a request's canvas. align: 0, or the model's block length: then blocks lie at absolute multiples
+    and the canvas ends with a whole model block."""
+    start, length = len(request.prompt), choice.block_length
+    stop = start + request.sampling.max_tokens
+    if align:
+        return Layout(start, -(-stop // align) * align, start // length * length, length, choice.steps)
+    if not request.suffix:
+        stop = start + -(-request.sampling.max_tokens // length) * length
+    return Layout(start, stop, start, length, choice.steps)
 
 
-def blocks(start: int, stop: int, block_length: int, aligned: bool) -> int:
-    """How many blocks the canvas [start, stop) has."""
-    base = start // block_length * block_length if aligned else start
-    return -(-(stop - base) // block_length)
-
-
-def block_bounds(seq: SequenceState, state: CanvasState, aligned: bool) -> tuple[int, int]:
-    """[start, stop) of the active block's canvas positions; the first aligned block begins inside the prompt's last."""
-    length = state.choice.block_length
-    base = seq.canvas_start // length * length if aligned else seq.canvas_start
-    start = base + state.block * length
-    return max(start, seq.canvas_start), min(start + length, seq.canvas_stop)
-
-
-def block_steps(seq: SequenceState, state: CanvasState, size: int, aligned: bool) -> int:
-    """Denoise steps the active block may take: a fair share of `steps`, the first blocks getting the remainder."""
-    steps = state.choice.steps
-    if steps is None:
-        return size
-    count = blocks(seq.canvas_start, seq.canvas_stop, state.choice.block_length, aligned)
-    return steps // count + (state.block < steps % count)
-
-
-def check_canvas(request: Request, model: ModelInfo, aligned: bool) -> Choice:
-    """Raises ValidationError, ContextLengthError or UnsupportedError naming the field; returns the choice."""
-    if model.mask_id is None:
-        raise UnsupportedError(f"model {model.name} has no mask token, so it has no canvas.", param="model")
+def check_canvas(request: Request, model: ModelInfo, choice: Choice, layout: Layout, *, scorer: int | None) -> None:
+    """Raises ValidationError, ContextLengthError or UnsupportedError naming the field. scorer: its vocabulary size, or
+    None when the policy has none."""
     check_prompt(request, model)
     check_sampling(request.sampling, model)
-    choice = choose(request.decode or DecodeParams(), model)
-    length = canvas_length(request, choice.block_length, aligned)
-    total = len(request.prompt) + length + len(request.suffix)
+    total = layout.stop + len(request.suffix)
     if total > model.max_len:
         raise ContextLengthError(
-            f"prompt ({len(request.prompt)}), canvas ({length}) and suffix ({len(request.suffix)}) make {total} "
-            f"tokens, but the context of {model.name} is {model.max_len}.",
-            param="max_tokens" if len(request.prompt) < model.max_len else "prompt",
+            f"prompt ({layout.start}), canvas ({layout.stop - layout.start}) and suffix ({len(request.suffix)}) make "
+            f"{total} tokens, but the context of {model.name} is {model.max_len}.",
+            param="max_tokens" if layout.start + len(request.suffix) < model.max_len else "prompt",
             hint="Shorten the prompt or lower max_tokens.",
         )
-    start = len(request.prompt)
-    count = blocks(start, start + length, choice.block_length, aligned)
-    if choice.steps is not None and choice.steps < count:
+    if choice.steps is not None and choice.steps < layout.count:
         raise ValidationError(
-            f"steps must be at least the number of blocks, {count} (canvas {length}, block_length "
-            f"{choice.block_length}), got {choice.steps}.",
+            f"steps must be at least the number of blocks, {layout.count} (canvas {layout.stop - layout.start}, "
+            f"block_length {choice.block_length}), got {choice.steps}.",
             param="steps",
             hint="Raise steps or block_length.",
         )
-    most = int(choice.options.get("max_parallel_tokens", 0))
-    if choice.steps is not None and most and -(-choice.block_length // (choice.steps // count)) > most:
+    most = choice.options["max_parallel_tokens"]
+    if choice.steps is not None and most and -(-choice.block_length // (choice.steps // layout.count)) > most:
         raise ValidationError(
             f"steps {choice.steps} needs more commits a step than max_parallel_tokens {most} allows.",
             param="max_parallel_tokens",
             hint="Raise steps or max_parallel_tokens.",
         )
-    return choice
+    _check_rule(RULES[choice.rule], model, scorer)
+
+
+def _check_rule(rule: Rule, model: ModelInfo, scorer: int | None) -> None:
+    """Rules that need something of the model."""
+    if "held" in rule.needs and not model.edit:
+        raise UnsupportedError(
+            f"rule {rule.name!r} needs a model trained to edit its tokens; {model.name} was not.", param="rule"
+        )
+    if "shadow" in rule.needs and model.shift:
+        raise UnsupportedError(
+            f"rule {rule.name!r} hides a token from its own row; in {model.name} the row before predicts it.",
+            param="rule",
+        )
+    if "scorer" not in rule.needs:
+        return
+    if scorer is None:
+        raise UnsupportedError(f"rule {rule.name!r} needs a draft model, and none is configured.", param="rule")
+    if scorer != model.vocab_size:
+        raise UnsupportedError(
+            f"the draft model has a vocabulary of {scorer}, {model.name} one of {model.vocab_size}.", param="rule"
+        )
 
 
 def fill_id(model: ModelInfo) -> int:
@@ -226,21 +251,18 @@ class Ending:
 
 
 def ending(seq: SequenceState, state: CanvasState, canvas: Sequence[int], firm: int) -> Ending:
-    """Where the text stands after a commit. canvas: ids of [canvas_start, canvas_stop) after it; firm: absolute
-    position before which nothing can change any more (and nothing is masked)."""
-    s, first = seq.sampling, seq.canvas_start
-    visible = min(seq.canvas_stop, first + s.max_tokens)
+    """Where the text stands after a commit. canvas: ids of the canvas after it; firm: absolute position before which
+    nothing is masked and nothing can change any more. Stopping early is lossless: what lies behind an ending token or
+    max_tokens is never shown."""
+    layout = state.layout
+    visible = min(layout.stop, layout.start + seq.sampling.max_tokens)
     end = state.end
     if end is None:
-        stops = enders(s.stop_token_ids, s.ignore_eos, seq.model)
-        for p in range(max(seq.stable, first), min(firm, visible)):
-            if canvas[p - first] in stops:
-                end = p + 1
-                break
-    stable = min(firm, visible if end is None else end)
-    mask = seq.model.mask_id
-    over = firm >= seq.canvas_stop
-    if over or (state.choice.early_stop and (end is not None or firm >= visible)):
-        fill = () if over else tuple(first + i for i, t in enumerate(canvas) if t == mask)
-        return Ending(stable, end, FinishReason.LENGTH if end is None else FinishReason.STOP, fill)
-    return Ending(stable, end, None)
+        stops = enders(seq.sampling.stop_token_ids, seq.sampling.ignore_eos, seq.model)
+        seen = range(max(seq.stable, layout.start), min(firm, visible))
+        end = next((p + 1 for p in seen if canvas[p - layout.start] in stops), None)
+    stable = max(seq.stable, min(firm, visible if end is None else end))
+    if firm < layout.stop and not (state.choice.early_stop and (end is not None or firm >= visible)):
+        return Ending(stable, end, None)
+    fill = tuple(layout.start + i for i, t in enumerate(canvas) if t == seq.model.mask_id)
+    return Ending(stable, end, FinishReason.LENGTH if end is None else FinishReason.STOP, fill)

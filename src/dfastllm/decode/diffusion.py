@@ -16,85 +16,106 @@ were made from: before the active block the committed ones, in it `CanvasState.s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dfastllm.core import Commit, ModelInfo, Request, SequenceState, Span
-from dfastllm.decode.canvas import (
-    CanvasState,
-    block_bounds,
-    block_steps,
-    canvas_length,
-    check_canvas,
-    ending,
-    fill_id,
-)
-from dfastllm.decode.denoise import Active, Decision, denoise
+from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.decode.canvas import CanvasState, Choice, Layout, check_canvas, choose, lay_out
+from dfastllm.decode.denoise import active_rows, denoise, settle, span_rows
+from dfastllm.decode.evidence import Scorer
+from dfastllm.decode.unmask import RULES
 from dfastllm.errors import UnsupportedError
 
 __all__ = ["MaskedDiffusion"]
 
+DEFAULT_BLOCK = 32
+
 
 class MaskedDiffusion:
-    """The `diffusion` policy."""
+    """The `diffusion` policy. scorer: the autoregressive model of rule `apd`, None: that rule is refused."""
 
     name = "diffusion"
 
+    def __init__(self, scorer: Scorer | None = None) -> None:
+        self.scorer = scorer
+
     def check(self, request: Request, model: ModelInfo) -> None:
         """Raises ValidationError, ContextLengthError or UnsupportedError naming the field."""
-        if model.kind != "diffusion":
+        if model.kind != "diffusion" or model.mask_id is None:
             raise UnsupportedError(
-                f"the diffusion decoder needs a masked full-attention model, but {model.name} is {model.kind!r}.",
+                f"the diffusion decoder needs a full-attention model with a mask token; {model.name} is of kind "
+                f"{model.kind!r} with mask id {model.mask_id}.",
                 param="model",
             )
-        check_canvas(request, model, aligned=False)
+        choice, layout = self._choose(request)
+        check_canvas(request, model, choice, layout, scorer=self.scorer.vocab_size if self.scorer else None)
 
     def begin(self, request: Request, model: ModelInfo) -> tuple[list[int], Any]:
-        choice = check_canvas(request, model, aligned=False)
+        """The canvas all masked. Raises what `check` raises."""
+        self.check(request, model)
         assert model.mask_id is not None
-        canvas = [model.mask_id] * canvas_length(request, choice.block_length, aligned=False)
-        return [*request.prompt, *canvas, *request.suffix], CanvasState(choice)
+        choice, layout = self._choose(request)
+        canvas = [model.mask_id] * (layout.stop - layout.start)
+        return [*request.prompt, *canvas, *request.suffix], CanvasState(choice, layout)
 
     def bound(self, request: Request, model: ModelInfo) -> int:
         """Forwards at most, rebuilding after preemptions not counted."""
-        choice = check_canvas(request, model, aligned=False)
-        length = canvas_length(request, choice.block_length, aligned=False)
-        return length if choice.steps is None else min(length, choice.steps)
+        choice, layout = self._choose(request)
+        most = sum(layout.share(b) for b in range(layout.count))
+        return most + layout.count * int(choice.options.get("max_post_steps", 0))
 
     def exactness(self, request: Request) -> str:
         cache = request.decode.cache if request.decode else None
         return "reference" if cache in (None, "none") else "approximate"
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
+        """A canvas is indivisible: `limit` does not shorten it."""
         state: CanvasState = seq.policy
         cache, total = state.choice.cache, len(seq.tokens)
-        start, stop = block_bounds(seq, state, aligned=False)
-        mask = seq.model.mask_id
-        rows = [p - seq.model.shift for p in range(start, stop) if seq.tokens[p] == mask]
-        if cache == "none":
-            return Span(0, tuple(seq.tokens), "full", "none", want=tuple(rows))
-        if _refresh_due(state):
-            return Span(0, tuple(seq.tokens), "full", "keep", want=tuple(rows))
-        low = start - seq.model.shift  # first row the block needs
+        start, stop = state.bounds
+        active = active_rows(seq, start, stop)
+        if cache == "none" or _refreshes(state):
+            want, shadows = span_rows(active, 0, total)
+            return Span(0, tuple(seq.tokens), "full", "none" if cache == "none" else "keep", want, shadows=shadows)
+        low = start - seq.model.shift  # the first row the block needs
         if seq.kv_len < (low if cache == "prefix" else total):
-            assert mask is not None
-            ids = (*seq.tokens[:start], *state.snapshot, *[mask] * (seq.canvas_stop - stop), *seq.request.suffix)
+            assert seq.model.mask_id is not None
+            behind = [seq.model.mask_id] * (state.layout.stop - stop)
+            ids = (*seq.tokens[:start], *state.snapshot, *behind, *seq.request.suffix)
             return Span(0, ids, "full", "keep")
-        if cache == "prefix":
-            return Span(low, tuple(seq.tokens[low:]), "full", "scratch", want=tuple(r - low for r in rows))
-        window = state.choice.options["window"] if cache == "windowed" else 0
-        low, high = max(0, min(low, start - window)), min(total, stop + window)
-        return Span(low, tuple(seq.tokens[low:high]), "full", "replace", want=tuple(r - low for r in rows))
+        high = total
+        if cache != "prefix":
+            window = state.choice.options.get("window", 0)
+            low, high = max(0, min(low, start - window)), min(total, stop + window)
+        want, shadows = span_rows(active, low, high - low)
+        store: Store = "scratch" if cache == "prefix" else "replace"
+        return Span(low, tuple(seq.tokens[low:high]), "full", store, want, shadows=shadows)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
-        active = [_active(seq) for seq, span in items if span.want]
-        decisions = iter(denoise(active, logits))
-        return [_commit(seq, span, next(decisions)) if span.want else _rebuilt(seq) for seq, span in items]
+        active = [active_rows(seq, *seq.policy.bounds) for seq, span in items if span.want]
+        decided = iter(zip(active, denoise(active, logits, self.scorer), strict=True))
+        commits = []
+        for seq, span in items:
+            kept = _kept(seq) if span.store == "keep" else None
+            if not span.want:  # only restored K,V
+                commits.append(Commit(kv_len=kept, state=seq.policy, stable=seq.stable))
+                continue
+            a, decision = next(decided)
+            snapshot = tuple(seq.tokens[a.start : a.stop]) if span.store == "keep" else None
+            commits.append(settle(a, decision, kv_len=kept, snapshot=snapshot))
+        return commits
+
+    def _choose(self, request: Request) -> tuple[Choice, Layout]:
+        decode = request.decode or DecodeParams()
+        default = DEFAULT_BLOCK
+        if decode.rule in RULES and RULES[decode.rule].paced:
+            default = request.sampling.max_tokens  # Dream's schedule runs over the whole canvas
+        choice = choose(decode, default)
+        return choice, lay_out(request, choice)
 
 
-def _refresh_due(state: CanvasState) -> bool:
+def _refreshes(state: CanvasState) -> bool:
     """Whether this step is a full forward that stores K,V."""
     if state.block_step == 0:
         return True
@@ -104,55 +125,7 @@ def _refresh_due(state: CanvasState) -> bool:
     return bool(state.step < options["warmup"] or state.block_step % options["refresh"] == 0)
 
 
-def _active(seq: SequenceState) -> Active:
-    state: CanvasState = seq.policy
-    start, stop = block_bounds(seq, state, aligned=False)
-    mask = seq.model.mask_id
-    positions = tuple(p for p in range(start, stop) if seq.tokens[p] == mask)
-    return Active(seq, state, start, stop, block_steps(seq, state, stop - start, aligned=False), positions)
-
-
 def _kept(seq: SequenceState) -> int | None:
-    """K,V positions worth keeping after a full forward."""
+    """K,V positions worth keeping after a full forward: for `prefix` those before the first row a step runs."""
     state: CanvasState = seq.policy
-    if state.choice.cache != "prefix":
-        return None
-    return block_bounds(seq, state, aligned=False)[0] - seq.model.shift
-
-
-def _rebuilt(seq: SequenceState) -> Commit:
-    """Nothing is decided by a forward that only restores K,V."""
-    return Commit(kv_len=_kept(seq), state=seq.policy, stable=seq.stable)
-
-
-def _commit(seq: SequenceState, span: Span, d: Decision) -> Commit:
-    state: CanvasState = seq.policy
-    start, stop = block_bounds(seq, state, aligned=False)
-    first, mask = seq.canvas_start, seq.model.mask_id
-    canvas = seq.tokens[first : seq.canvas_stop]
-    for p, token in d.fixed.items():
-        canvas[p - first] = token
-    left = next((p for p in range(start, stop) if canvas[p - first] == mask), stop)
-    done = left == stop
-    end = ending(seq, state, canvas, firm=left)
-    fixed = {**d.fixed, **dict.fromkeys(end.fill, fill_id(seq.model))}
-    full = span.store == "keep"
-    after = replace(
-        state,
-        block=state.block + done,
-        step=state.step + 1,
-        block_step=0 if done else state.block_step + 1,
-        snapshot=tuple(seq.tokens[start:stop]) if full else state.snapshot,
-        end=end.end,
-        memory=None if done else d.memory,
-    )
-    return Commit(
-        fixed=fixed,
-        kv_len=_kept(seq) if full else None,
-        state=after,
-        stable=max(end.stable, seq.stable),
-        finish=end.finish,
-        logprobs=d.records,
-        provisional={} if end.finish else d.provisional,
-        block_done=done,
-    )
+    return state.bounds[0] - seq.model.shift if state.choice.cache == "prefix" else None

@@ -43,8 +43,8 @@ class Policy(Protocol):
         ...
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
-        """The next forward of this sequence. A divisible span (prefill) has at most `limit` rows (always the same for an
-        engine); an indivisible one (canvas) may exceed it. Called again if the span was not scheduled."""
+        """The next forward of this sequence. A divisible span (prefill) has at most `limit` rows (always the same for
+        an engine); an indivisible one (canvas) may exceed it. Called again if the span was not scheduled."""
         ...
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:

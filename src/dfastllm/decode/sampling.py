@@ -1,8 +1,8 @@
 """How a token is drawn from a row of logits.
 
 One order everywhere: penalties -> logit_bias -> allowed_token_ids -> min_tokens -> temperature -> top_k -> top_p
--> min_p -> draw. Every row has its own parameters, and a row's result depends on nothing but the row, its parameters and
-(seed, step, position): a counter-based hash gives the noise, so neighbours in a batch never change a draw.
+-> min_p -> draw. Every row has its own parameters, and a row's result depends on nothing but the row, its parameters
+and (seed, step, position): a counter-based hash gives the noise, so neighbours in a batch never change a draw.
 
 Greedy rows without edits cost one argmax and no copy of the logits.
 """
@@ -19,7 +19,17 @@ from torch import Tensor
 from dfastllm.core import ModelInfo, SamplingParams, TokenLogprob
 from dfastllm.errors import UnsupportedError, ValidationError
 
-__all__ = ["Draw", "check_sampling", "draw", "gumbel", "log_normaliser", "row_keys", "token_logprobs", "uniform"]
+__all__ = [
+    "Draw",
+    "check_sampling",
+    "draw",
+    "gumbel",
+    "log_normaliser",
+    "row_keys",
+    "spread",
+    "token_logprobs",
+    "uniform",
+]
 
 _U64 = np.uint64
 _CHUNK = 1 << 22  # elements of a temporary [rows, vocab]: 16 MiB of float32
@@ -156,6 +166,20 @@ def log_normaliser(logits: Tensor) -> Tensor:
         total = (part - top).exp_().sum(dim=-1, dtype=torch.float64)
         out[at : at + step] = (total.log() + top[:, 0]).float()
     return out
+
+
+def spread(logits: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy in nats and margin p1 - p2 per row, float32 [rows] each. logits [rows, vocab], norm [rows]."""
+    entropy, margin = torch.empty_like(norm), torch.empty_like(norm)
+    step = max(1, _CHUNK // max(1, logits.shape[1]))
+    for at in range(0, logits.shape[0], step):
+        logp = logits[at : at + step] - norm[at : at + step, None]
+        best = logp.topk(min(2, logp.shape[1]), dim=-1).values.exp()
+        margin[at : at + step] = best[:, 0] - (best[:, 1] if best.shape[1] > 1 else 0)
+        p = logp.exp()
+        terms = torch.where(p > 0, p * logp, torch.zeros_like(p))
+        entropy[at : at + step] = -terms.sum(dim=-1, dtype=torch.float64).float()
+    return entropy, margin
 
 
 def token_logprobs(logits: Tensor, norm: Tensor, tokens: Tensor, top: int) -> list[TokenLogprob]:

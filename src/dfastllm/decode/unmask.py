@@ -5,14 +5,14 @@ column j being position block start + j, padded on the right with columns that a
 positions it accepts and how it ranks them; `decide` then guarantees progress: the best that `steps` demands are always
 accepted (at least one), and never more than `max_parallel_tokens`. Ties go to the lowest position.
 
-What a rule does not do: read logits, choose tokens, or know of caches. Sources are named at each rule; quirks of the
-published code that are not copied are said there too.
+What a rule does not do: read logits, choose tokens, or know of caches (`evidence` does the first for those that need
+more than row statistics). Sources are named at each rule; what is not copied from published code is said there too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dfastllm.decode.sampling import uniform
 
-__all__ = ["RULES", "Field", "Option", "Rule", "Verdict", "decide", "quota"]
+__all__ = ["RULES", "Field", "Option", "Revision", "Rule", "Verdict", "decide", "quota"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -44,12 +44,16 @@ class Field:
 
     masked      bool [S, M]: undecided, a candidate.
     confidence  probability of the candidate token under the raw softmax; 0 elsewhere.
-    entropy     nats, margin p1 - p2: only for rules that need them, else zeros.
+    entropy     nats, and margin, p1 - p2: only for rules that need them, else zeros.
     keys        uint64 [S, M]: randomness by (seed, decode step, position).
     size        int [S]: tokens of the block that are decided by this request (its masks at the block's start).
     step        int [S]: denoise steps done in this block before this one.
     steps       int [S]: denoise steps the block may take.
     options     per sequence, complete with defaults.
+    memory      per sequence: what the rule returned at the block's last step, None at its first.
+    held        bool [S, M]: committed in this block and looked at again (revising rules only).
+    kept        at held positions: probability of the committed token. differs: the candidate is another token.
+    ready       bool [S, M]: what `evidence` found at masked positions (klass: stable; apd: agreed).
     """
 
     masked: Bools
@@ -61,6 +65,11 @@ class Field:
     step: Ints
     steps: Ints
     options: Sequence[Mapping[str, Any]]
+    memory: Sequence[Any]
+    held: Bools
+    kept: Floats
+    differs: Bools
+    ready: Bools
 
     def option(self, name: str) -> Floats:
         """float64 [S, 1]."""
@@ -69,22 +78,45 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """accept: what the rule commits, before the floor. score: higher is better, orders the floor and the cap."""
+    """What a rule would commit. accept: bool [S, M]. score: higher is better, orders the floor and the cap."""
 
     accept: Bools
     score: Floats
 
 
 @dataclass(frozen=True, slots=True)
+class Revision:
+    """What a revising rule changes of the `accept`ed positions' elders.
+
+    remask  bool [S, M]: held positions to mask again; rewrite: held positions to overwrite with their candidate.
+    memory  per sequence, for the next step of the same block.
+    closed  bool [S] or None: the block is final just when the rule says so; None: when no mask is left.
+    """
+
+    remask: Bools
+    rewrite: Bools
+    memory: Sequence[Any]
+    closed: Bools | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
-    """A named rule. needs: statistics beyond confidence. revises: it may re-mask or overwrite what it committed."""
+    """A named rule.
+
+    needs    "spread" (entropy and margin), "held" (rows of committed positions), "shadow" (their shadow rows),
+             "credit", "drift", "scorer" (see `evidence`).
+    revise   given what is accepted: how it changes what it committed before. Then nothing in a block is stable before
+             the block is.
+    paced    it follows its own schedule over `steps`; others are held to an even rate.
+    """
 
     name: str
     decide: Callable[[Field], Verdict]
     help: str
     options: Mapping[str, Option] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
-    revises: bool = False
+    revise: Callable[[Field, Bools], Revision] | None = None
+    paced: bool = False
 
 
 def quota(size: int, steps: int, step: int) -> int:
@@ -92,40 +124,21 @@ def quota(size: int, steps: int, step: int) -> int:
     return size // steps + (step < size % steps)
 
 
-def _due(f: Field) -> Ints:
-    """int [S]: commits needed at this step so that `steps` is kept as a minimum rate; at least 1."""
-    done = f.size - f.masked.sum(axis=1)
-    at = np.minimum(f.step, f.steps - 1) + 1
-    due = at * (f.size // f.steps) + np.minimum(at, f.size % f.steps)
-    out: Ints = np.maximum(1, due - done)
-    return out
-
-
-def _rank(score: Floats, masked: Bools) -> Ints:
-    """int [S, M]: 0 for the best masked position; unmasked ones come last. Equal scores: lowest position first."""
-    order = np.argsort(np.where(masked, -score, np.inf), axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
-    return rank
-
-
-def _prefix(accept: Callable[[Floats], Bools], score: Floats, masked: Bools) -> Bools:
-    """Accept the longest prefix of the masked positions sorted by descending score. `accept` maps the sorted scores
-    [S, M] to bools; positions after the first False are refused."""
-    order = np.argsort(np.where(masked, -score, np.inf), axis=1, kind="stable")
-    good = np.logical_and.accumulate(accept(np.take_along_axis(score, order, axis=1)), axis=1)
-    out = np.zeros_like(masked)
-    np.put_along_axis(out, order, good, axis=1)
-    return out & masked
-
-
 def decide(rule: Rule, f: Field) -> Bools:
-    """bool [S, M]: the positions to commit. At least one per sequence that has a mask."""
+    """bool [S, M]: the masked positions to commit; at least one of a sequence that has a mask."""
     verdict = rule.decide(f)
     rank = _rank(verdict.score, f.masked)
+    floor = np.ones_like(f.size) if rule.paced else _due(f)
     cap = np.asarray([o["max_parallel_tokens"] or f.masked.shape[1] for o in f.options], dtype=np.int64)
-    accept = verdict.accept | (rank < _due(f)[:, None]) | _all_sure(f)
+    accept = verdict.accept | (rank < floor[:, None]) | _all_sure(f)
     return accept & f.masked & (rank < cap[:, None])
+
+
+def _due(f: Field) -> Ints:
+    """int [S]: commits due at this step so that `steps` is kept as a minimum rate; at least 1."""
+    at = np.minimum(f.step, f.steps - 1)
+    out: Ints = np.maximum(1, f.size // f.steps + (at < f.size % f.steps))
+    return out
 
 
 def _all_sure(f: Field) -> Bools:
@@ -136,34 +149,187 @@ def _all_sure(f: Field) -> Bools:
     return out
 
 
-# ---- rules ----------------------------------------------------------------------------------------------------------
+def _order(score: Floats, masked: Bools) -> Ints:
+    """int [S, M]: columns by descending score, unmasked ones last. Equal scores: lowest position first."""
+    return np.argsort(np.where(masked, -score, np.inf), axis=1, kind="stable")
 
 
-def _none(f: Field) -> Bools:
-    return np.zeros_like(f.masked)
+def _rank(score: Floats, masked: Bools) -> Ints:
+    """int [S, M]: 0 for the best masked position."""
+    order = _order(score, masked)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
+    return rank
 
 
-def _schedule_score(f: Field) -> Floats:
-    names = [o["remasking"] for o in f.options]
-    out = f.confidence.copy()
-    for i, name in enumerate(names):
-        if name == "random":
-            out[i] = uniform(f.keys[i])
-        elif name == "entropy":
-            out[i] = -f.entropy[i]
-        elif name == "margin":
-            out[i] = f.margin[i]
+def _prefix(score: Floats, masked: Bools, fits: Callable[[Floats], Bools]) -> Bools:
+    """The longest prefix, by descending score, whose every member fits. `fits` maps the sorted scores [S, M] to bools;
+    columns after the masked ones hold -inf there."""
+    order = _order(score, masked)
+    ranked = np.take_along_axis(np.where(masked, score, -np.inf), order, axis=1)
+    good = np.logical_and.accumulate(fits(ranked), axis=1)
+    out = np.zeros_like(masked)
+    np.put_along_axis(out, order, good, axis=1)
+    return out & masked
+
+
+def _gumbel(keys: NDArray[np.uint64]) -> Floats:
+    out: Floats = -np.log(-np.log(uniform(keys)))
     return out
 
 
+# ---- rules that only commit ------------------------------------------------------------------------------------------
+
+
 def _schedule(f: Field) -> Verdict:
-    """Fixed quota m // s + (i < m % s) per step (Nie et al., LLaDA, 2025): the floor alone."""
-    return Verdict(_none(f), _schedule_score(f))
+    """Fixed quota m // s + (i < m % s) per step, the best first (Nie et al., LLaDA, 2025): the floor of `decide` alone.
+    The order is by confidence, uniform noise, -entropy or margin."""
+    score = f.confidence.copy()
+    for i, options in enumerate(f.options):
+        match options["remasking"]:
+            case "random":
+                score[i] = uniform(f.keys[i])
+            case "entropy":
+                score[i] = -f.entropy[i]
+            case "margin":
+                score[i] = f.margin[i]
+    return Verdict(np.zeros_like(f.masked), score)
+
+
+def _dream(f: Field) -> Verdict:
+    """Dream's schedule (Ye et al., 2025): with t from 1 to eps over steps + 1 points, n = m (1 - t[i+1] / t[i]) of the
+    m masks left, all of them at the last step. Orderings: origin (each with probability n / m), maskgit_plus
+    (confidence), topk_margin, entropy; alg_temp > 0 draws the positions from softmax(score / alg_temp) without
+    replacement, here as the best of score / alg_temp + Gumbel noise. The published code may commit nothing at a step;
+    here it is one at least."""
+    left = f.masked.sum(axis=1)
+    eps = f.option("eps")[:, 0]
+    t, s = (1 - (1 - eps) * (f.step + j) / f.steps for j in (0, 1))
+    share = np.where(f.step < f.steps - 1, 1 - s / t, 1.0)
+    score = f.confidence.copy()
+    accept = np.zeros_like(f.masked)
+    for i, options in enumerate(f.options):
+        ordering = options["ordering"]
+        if ordering == "origin":
+            noise = uniform(f.keys[i])
+            score[i] = -noise
+            accept[i] = noise < share[i]
+            continue
+        if ordering != "maskgit_plus":
+            score[i] = f.margin[i] if ordering == "topk_margin" else -f.entropy[i]
+        if options["alg_temp"] > 0:
+            score[i] = score[i] / options["alg_temp"] + _gumbel(f.keys[i])
+    count = np.floor(left * share + 1e-9).astype(np.int64)  # 1e-9: linspace in float64 must not lose a whole token
+    ordered = np.asarray([o["ordering"] != "origin" for o in f.options])
+    return Verdict(accept | (ordered[:, None] & (_rank(score, f.masked) < count[:, None])), score)
 
 
 def _threshold(f: Field) -> Verdict:
-    """Every masked i with c_i >= threshold (Wu et al., Fast-dLLM, 2025)."""
+    """Every masked i with c_i >= threshold (Wu et al., Fast-dLLM, 2025). `credit` is the same over fused logits."""
     return Verdict(f.confidence >= f.option("threshold"), f.confidence)
+
+
+def _factor(f: Field) -> Verdict:
+    """The longest prefix by confidence with c_(n) >= 1 - factor / (n + 1), n from 1 (Fast-dLLM). The published code
+    also accepts the last rank when only it fails; not copied."""
+    n = np.arange(1, f.masked.shape[1] + 1)
+    return Verdict(_prefix(f.confidence, f.masked, lambda c: c >= 1 - f.option("factor") / (n + 1)), f.confidence)
+
+
+def _entropy_bound(f: Field) -> Verdict:
+    """The longest prefix by ascending entropy whose sum less its largest is at most gamma (Ben-Hamu et al., EB-sampler,
+    2025): that bounds the joint mutual information of the accepted tokens."""
+
+    def fits(ranked: Floats) -> Bools:
+        entropy = np.where(np.isfinite(ranked), -ranked, 0.0)
+        out: Bools = np.cumsum(entropy, axis=1) - entropy <= f.option("gamma")
+        return out
+
+    return Verdict(_prefix(-f.entropy, f.masked, fits), -f.entropy)
+
+
+def _hierarchy(f: Field) -> Verdict:
+    """The best of every contiguous masked run if c > low_threshold, and all with c > threshold (dInfer's hierarchical
+    decoding, 2025)."""
+    masked = f.masked
+    starts = masked & ~np.pad(masked, ((0, 0), (1, 0)))[:, :-1]
+    run = np.cumsum(starts, axis=1)  # number of the run a masked column belongs to, from 1
+    best = np.zeros_like(masked)
+    rank = _rank(f.confidence, masked)
+    for r in range(1, int(run.max(initial=0)) + 1):
+        here = masked & (run == r)
+        ranks = np.where(here, rank, masked.shape[1])
+        best |= here & (ranks == ranks.min(axis=1, keepdims=True))
+    accept = (best & (f.confidence > f.option("low_threshold"))) | (f.confidence > f.option("threshold"))
+    return Verdict(accept, f.confidence)
+
+
+def _local_leap(f: Field) -> Verdict:
+    """Anchors c >= threshold, and their neighbours within `radius` with c >= relaxed_threshold (LocalLeap, 2025)."""
+    anchor = f.masked & (f.confidence >= f.option("threshold"))
+    radius = f.option("radius").astype(np.int64)
+    width = f.masked.shape[1]
+    total = np.pad(np.cumsum(anchor, axis=1), ((0, 0), (1, 0)))  # anchors before column j
+    column = np.arange(width)[None, :]
+    low, high = np.maximum(0, column - radius), np.minimum(width, column + radius + 1)
+    near = np.take_along_axis(total, high, axis=1) > np.take_along_axis(total, low, axis=1)
+    return Verdict(anchor | (near & (f.confidence >= f.option("relaxed_threshold"))), f.confidence)
+
+
+def _klass(f: Field) -> Verdict:
+    """c > threshold where the last kl_history_length divergences KL(p_t || p_t-1) are below kl_threshold (Kim et al.,
+    KLASS, 2025). The history starts anew at each block: only its rows go through the head."""
+    return Verdict(f.ready & (f.confidence > f.option("threshold")), f.confidence)
+
+
+def _apd(f: Field) -> Verdict:
+    """The longest left-to-right prefix on which a draw from p_diffusion^w p_ar^(1-w) agrees with the diffusion draw
+    under the same noise (Israel et al., adaptive parallel decoding, 2025). The leftmost is always accepted."""
+    left = -np.broadcast_to(np.arange(f.masked.shape[1], dtype=np.float64), f.masked.shape)
+    return Verdict(f.ready, left)
+
+
+# ---- rules that revise -----------------------------------------------------------------------------------------------
+
+
+def _wino(f: Field) -> Verdict:
+    """Wide in, narrow out (Hong et al., WINO, 2025). Draft: c > threshold, at most min(max(0.7 m, min_accept),
+    max_accept) of the m masks."""
+    low, high = f.option("min_accept"), f.option("max_accept")
+    most = np.minimum(np.maximum(np.floor(f.masked.sum(axis=1, keepdims=True) * 0.7), low), high)
+    accept = f.masked & (f.confidence > f.option("threshold")) & (_rank(f.confidence, f.masked) < most)
+    return Verdict(accept, f.confidence)
+
+
+def _wino_verify(f: Field, accept: Bools) -> Revision:
+    """When more than one was accepted: held positions whose shadow row gives their token less than threshold_back are
+    masked again, the least probable first, fewer than were accepted at the step before, and never so many that the
+    block would fall behind `steps`. A shadow sees itself and the block without its own position (published: the other
+    shadows too)."""
+    accepted = accept.sum(axis=1)
+    doubtful = f.held & (f.kept < f.option("threshold_back"))
+    last = np.asarray([1 if m is None else m for m in f.memory], dtype=np.int64)
+    at = np.minimum(f.step, f.steps - 1) + 1
+    spare = f.size - f.masked.sum(axis=1) + accepted - at * (f.size // f.steps) - np.minimum(at, f.size % f.steps)
+    allowed = np.where(accepted > 1, np.minimum(last - 1, spare), 0)
+    remask = doubtful & (_rank(-f.kept, doubtful) < allowed[:, None])
+    return Revision(remask, np.zeros_like(remask), accepted.tolist())
+
+
+def _edit(f: Field) -> Verdict:
+    """LLaDA2.1 (2026), mask to token: c > threshold."""
+    return Verdict(f.confidence > f.option("threshold"), f.confidence)
+
+
+def _edit_tokens(f: Field, accept: Bools) -> Revision:
+    """Token to token: held positions whose best token is another one with p > edit_threshold are overwritten. After the
+    last mask at most max_post_steps steps of that; the block is final when a step that began without masks changes
+    nothing, or when they are used up."""
+    rewrite = f.held & f.differs & (f.confidence > f.option("edit_threshold"))
+    full = ~f.masked.any(axis=1)
+    done = np.asarray([m or 0 for m in f.memory], dtype=np.int64) + full
+    closed = full & (~rewrite.any(axis=1) | (done >= f.option("max_post_steps")[:, 0]))
+    return Revision(np.zeros_like(rewrite), rewrite, done.tolist(), closed)
 
 
 # What every rule knows beside its own options.
@@ -173,24 +339,106 @@ _COMMON = {
         0.0, "commit all that is left of a block once every position of it is this confident; 0: never", 0, 1
     ),
 }
+_ORDERS = ("low_confidence", "random", "entropy", "margin")
+_ORDERINGS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        Rule(
-            "schedule",
-            _schedule,
-            "fixed quota per step, the best first",
-            {"remasking": Option("low_confidence", "order", choices=("low_confidence", "random", "entropy", "margin"))},
-            frozenset({"entropy", "margin"}),
+
+def _confidence(default: float) -> dict[str, Option]:
+    return {"threshold": Option(default, "confidence to reach", 0, 1)}
+
+
+def _rule(name: str, fn: Callable[[Field], Verdict], text: str, *needs: str, **options: Option) -> Rule:
+    return Rule(name, fn, text, {**options, **_COMMON}, frozenset(needs))
+
+
+_ALL = (
+    _rule(
+        "schedule",
+        _schedule,
+        "a fixed quota a step, the best first",
+        remasking=Option("low_confidence", "what the best is", choices=_ORDERS),
+    ),
+    replace(
+        _rule(
+            "dream",
+            _dream,
+            "Dream's schedule and orderings",
+            ordering=Option("maskgit_plus", "what the best is", choices=_ORDERINGS),
+            alg_temp=Option(0.0, "temperature of the choice of positions; 0: the best"),
+            eps=Option(1e-3, "last point of the time grid", 1e-9, 0.5),
         ),
-        Rule(
-            "threshold",
-            _threshold,
-            "every position at least this confident",
-            {"threshold": Option(0.9, "confidence to reach", 0, 1)},
+        paced=True,
+    ),
+    _rule("threshold", _threshold, "all that are confident", **_confidence(0.9)),
+    _rule("factor", _factor, "confident enough for the crowd", factor=Option(1.0, "larger accepts more", 1e-9)),
+    _rule("entropy_bound", _entropy_bound, "bounded joint entropy", "spread", gamma=Option(0.1, "bound in nats")),
+    _rule(
+        "credit",
+        _threshold,
+        "threshold over logits that remember earlier guesses",
+        "credit",
+        **_confidence(0.9),
+        credit_alpha=Option(0.7, "weight of log(1 + credit) in the logits"),
+        boost_gamma=Option(0.2, "a guess of confidence c adds c ** boost_gamma", 0, 10),
+        decay_beta=Option(0.8, "credit kept from step to step", 0, 1),
+    ),
+    _rule(
+        "hierarchy",
+        _hierarchy,
+        "the best of every masked run",
+        **_confidence(0.9),
+        low_threshold=Option(0.4, "confidence the best of a run must exceed", 0, 1),
+    ),
+    _rule(
+        "klass",
+        _klass,
+        "confident and stable",
+        "drift",
+        **_confidence(0.9),
+        kl_threshold=Option(0.01, "divergence of a stable row, nats"),
+        kl_history_length=Option(2, "divergences in a row that must be below it", 1, 16),
+    ),
+    _rule(
+        "local_leap",
+        _local_leap,
+        "anchors and their likely neighbours",
+        **_confidence(0.9),
+        relaxed_threshold=Option(0.75, "confidence of a neighbour", 0, 1),
+        radius=Option(4, "how far a neighbour may be"),
+    ),
+    replace(
+        _rule(
+            "wino",
+            _wino,
+            "draft wide, mask again what its shadow row doubts",
+            "shadow",
+            **_confidence(0.6),
+            threshold_back=Option(0.9, "probability below which a committed token is masked again", 0, 1),
+            min_accept=Option(5, "the cap on a step's commits is at least this", 1),
+            max_accept=Option(20, "and at most this", 1),
         ),
-    )
-}
-for _rule in RULES.values():
-    object.__setattr__(_rule, "options", {**_rule.options, **_COMMON})
+        revise=_wino_verify,
+    ),
+    replace(
+        _rule(
+            "edit",
+            _edit,
+            "overwrite committed tokens the model now disagrees with",
+            "held",
+            **_confidence(0.5),
+            edit_threshold=Option(0.9, "probability a new token must exceed", 0, 1),
+            max_post_steps=Option(16, "editing steps after the last mask", 1),
+        ),
+        revise=_edit_tokens,
+    ),
+    _rule(
+        "apd",
+        _apd,
+        "the prefix a small autoregressive model agrees with",
+        "scorer",
+        apd_mixture_weight=Option(0.7, "w of p_diffusion^w p_ar^(1-w)", 0, 1),
+        max_lookahead=Option(100, "tokens scored a step", 1),
+    ),
+)
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in _ALL}
