@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from dfastllm.core import DecodeParams, Finish, Request, SamplingParams, StepEvent, TokenLogprob, Usage
-from dfastllm.errors import CancelledError, DFastLLMError, ValidationError
+from dfastllm.core import DecodeParams, Finish, FinishReason, Request, SamplingParams, StepEvent, TokenLogprob, Usage
+from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
 from dfastllm.server.schemas import GenerationRequest
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Job:
                 merged = _merge(self.streams) if len(self.streams) > 1 else _single(self.streams[0])
                 async with aclosing(merged):
                     async for index, event in merged:
+                        if event.finish is not None and (error := _failure(event.finish)) is not None:
+                            raise error
                         yield index, event
             except CancelledError as error:
                 raise self.failure or error from None
@@ -89,6 +91,19 @@ class Job:
                         self.serving.metrics.tokens(self.model, now - last[index], len(event.token_ids))
                     last[index] = now
                 yield index, event
+
+
+def _failure(finish: Finish) -> DFastLLMError | None:
+    """Why a request did not end by itself."""
+    if finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+        return None
+    if finish.error is not None:
+        return finish.error
+    if finish.reason is FinishReason.CANCELLED:
+        return CancelledError("The request was cancelled.")
+    if finish.reason is FinishReason.TIMEOUT:
+        return TimeoutError("The request ran past its time limit.")
+    return GenerationError("The engine failed on this request; see the server's log.")
 
 
 async def _single(stream: Stream) -> Events:

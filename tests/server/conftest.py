@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.server.live import Live, serving
+from tests.server.models import Parrot, parrot_engine, random_engine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[Live]:
+    """A masked-diffusion, an autoregressive and a scripted model behind one server."""
+    engines = {
+        "canvas": random_engine("llada"),
+        "causal": random_engine("llama", seed=1),
+        "parrot": parrot_engine(),
+    }
+    with serving(engines, max_prompts=32) as running:
+        yield running
+
+
+@pytest.fixture
+def parrot(live: Live) -> Iterator[Parrot]:
+    """The scripted model, silent again afterwards."""
+    model = live.worker.engines["parrot"].runner.model
+    assert isinstance(model, Parrot)
+    yield model
+    model.teach(0, "")
+    model.fail = False
