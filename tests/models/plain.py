@@ -160,8 +160,8 @@ def softmax_mixture(c: dict) -> Callable[[Weights, int, Tensor], Tensor]:
 
 
 def llada2_routing(scores: list[float], bias: list[float], c: dict) -> dict[int, float]:
-    """expert -> weight of one row. Groups are ranked by the sum of their two best biased scores; the best experts of the
-    best groups are taken by biased score; their weights are the unbiased scores, normalised, times the scale."""
+    """expert -> weight of one row. Groups are ranked by the sum of their two best biased scores; the best experts of
+    the best groups are taken by biased score; their weights are the unbiased scores, normalised, times the scale."""
     size = len(scores) // c["n_group"]
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     groups = [list(range(g * size, (g + 1) * size)) for g in range(c["n_group"])]
@@ -173,7 +173,7 @@ def llada2_routing(scores: list[float], bias: list[float], c: dict) -> dict[int,
 
 
 def llada2(w: Weights, c: dict, ids: list[int], sees: Sees) -> Tensor:
-    """LLaDA2.x: fused q,k,v, norms on heads, partial rotary, sigmoid routing with a shared expert, dense first layers."""
+    """LLaDA2.x: fused q,k,v, norms on heads, partial rotary, sigmoid routing, a shared expert, dense first layers."""
     heads, kv, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     eps, theta = c["rms_norm_eps"], c["rope_theta"]
     rotating = int(dim * c["partial_rotary_factor"])

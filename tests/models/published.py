@@ -151,7 +151,7 @@ def llada_moe(*, freq: list[int] | None = None) -> tuple[dict, dict[str, tuple[i
 
 
 def llada2() -> tuple[dict, dict[str, tuple[int, ...]]]:
-    """The fields of LLaDA2.0-mini's config.json, small: first layer dense, 16 experts in 4 groups of which 2 are kept."""
+    """The fields of LLaDA2.0-mini's config.json, small: first layer dense, 16 experts in 4 groups, 2 of them kept."""
     config = {
         "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0, "eos_token_id": 37,
         "first_k_dense_replace": 1, "head_dim": 16, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48,

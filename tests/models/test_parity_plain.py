@@ -1,4 +1,4 @@
-"""LLaDA, Dream, SDAR, Fast-dLLM v2, LLaDA-MoE and LLaDA2 against plain forwards over the same raw tensors (plain.py)."""
+"""LLaDA, Dream, SDAR, Fast-dLLM v2, LLaDA-MoE and LLaDA2 against plain forwards over the same raw tensors."""
 
 from __future__ import annotations
 

@@ -53,10 +53,11 @@ def build(
     info: ModelInfo,
     *,
     seed: int = 0,
+    deviation: float = 0.02,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
-    """A model with random weights, the same for the same seed on any device: normal with deviation 0.02, the two
+    """A model with random weights, the same for the same seed on any device: normal with this deviation, the two
     projections into the residual stream scaled by (2 layers) ** -0.5 (Radford et al. 2019); norms 1, biases 0."""
     model = skeleton(config, info, dtype).to_empty(device=device)
     draw = torch.Generator().manual_seed(seed)
@@ -66,8 +67,8 @@ def build(
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            deviation = 0.02 * (2 * config.layers) ** -0.5 if residual else 0.02
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * deviation)
+            scale = deviation * (2 * config.layers) ** -0.5 if residual else deviation
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * scale)
     return model
 
 

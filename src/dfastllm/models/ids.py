@@ -25,9 +25,9 @@ def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -
 
     def one(name: str) -> int | None:
         for source in (fields, generation):
-            if source.has(f"{name}_token_id"):
-                value = source.raw[f"{name}_token_id"]
-                return _integers(value, f"{name}_token_id", source)[0]
+            listed = _integers(source.raw.get(f"{name}_token_id"), f"{name}_token_id", source)
+            if listed:
+                return listed[0]
         content = special.get(f"{name}_token")
         if isinstance(content, dict):
             content = content.get("content")

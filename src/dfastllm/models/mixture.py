@@ -28,7 +28,7 @@ class Router(nn.Module):
         if self.bias is None:
             weights, chosen = logits.softmax(-1).topk(config.top_k, dim=-1)
         else:
-            scores = logits.sigmoid()
+            scores = 1 / (1 + torch.exp(-logits))  # not torch.sigmoid: see parts.silu
             chosen = self._within_best_groups(scores + self.bias.float()).topk(config.top_k, dim=-1).indices
             weights = scores.gather(-1, chosen)
         if config.normalise:

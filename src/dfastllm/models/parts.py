@@ -26,6 +26,7 @@ __all__ = [
     "SwiGLU",
     "dense_attention",
     "rotate",
+    "silu",
 ]
 
 
@@ -141,6 +142,15 @@ class SelfAttention(nn.Module):
         return self.o_proj(out.reshape(len(x), -1))  # type: ignore[no-any-return]
 
 
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x). On CPU in float32, torch's own gives other last bits at the ragged end of a tensor (scalar code
+    after the vectors), so a row would depend on how many rows follow it; exp and division do not."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad:
+        return F.silu(x)
+    below = x.neg().exp_().add_(1)
+    return torch.div(x, below, out=below)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
@@ -151,7 +161,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
 def dense_attention(

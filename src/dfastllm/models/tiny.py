@@ -54,14 +54,15 @@ def tiny(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> Decoder:
-    """A random model of the family, the same for the same arguments. The last ids of the vocabulary are mask (if the
-    family has one), EOS and BOS unless `ids` says otherwise."""
+    """A random model of the family, the same for the same arguments, its weights large enough (deviation 0.2) that
+    every part of it matters to the logits. The last ids of the vocabulary are mask (if the family has one), EOS and BOS
+    unless `ids` says otherwise."""
     config = tiny_config(family, **overrides)
     last = config.vocab_size - 1
     masked = find_family(family).kind != "ar"
     given = ids or Ids(eos=(last - 1,), mask=last if masked else None, bos=last - 2, pad=last - 1)
     info = describe(family, config, given, name=name or f"tiny-{family}", block=block, edit=edit)
-    return build(config, info, seed=seed, device=device, dtype=dtype)
+    return build(config, info, seed=seed, deviation=0.2, device=device, dtype=dtype)
 
 
 def random_like(

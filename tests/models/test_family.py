@@ -1,0 +1,142 @@
+"""Name tables, the registry, and token ids from a model's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfastllm import models
+from dfastllm.errors import ModelLoadError, TokenizerError
+from dfastllm.models.family import Family, Fields, Ids, NameTable, family_of, register
+from dfastllm.models.ids import read_ids
+from tests.models import published
+
+FAMILIES = sorted(models.FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_are_a_bijection(family: str) -> None:
+    names = models.find_family(family).names
+    own = [name for name, _ in models.tiny(family).named_parameters()]
+    there = [names.published(name) for name in own]
+    assert len(set(there)) == len(there)
+    assert [names.own(name) for name in there] == own
+
+
+@settings(max_examples=100, deadline=None)
+@given(family=st.sampled_from(FAMILIES), i=st.integers(0, 10**6), j=st.integers(0, 10**6), data=st.data())
+def test_names_of_any_layer_and_expert(family: str, i: int, j: int, data: st.DataObject) -> None:
+    names = models.find_family(family).names
+    rule = data.draw(st.sampled_from(sorted(names.rules)))
+    own = rule.format(i=i, j=j)
+    if not rule.endswith("router.bias"):
+        own += data.draw(st.sampled_from([".weight", ".bias"]))
+    if own.endswith("router.bias") and "layers.{i}.mlp.router.bias" not in names.rules:
+        return
+    there = names.published(own)
+    assert names.own(there) == own
+    for number in (str(i),) if "{i}" in rule else ():
+        assert f".{number}." in there
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.text("abc.019_{}ij", max_size=40), family=st.sampled_from(FAMILIES))
+def test_unknown_names_are_key_errors(name: str, family: str) -> None:
+    names = models.find_family(family).names
+    for translate in (names.own, names.published):
+        with pytest.raises(KeyError):
+            translate(name)
+
+
+@pytest.mark.parametrize(
+    "describe",
+    [published.llada, published.dream, published.sdar, published.sdar_moe, published.llada_moe, published.llada2],
+)
+def test_published_names_and_shapes(describe: Callable[[], tuple[dict[str, Any], dict]], tmp_path: Path) -> None:
+    """The tensors written out by hand in published.py are exactly the ones wanted."""
+    config, shapes = describe()
+    published.write(tmp_path, config, published.filled(shapes, 0))
+    model = models.load(tmp_path)
+    names = models.find_family(model.info.family).names
+    assert {names.published(name): tuple(p.shape) for name, p in model.named_parameters()} == shapes
+
+
+def test_two_rules_for_one_name() -> None:
+    with pytest.raises(ValueError, match="two rules"):
+        NameTable({"a": "x", "b": "x"})
+
+
+def test_registry() -> None:
+    with pytest.raises(ModelLoadError, match=r"unknown model family 'gpt2'; known: .*llada"):
+        models.find_family("gpt2")
+    with pytest.raises(ValueError, match="registered twice"):
+        register(models.find_family("llama"))
+    architectures = [name for family in models.FAMILIES.values() for name in family.architectures]
+    assert len(set(architectures)) == len(architectures)
+
+
+def test_architecture_decides_before_model_type() -> None:
+    """LLaDA and LLaDA-MoE publish the same model_type."""
+    for architecture, family in (("LLaDAModelLM", "llada"), ("LLaDAMoEModelLM", "llada_moe")):
+        assert family_of(Fields({"architectures": [architecture], "model_type": "llada"})).name == family
+    assert family_of(Fields({"model_type": "lladamoe"})).name == "llada_moe"
+    assert family_of(Fields({"model_type": "qwen3"})).name == "qwen3"
+
+
+def ids(directory: Path, family: Family, config: dict[str, Any], **files: dict[str, Any]) -> Ids:
+    directory.mkdir(exist_ok=True)
+    for name, value in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(value))
+    return read_ids(directory, Fields(config), family, vocab_size=200_000)
+
+
+def test_ids_in_order_of_trust(tmp_path: Path) -> None:
+    llada, dream = models.find_family("llada"), models.find_family("dream")
+    nothing = ids(tmp_path / "a", llada, {})
+    assert nothing == Ids(eos=(126081, 126348), mask=126336, pad=126081)
+
+    config = {"eos_token_id": 5, "mask_token_id": 6, "pad_token_id": 5, "bos_token_id": 1}
+    assert ids(tmp_path / "b", llada, config) == Ids(eos=(5,), mask=6, bos=1, pad=5)
+
+    generation = {"eos_token_id": [9, 5], "mask_token_id": 7}
+    assert ids(tmp_path / "c", llada, config, generation_config=generation) == Ids(eos=(5, 9), mask=6, bos=1, pad=5)
+    assert ids(tmp_path / "d", llada, {}, generation_config=generation).mask == 7
+
+    tokens = {
+        "mask_token": "<M>",
+        "eos_token": {"content": "<E>"},
+        "added_tokens_decoder": {"11": {"content": "<M>"}, "12": {"content": "<E>"}, "13": {"content": "<|im_end|>"}},
+    }
+    assert ids(tmp_path / "e", dream, {}, tokenizer_config=tokens) == Ids(eos=(12, 13), mask=11, pad=151643)
+
+    added = [{"id": 21, "content": "<|mask|>"}, {"id": 22, "content": "<|im_end|>"}]
+    config = {"eos_token_id": 20}
+    found = ids(tmp_path / "f", dream, config, tokenizer={"added_tokens": added})
+    assert (found.eos, found.mask) == ((20, 22), 21)
+    assert ids(tmp_path / "g", dream, {}, added_tokens={"<|mask|>": 31}).mask == 31
+
+
+def test_fallback_ids_only_inside_the_vocabulary(tmp_path: Path) -> None:
+    found = read_ids(tmp_path, Fields({}), models.find_family("llada"), vocab_size=126_340)
+    assert found == Ids(eos=(126081,), mask=126336, pad=126081)
+    assert read_ids(tmp_path, Fields({}), models.find_family("llada"), vocab_size=100) == Ids()
+
+
+def test_bad_ids_and_files(tmp_path: Path) -> None:
+    llama = models.find_family("llama")
+    for value in ("</s>", [1, "x"], True, 1.5):
+        with pytest.raises(ModelLoadError, match="eos_token_id must be an integer"):
+            ids(tmp_path, llama, {"eos_token_id": value})
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
+        ids(tmp_path, llama, {})
+
+
+def test_empty_list_of_ids_is_none(tmp_path: Path) -> None:
+    assert ids(tmp_path, models.find_family("llama"), {"eos_token_id": [], "pad_token_id": []}) == Ids()

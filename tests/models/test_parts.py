@@ -1,0 +1,241 @@
+"""The forward itself: packing, dense attention patterns, dtypes, gradients, and rows that ignore their neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dfastllm import models
+from dfastllm.errors import ValidationError
+from dfastllm.models.mixture import Mixture, Router
+from dfastllm.models.parts import RotaryTables, rotate
+
+FAMILIES = sorted(models.FAMILIES)
+
+
+def per_span(lengths: list[int], kinds: list[str], block: int = 4) -> models.Attend:
+    """Attention of sequences packed end to end, each alone."""
+    alone = [
+        models.dense_attention(1, n, kind, block=block if kind == "block" else 0)  # type: ignore[arg-type]
+        for n, kind in zip(lengths, kinds, strict=True)
+    ]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [t.split(lengths) for t in (q, k, v)]
+        return torch.cat([one(layer, *rows) for one, *rows in zip(alone, *parts, strict=True)])
+
+    return attend
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_alone(family: str) -> None:
+    """Several sequences of different lengths and attention kinds in one forward give what each gives alone."""
+    model = models.tiny(family, seed=4).requires_grad_(False)
+    lengths, kinds = [5, 1, 17, 8], ["causal", "full", "block", "full"]
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 90, (n,), generator=draw) for n in lengths]
+    starts = [0, 30, 4, 100]
+    positions = [torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]
+    packed = model(torch.cat(ids), torch.cat(positions), per_span(lengths, kinds)).split(lengths)
+    for i, rows in enumerate(packed):
+        alone = model(ids[i], positions[i], per_span([lengths[i]], [kinds[i]]))
+        assert torch.allclose(rows, alone, atol=2e-6, rtol=1e-5), (family, i)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_bits_ignore_neighbours(family: str) -> None:
+    """Batch invariance of everything but attention (each sequence's own here): equal to the last bit whatever is packed
+    before and behind, from 16 rows on, which the engine pads to."""
+    model = models.tiny(family, seed=4).requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+    lengths = [19, 33, 16, 140]
+    ids = [torch.randint(0, 90, (n,), generator=draw) for n in lengths]
+    alone = [model(ids[i], torch.arange(n), per_span([n], ["causal"])) for i, n in enumerate(lengths)]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3], [2, 0]):
+        sizes = [lengths[i] for i in order]
+        at = torch.cat([torch.arange(n) for n in sizes])
+        packed = model(torch.cat([ids[i] for i in order]), at, per_span(sizes, ["causal"] * len(order)))
+        for i, rows in zip(order, packed.split(sizes), strict=True):
+            assert torch.equal(rows, alone[i])
+            assert torch.equal(model.head(rows[:16]), model.head(packed)[sum(sizes[: order.index(i)]) :][:16])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_on_chosen_rows(family: str) -> None:
+    model = models.tiny(family, seed=4).requires_grad_(False)
+    hidden = model(torch.arange(12), torch.arange(12), models.dense_attention(1, 12))
+    assert hidden.shape == (12, 32)
+    assert torch.allclose(model.head(hidden[[2, 9]]), model.head(hidden)[[2, 9]], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_has_a_gradient(family: str) -> None:
+    """A parameter that the forward does not use would train nothing and load silently wrong. Selection by the sigmoid
+    router's bias has no gradient by design."""
+    model = models.tiny(family, seed=4)
+    attend = models.dense_attention(2, 60, "causal")
+    hidden = model(torch.randint(0, 96, (120,)), torch.arange(60).repeat(2), attend)
+    model.head(hidden).float().log_softmax(-1)[:, 3].sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.bias"):
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 9),
+    kind=st.sampled_from(["full", "causal", "block"]),
+    block=st.integers(1, 5),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_dense_attention(
+    batch: int, length: int, kind: str, block: int, heads: tuple[int, int], masked: bool, seed: int
+) -> None:
+    """Against a softmax over each row's own list of keys."""
+    draw = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch * length, heads[0], 4, generator=draw)
+    k, v = (torch.randn(batch * length, heads[1], 4, generator=draw) for _ in range(2))
+    mask = torch.rand(batch, 1, length, length, generator=draw) > 0.3
+    mask |= torch.eye(length, dtype=torch.bool)  # every row may see itself
+    attend = models.dense_attention(
+        batch,
+        length,
+        kind,  # type: ignore[arg-type]
+        block=block if kind == "block" else 0,
+        mask=mask if masked else None,
+    )
+    got = attend(0, q, k, v)
+    assert got.shape == q.shape
+    for b in range(batch):
+        for row in range(length):
+            stop = {"full": length, "causal": row + 1, "block": min(length, (row // block + 1) * block)}[kind]
+            keys = [key for key in range(stop) if not masked or mask[b, 0, row, key]]
+            for head in range(heads[0]):
+                at = [b * length + key for key in keys]
+                shared = head // (heads[0] // heads[1])
+                weights = (k[at, shared] @ q[b * length + row, head] / 2).softmax(0)
+                assert torch.allclose(got[b * length + row, head], weights @ v[at, shared], atol=1e-5)
+
+
+def test_dense_attention_refuses_nonsense() -> None:
+    with pytest.raises(ValidationError, match="full, causal or block"):
+        models.dense_attention(1, 4, "sliding")  # type: ignore[arg-type]
+    for kind, block in (("block", 0), ("full", 4)):
+        with pytest.raises(ValidationError, match="exactly when kind is block"):
+            models.dense_attention(1, 4, kind, block=block)  # type: ignore[arg-type]
+
+
+@settings(max_examples=50, deadline=None)
+@given(shift=st.integers(0, 5000), seed=st.integers(0, 2**16), rotating=st.sampled_from([2, 4, 8]))
+def test_rotary_scores_depend_on_distance_only(shift: int, seed: int, rotating: int) -> None:
+    config = dataclasses.replace(models.tiny_config("llama"), rope_dim=rotating)
+    tables = RotaryTables(config)
+    draw = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 6, 1, 8, generator=draw)
+    at = torch.arange(6)
+    near = rotate(q, *tables(at))[:, 0] @ rotate(k, *tables(at))[:, 0].T
+    far = rotate(q, *tables(at + shift))[:, 0] @ rotate(k, *tables(at + shift))[:, 0].T
+    assert torch.allclose(near, far, atol=5e-3)
+    assert torch.equal(rotate(q, *tables(at))[..., rotating:], q[..., rotating:])
+    assert torch.allclose(rotate(q, *tables(at)).norm(dim=-1), q.norm(dim=-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_angles_stay_float32(dtype: torch.dtype) -> None:
+    """Casting a model must not round its rotary frequencies: bfloat16 cannot tell position 4,001 from 4,000."""
+    model, coarse = models.tiny("llama"), models.tiny("llama").to(dtype)
+    far = torch.tensor([1, 4001, 100_003])
+    for ours, theirs in zip(model.rotary(far), coarse.rotary(far), strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+    rows = coarse(torch.arange(6), torch.arange(6), models.dense_attention(1, 6))
+    assert rows.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_close(family: str, dtype: torch.dtype) -> None:
+    model, half = models.tiny(family, seed=1), models.tiny(family, seed=1, dtype=dtype)
+    ids, at, attend = torch.arange(20), torch.arange(20), models.dense_attention(1, 20)
+    exact, rounded = (m.head(m(ids, at, attend)).float() for m in (model, half))
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=-1).median() > 0.995
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_a_row_of_a_mixture_ignores_its_neighbours(router: str) -> None:
+    """To the last bit, however many rows share an expert with it."""
+    config = models.MoEConfig(8, 2, 24, router, True, 1.5, 2, 1, 24 if router == "sigmoid" else 0)  # type: ignore[arg-type]
+    mixture = Mixture(32, config).requires_grad_(False)
+    torch.nn.init.normal_(mixture.router.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    together = mixture(x)
+    for start, count in ((0, 16), (3, 17), (50, 40), (120, 64), (184, 16)):
+        assert torch.equal(mixture(x[start : start + count]), together[start : start + count])
+
+
+def test_router_ties_and_groups_of_one() -> None:
+    """One expert per group: a group scores its only expert."""
+    router = Router(4, models.MoEConfig(4, 2, 8, "sigmoid", True, 1.0, 4, 2)).requires_grad_(False)
+    router.weight.copy_(torch.eye(4))
+    weights, chosen = router(torch.tensor([[3.0, -1.0, 2.0, 0.0]]))
+    assert set(chosen[0].tolist()) == {0, 2}
+    assert weights.sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": 0}, "layers must be in"),
+        ({"heads": 3, "kv_heads": 2}, "multiple of kv_heads"),
+        ({"rope_dim": 3}, "rope_dim must be even"),
+        ({"rope_dim": 16}, "rope_dim must be even"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"max_len": 0}, "max_len"),
+        ({"moe": models.MoEConfig(4, 2, 8, layers=(True,))}, "of length 2"),
+    ],
+)
+def test_impossible_shapes(change: dict, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        dataclasses.replace(models.tiny_config("llama"), **change)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"experts": 0, "top_k": 1},
+        {"experts": 8, "top_k": 9},
+        {"experts": 8, "top_k": 2, "groups": 3},
+        {"experts": 8, "top_k": 3, "groups": 4, "groups_kept": 1},
+        {"experts": 8, "top_k": 2, "groups": 4, "groups_kept": 5},
+    ],
+)
+def test_impossible_mixtures(arguments: dict) -> None:
+    with pytest.raises(ValidationError):
+        models.MoEConfig(intermediate_size=8, **arguments)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        ("linear", 0.0, 0, {}),
+        ("yarn", 2.0, 0, {}),
+        ("yarn", 2.0, 64, {"beta_fast": 1.0, "beta_slow": 1.0}),
+        ("llama3", 2.0, 64, {"low_freq_factor": 4.0, "high_freq_factor": 4.0}),
+    ],
+)
+def test_impossible_rope_scaling(scaling: tuple) -> None:
+    kind, factor, original, more = scaling
+    with pytest.raises(ValidationError):
+        models.RopeScaling(kind, factor, original, **more)
