@@ -29,8 +29,7 @@ def write_tokenizer(directory: Path, *, chat: bool = True) -> Ids:
 
 
 def write_model(directory: Path, family: str, *, chat: bool = True) -> Path:
+    """All share the tokenizer with its mask token: an autoregressive model may have one and is none the less causal."""
     ids = write_tokenizer(directory, chat=chat)
-    if family == "llama":
-        ids = Ids(eos=ids.eos, bos=ids.bos, pad=ids.pad)
     model = tiny(family, ids=ids, vocab_size=260, max_len=256)
     return save(model, directory)

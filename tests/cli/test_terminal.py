@@ -76,6 +76,12 @@ def test_generate_draws_the_canvas_and_ends_with_a_summary(terminal: type[Termin
     assert t.process.wait(20) == 0
 
 
+def test_an_autoregressive_model_is_shown_live_too(terminal: type[Terminal], ar: Path) -> None:
+    t = terminal("generate", "hello", "--model", str(ar), "--max-tokens", "64", "--ignore-eos")
+    assert "step " in t.read_until(r"\d+ tokens · 64 steps · ")
+    assert t.process.wait(20) == 0
+
+
 def test_plain_draws_nothing(terminal: type[Terminal], diffusion: Path) -> None:
     t = terminal("generate", "hello", "--model", str(diffusion), "--plain", "--max-tokens", "32")
     assert t.process.wait(60) == 0

@@ -70,7 +70,7 @@ def run(
     """
     canvas = Canvas(llm.tokenizer, frozenset(llm.info.eos_ids))
     out = console()
-    if live and llm.info.mask_id is not None:
+    if live and llm.info.kind != "ar":
         decode = replace(decode or DecodeParams(), provisional=True)
     stream = llm.submit(prompt, sampling, decode, suffix=suffix)
     try:
