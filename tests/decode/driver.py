@@ -38,7 +38,7 @@ def info(kind: str = "diffusion", **changes: Any) -> ModelInfo:
 
 
 class FakeModel:
-    """Same face as a built model: forward(ids, positions, attend) -> hidden, head(hidden) -> logits. Seeded.
+    """Same face as a built model: model(ids, positions, attend) -> hidden, head(hidden) -> logits. Seeded.
 
     `sharp` scales the logits: large makes confident rows, so that thresholds have something to accept.
     """
@@ -59,12 +59,12 @@ class FakeModel:
         self.bias = torch.zeros(info.vocab_size, dtype=torch.float64)
         self.bias[list(info.eos_ids)] = eos_bias
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed[ids] + self.place[positions]
         for n, layer in enumerate(self.layers):
             h = x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
-            q, k, v = ((h @ layer[w]).view(-1, self.heads, self.dim) for w in "qkv")
-            x = x + attend(n, q, k, v).reshape(x.shape) @ layer["o"]
+            q, k, v = ((h @ layer[w] * 1.7).view(-1, self.heads, self.dim) for w in "qkv")
+            x = x + 2.0 * attend(n, q, k, v).reshape(x.shape) @ layer["o"]
         return x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def run_span(model: Any, seq: SequenceState, span: Span, store: Store) -> Tensor
         return attention(q, k, v, seen)
 
     with torch.no_grad():
-        hidden = model.forward(ids, places, attend)
+        hidden = model(ids, places, attend)
         logits = model.head(hidden[list(span.want)]).float()
     for layer, (k, v) in fresh.items():
         if span.store == "keep":

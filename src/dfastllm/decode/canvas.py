@@ -218,6 +218,12 @@ def _check_rule(rule: Rule, model: ModelInfo, scorer: int | None) -> None:
         raise UnsupportedError(
             f"rule {rule.name!r} needs a model trained to edit its tokens; {model.name} was not.", param="rule"
         )
+    if "held" in rule.needs and model.ar_first:
+        raise UnsupportedError(
+            f"rule {rule.name!r} looks at every token of a block again; the first one of a block of {model.name} is "
+            "predicted outside it.",
+            param="rule",
+        )
     if "shadow" in rule.needs and model.shift:
         raise UnsupportedError(
             f"rule {rule.name!r} hides a token from its own row; in {model.name} the row before predicts it.",

@@ -250,7 +250,7 @@ def settle(
     a: Active, d: Decision, *, kv_len: int | None, snapshot: tuple[int, ...] | None = None, counts: bool = True
 ) -> Commit:
     """The commit of a decision: canvas updated, block closed or not, text ended or not. snapshot: the block's ids under
-    new outside K,V, None: those stay. counts False: the step does not count against the block's share of `steps`."""
+    new outside K,V, None: those stay. counts False: the step saw one position only and is none of the block's own."""
     seq, state = a.seq, a.state
     first, mask = state.layout.start, seq.model.mask_id
     assert mask is not None
@@ -268,7 +268,7 @@ def settle(
         block_step=0 if done else state.block_step + counts,
         snapshot=state.snapshot if snapshot is None else snapshot,
         end=end.end,
-        memory=None if done else d.memory,
+        memory=None if done else d.memory if counts else state.memory,
     )
     return Commit(
         fixed={**d.fixed, **dict.fromkeys(end.fill, fill_id(seq.model))},

@@ -25,6 +25,10 @@ class Scorer(Protocol):
 
     vocab_size: int
 
+    def __hash__(self) -> int:
+        """By identity: policies with equal scorers are one policy."""
+        ...
+
     def score(self, tokens: Sequence[int], count: int) -> Tensor:
         """Log-probabilities float32 [count, vocab_size] of the last `count` positions, each given all before it."""
         ...

@@ -18,14 +18,14 @@ __all__ = ["CACHES", "POLICIES", "RULES", "policies", "policy_for"]
 
 
 @cache
-def policies(scorer: Scorer | None = None) -> dict[str, Policy]:
+def policies(scorer: Scorer | None) -> dict[str, Policy]:
     """Every policy by the kind of model it serves. The same objects for the same scorer, so an engine can group by it.
 
     scorer: the draft model's opinion for rule `apd` (see `scorer.ModelScorer`)."""
     return {p.name: p for p in (Autoregressive(), BlockDiffusion(scorer), MaskedDiffusion(scorer))}
 
 
-POLICIES = policies()
+POLICIES = policies(None)
 
 
 def policy_for(request: Request, model: ModelInfo, scorer: Scorer | None = None) -> Policy:
