@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 
 from dfastllm.errors import DFastLLMError
 from dfastllm.metrics import Metrics
@@ -36,7 +37,7 @@ def _route(method: str, path: str, endpoint: Callable[..., Any], model: Any = No
     return APIRoute(path, endpoint, methods=[method], response_model=None, **options)
 
 
-def _routes() -> list[APIRoute]:
+def _routes() -> list[BaseRoute]:
     return [
         _route("POST", "/v1/completions", completions, Completion),
         _route("POST", "/v1/chat/completions", chat_completions, ChatCompletion),

@@ -137,7 +137,7 @@ async def _whole(call: Call) -> ChatCompletion:
     )
 
 
-def _call_out(call: ToolCall, **index: int) -> ToolCallOut:
+def _call_out(call: ToolCall, **index: Any) -> ToolCallOut:
     function = FunctionCall(name=call.name, arguments=call.arguments)
     return ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", function=function, **index)
 

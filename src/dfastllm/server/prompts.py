@@ -29,7 +29,7 @@ async def completion_prompts(body: CompletionRequest, model: ServedModel) -> lis
     if isinstance(given, str):
         prompts: Sequence[str | list[int]] = [given]
     elif given and isinstance(given[0], int):
-        prompts = [cast("list[int]", given)]
+        prompts = [given]
     else:
         prompts = cast("list[str] | list[list[int]]", given)
     if not prompts:
