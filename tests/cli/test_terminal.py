@@ -30,7 +30,7 @@ class Terminal:
         os.close(side)
         self.output = ""
 
-    def read_until(self, pattern: str, seconds: float = 60) -> str:
+    def read_until(self, pattern: str, seconds: float = 120) -> str:
         """What was printed from here on until `pattern` was in it."""
         start, limit = len(self.output), time.monotonic() + seconds
         while not re.search(pattern, self.output[start:]):

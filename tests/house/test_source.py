@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 
@@ -76,6 +77,17 @@ def test_module(module: Module) -> None:
     lazy = any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in module.tree.body)
     missing = [] if lazy else sorted(set(listed) - defined(module))
     assert missing == [], f"{module.relative}: __all__ names what is not there"
+
+
+def test_exports_are_there() -> None:
+    """Every name in an `__all__` can be had, those loaded on first use too."""
+    missing = []
+    for module in modules():
+        if module.path.name == "__main__.py":
+            continue
+        loaded = importlib.import_module(module.name)
+        missing += [f"{module.name}.{name}" for name in exports(module) or [] if not hasattr(loaded, name)]
+    assert missing == []
 
 
 def dotted(node: ast.expr) -> str:
