@@ -7,17 +7,21 @@ print(llm.chat([{"role": "user", "content": "What is 12 plus 30?"}]).text)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, StepEvent, TokenLogprob, Usage
+from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, StepEvent, TokenLogprob, Usage
+from dfastllm.decode.policy import Policy
+from dfastllm.decode.registry import policy_for
+from dfastllm.decode.scorer import ModelScorer
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
-from dfastllm.errors import ModelNotFoundError, TokenizerError, ValidationError
+from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.models import load
 from dfastllm.text import Tokenizer
 
@@ -54,9 +58,12 @@ def load_engine(
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     config: EngineConfig | None = None,
+    draft: str | Path | None = None,
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": what the
-    checkpoint's config says. Raises ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
+    checkpoint's config says. draft: a small autoregressive model of the same vocabulary, the second opinion of rule
+    `apd` (canvas models only). Raises UnsupportedError for a draft that does not fit, ModelNotFoundError,
+    ModelLoadError, CheckpointError, TokenizerError."""
     path = resolve(model)
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else getattr(torch, dtype, None)
@@ -66,7 +73,22 @@ def load_engine(
     built.info = dataclasses.replace(built.info, name=name or path.name)
     tokenizer = Tokenizer.load(path)
     tokenizer.check_fits(built.info.vocab_size, built.info.mask_id)
-    return Engine(built, tokenizer, config, device=device)
+    choose: Callable[..., Policy] = policy_for
+    if draft is not None:
+        choose = functools.partial(policy_for, scorer=_scorer(draft, built.info, device, dtype))
+    return Engine(built, tokenizer, config, device=device, choose=choose)
+
+
+def _scorer(draft: str | Path, info: ModelInfo, device: str, dtype: torch.dtype | None) -> ModelScorer:
+    if info.kind == "ar":
+        raise UnsupportedError(f"{info.name} is autoregressive; a draft model serves canvas models.", param="draft")
+    model = load(resolve(draft), device=device, dtype=dtype)
+    if model.info.vocab_size != info.vocab_size:
+        raise UnsupportedError(
+            f"the draft's vocabulary has {model.info.vocab_size} ids, that of {info.name} {info.vocab_size}.",
+            param="draft",
+        )
+    return ModelScorer(model, device)
 
 
 @dataclass(frozen=True)
@@ -98,7 +120,8 @@ class RequestOutput:
 class LLM:
     """A loaded model. Thread-safe; use as a context manager, or call `close`, to end its engine thread.
 
-    model: a shipped model's name or a Hugging Face directory. device: cpu, cuda, cuda:N or mps. Text prompts are
+    model: a shipped model's name or a Hugging Face directory. device: cpu, cuda, cuda:N or mps. engine: limits, or a
+    ready engine (then model, device, dtype and draft are not read). Text prompts are
     encoded with the tokenizer's own special tokens; token ids are taken as they are. Without `sampling` a request is
     greedy with at most 128 tokens. Each call raises ValidationError, UnsupportedError or ContextLengthError for what
     cannot be honoured, TimeoutError or GenerationError for what went wrong underway.
@@ -111,10 +134,11 @@ class LLM:
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
         engine: EngineConfig | Engine | None = None,
+        draft: str | Path | None = None,
     ) -> None:
-        self.engine = (
-            engine if isinstance(engine, Engine) else load_engine(model, device=device, dtype=dtype, config=engine)
-        )
+        if not isinstance(engine, Engine):
+            engine = load_engine(model, device=device, dtype=dtype, config=engine, draft=draft)
+        self.engine = engine
         self.info = self.engine.info
         self.worker = Worker({self.info.name: self.engine}).start()
 
@@ -238,7 +262,7 @@ class LLM:
         return self.generate([self.render(messages, tools)], sampling, decode, timeout=timeout)[0]
 
 
-def collect(stream: Stream, index: int = 0) -> Completion:
+def collect(stream: Iterable[StepEvent], index: int = 0) -> Completion:
     """Read a stream to its end. Raises what the request ended with if it did not end by itself."""
     ids: list[int] = []
     text: list[str] = []
