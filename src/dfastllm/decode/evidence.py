@@ -108,7 +108,7 @@ def agreement(
     mixed = torch.where(torch.isneginf(own), own, mixed)  # what the canvas may not hold stays out, whatever the weight
     again = draw(mixed, [replace(row, positions=row.positions[:count])])
     same = (again == drafts[:count]).cpu().numpy()
+    same[0] = True  # the leftmost is always taken, and the others are judged without it
     out = np.zeros(len(row.positions), dtype=np.bool_)
     out[:count] = np.logical_and.accumulate(same)
-    out[0] = True
     return out
