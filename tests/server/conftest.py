@@ -16,10 +16,11 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[Live]:
-    """A masked-diffusion, an autoregressive and a scripted model behind one server."""
+    """A masked-diffusion, an autoregressive, a block-diffusion and a scripted model behind one server."""
     engines = {
         "canvas": random_engine("llada"),
         "causal": random_engine("llama", seed=1),
+        "blocks": random_engine("sdar", seed=2),
         "parrot": parrot_engine(),
     }
     with serving(engines, max_prompts=32) as running:

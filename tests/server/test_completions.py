@@ -61,7 +61,7 @@ def test_defaults_of_a_diffusion_model_are_the_documents(client: OpenAI) -> None
     assert plain.model_extra["dfastllm"]["exactness"] == "approximate"
 
 
-@pytest.mark.parametrize("model", ["causal", "canvas"])
+@pytest.mark.parametrize("model", ["causal", "canvas", "blocks"])
 def test_a_stream_gives_what_the_whole_answer_gives(client: OpenAI, model: str) -> None:
     options = {"model": model, "prompt": "once upon", "max_tokens": 24, "temperature": 0.8, "seed": 5}
     whole = client.completions.create(**options, extra_body=TOKENS)
@@ -158,7 +158,7 @@ def test_vllm_extras_reach_the_sampler(client: OpenAI) -> None:
     def text(**extra: object) -> str:
         return (
             client.completions.create(
-                model="causal", prompt="q", max_tokens=10, temperature=1.0, seed=3, extra_body=extra
+                model="causal", prompt="q", max_tokens=40, temperature=1.0, seed=3, extra_body=extra
             )
             .choices[0]
             .text
@@ -169,9 +169,9 @@ def test_vllm_extras_reach_the_sampler(client: OpenAI) -> None:
     assert text(top_k=1) == text(top_k=1, top_p=0.5) == text(min_p=1.0)  # greedy, three ways
     assert text(stop_token_ids=[a], allowed_token_ids=[a]) == ""
     assert text(stop_token_ids=[a], allowed_token_ids=[a, b], min_tokens=4)[:4] == "bbbb"
-    two = {"allowed_token_ids": [a, b]}
+    few = {"allowed_token_ids": list(range(60, 90))}
     for penalty in ({"repetition_penalty": 9.0}, {"frequency_penalty": 2.0}, {"presence_penalty": -2.0}):
-        assert text(**two, **penalty) != text(**two), penalty
+        assert text(**few, **penalty) != text(**few), penalty
 
 
 def test_logprobs_of_completions(client: OpenAI) -> None:

@@ -28,7 +28,7 @@ ANY = st.recursive(
 )
 IDS = st.lists(st.integers(-1, 262), max_size=5)
 ALMOST: dict[str, st.SearchStrategy[Any]] = {
-    "model": st.sampled_from(["canvas", "causal"]),
+    "model": st.sampled_from(["canvas", "causal", "blocks"]),
     "prompt": TEXT | IDS | st.lists(TEXT, max_size=3) | st.lists(IDS, max_size=3),
     "suffix": TEXT,
     "max_tokens": st.integers(0, 30),

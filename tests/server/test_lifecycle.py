@@ -268,6 +268,19 @@ def test_answers_while_loading_then_ready_then_stopping() -> None:
             thread.join(20)
 
 
+def test_the_event_loop_is_free_while_a_step_runs() -> None:
+    with serving({"slow": slow(random_engine("llama"), 0.5)}) as live:
+        thread, _ = in_background(lambda: live.post("/v1/completions", {**LONG, "max_tokens": 4}))
+        assert until(lambda: bool(live.serving.jobs))
+        times = []
+        for _ in range(10):
+            began = time.monotonic()
+            assert live.get("/health").status_code == 200
+            times.append(time.monotonic() - began)
+        assert sorted(times)[5] < 0.25  # a step takes half a second
+        thread.join(20)
+
+
 def test_documents_and_metrics(slow_live: Live) -> None:
     api = slow_live.get("/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics"} <= set(api["paths"])

@@ -97,13 +97,17 @@ def test_modes_are_presets_that_fields_override() -> None:
     assert (fast.threshold, fast.factor) == (0.9, None)
     turbo = decode(mode="turbo")
     assert turbo is not None
-    assert (turbo.factor, turbo.options) == (1.0, {"max_parallel_tokens": 64})
+    wide = {"max_parallel_tokens": 64, "early_stop_confidence": 0.9}
+    assert (turbo.factor, turbo.options, turbo.block_length) == (1.0, wide, 64)
     streaming = decode(mode="streaming")
     assert streaming is not None
     assert streaming.block_length == 8
     mixed = decode(mode="turbo", threshold=0.7)
     assert mixed is not None
-    assert (mixed.threshold, mixed.factor, mixed.options) == (0.7, None, {})
+    assert (mixed.threshold, mixed.factor, mixed.options) == (0.7, None, wide)
+    narrow = decode(mode="turbo", rule_options={"max_parallel_tokens": 4}, block_length=16)
+    assert narrow is not None
+    assert (narrow.options, narrow.block_length) == ({**wide, "max_parallel_tokens": 4}, 16)
     ruled = decode(mode="fast", rule="entropy_bound", rule_options={"gamma": 0.1}, early_stop=False)
     assert ruled is not None
     assert (ruled.rule, ruled.options, ruled.threshold, ruled.early_stop) == (
@@ -117,7 +121,8 @@ def test_modes_are_presets_that_fields_override() -> None:
 def test_block_diffusion_keeps_its_exact_cache() -> None:
     assert decode("block") == DecodeParams()
     assert decode("block", use_cache=True, use_dual_cache=False, threshold=0.9) == DecodeParams(threshold=0.9)
-    assert decode("block", mode="turbo") == DecodeParams(factor=1.0, options={"max_parallel_tokens": 64})
+    wide = {"max_parallel_tokens": 64, "early_stop_confidence": 0.9}
+    assert decode("block", mode="turbo") == DecodeParams(factor=1.0, options=wide)
     for fields in ({"use_cache": False}, {"use_dual_cache": True}, {"cache": "dual"}):
         with pytest.raises(UnsupportedError) as refused:
             decode("block", **fields)

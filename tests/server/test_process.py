@@ -153,6 +153,21 @@ def test_a_killed_server_breaks_the_connection_and_leaves_the_port_free(checkpoi
         listen("127.0.0.1", int(server.url.rpartition(":")[2])).close()
 
 
+def test_sigterm_while_loading(checkpoint: Path) -> None:
+    slow_load = (
+        "import time, dfastllm.llm as m; load = m.load; m.load = lambda *a, **k: (time.sleep(60), load(*a, **k))"
+    )
+    command = [sys.executable, "-c", f"{slow_load}\n{MAIN[2]}", "serve", "--model", str(checkpoint), "--port", "0"]
+    command += ["--shutdown-timeout", "0.2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "listening on" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 0, log
+    assert "ready" not in log
+
+
 def test_a_port_in_use_is_told_at_once(checkpoint: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -118,7 +118,7 @@ def test_unknown_model(live: Live) -> None:
         live.client().completions.create(model="gpt-9", prompt="x")
     assert missing.value.code == "model_not_found"
     assert missing.value.param == "model"
-    assert "canvas, causal, parrot" in str(missing.value)
+    assert "blocks, canvas, causal, parrot" in str(missing.value)
     error_of(live.get("/v1/models/gpt-9"), 404)
     assert live.get("/v1/models/canvas").json()["id"] == "canvas"
 
@@ -189,4 +189,4 @@ def test_tokenize_and_back(live: Live) -> None:
     assert live.post("/detokenize", {"model": "causal", "tokens": tokens["tokens"]}).json() == {"prompt": text}
     assert error_of(live.post("/detokenize", {"model": "causal", "tokens": [260]}), 400)["param"] == "tokens"
     assert error_of(live.post("/tokenize", {"model": "causal"}), 400)["param"] == "prompt"
-    assert error_of(live.post("/tokenize", {"prompt": "x"}), 404)["param"] == "model"  # three are served
+    assert error_of(live.post("/tokenize", {"prompt": "x"}), 404)["param"] == "model"  # several are served

@@ -12,6 +12,7 @@ from typing import Any
 
 from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
+from dfastllm.generation import DiffusionConfig
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
 
@@ -26,13 +27,6 @@ _DECODE_FIELDS = (
     *("use_cache", "use_dual_cache", "cache", "threshold", "factor", "steps", "block_length", "remasking", "mode"),
     *("rule", "rule_options", "early_stop"),
 )
-# Presets of the documents' modes. A field that the request gives wins over its preset.
-_MODES: Mapping[str, Mapping[str, Any]] = {
-    "standard": {"cache": "none"},  # the fixed schedule, nothing approximated
-    "fast": {"cache": "dual", "threshold": 0.9},
-    "streaming": {"cache": "dual", "threshold": 0.9, "block_length": 8},  # a small block settles early
-    "turbo": {"cache": "dual", "factor": 1.0, "options": {"max_parallel_tokens": 64}},
-}
 
 
 def sampling_params(
@@ -102,7 +96,7 @@ def decode_params(body: GenerationRequest, model: ServedModel, max_tokens: int) 
                 f"{name} is an option of diffusion models; {model.name!r} is autoregressive.", param=name
             )
         return None
-    options = {**_MODES.get(given.pop("mode", ""), {})}
+    options = _preset(given.pop("mode"), max_tokens, model) if "mode" in given else {}
     if model.info.kind == "block":
         options.pop("cache", None)
         _block_cache(given, model)
@@ -111,9 +105,9 @@ def decode_params(body: GenerationRequest, model: ServedModel, max_tokens: int) 
     for name in ("use_cache", "use_dual_cache", "cache"):
         given.pop(name, None)
     if given.keys() & {"rule", "factor", "threshold"}:  # the preset's own rule gives way
-        options = {name: value for name, value in options.items() if name not in ("factor", "threshold", "options")}
+        options = {name: value for name, value in options.items() if name not in ("factor", "threshold")}
     if "rule_options" in given:
-        given["options"] = given.pop("rule_options")
+        given["options"] = {**options.get("options", {}), **given.pop("rule_options")}
     options.update(given)
     if model.info.kind == "diffusion":
         block = options.setdefault("block_length", DIFFUSION_BLOCK)
@@ -121,6 +115,13 @@ def decode_params(body: GenerationRequest, model: ServedModel, max_tokens: int) 
             # a canvas of more than 128 blocks needs at least one step for each
             options.setdefault("steps", max(DIFFUSION_STEPS, -(-max_tokens // block)))
     return DecodeParams(provisional=events, **options)
+
+
+def _preset(mode: str, max_tokens: int, model: ServedModel) -> dict[str, Any]:
+    """The fields that a mode sets, those of the Python API's DiffusionConfig."""
+    preset = DiffusionConfig(mode=mode).decode_params(max_tokens, model.info)
+    chosen = {"cache", "block_length", "threshold", "factor", "options"}
+    return {name: value for name in sorted(chosen) if (value := getattr(preset, name))}
 
 
 def _cache(given: Mapping[str, Any], default: Cache) -> Cache:

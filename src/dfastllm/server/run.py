@@ -42,11 +42,9 @@ def serve(settings: Settings) -> None:
     what loading raises: ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
     _log_to_stderr(settings.log_level)
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        host, port = listener.getsockname()[:2]
         app = create_app(settings=settings)
         server = Server(app, settings)
         loading = Loading(settings, server)
-        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         try:
             server.run(sockets=[listener])
         finally:
@@ -117,7 +115,11 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """From here on the port answers and signals are handled."""
         await super().startup(sockets)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         self.up.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
