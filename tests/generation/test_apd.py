@@ -14,9 +14,12 @@ from dfastllm import (
     DiffusionConfig,
     DiffusionGenerator,
     ModelNotFoundError,
+    Request,
+    Scheduler,
     UnsupportedError,
     ValidationError,
 )
+from dfastllm.generation.generator import build_engine
 from dfastllm.text import Tokenizer
 from tests.engine.fake import FakeModel
 from tests.generation.conftest import Writer
@@ -57,10 +60,19 @@ def test_disabled_is_the_plain_generator(llm: LLM) -> None:
 def test_draft_in_many_forms(llm: LLM, ar_model: Writer, tokenizer: Tokenizer) -> None:
     with APDDecoder(llm, ar_model) as decoder:
         wanted = decoder.generate("The dog", 16).tokens
-    from dfastllm.generation.generator import build_engine
-
     with APDDecoder(llm, build_engine(ar_model, tokenizer)) as decoder:
         assert decoder.generate("The dog", 16).tokens == wanted
+
+
+def test_an_engine_that_shares_the_weights_keeps_the_draft(llm: LLM, ar_model: Writer) -> None:
+    with APDDecoder(llm, ar_model) as decoder:
+        decode = decoder.config.decode_params(16, llm.info)
+        wanted = decoder.generate("The dog", 16).tokens
+        with Scheduler(model=decoder.llm, decode=decode) as scheduler:
+            request = Request(prompt_tokens="The dog", max_tokens=16)
+            assert scheduler.submit(request).result(10).token_ids == wanted
+    with pytest.raises(UnsupportedError, match="apd"):
+        Scheduler(model=llm, decode=decode).submit(Request(prompt_tokens="The dog", max_tokens=16))
 
 
 def test_wrong_drafts_are_refused_at_once(llm: LLM, model: Writer) -> None:

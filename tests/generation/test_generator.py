@@ -128,6 +128,7 @@ def test_streaming_shows_guesses_and_the_first_text_early(llm: LLM) -> None:
     streaming = list(create_generator(llm, mode="streaming").generate_stream("The dog", 64))
     shown = streaming[0].preview
     assert len(shown.replace("\u2591", "")) > streaming[0].unmasked_count  # guesses beside what is decided
+    assert max(len(chunk.preview) for chunk in create_generator(llm, mode="turbo").generate_stream("The dog", 9)) == 9
     quiet = next(create_generator(llm, mode="streaming", provisional=False).generate_stream("The dog", 64))
     assert len(quiet.preview.replace("\u2591", "")) == quiet.unmasked_count
     plain = list(create_generator(llm, mode="standard", stream_interval=1).generate_stream("The dog", 64))

@@ -59,7 +59,7 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.pages)
         self.max_len = min(self.config.max_len or self.info.max_len, self.info.max_len)
         self.steps = 0
-        self._choose = choose
+        self.choose = choose
         self._added = 0
         self._subscribers: list[Callable[[StepStats], None]] = []
         self._dead: list[tuple[Live, FinishReason]] = []
@@ -80,7 +80,7 @@ class Engine:
         if request.sampling.stop and self.tokenizer is None:
             raise ValidationError("stop strings need a tokenizer; this engine has none.", param="stop")
         self._check_ids(request)
-        policy = self._choose(request, self.info)
+        policy = self.choose(request, self.info)
         policy.check(request, self.info)
         length = len(request.prompt) + len(request.suffix)
         if length >= self.max_len:

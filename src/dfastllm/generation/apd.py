@@ -83,9 +83,7 @@ class APDDecoder(DiffusionGenerator):
         config: APDConfig | None = None,
     ) -> None:
         chosen = config or APDConfig()
-        choose = policy_for
-        if chosen.enabled:
-            choose = functools.partial(policy_for, scorer=_scorer(draft))  # type: ignore[assignment]
+        choose = functools.partial(policy_for, scorer=_scorer(draft)) if chosen.enabled else None
         super().__init__(build_engine(model, tokenizer, choose=choose), config=chosen)
 
 

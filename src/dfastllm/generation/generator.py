@@ -38,9 +38,9 @@ def build_engine(
     model: Any,
     tokenizer: Tokenizer | None = None,
     config: EngineConfig | None = None,
-    choose: Callable[..., Policy] = policy_for,
+    choose: Callable[..., Policy] | None = None,
 ) -> Engine:
-    """A new engine with `config`, its policies chosen by `choose`.
+    """A new engine with `config`, its policies chosen by `choose` (None: as the model's own engine does).
 
     model: a shipped model's name, a directory, a model built by dfastllm.models together with its tokenizer, or an LLM
     or Engine, whose weights it shares. Raises ValidationError for anything else and what loading raises:
@@ -48,13 +48,14 @@ def build_engine(
     if isinstance(model, str | Path):
         _refuse_second(tokenizer, "a model's name or directory")
         loaded = load_engine(model, config=config)
-        if choose is policy_for:
+        if choose is None:
             return loaded
         model = loaded
     if isinstance(model, LLM | Engine):
         _refuse_second(tokenizer, "an LLM or Engine")
         engine = model.engine if isinstance(model, LLM) else model
-        return Engine(engine.runner.model, engine.tokenizer, config, device=engine.runner.device, choose=choose)
+        kept = choose or engine.choose
+        return Engine(engine.runner.model, engine.tokenizer, config, device=engine.runner.device, choose=kept)
     if getattr(model, "info", None) is None or not callable(getattr(model, "head", None)):
         raise ValidationError(
             f"model must be an LLM, an Engine, a name, a directory or a model of dfastllm.models, got "
@@ -64,7 +65,7 @@ def build_engine(
         )
     if tokenizer is not None:
         tokenizer.check_fits(model.info.vocab_size, model.info.mask_id)
-    return Engine(model, tokenizer, config, device=getattr(model, "device", "cpu"), choose=choose)
+    return Engine(model, tokenizer, config, device=getattr(model, "device", "cpu"), choose=choose or policy_for)
 
 
 def _refuse_second(tokenizer: Tokenizer | None, what: str) -> None:
@@ -161,7 +162,7 @@ class DiffusionGenerator:
         Arguments as in `generate`. Closing the iterator cancels the request."""
         chosen = self._sampling(max_tokens, temperature, sampling)
         interval = self.config.stream_interval or 1
-        view = _Canvas(self.llm.engine.tokenizer, chosen.skip_special_tokens)
+        view = _Canvas(self.llm.engine.tokenizer, chosen)
         told, steps = "", 0
         for event in self._events(prompt, chosen, timeout):
             view.add(event)
@@ -200,9 +201,10 @@ def _is_step(canvas: CanvasUpdate | None) -> bool:
 class _Canvas:
     """The canvas as its events tell it."""
 
-    def __init__(self, tokenizer: Tokenizer | None, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, sampling: SamplingParams) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skip_special = sampling.skip_special_tokens
+        self._visible = sampling.max_tokens  # the canvas is rounded up to whole blocks; what is beyond is never output
         self._decided: dict[int, int] = {}
         self._guessed: dict[int, int] = {}
         self._length = 0
@@ -245,11 +247,12 @@ class _Canvas:
             return self.text
         parts: list[str] = []
         run: list[int] = []
-        for position in range(self._length):
+        length = min(self._length, self._visible)
+        for position in range(length):
             token = self._decided.get(position, self._guessed.get(position))
             if token is not None:
                 run.append(token)
-            if token is None or position == self._length - 1:
+            if token is None or position == length - 1:
                 parts.append(self._tokenizer.decode(run, skip_special=self._skip_special) if run else "")
                 run = []
             if token is None:
