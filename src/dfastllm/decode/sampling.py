@@ -111,12 +111,23 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def row_keys(seed: int, step: int, positions: Sequence[int], salt: int = 0) -> np.ndarray:
-    """uint64 [len(positions)]: one key per (seed, step, position). `salt` separates kinds of draws (0: tokens)."""
-    key = np.asarray([seed & 0xFFFFFFFFFFFFFFFF], dtype=_U64)
-    for part in (step, salt):
-        key = _splitmix64(key ^ np.asarray([part & 0xFFFFFFFFFFFFFFFF], dtype=_U64))
-    return _splitmix64(key ^ np.asarray(positions, dtype=np.int64).astype(_U64))
+def _words(values: int | Sequence[int]) -> np.ndarray:
+    """uint64 [n] (or [1] of a single value): the low 64 bits of each."""
+    many = [values] if isinstance(values, int) else values
+    return np.asarray([v & 0xFFFFFFFFFFFFFFFF for v in many], dtype=_U64)
+
+
+def row_keys(
+    seed: int | Sequence[int], step: int | Sequence[int], positions: Sequence[int], salt: int = 0
+) -> np.ndarray:
+    """uint64 [len(positions)]: one key per (seed, step, position); seed and step are one for all, or one each.
+
+    `salt` separates kinds of draws (0: tokens). Each part is mixed in by a round of its own, so that no two triples of
+    small numbers meet."""
+    key = _splitmix64(_words(seed))
+    for part in (step, salt, positions):
+        key = _splitmix64(key ^ _words(part))
+    return key
 
 
 def uniform(keys: np.ndarray) -> np.ndarray:
@@ -257,7 +268,7 @@ def _draw_hot(logits: Tensor, rows: Sequence[tuple[Draw, int]]) -> Tensor:
             torch.tensor([s.top_p for s in few], dtype=torch.float64, device=device),
             torch.tensor([s.min_p for s in few], dtype=torch.float64, device=device),
         )
-    keys = np.concatenate([row_keys(d.seed, d.step, [d.positions[i]]) for d, i in rows])
+    keys = row_keys([d.seed for d, _ in rows], [d.step for d, _ in rows], [d.positions[i] for d, i in rows])
     # argmax(logits / T + g) written as argmax(logits + T g): no overflow at tiny temperatures
     return (logits + temperature[:, None] * gumbel(keys, logits.shape[1], device)).argmax(dim=-1)
 
