@@ -39,6 +39,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-llama3-wide": (  # enough frequencies that some lie in the band between kept and stretched
+        "Llama",
+        {"head_dim": 64, "rope_parameters": {**LLAMA3, "rope_theta": 1e4, "original_max_position_embeddings": 128}},
+    ),
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-dim": ("Llama", {"head_dim": 12}),
@@ -52,6 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"head_dim": 16, "rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}},
     ),
+    "qwen3-yarn-not-truncated": ("Qwen3", {"head_dim": 64, "rope_parameters": {**YARN, "truncate": False}}),
     "qwen3-yarn-mscale": (
         "Qwen3",
         {"head_dim": 16, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},

@@ -184,6 +184,23 @@ def test_a_row_of_a_mixture_ignores_its_neighbours(router: str) -> None:
         assert torch.equal(mixture(x[start : start + count]), together[start : start + count])
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_routers_score_in_float32(kind: str) -> None:
+    """A bfloat16 model routes by float32 products of its bfloat16 weights."""
+    config = models.MoEConfig(16, 4, 8, kind, True)  # type: ignore[arg-type]
+    router = Router(64, config).requires_grad_(False)
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    router.weight.data = router.weight.data.bfloat16()
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weights, chosen = router(x)
+    assert weights.dtype == torch.float32
+    scores = x.double() @ router.weight.double().T
+    exact = scores.softmax(-1) if kind == "softmax" else scores.sigmoid()
+    best = exact.topk(4)
+    assert torch.equal(chosen, best.indices)
+    assert torch.allclose(weights.double(), best.values / best.values.sum(-1, keepdim=True), atol=1e-5)
+
+
 def test_router_ties_and_groups_of_one() -> None:
     """One expert per group: a group scores its only expert."""
     router = Router(4, models.MoEConfig(4, 2, 8, "sigmoid", True, 1.0, 4, 2)).requires_grad_(False)
