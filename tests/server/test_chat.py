@@ -158,6 +158,8 @@ def test_a_conversation_goes_on_after_a_tool_call(client: OpenAI, live: Live, pa
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"store": True}, "store"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 600}], "stream": True}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         (

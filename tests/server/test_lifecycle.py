@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -41,6 +42,13 @@ def idle(live: Live) -> bool:
     """No request is known anywhere, and every K,V page is free."""
     engines = live.worker.engines.values()
     return not live.serving.jobs and all(not e.has_work and e.pages.used == 0 for e in engines)
+
+
+def post_completions(body: dict[str, Any]) -> bytes:
+    """The request as it goes over the wire."""
+    data = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -98,12 +106,9 @@ def test_cancel_a_stream_by_response_id(slow_live: Live) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_disconnects_frees_its_compute(slow_live: Live, stream: bool) -> None:
     steps = lambda: slow_live.metric("engine_steps_total", model_name="slow")  # noqa: E731
-    body = json.dumps({**LONG, "stream": stream, "n": 2}).encode()
-    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    request += b"Content-Length: %d\r\n\r\n" % len(body) + body
     before = steps()
     connection = slow_live.connect()
-    connection.sendall(request)
+    connection.sendall(post_completions({**LONG, "stream": stream, "n": 2}))
     assert until(lambda: steps() > before + 3)
     if stream:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
@@ -169,6 +174,12 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
         assert full.value.code == "queue_full"
         assert full.value.type == "rate_limit_error"
         assert int(full.value.response.headers["retry-after"]) >= 1
+        connection = live.connect()  # one that waits goes away: it leaves the queue though nothing is being sent
+        engine.scheduler.config = engine.config = dataclasses.replace(engine.config, max_waiting=3)
+        connection.sendall(post_completions(LONG))
+        assert until(lambda: len(engine.scheduler.waiting) == 3)
+        connection.close()
+        assert until(lambda: len(engine.scheduler.waiting) == 2, 1.0)
         for jobs in list(live.serving.jobs.values()):
             for job in list(jobs):
                 job.cancel()

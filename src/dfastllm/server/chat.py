@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from dfastllm.core import Finish, StepEvent
-from dfastllm.errors import ValidationError
+from dfastllm.errors import DFastLLMError, ValidationError
 from dfastllm.server.canvas import canvas_chunk
 from dfastllm.server.generation import (
     Events,
@@ -76,9 +76,14 @@ async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
     """Answer a conversation."""
     serving: Serving = request.app.state.serving
     call = await _understand(serving, body, request.state.request_id)
-    if not body.stream:
-        return Response(dump(await while_connected(request, _whole(call))), media_type="application/json")
-    events = await first_event(request, call.job)
+    try:
+        if not body.stream:
+            return Response(dump(await while_connected(request, _whole(call))), media_type="application/json")
+        events = await first_event(request, call.job)
+    except DFastLLMError as error:
+        if error.param == "prompt":  # what the engine calls it
+            error.param = "messages"
+        raise
     return EventStream(_chunks(call, events), call.job.cancel)
 
 
