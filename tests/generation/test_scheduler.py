@@ -8,6 +8,8 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dfastllm import (
     LLM,
@@ -323,3 +325,39 @@ def test_async_batch_with_a_failure_aborts_the_rest(model: Writer, tokenizer: To
             assert scheduler.scheduler.engine.pages.used == 0
 
     asyncio.run(run())
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_whatever_happens_every_request_ends_once(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Random requests, aborted, cancelled or timed out at random moments, on a scheduler that is stopped at random."""
+    scheduler = create_scheduler(Writer(eos_every=9, mask_id=3), tokenizer, max_batch_size=3, max_kv_tokens=128)
+    plans = data.draw(
+        st.lists(st.tuples(st.integers(1, 60), st.sampled_from(["wait", "abort", "cancel", "timeout"])), max_size=8)
+    )
+    start_after = data.draw(st.integers(0, 8))
+    drain = data.draw(st.booleans())
+    ended: list[str] = []
+    requests, futures = [], []
+    for index, (length, fate) in enumerate(plans):
+        if index == start_after:
+            scheduler.start()
+        request = ask(length, timeout=0.001 if fate == "timeout" else None)
+        future = scheduler.submit(request)
+        future.add_done_callback(lambda _, name=request.request_id: ended.append(name))
+        requests.append(request)
+        futures.append(future)
+        if fate == "abort":
+            assert scheduler.abort(request.request_id) or request.is_finished
+        elif fate == "cancel":
+            future.cancel()
+    scheduler.start()
+    scheduler.stop(drain=drain)
+    assert sorted(ended) == sorted(r.request_id for r in requests)
+    assert all(r.is_finished for r in requests)
+    for (_, fate), request in zip(plans, requests, strict=True):
+        assert request.state is RequestState.COMPLETED or fate != "wait" or not drain
+    assert scheduler.pending_count == scheduler.running_count == scheduler.engine.pages.used == 0
+    stats = scheduler.get_stats()
+    ends = stats.completed_requests + stats.cancelled_requests + stats.failed_requests
+    assert ends == stats.total_requests == len(plans)
