@@ -1,5 +1,12 @@
 """Decoders: pure policies that plan spans and turn logits into commits.
 
-Here: the policy protocol and its law, sampling, autoregression, unmasking rules, canvas diffusion and its caches, block
-diffusion, the registry. Not here: K,V storage, scheduling, models, tokenizers, stop strings.
+Here: the policy protocol and its law, sampling, autoregression, the unmasking rules, masked diffusion with its caches,
+block diffusion, the registry. Not here: K,V storage, scheduling, models, tokenizers, stop strings.
 """
+
+from dfastllm.decode.evidence import Scorer
+from dfastllm.decode.policy import Policy
+from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for
+from dfastllm.decode.scorer import ModelScorer
+
+__all__ = ["CACHES", "POLICIES", "RULES", "ModelScorer", "Policy", "Scorer", "policies", "policy_for"]
