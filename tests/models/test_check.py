@@ -102,6 +102,17 @@ def test_notes(sdar: Path) -> None:
     assert any("no end-of-text id" in note for note in models.check(sdar).notes)
 
 
+def test_note_on_a_sliding_window(sdar: Path) -> None:
+    models.save(models.tiny("mistral"), sdar)
+    raw = json.loads((sdar / "config.json").read_text())
+    (sdar / "config.json").write_text(json.dumps({**raw, "sliding_window": 100}))
+    report = models.check(sdar)
+    assert report.ok
+    assert report.info is not None
+    assert report.info.max_len == 100
+    assert "context limited from 256 to the sliding window of 100 tokens." in report.notes
+
+
 def test_several_problems_at_once(sdar: Path) -> None:
     (sdar / "config.json").write_text("not json")
     (sdar / "model.safetensors").write_bytes(b"short")

@@ -116,8 +116,10 @@ def test_saving_over_its_own_directory(tmp_path: Path) -> None:
     models.save(model, tmp_path, shard_bytes=20_000)
     loaded = models.load(tmp_path)
     before = logits(loaded)
+    (tmp_path / "model-of-mine.safetensors").touch()
     models.save(loaded, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    kept = {"config.json", "model.safetensors", "model-of-mine.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == kept
     assert torch.equal(logits(loaded), before)
     assert torch.equal(logits(models.load(tmp_path)), before)
 

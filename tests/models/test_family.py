@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm import models
 from dfastllm.errors import ModelLoadError, TokenizerError
+from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.family import Family, Fields, Ids, NameTable, family_of, register
 from dfastllm.models.ids import read_ids
 from tests.models import published
@@ -65,6 +67,41 @@ def test_published_names_and_shapes(describe: Callable[[], tuple[dict[str, Any],
     model = models.load(tmp_path)
     names = models.find_family(model.info.family).names
     assert {names.published(name): tuple(p.shape) for name, p in model.named_parameters()} == shapes
+
+
+MINI = models.MoEConfig(256, 8, 512, "sigmoid", True, 2.5, 8, 4, 512, (False,) + (True,) * 19)
+BODY_7B = {"hidden_size": 4096, "layers": 32, "heads": 32, "head_dim": 128}
+QWEN_7B = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "layers": 28, "heads": 28}
+SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Llama-3-8B": (
+        "llama",
+        {**BODY_7B, "vocab_size": 128256, "intermediate_size": 14336, "kv_heads": 8},
+        8_030_261_248,
+    ),
+    "Mistral-7B": (
+        "mistral",
+        {**BODY_7B, "vocab_size": 32000, "intermediate_size": 14336, "kv_heads": 8},
+        7_241_732_096,
+    ),
+    "Qwen2.5-7B": ("qwen2", {**QWEN_7B, "kv_heads": 4, "head_dim": 128}, 7_615_616_512),
+    "Dream-7B": ("dream", {**QWEN_7B, "kv_heads": 4, "head_dim": 128}, 7_615_616_512),
+    "LLaDA-8B": ("llada", {**BODY_7B, "vocab_size": 126464, "intermediate_size": 12288, "kv_heads": 32}, 8_015_581_184),
+    "LLaDA2.0-mini": (
+        "llada2_moe",
+        {"vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120, "layers": 20, "heads": 16, "kv_heads": 4}
+        | {"head_dim": 128, "rope_dim": 64, "moe": MINI},
+        16_255_643_392,
+    ),
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_parameters_of_published_shapes(model: str) -> None:
+    """The parameter counts that the authors' own files have, from the shape alone."""
+    family, shape, wanted = SIZES[model]
+    config = models.tiny_config(family, **shape)
+    info = models.describe(family, config, Ids(eos=(1,), mask=2))
+    assert sum(p.numel() for p in skeleton(config, info, torch.bfloat16).parameters()) == wanted
 
 
 def test_two_rules_for_one_name() -> None:

@@ -103,7 +103,11 @@ def read_model(directory: Path, name: str | None = None) -> tuple[Family, Decode
     ids = read_ids(directory, fields, family, config.vocab_size)
     block = fields.get(family.block[0], int, family.block[1]) if family.block else None
     edit = fields.get(EDIT_FIELD, bool, False)
-    return family, config, describe(family.name, config, ids, name=name or directory.name, block=block, edit=edit)
+    return (
+        family,
+        config,
+        describe(family.name, config, ids, name=name or directory.resolve().name, block=block, edit=edit),
+    )
 
 
 def compare(family: Family, model: nn.Module, found: dict[str, TensorEntry]) -> list[str]:
@@ -284,7 +288,7 @@ def _shards(tensors: dict[str, torch.Tensor], limit: int) -> dict[str, list[str]
 def _drop_stale(directory: Path, current: set[str]) -> None:
     """Weights of an earlier save under other file names would shadow or contradict these."""
     for old in directory.glob("model*.safetensors"):
-        if old.name not in current:
+        if old.name not in current and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
             old.unlink()
     if WEIGHTS_FILE in current:
         (directory / INDEX_FILE).unlink(missing_ok=True)

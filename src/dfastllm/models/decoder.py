@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfastllm.core import ModelInfo
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.mixture import Mixture
-from dfastllm.models.parts import Attend, RMSNorm, RotaryTables, SelfAttention, SwiGLU
+from dfastllm.models.parts import Attend, Projection, RMSNorm, RotaryTables, SelfAttention, SwiGLU
 
 __all__ = ["Decoder"]
 
@@ -37,7 +37,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A built model: embedding, layers, final norm, head. Differentiable; training and serving share it.
+    """A built model: embedding, layers, final norm, head. Differentiable; training and serving share it. Made by
+    `checkpoint.load` or `checkpoint.build`: on its own its weights are uninitialised memory.
 
     info: what it can do (ids, kind, shift ...); config: its shape. `lm_head` is None when the head is tied to the
     embedding: the embedding's matrix is then used for both.
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         self.rotary = RotaryTables(config)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else Projection(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,6 +20,7 @@ from dfastllm.models.config import DecoderConfig, RopeScaling
 
 __all__ = [
     "Attend",
+    "Projection",
     "RMSNorm",
     "RotaryTables",
     "SelfAttention",
@@ -119,15 +120,17 @@ class SelfAttention(nn.Module):
         self.split = (config.heads, config.kv_heads, config.kv_heads)
         q_size, kv_size = config.heads * self.dim, config.kv_heads * self.dim
         if config.fused_qkv:
-            self.qkv_proj: nn.Linear | None = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
+            self.qkv_proj: Projection | None = Projection(
+                config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias
+            )
         else:
             self.qkv_proj = None
-            self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-            self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+            self.q_proj = Projection(config.hidden_size, q_size, bias=config.qkv_bias)
+            self.k_proj = Projection(config.hidden_size, kv_size, bias=config.qkv_bias)
+            self.v_proj = Projection(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.q_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.out_bias)
+        self.o_proj = Projection(q_size, config.hidden_size, bias=config.out_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.qkv_proj is not None:
@@ -140,6 +143,14 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.reshape(len(x), -1))  # type: ignore[no-any-return]
+
+
+class Projection(nn.Linear):
+    """nn.Linear without its own random start, which takes seconds over the thousands of experts of a mixture: weights
+    come from a file or from `build`."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 def silu(x: Tensor) -> Tensor:
@@ -156,9 +167,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
+        self.gate_proj = Projection(hidden, intermediate, bias=bias)
+        self.up_proj = Projection(hidden, intermediate, bias=bias)
+        self.down_proj = Projection(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
