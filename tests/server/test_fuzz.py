@@ -109,7 +109,7 @@ def check(live: Live, http: httpx.Client, path: str, body: Any) -> None:
         assert answer.json()["choices"]
 
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ
