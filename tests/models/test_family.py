@@ -71,18 +71,11 @@ def test_published_names_and_shapes(describe: Callable[[], tuple[dict[str, Any],
 
 MINI = models.MoEConfig(256, 8, 512, "sigmoid", True, 2.5, 8, 4, 512, (False,) + (True,) * 19)
 BODY_7B = {"hidden_size": 4096, "layers": 32, "heads": 32, "head_dim": 128}
+WIDE = {"intermediate_size": 14336, "kv_heads": 8}
 QWEN_7B = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "layers": 28, "heads": 28}
 SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "Llama-3-8B": (
-        "llama",
-        {**BODY_7B, "vocab_size": 128256, "intermediate_size": 14336, "kv_heads": 8},
-        8_030_261_248,
-    ),
-    "Mistral-7B": (
-        "mistral",
-        {**BODY_7B, "vocab_size": 32000, "intermediate_size": 14336, "kv_heads": 8},
-        7_241_732_096,
-    ),
+    "Llama-3-8B": ("llama", {**BODY_7B, "vocab_size": 128256, **WIDE}, 8_030_261_248),
+    "Mistral-7B": ("mistral", {**BODY_7B, "vocab_size": 32000, **WIDE}, 7_241_732_096),
     "Qwen2.5-7B": ("qwen2", {**QWEN_7B, "kv_heads": 4, "head_dim": 128}, 7_615_616_512),
     "Dream-7B": ("dream", {**QWEN_7B, "kv_heads": 4, "head_dim": 128}, 7_615_616_512),
     "LLaDA-8B": ("llada", {**BODY_7B, "vocab_size": 126464, "intermediate_size": 12288, "kv_heads": 32}, 8_015_581_184),
@@ -102,6 +95,20 @@ def test_parameters_of_published_shapes(model: str) -> None:
     config = models.tiny_config(family, **shape)
     info = models.describe(family, config, Ids(eos=(1,), mask=2))
     assert sum(p.numel() for p in skeleton(config, info, torch.bfloat16).parameters()) == wanted
+
+
+def test_defaults_of_fields_left_out() -> None:
+    """What the authors' configuration classes say where a config.json is silent."""
+    config, _ = published.llada2()
+    config.pop("partial_rotary_factor")
+    assert models.find_family("llada2_moe").read(Fields(config)).rotary_dim == 8  # half of 16
+    config, _ = published.sdar()
+    config.pop("head_dim")
+    assert models.find_family("sdar").read(Fields(config)).head_dim == 128
+    config, _ = published.llada()
+    config |= {"mlp_hidden_size": None, "n_kv_heads": None, "embedding_size": None}
+    read = models.find_family("llada").read(Fields(config))
+    assert (read.intermediate_size, read.kv_heads, read.vocab_size) == (128, 4, published.VOCAB - 2)
 
 
 def test_two_rules_for_one_name() -> None:

@@ -178,7 +178,8 @@ def test_a_row_of_a_mixture_ignores_its_neighbours(router: str) -> None:
     """To the last bit, however many rows share an expert with it."""
     config = models.MoEConfig(8, 2, 24, router, True, 1.5, 2, 1, 24 if router == "sigmoid" else 0)  # type: ignore[arg-type]
     mixture = Mixture(32, config).requires_grad_(False)
-    torch.nn.init.normal_(mixture.router.weight, generator=torch.Generator().manual_seed(0))
+    for weight in mixture.parameters():
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
     together = mixture(x)
     for start, count in ((0, 16), (3, 17), (50, 40), (120, 64), (184, 16)):
