@@ -282,7 +282,7 @@ def split_choices(sampling: SamplingParams) -> list[SamplingParams]:
     if sampling.n == 1:
         return [sampling]
     return [
-        dataclasses.replace(sampling, n=1, seed=None if sampling.seed is None else (sampling.seed + i) % 2**63)
+        dataclasses.replace(sampling, n=1, seed=None if sampling.seed is None else sampling.seed + i)
         for i in range(sampling.n)
     ]
 

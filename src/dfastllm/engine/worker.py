@@ -92,6 +92,8 @@ class Stream:
         if item.finish is not None:
             if item.finish.error is not None:
                 raise item.finish.error
+            if item.finish.reason is FinishReason.ERROR:
+                raise GenerationError("the engine failed on this request; see the log.")
             if item.finish.reason is FinishReason.CANCELLED:
                 raise CancelledError(f"request {self.request.request_id!r} was cancelled.")
             if item.finish.reason is FinishReason.TIMEOUT:
@@ -106,6 +108,8 @@ class Worker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._closed = False  # the inbox is read no more
+        self._lock = threading.Lock()
         self._streams: dict[str, Stream] = {}
         self._owners: dict[str, Engine] = {}
         self._thread = threading.Thread(target=self._run, name="dfastllm-engine", daemon=True)
@@ -143,7 +147,8 @@ class Worker:
         engine.check_room()
         engine.check(request)
         stream = Stream(request, self._ask_cancel)
-        self._post(lambda: self._add(engine, request, stream))
+        if not self._post(lambda: self._add(engine, request, stream)):
+            raise NotReadyError("the engine is not running.")
         return stream
 
     def cancel(self, request_id: str) -> bool:
@@ -159,9 +164,14 @@ class Worker:
     def _ask_cancel(self, request_id: str) -> None:
         self._post(lambda: self._drop(request_id))
 
-    def _post(self, command: Callable[[], None]) -> None:
-        self._inbox.append(command)
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Hand a command to the thread; False when it will read none any more."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._inbox.append(command)
         self._wake.set()
+        return True
 
     def _add(self, engine: Engine, request: Request, stream: Stream) -> None:
         try:
@@ -191,6 +201,8 @@ class Worker:
                 self._turn(engine)
                 self._commands()
         gone = NotReadyError("the engine was stopped while the request ran.")
+        with self._lock:
+            self._closed = True
         self._commands()
         for stream in self._streams.values():
             stream.put(gone)

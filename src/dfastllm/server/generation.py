@@ -17,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 
 from dfastllm.core import DecodeParams, Finish, FinishReason, Request, SamplingParams, StepEvent, TokenLogprob, Usage
 from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
+from dfastllm.llm import split_choices
 from dfastllm.server.schemas import GenerationRequest
 
 if TYPE_CHECKING:
@@ -205,19 +206,19 @@ def engine_requests(
     if body.timeout is not None and not body.timeout > 0:
         raise ValidationError(f"timeout must be > 0 s, got {body.timeout}.", param="timeout")
     timeout = limit if body.timeout is None else min(limit, body.timeout)
-    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(choices)]
+    singles = split_choices(replace(sampling, n=choices))
     return [
         Request(
             request_id=f"{id}-{index * choices + i}",
             prompt=prompt,
-            sampling=replace(sampling, seed=seeds[i]),
+            sampling=single,
             decode=decode,
             suffix=suffix,
             priority=body.priority or 0,
             timeout=timeout,
         )
         for index, prompt in enumerate(prompts)
-        for i in range(choices)
+        for i, single in enumerate(singles)
     ]
 
 
