@@ -13,6 +13,7 @@ from dfastllm.text.tokenizer import Tokenizer
 __all__ = ["Detokenizer"]
 
 _REPLACEMENT = "\ufffd"
+_WINDOW = 16  # ids decoded anew each time before a new anchor is worth looking for
 _ANCHOR_TOKENS = 4  # a UTF-8 decoder forgets where it began after 4 bytes, and a decoded token has at least one
 
 
@@ -94,7 +95,7 @@ class Detokenizer:
             certain -= 1  # maybe the first bytes of a character
         released = text[self._done : certain]
         self._done = max(self._done, certain)
-        anchor = self._anchor(stop)
+        anchor = self._anchor(stop) if len(window) >= _WINDOW else 0
         if anchor:
             self._done -= len(text) - len(self._text(window[anchor:stop]))
             del window[:anchor]
