@@ -124,6 +124,15 @@ def test_saving_over_its_own_directory(tmp_path: Path) -> None:
     assert torch.equal(logits(models.load(tmp_path)), before)
 
 
+def test_a_file_overwritten_in_place_does_not_reach_a_loaded_model(llada: Path) -> None:
+    before = logits(models.load(llada))
+    model = models.load(llada)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in model.parameters())
+    with (llada / "model.safetensors").open("r+b") as file:
+        file.write(b"\0" * (llada / "model.safetensors").stat().st_size)
+    assert torch.equal(logits(model), before)
+
+
 def test_training_a_loaded_model_leaves_the_file_alone(llada: Path) -> None:
     file = llada / "model.safetensors"
     before = file.read_bytes()
