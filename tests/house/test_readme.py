@@ -76,7 +76,7 @@ def test_models_named_are_shipped(name: str) -> None:
     assert size <= 10_000_000, f"{name} weighs {size} bytes"
 
 
-def test_python_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     [example] = blocks("python")
     names: dict[str, object] = {}
     exec(example, names)  # our own README, under test

@@ -79,6 +79,7 @@ def test_module(module: Module) -> None:
     assert missing == [], f"{module.relative}: __all__ names what is not there"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # legacy warns on import, as it should
 def test_exports_are_there() -> None:
     """Every name in an `__all__` can be had, those loaded on first use too."""
     missing = []
