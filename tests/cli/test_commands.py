@@ -44,6 +44,17 @@ def test_generate_raw_infills_between_prompt_and_suffix(cli: Cli, diffusion: Pat
     assert report["choices"][0]["token_ids"] == list(wanted.outputs[0].token_ids)
 
 
+def test_rule_apd_takes_a_draft_model(cli: Cli, diffusion: Path, ar: Path) -> None:
+    options = ("generate", "hello", "--model", diffusion, *SIZE, "--rule", "apd")
+    without = cli(*options)
+    assert without.exit_code == 2
+    assert "draft" in without.stderr
+    assert cli(*options, "--draft", ar).exit_code == 0
+    wrong = cli("generate", "hello", "--model", ar, "--draft", ar)
+    assert wrong.exit_code == 2
+    assert "a draft model serves canvas models" in wrong.stderr
+
+
 def test_generate_reads_standard_input(cli: Cli, diffusion: Path) -> None:
     piped = cli("generate", "-", "--model", diffusion, *SIZE, input="hello")
     assert piped.stdout == cli("generate", "hello", "--model", diffusion, *SIZE).stdout

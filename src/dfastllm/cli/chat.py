@@ -27,6 +27,7 @@ Ctrl-C stops an answer, and keeps the conversation as it was before the question
 @takes(settings=from_settings(alone=True), sampling=SAMPLING, decode=DECODE)
 def chat(
     model: Annotated[str, typer.Option(help="A shipped model's name or a Hugging Face directory.")] = "demo-diffusion",
+    draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="No live canvas on a terminal.")] = False,
     *,
@@ -43,7 +44,7 @@ def chat(
 
     from dfastllm.cli.session import open_model
 
-    with open_model(model, loaded) as llm:
+    with open_model(model, loaded, draft) as llm:
         if not llm.tokenizer.has_chat_template:
             raise UnsupportedError(
                 f"{llm.info.name} has no chat template.", param="model", hint="Use `dfastllm generate`."

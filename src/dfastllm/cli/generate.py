@@ -24,6 +24,7 @@ __all__ = ["generate"]
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     model: Annotated[str, typer.Option(help="A shipped model's name or a Hugging Face directory.")] = "demo-diffusion",
+    draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands: no chat template.")] = False,
     system: Annotated[str, typer.Option(help="System message (with the chat template).")] = "",
     suffix: Annotated[str, typer.Option(help="Infill: generate what stands between prompt and suffix (--raw).")] = "",
@@ -52,7 +53,7 @@ def generate(
     from dfastllm.cli.session import open_model, run
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with open_model(model, loaded) as llm:
+    with open_model(model, loaded, draft) as llm:
         ids = _encode(llm, text, system, raw=raw)
         out = console()
         if params.n > 1 or as_json:

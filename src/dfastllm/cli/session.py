@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["cancelled_by_interrupt", "open_model", "run"]
 
 
-def open_model(model: str, settings: Settings) -> LLM:
-    """The model, loaded as the settings say."""
+def open_model(model: str, settings: Settings, draft: str | None = None) -> LLM:
+    """The model, and the draft model of rule apd if one is named, loaded as the settings say."""
     with working(f"loading {model}"):
         import torch
 
@@ -33,7 +33,7 @@ def open_model(model: str, settings: Settings) -> LLM:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         config = EngineConfig(**settings.engine_options())
-        return LLM(model, device=settings.device, dtype=settings.dtype, engine=config)
+        return LLM(model, device=settings.device, dtype=settings.dtype, engine=config, draft=draft)
 
 
 @contextmanager
