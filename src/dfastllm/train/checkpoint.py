@@ -39,8 +39,12 @@ def write_checkpoint(
     target, temporary = run / f"step-{step}", run / f".step-{step}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, temporary / "weights.safetensors")
-    save_file({k: v.detach().cpu().contiguous() for k, v in _flat(optimizers).items()}, temporary / "optimizer.safetensors")
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, temporary / "weights.safetensors"
+    )
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in _flat(optimizers).items()}, temporary / "optimizer.safetensors"
+    )
     (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
@@ -61,24 +65,34 @@ def prune(run: Path, keep: int, milestones: Sequence[int]) -> None:
             shutil.rmtree(path)
 
 
-def read_weights(path: Path, model: nn.Module) -> list[str]:
+def read_weights(path: Path, model: nn.Module, layers: Sequence[int | None] = ()) -> list[str]:
     """Fill the parameters of the same name and shape; the names of those the checkpoint does not have are returned.
-    Raises CheckpointError for a tensor of another shape or a file that cannot be read."""
+
+    layers: which of the checkpoint's layers each of the model's takes; None: a new layer, whose projections into the
+    residual stream become 0. Raises CheckpointError for a tensor of another shape or a file that cannot be read."""
     try:
         tensors = load_file(path / "weights.safetensors")
     except Exception as error:  # the library raises its own plain errors and OSErrors
         raise CheckpointError(f"cannot read {path / 'weights.safetensors'}: {error}.") from error
     missing = []
     for name, parameter in model.named_parameters():
-        if name not in tensors:
+        source = name
+        if layers and name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            if layers[int(number)] is None:
+                if rest.endswith(("o_proj.weight", "down_proj.weight")):
+                    nn.init.zeros_(parameter)
+                continue
+            source = f"layers.{layers[int(number)]}.{rest}"
+        if source not in tensors:
             missing.append(name)
             continue
-        if tensors[name].shape != parameter.shape:
+        if tensors[source].shape != parameter.shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(parameter.shape)}."
+                f"{path}: {source} has shape {tuple(tensors[source].shape)}, the model wants {tuple(parameter.shape)}."
             )
         with torch.no_grad():
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[source])
     return missing
 
 

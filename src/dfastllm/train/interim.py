@@ -50,7 +50,9 @@ def generate(
     return out
 
 
-def _ar(model: Decoder, prompts: list[list[int]], canvas: int, block: int, per_step: int, bf16: bool) -> list[list[int]]:
+def _ar(
+    model: Decoder, prompts: list[list[int]], canvas: int, block: int, per_step: int, bf16: bool
+) -> list[list[int]]:
     eos = model.info.eos_ids[0]
     seqs = [list(p) for p in prompts]
     live = set(range(len(seqs)))
@@ -110,7 +112,14 @@ def _canvas(
         at = 0
         for r, i in enumerate(which):
             positions = wanted[r].nonzero()[:, 0].tolist()
-            own = list(zip(confidence[at : at + len(positions)].tolist(), positions, token[at : at + len(positions)].tolist(), strict=True))
+            own = list(
+                zip(
+                    confidence[at : at + len(positions)].tolist(),
+                    positions,
+                    token[at : at + len(positions)].tolist(),
+                    strict=True,
+                )
+            )
             at += len(positions)
             for _, position, t in sorted(own, key=lambda c: -c[0])[:per_step]:
                 seqs[i][position] = t

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.models.decoder import Decoder
 from dfastllm.text.tokenizer import Tokenizer
 from dfastllm.train.checkpoint import latest, prune, read_checkpoint, read_weights, write_checkpoint
-from dfastllm.train.data import Example, Stream
+from dfastllm.train.data import Batch, Example, Stream
 from dfastllm.train.objectives import OBJECTIVES, Objective, loss
 from dfastllm.train.recipes import Recipe, load_recipe
 from dfastllm.train.vocab import MAX_LEN, train_tokenizer
@@ -106,7 +108,7 @@ def warm_start(model: Decoder, recipe: Recipe, runs: Path, device: str, threads:
     source = runs / recipe.init.recipe / f"step-{recipe.init.step}"
     if not (source / "state.json").is_file():
         run(recipe.init.recipe, runs=runs, steps=recipe.init.step, device=device, threads=threads)
-    read_weights(source, model)
+    read_weights(source, model, recipe.init.layers)
 
 
 def export(model: Decoder, tokenizer: Path, out: Path) -> None:
@@ -118,8 +120,8 @@ def export(model: Decoder, tokenizer: Path, out: Path) -> None:
 
 
 def make_optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW on the embedding, head and norms; Muon (Jordan et al. 2024), scaled to AdamW's update size (Liu et al. 2025,
-    arXiv 2502.16982), or AdamW on the layers' matrices."""
+    """AdamW on the embedding, head and norms; on the layers' matrices Muon (Jordan et al. 2024), scaled to AdamW's update
+    size (Liu et al. 2025, arXiv 2502.16982), or AdamW too."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -208,17 +210,19 @@ class Loop:
     @torch.no_grad()
     def validation_loss(self) -> float:
         """The objective on the first batches of the validation stream, with the same noise every time; nats."""
-        stream = Stream(self.tokenizer, "validation", 0, self.recipe.batch_tokens, self.objective.cost)
-        total, count, used = 0.0, 0, 0
-        for batch, _ in stream.at((0, 0)):
+        total, count = 0.0, 0
+        for batch in self.validation:
             generator = torch.Generator().manual_seed(batch.number)
             rows = self.objective.rows(batch.examples, generator).to(self.device)
             total += loss(self.model, rows, bf16=self.recipe.bf16).item() * len(batch.examples)
             count += len(batch.examples)
-            used += rows.batch * rows.length
-            if used >= VALIDATION_TOKENS:
-                break
         return total / count
+
+    @cached_property
+    def validation(self) -> list[Batch]:
+        stream = Stream(self.tokenizer, "validation", 0, self.recipe.batch_tokens, self.objective.cost)
+        enough = max(1, VALIDATION_TOKENS // self.recipe.batch_tokens)
+        return [batch for batch, _ in islice(stream.at((0, 0)), enough)]
 
     def log(self, values: dict[str, Any]) -> None:
         kept = {k: self.state[k] for k in ("step", "tokens", "samples", "seconds")}

@@ -33,9 +33,9 @@ CANVAS = 32  # canvases are multiples of this, as the default block of masked di
 class Rows:
     """One forward pass. `batch` sequences of `length` rows each, flat.
 
-    ids, positions [batch * length] int64; mask [batch, 1, length, length] bool, True = may attend, or None for plain
-    causal; wanted [rows] int64 indices into the flat rows, ascending; targets [rows] int64; weights [rows] float32, their
-    sum is 1 on average, so the loss is a mean.
+    ids, positions [batch * length] int64; mask [batch, 1, length, length] bool, True = may attend, or None: causal;
+    wanted [rows] int64 indices into the flat rows, ascending; targets [rows] int64; weights [rows] float32, their sum
+    is 1 on average, so the loss is a mean.
     """
 
     batch: int
@@ -69,8 +69,8 @@ def loss(model: Decoder, rows: Rows, *, bf16: bool = False) -> Tensor:
 
 
 def short_attention(rows: Rows) -> Attend:
-    """Attention by plain matrix products. For rows this short it takes a fifth of the time of the fused CPU kernel, whose
-    backward pass is slow (measured: 11 ms against 57 ms for 91 sequences of 45)."""
+    """Attention by plain matrix products. For rows this short it takes a fifth of the time of the fused CPU kernel,
+    whose backward pass is slow (measured: 11 ms against 57 ms for 91 sequences of 45)."""
     mask = rows.mask
     if mask is None:
         mask = torch.ones(rows.length, rows.length, dtype=torch.bool, device=rows.ids.device).tril()
@@ -118,9 +118,9 @@ class Causal:
 
 
 def draw_masked(count: int, generator: torch.Generator) -> Tensor:
-    """A mask of `count` positions [count] bool: k uniform in 1..count of them, uniformly chosen. The exact-count form of
-    "t uniform, each position with probability t": same expectation under weight 1/k as under 1/t, less variance (LLaDA,
-    equation 14), and never empty."""
+    """A mask of `count` positions [count] bool: k uniform in 1..count of them, uniformly chosen. The exact-count form
+    of "t uniform, each position with probability t": the same expectation under weight 1/k as under 1/t, with less
+    variance (Ou et al. 2024, arXiv 2406.03736), and never empty."""
     k = int(torch.randint(1, count + 1, (), generator=generator))
     masked = torch.zeros(count, dtype=torch.bool)
     masked[torch.randperm(count, generator=generator)[:k]] = True
@@ -177,8 +177,8 @@ class MaskedDiffusion:
 
 @dataclass(frozen=True)
 class BlockDiffusion:
-    """BD3-LM's objective: rows are the clean sequence (all blocks but the last), then the noisy copies of the blocks that
-    hold response tokens. Blocks are aligned to absolute position 0; the last is filled with EOS."""
+    """BD3-LM's objective: rows are the clean sequence (all blocks but the last), then the noisy copies of the blocks
+    that hold response tokens. Blocks are aligned to absolute position 0; the last is filled with EOS."""
 
     mask: int
     eos: int

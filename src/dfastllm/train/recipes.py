@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a trained model, as frozen data. The demo models' are here; others are JSON files."""
+"""Recipes: everything that decides a trained model, as frozen data. The demo models' are here; others: JSON files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ __all__ = ["RECIPES", "Init", "Recipe", "load_recipe"]
 
 @dataclass(frozen=True)
 class Init:
-    """Warm start from another recipe's weights after `step` of its steps (trained first if they are not there)."""
+    """Warm start from another recipe's weights after `step` of its steps (trained first if they are not there).
+
+    layers: for each layer of the new model the source's layer it starts from, or None for a new one that adds nothing
+    at first (its projections into the residual stream are 0; Wu et al. 2024, arXiv 2401.02415). Empty: as they are.
+    """
 
     recipe: str
     step: int
+    layers: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """shape: fields of models.DecoderConfig but vocab_size and max_len. steps: optimizer steps. batch_tokens: padded rows
-    a step. lr: of AdamW (embedding, head, norms); matrix_lr: of Muon on the layers' matrices, or of AdamW there too when
-    `optimizer` is "adamw". schedule: "wsd" holds the rate and falls linearly to 0 over the last `decay` share of the
-    steps; "cosine" falls from the warm-up on. bf16: autocast. Raises ValidationError for impossible values."""
+    """shape: fields of models.DecoderConfig but vocab_size and max_len. steps: optimizer steps. batch_tokens: padded
+    rows a step. lr: of AdamW (embedding, head, norms); matrix_lr: of Muon on the layers' matrices, or of AdamW there
+    too when `optimizer` is "adamw". schedule: "wsd" holds the rate and falls linearly to 0 over the last `decay` share
+    of the steps; "cosine" falls from the warm-up on. bf16: autocast. Raises ValidationError for impossible values."""
 
     name: str
     family: str
@@ -69,7 +74,8 @@ def load_recipe(name: str | Path) -> Recipe:
     path = Path(name)
     if not path.is_file():
         raise ValidationError(
-            f"unknown recipe {str(name)!r}; there are {', '.join(sorted(RECIPES))}, or give a JSON file.", param="recipe"
+            f"unknown recipe {str(name)!r}; there are {', '.join(sorted(RECIPES))}, or give a JSON file.",
+            param="recipe",
         )
     try:
         raw = json.loads(path.read_text())
@@ -80,21 +86,26 @@ def load_recipe(name: str | Path) -> Recipe:
         wrong = sorted(raw.keys() - known) if isinstance(raw, dict) else raw
         raise ValidationError(f"{path}: unknown recipe fields {wrong}; known are {sorted(known)}.", param="recipe")
     try:
-        init = Init(**raw.pop("init")) if raw.get("init") else None
+        init = raw.pop("init", None)
+        init = Init(**{**init, "layers": tuple(init.get("layers", ()))}) if init else None
         return Recipe(**{**raw, "init": init, "milestones": tuple(raw.get("milestones", ()))})
     except TypeError as error:
         raise ValidationError(f"{path} is not a recipe: {error}.", param="recipe") from error
 
 
-BODY = {"hidden_size": 256, "intermediate_size": 704, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 64}
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 32}
+BODY = {**SMALL, "layers": 6}
+GROWN = Init("demo-draft", 3000, (0, None, None, 1, None, None))
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("demo-ar", "llama", "causal", BODY, steps=4000, milestones=(1000, 2000, 3000)),
         Recipe("demo-draft", "llama", "causal", SMALL, steps=3000),
-        Recipe("demo-diffusion", "llada", "masked_diffusion", BODY, steps=6000, init=Init("demo-ar", 1000)),
-        Recipe("demo-block", "sdar", "block_diffusion", BODY, steps=5000, block=4, init=Init("demo-ar", 2000)),
+        Recipe("demo-ar-base", "llama", "causal", BODY, steps=1500, seed=1, init=GROWN),
+        Recipe("demo-ar", "llama", "causal", BODY, steps=3000, seed=4, init=Init("demo-ar-base", 1500)),
+        Recipe("demo-diffusion", "llada", "masked_diffusion", BODY, steps=8000, seed=2, init=GROWN),
+        Recipe(
+            "demo-block", "sdar", "block_diffusion", BODY, steps=5000, seed=3, block=4, init=Init("demo-ar-base", 1500)
+        ),
     )
 }

@@ -1,6 +1,6 @@
-"""A restricted evaluator for one-expression Python functions: no builtins but a short list, no attributes but string and
-list methods that end quickly, no loops but comprehensions over short lists. It walks the syntax tree; nothing is passed
-to `exec` or `eval`."""
+"""A restricted evaluator for one-expression Python functions: no builtins but a short list, no attributes but string
+and list methods that end quickly, no loops but comprehensions over short lists. It walks the syntax tree; nothing is
+passed to `exec` or `eval`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Graders: did an answer do what was asked? Each takes the answer's text and the sample's `expected`; a malformed answer
-is wrong, never an error."""
+"""Graders: did an answer do what was asked? Each takes the answer's text and the sample's `expected`; a malformed
+answer is wrong, never an error."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ HELD_OUT = 0.04  # share of the parameter space of each of validation and test
 class Sample:
     """One exchange with a checkable answer.
 
-    messages: the chat up to the assistant's turn. tools: OpenAI tool objects, or (). response: the assistant's text that
-    is trained on. expected: what the grader compares with (its type is the grader's business). grader: a name in
+    messages: the chat up to the assistant's turn. tools: OpenAI tool objects, or (). response: the assistant's text
+    that is trained on. expected: what the grader compares with (its type is the grader's business). grader: a name in
     `graders.GRADERS`, or None for open text. key: the template parameters that decided the split.
     """
 

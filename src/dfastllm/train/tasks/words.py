@@ -36,8 +36,8 @@ CITIES = (
     "Denver Seattle Toronto Sydney Zurich Geneva Munich Milan Warsaw Budapest Nairobi Bergen Porto"
 ).split()
 ITEMS = (
-    "apples pears plums lemons eggs books pens cups plates coins stamps shells marbles cards balls keys cookies muffins "
-    "stickers candles beads nails bricks tickets"
+    "apples pears plums lemons eggs books pens cups plates coins stamps shells marbles cards balls keys cookies "
+    "muffins stickers candles beads nails bricks tickets"
 ).split()
 NOUNS = (
     "apple river stone table cloud garden window bridge candle forest mirror pencil rocket basket button camera dragon "
