@@ -60,15 +60,13 @@ def load_engine(
     config: EngineConfig | None = None,
     draft: str | Path | None = None,
 ) -> Engine:
-    """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": what the
-    checkpoint's config says. draft: a small autoregressive model of the same vocabulary, the second opinion of rule
+    """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": that of the stored
+    weights. draft: a small autoregressive model of the same vocabulary, the second opinion of rule
     `apd` (canvas models only). Raises UnsupportedError for a draft that does not fit, ModelNotFoundError,
     ModelLoadError, CheckpointError, TokenizerError."""
     path = resolve(model)
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype, None)
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValidationError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.", param="dtype")
+    if dtype == "auto":
+        dtype = None
     built = load(path, device=device, dtype=dtype)
     built.info = dataclasses.replace(built.info, name=name or path.name)
     tokenizer = Tokenizer.load(path)
@@ -79,7 +77,7 @@ def load_engine(
     return Engine(built, tokenizer, config, device=device, choose=choose)
 
 
-def _scorer(draft: str | Path, info: ModelInfo, device: str, dtype: torch.dtype | None) -> ModelScorer:
+def _scorer(draft: str | Path, info: ModelInfo, device: str, dtype: str | torch.dtype | None) -> ModelScorer:
     if info.kind == "ar":
         raise UnsupportedError(f"{info.name} is autoregressive; a draft model serves canvas models.", param="draft")
     model = load(resolve(draft), device=device, dtype=dtype)

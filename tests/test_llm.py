@@ -1,0 +1,106 @@
+"""The facade over small random models: batches, options per prompt, streams, choices, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dfastllm.core import DecodeParams, FinishReason, SamplingParams
+from dfastllm.engine import Engine, EngineConfig
+from dfastllm.errors import CancelledError, ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
+from dfastllm.llm import LLM, load_engine, resolve, shipped_models, split_choices
+from dfastllm.models import save, tiny
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def canvas() -> Iterator[LLM]:
+    with LLM(engine=Engine(tiny("llada", seed=1), config=EngineConfig(kv_tokens=2048, max_waiting=3))) as llm:
+        yield llm
+
+
+def test_a_batch_equals_each_alone(canvas: LLM) -> None:
+    prompts = [tuple(range(1, 3 + i)) for i in range(8)]  # more than the queue holds: submitted in windows
+    decode = [DecodeParams(block_length=4, cache=("none", "dual")[i % 2]) for i in range(8)]
+    together = canvas.generate(prompts, GREEDY, decode)
+    assert [o.prompt_tokens for o in together] == prompts
+    for prompt, params, output in zip(prompts, decode, together, strict=True):
+        assert canvas.generate(prompt, GREEDY, params)[0].outputs[0].token_ids == output.outputs[0].token_ids
+        assert output.outputs[0].usage.completion_tokens <= 12
+
+
+def test_a_stream_concatenates_to_the_result(canvas: LLM) -> None:
+    events = list(canvas.stream((1, 2, 3), GREEDY, DecodeParams(block_length=4)))
+    tokens = tuple(t for e in events for t in e.token_ids)
+    assert tokens == canvas.generate((1, 2, 3), GREEDY, DecodeParams(block_length=4))[0].outputs[0].token_ids
+    assert [e.finish is not None for e in events] == [False] * (len(events) - 1) + [True]
+    assert events[-1].finish.reason is FinishReason.LENGTH
+
+
+def test_leaving_a_stream_frees_its_pages(canvas: LLM) -> None:
+    stream = canvas.stream((1, 2, 3), GREEDY, DecodeParams(cache="dual", block_length=2))
+    next(stream)
+    stream.close()
+    canvas.generate((1,), GREEDY)  # runs after the cancel on the same thread
+    assert canvas.engine.pages.used == 0
+
+
+def test_n_choices_are_seeded_apart_and_the_first_is_the_seed(canvas: LLM) -> None:
+    sampling = SamplingParams(n=3, temperature=1.5, seed=-4, max_tokens=12)
+    outputs = canvas.generate((1, 2), sampling)[0].outputs
+    assert [o.index for o in outputs] == [0, 1, 2]
+    assert len({o.token_ids for o in outputs}) > 1
+    alone = [canvas.generate((1, 2), single)[0].outputs[0].token_ids for single in split_choices(sampling)]
+    assert alone == [o.token_ids for o in outputs]
+    assert split_choices(sampling)[0].seed == -4
+
+
+def test_infilling_keeps_both_sides(canvas: LLM) -> None:
+    [output] = canvas.generate([(5, 6)], GREEDY, suffixes=[(7, 8, 9)])
+    assert len(output.outputs[0].token_ids) <= 12
+    with_other = canvas.generate([(5, 6)], GREEDY, suffixes=[(17, 18, 19)])[0]
+    assert with_other.outputs[0].token_ids != output.outputs[0].token_ids  # the suffix is seen
+
+
+def test_bad_calls_are_named(canvas: LLM) -> None:
+    with pytest.raises(ValidationError, match="sampling: got 2, wanted one for all"):
+        canvas.generate([(1,), (2,), (3,)], [GREEDY, GREEDY])
+    with pytest.raises(ValidationError, match="suffixes"):
+        canvas.generate([(1,), (2,)], GREEDY, suffixes=[()])
+    with pytest.raises(TokenizerError):
+        canvas.generate("text")
+    with pytest.raises(ValidationError, match="prompt"):
+        canvas.generate([()])
+    with pytest.raises(ModelNotFoundError, match="no-such-model"):
+        LLM("no-such-model")
+
+
+def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
+    save(tiny("llama"), tmp_path / "m")
+    with pytest.raises(ValidationError, match="float12"):
+        load_engine(tmp_path / "m", dtype="float12")
+
+
+def test_one_bad_request_fails_the_batch_and_leaves_nothing(canvas: LLM) -> None:
+    with pytest.raises(UnsupportedError, match="rule"):
+        canvas.generate([(1,), (2,)], GREEDY, [None, DecodeParams(rule="no-such-rule")])
+    canvas.generate((1,), GREEDY)
+    assert canvas.engine.pages.used == 0
+
+
+def test_closing_ends_requests() -> None:
+    llm = LLM(engine=Engine(tiny("llama", seed=1)))
+    stream = llm.submit((1, 2), SamplingParams(max_tokens=200, ignore_eos=True))
+    stream.cancel()
+    with pytest.raises(CancelledError):
+        list(stream)
+    llm.close()
+    assert not llm.worker.is_alive
+
+
+def test_names_resolve_to_directories() -> None:
+    for name in shipped_models():
+        assert (resolve(name) / "config.json").is_file()
