@@ -43,6 +43,7 @@ from dfastllm import (
     ValidationError,
     create_generator,
     create_scheduler,
+    legacy,
 )
 from dfastllm.text import Tokenizer
 from tests.generation.conftest import Writer
@@ -71,7 +72,7 @@ def test_import(names: str) -> None:
 def test_import_legacy_modules() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        modules = [importlib.import_module(f"dfastllm.legacy.{name}") for name in dfastllm.legacy.__all__]
+        modules = [importlib.import_module(f"dfastllm.legacy.{name}") for name in legacy.__all__]
     assert len(modules) == 8
 
 
