@@ -119,6 +119,12 @@ def denoise(group: Sequence[Active], logits: Tensor, scorer: Scorer | None = Non
             ready[r] = agreement(scorer, used[r], norm[r], before, draws[i][0], tokens[r], options)
     planes = _planes(group, rows, used, norm, tokens)
     planes["ready"] = ready
+    planes["keys"] = row_keys(
+        [a.seq.seed for a in group for _ in a.positions],
+        [a.state.step for a in group for _ in a.positions],
+        [p for a in group for p in a.positions],
+        salt=1,
+    )
     decisions: dict[int, Decision] = {}
     for name in dict.fromkeys(a.state.choice.rule for a in group):
         members = [i for i, a in enumerate(group) if a.state.choice.rule == name]
@@ -222,7 +228,7 @@ def _field(
             flags[name][i, columns] = planes[name][r]
         for name, plane in values.items():
             plane[i, columns] = planes[name][r]
-        keys[i, columns] = row_keys(a.seq.seed, a.state.step, a.positions, salt=1)
+        keys[i, columns] = planes["keys"][r]
     return Field(
         **flags,
         **values,
