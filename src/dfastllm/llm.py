@@ -16,16 +16,27 @@ from typing import Any
 
 import torch
 
-from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, StepEvent, TokenLogprob, Usage
+from dfastllm.core import (
+    DecodeParams,
+    FinishReason,
+    Kind,
+    ModelInfo,
+    Request,
+    SamplingParams,
+    StepEvent,
+    TokenLogprob,
+    Usage,
+)
 from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import policy_for
 from dfastllm.decode.scorer import ModelScorer
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
 from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.models import load
+from dfastllm.models.checkpoint import read_model
 from dfastllm.text import Tokenizer
 
-__all__ = ["LLM", "Completion", "RequestOutput", "load_engine", "resolve", "shipped_models"]
+__all__ = ["LLM", "Completion", "RequestOutput", "load_engine", "model_kind", "resolve", "shipped_models"]
 
 SHIPPED = Path(__file__).parent / "shipped"
 DEFAULT_SAMPLING = SamplingParams(temperature=0.0, max_tokens=128)
@@ -51,6 +62,12 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def model_kind(model: str | Path) -> Kind:
+    """ar, diffusion or block, from the model's config alone. Raises ModelNotFoundError, ModelLoadError."""
+    path = resolve(model)
+    return read_model(path, path.name)[2].kind
+
+
 def load_engine(
     model: str | Path,
     *,
@@ -60,8 +77,8 @@ def load_engine(
     config: EngineConfig | None = None,
     draft: str | Path | None = None,
 ) -> Engine:
-    """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": that of the stored
-    weights. draft: a small autoregressive model of the same vocabulary, the second opinion of rule
+    """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
+    draft: a small autoregressive model of the same vocabulary, the second opinion of rule
     `apd` (canvas models only). Raises UnsupportedError for a draft that does not fit, ModelNotFoundError,
     ModelLoadError, CheckpointError, TokenizerError."""
     path = resolve(model)

@@ -109,6 +109,12 @@ class Settings:
     served_model_name: tuple[str, ...] = _field(
         (), "Name in the API of each --model, in the same order; default: its directory's name.", group="model"
     )
+    draft_model: str | None = _field(
+        None,
+        "Small autoregressive model of the same vocabulary: the second opinion of rule apd on the served diffusion"
+        " models.",
+        group="model",
+    )
     device: str = _field(
         "cpu",
         "Where models run: cpu, cuda, cuda:N or mps.",

@@ -16,13 +16,19 @@ def requests(kind: str, n: int = 12) -> list[Request]:
     out = []
     for i in range(n):
         sampling = SamplingParams(
-            temperature=(0.0, 0.8, 1.3)[i % 3], seed=i, max_tokens=6 + 3 * i, logprobs=2, top_p=(1.0, 0.9)[i % 2],
-            repetition_penalty=(1.0, 1.2)[i % 4 == 0], ignore_eos=i % 5 == 0,
+            temperature=(0.0, 0.8, 1.3)[i % 3],
+            seed=i,
+            max_tokens=6 + 3 * i,
+            logprobs=2,
+            top_p=(1.0, 0.9)[i % 2],
+            repetition_penalty=(1.0, 1.2)[i % 4 == 0],
+            ignore_eos=i % 5 == 0,
         )
         decode = None
         if kind == "diffusion":
             decode = DecodeParams(
-                cache=("none", "prefix", "dual", "windowed")[i % 4], block_length=(4, 8, 16)[i % 3],
+                cache=("none", "prefix", "dual", "windowed")[i % 4],
+                block_length=(4, 8, 16)[i % 3],
                 threshold=(None, 0.02)[i % 2],
             )
         prompt = tuple((7 * i + 3 * j) % 90 + 1 for j in range(3 + 5 * i))

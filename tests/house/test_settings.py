@@ -25,6 +25,7 @@ OTHER: dict[str, tuple[str, object]] = {
     "model": ("demo-ar,demo-block", ("demo-ar", "demo-block")),
     "served_model_name": ("a,b", ("a", "b")),
     "device": ("cuda:1", "cuda:1"),
+    "draft_model": ("demo-draft", "demo-draft"),
     "dtype": ("bfloat16", "bfloat16"),
     "threads": ("3", 3),
     "max_model_len": ("128", 128),

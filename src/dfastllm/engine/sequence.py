@@ -63,7 +63,8 @@ class Live:
     def apply(self, span: Span, commit: Commit) -> CanvasUpdate | None:
         """Write a commit into the state. Returns what a live display would show (canvas models only)."""
         state = self.state
-        before = state.tokens if state.model.mask_id is None else list(state.tokens)
+        canvas = state.model.kind != "ar"
+        before = list(state.tokens) if canvas else state.tokens
         for position in sorted(commit.fixed):
             if position == len(state.tokens):
                 state.tokens.append(commit.fixed[position])
@@ -82,9 +83,7 @@ class Live:
         assert commit.stable >= state.stable, "stable went backwards"
         state.stable = commit.stable
         self.logprobs.update(commit.logprobs)
-        if state.model.mask_id is None:
-            return None
-        return self._canvas(before, commit)
+        return self._canvas(before, commit) if canvas else None
 
     def _canvas(self, before: list[int], commit: Commit) -> CanvasUpdate:
         start, mask = self.state.canvas_start, self.state.model.mask_id

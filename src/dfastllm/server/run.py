@@ -195,7 +195,7 @@ class Loading:
         import torch
 
         from dfastllm.engine import EngineConfig
-        from dfastllm.llm import load_engine, shipped_models
+        from dfastllm.llm import load_engine, model_kind, shipped_models
 
         settings = self.settings
         if settings.threads is not None:
@@ -219,5 +219,6 @@ class Loading:
                 device=settings.device,
                 dtype=settings.dtype,
                 config=EngineConfig(**settings.engine_options()),
+                draft=settings.draft_model if model_kind(model) != "ar" else None,
             )
         return engines
