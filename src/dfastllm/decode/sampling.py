@@ -9,7 +9,7 @@ Greedy rows without edits cost one argmax and no copy of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,14 @@ __all__ = [
 ]
 
 _U64 = np.uint64
-_CHUNK = 1 << 22  # elements of a temporary [rows, vocab]: 16 MiB of float32
+
+
+def _chunks(like: Tensor) -> Iterator[slice]:
+    """Slices of rows small enough that a temporary of them stays in a CPU's cache, or in 256 MiB of a GPU's memory. A
+    row's result never depends on its chunk."""
+    rows, width = like.shape
+    step = max(1, (1 << 17 if like.device.type == "cpu" else 1 << 26) // max(1, width))
+    return (slice(at, min(rows, at + step)) for at in range(0, rows, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,7 @@ def uniform(keys: np.ndarray) -> np.ndarray:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """A full-avalanche 32-bit mix (Wellons' "lowbias32" family), in place on int32; the masks make the shifts logical."""
+    """A full-avalanche 32-bit mix (Wellons' "lowbias32" family), in place on int32; masks make the shifts logical."""
     x ^= (x >> 16) & 0xFFFF
     x *= 0x21F0AAAD
     x ^= (x >> 15) & 0x1FFFF
@@ -156,9 +163,12 @@ def gumbel(keys: np.ndarray, vocab: int, device: torch.device) -> Tensor:
     low = torch.from_numpy(halves[:, 0].copy()).to(device)[:, None]
     high = torch.from_numpy(halves[:, 1].copy()).to(device)[:, None]
     column = torch.arange(vocab, dtype=torch.int32, device=device)[None, :] * -1640531527  # 0x9E3779B9 as int32
-    bits = _mix32(_mix32(column + low).bitwise_xor_(high))
-    v = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return v.neg_().log1p_().neg_().log_().neg_()
+    out = torch.empty(len(keys), vocab, device=device)
+    for rows in _chunks(out):
+        bits = _mix32(_mix32(column + low[rows]).bitwise_xor_(high[rows]))
+        v = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+        out[rows] = v.neg_().log1p_().neg_().log_().neg_()
+    return out
 
 
 def best_tokens(logits: Tensor) -> Tensor:
@@ -178,28 +188,24 @@ def log_normaliser(logits: Tensor) -> Tensor:
     Summed in float64, so the value does not depend on how many rows are reduced together; rows go in chunks, so the
     temporary stays small.
     """
-    rows, vocab = logits.shape
-    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    step = max(1, _CHUNK // max(1, vocab))
-    for at in range(0, rows, step):
-        part = logits[at : at + step]
-        top = part.amax(dim=-1, keepdim=True)
-        total = (part - top).exp_().sum(dim=-1, dtype=torch.float64)
-        out[at : at + step] = (total.log() + top[:, 0]).float()
+    out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    for rows in _chunks(logits):
+        top = logits[rows].amax(dim=-1, keepdim=True)
+        total = (logits[rows] - top).exp_().sum(dim=-1, dtype=torch.float64)
+        out[rows] = (total.log() + top[:, 0]).float()
     return out
 
 
 def spread(logits: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy in nats and margin p1 - p2 per row, float32 [rows] each. logits [rows, vocab], norm [rows]."""
     entropy, margin = torch.empty_like(norm), torch.empty_like(norm)
-    step = max(1, _CHUNK // max(1, logits.shape[1]))
-    for at in range(0, logits.shape[0], step):
-        logp = logits[at : at + step] - norm[at : at + step, None]
+    for rows in _chunks(logits):
+        logp = logits[rows] - norm[rows, None]
         best = logp.topk(min(2, logp.shape[1]), dim=-1).values.exp()
-        margin[at : at + step] = best[:, 0] - (best[:, 1] if best.shape[1] > 1 else 0)
+        margin[rows] = best[:, 0] - (best[:, 1] if best.shape[1] > 1 else 0)
         p = logp.exp()
-        terms = torch.where(p > 0, p * logp, torch.zeros_like(p))
-        entropy[at : at + step] = -terms.sum(dim=-1, dtype=torch.float64).float()
+        terms = p.mul_(logp.clamp_(min=-200.0))  # p of -inf is 0, and 0 * -200 is too
+        entropy[rows] = -terms.sum(dim=-1, dtype=torch.float64).float()
     return entropy, margin
 
 
@@ -293,9 +299,8 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         if d.sampling.temperature > 0 or d.edits:
             special += range(len(rows), len(rows) + len(d.positions))
         rows += ((d, i) for i in range(len(d.positions)))
-    step = max(1, _CHUNK // max(1, logits.shape[1]))
-    for at in range(0, len(special), step):
-        some = special[at : at + step]
+    for part in _chunks(logits[: len(special)]):
+        some = special[part]
         where = torch.tensor(some, dtype=torch.long, device=logits.device)
         edited = logits[where]
         _edit_all(edited, [rows[r] for r in some])
