@@ -72,12 +72,7 @@ class Canvas:
             self.committed += len(event.token_ids)
         else:
             self.length = update.length
-            self.fixed.update(update.commit)
-            for position, token in update.revise.items():
-                if token is None:
-                    self.fixed.pop(position, None)
-                else:
-                    self.fixed[position] = token
+            update.apply(self.fixed)
             self.fresh = set(update.commit) | {p for p, token in update.revise.items() if token is not None}
             self.guesses = dict(update.provisional)
             self.committed = len(self.fixed)

@@ -26,6 +26,15 @@ class CanvasUpdate:
     length: int
     masked: int
 
+    def apply(self, fixed: dict[int, int]) -> None:
+        """Bring a viewer's canvas (position -> decided token) up to date with this step."""
+        fixed.update(self.commit)
+        for position, token in self.revise.items():
+            if token is None:
+                fixed.pop(position, None)
+            else:
+                fixed[position] = token
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

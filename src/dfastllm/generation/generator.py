@@ -220,12 +220,7 @@ class _Canvas:
             return
         self._length, self._masked = canvas.length, canvas.masked
         self._guessed = dict(canvas.provisional)
-        self._decided |= canvas.commit
-        for position, token in canvas.revise.items():
-            if token is None:
-                self._decided.pop(position, None)
-            else:
-                self._decided[position] = token
+        canvas.apply(self._decided)
 
     def chunk(self, told: str, event: StepEvent) -> StreamChunk:
         finished = event.finish is not None
