@@ -10,7 +10,7 @@ import torch
 from dfastllm import models
 from dfastllm.models.decoder import Decoder
 from dfastllm.train.data import Example
-from dfastllm.train.objectives import OBJECTIVES, BlockDiffusion, MaskedDiffusion, block_mask, draw_masked, loss
+from dfastllm.train.objectives import BlockDiffusion, MaskedDiffusion, block_mask, draw_masked, loss, make_objective
 
 EXAMPLES = [
     Example((5, 6, 7), (8, 9, 10, 94), 0),
@@ -43,7 +43,7 @@ def plain_nll(net: Decoder, ids: list[int], visible: list[list[int]], row: int, 
 
 def test_causal_is_the_mean_over_response_tokens_of_the_next_token_loss() -> None:
     net = model("llama")
-    rows = OBJECTIVES["causal"](net).rows(EXAMPLES, torch.Generator())
+    rows = make_objective("causal", net).rows(EXAMPLES, torch.Generator())
     expected = []
     for e in EXAMPLES:
         ids = [*e.prompt, *e.response]
@@ -60,7 +60,7 @@ def masks_of(objective: MaskedDiffusion, seed: int) -> list[torch.Tensor]:
 
 def test_masked_diffusion_weighs_masked_tokens_by_one_over_their_share() -> None:
     net = model("llada")
-    objective = OBJECTIVES["masked_diffusion"](net)
+    objective = make_objective("masked_diffusion", net)
     assert isinstance(objective, MaskedDiffusion)
     assert [objective.canvas(e) for e in EXAMPLES] == [8, 32, 64]
     expected = 0.0
@@ -80,10 +80,15 @@ def test_masked_diffusion_weighs_masked_tokens_by_one_over_their_share() -> None
     assert loss(net, rows).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_canvases_take_turns() -> None:
+    sizes = MaskedDiffusion(0, 1, 2, slack=(-1, 0, 3))
+    assert [sizes.canvas(Example((5,), (6,) * n, n)) for n in (3, 1, 32, 33, 34, 35)] == [8, 32, 128, 40, 64, 160]
+
+
 def test_block_diffusion_equals_one_pass_per_block() -> None:
     """Training sees all blocks in one forward; here each block is run on its own, after the clean blocks before it."""
     net = model("sdar")
-    objective = OBJECTIVES["block_diffusion"](net)
+    objective = make_objective("block_diffusion", net)
     assert isinstance(objective, BlockDiffusion)
     size, draw, expected = objective.block, torch.Generator().manual_seed(5), 0.0
     for e in EXAMPLES:
@@ -127,6 +132,9 @@ def test_masks_are_never_empty_and_shares_are_uniform() -> None:
     shares = torch.bincount(counts.long(), minlength=5) / 4000
     assert shares[0] == 0
     assert (shares[1:] - 0.25).abs().max() < 0.03
+    skewed = torch.tensor([draw_masked(4, draw, power=2.0).sum().item() for _ in range(4000)])
+    expected = torch.tensor([(1 - k / 4) ** 0.5 for k in range(5)]).diff().neg()  # P(share <= x) = 1 - (1 - x)^(1/2)
+    assert (torch.bincount(skewed.long(), minlength=5)[1:] / 4000 - expected).abs().max() < 0.03
 
 
 @pytest.mark.parametrize(
@@ -135,7 +143,7 @@ def test_masks_are_never_empty_and_shares_are_uniform() -> None:
 def test_an_examples_rows_do_not_depend_on_its_neighbours(name: str, family: str) -> None:
     """Padding is inert: the gradient of a batch is the weighted mean of its examples' gradients."""
     net = model(family)
-    objective = OBJECTIVES[name](net)
+    objective = make_objective(name, net)
     draw = torch.Generator().manual_seed(9)
     alone = []
     for e in EXAMPLES:  # one generator for all, as in the batch: the same masks are drawn
@@ -148,7 +156,7 @@ def test_an_examples_rows_do_not_depend_on_its_neighbours(name: str, family: str
 
 def test_rows_stay_within_the_cost_that_buckets_are_cut_by() -> None:
     for name, family in (("causal", "llama"), ("masked_diffusion", "llada"), ("block_diffusion", "sdar")):
-        objective = OBJECTIVES[name](model(family))
+        objective = make_objective(name, model(family))
         rows = objective.rows(EXAMPLES, torch.Generator())
         assert rows.length == max(map(objective.cost, EXAMPLES))
         assert len(rows.ids) == len(rows.positions) == rows.batch * rows.length

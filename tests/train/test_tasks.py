@@ -54,6 +54,9 @@ def test_the_mix_holds_every_task_and_mostly_distinct_samples() -> None:
     drawn = [draw("train", 0, i) for i in range(2000)]
     assert {s.task for s in drawn} == set(TASKS)
     assert len({(str(s.messages), s.response) for s in drawn}) > 1950
+    more = [draw("train", 0, i, mix={"prose": 20.0, "code": 0.0}).task for i in range(500)]
+    assert more.count("prose") > 100
+    assert "code" not in more
 
 
 @pytest.mark.parametrize("task", [t for t in TASKS if t != "prose"])

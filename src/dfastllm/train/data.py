@@ -6,7 +6,7 @@ Does not know objectives: what is masked or shifted is theirs.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dfastllm.text.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ class Stream:
     exactly.
 
     cost: rows an example will take in the forward pass (an objective adds its canvas); sorts and fills the buckets.
+    mix: see `draw`.
     """
 
     def __init__(
@@ -67,13 +68,15 @@ class Stream:
         seed: int,
         tokens: int,
         cost: Callable[[Example], int] = lambda example: example.length,
+        mix: Mapping[str, float] | None = None,
     ) -> None:
         self.tokenizer, self.split, self.seed, self.tokens, self.cost = tokenizer, split, seed, tokens, cost
+        self.mix = mix
 
     def _examples(self, window: int) -> list[Example]:
         found = []
         for index in range(window * WINDOW, (window + 1) * WINDOW):
-            sample = draw(self.split, self.seed, index)
+            sample = draw(self.split, self.seed, index, mix=self.mix)
             rng = random.Random(f"turn/{self.seed}/{index}")
             earlier = draw(self.split, self.seed, rng.randrange(10**9)) if rng.random() < TURN_SHARE else None
             if earlier is not None and (earlier.tools or sample.tools):

@@ -25,7 +25,7 @@ from dfastllm.models.decoder import Decoder
 from dfastllm.text.tokenizer import Tokenizer
 from dfastllm.train.checkpoint import latest, prune, read_checkpoint, read_weights, write_checkpoint
 from dfastllm.train.data import Batch, Example, Stream
-from dfastllm.train.objectives import OBJECTIVES, Objective, loss
+from dfastllm.train.objectives import Objective, loss, make_objective
 from dfastllm.train.recipes import Recipe, load_recipe
 from dfastllm.train.vocab import MAX_LEN, train_tokenizer
 
@@ -65,7 +65,7 @@ def run(
     tokenizer = shared_tokenizer(Path(runs))
     model = build_model(recipe, tokenizer).to(device)
     optimizers = make_optimizers(model, recipe)
-    objective = OBJECTIVES[recipe.objective](model)
+    objective = make_objective(recipe.objective, model, recipe.slack, recipe.power)
     state: dict[str, Any] = {"step": 0, "position": [0, 0], "tokens": 0, "samples": 0, "seconds": 0.0}
     if newest is not None:
         state = read_checkpoint(newest, model, optimizers)
@@ -120,7 +120,7 @@ def export(model: Decoder, tokenizer: Path, out: Path) -> None:
 
 
 def make_optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW on the embedding, head and norms; on the layers' matrices Muon (Jordan et al. 2024), scaled to AdamW's update
+    """AdamW on the embedding, head and norms; on matrices of layers Muon (Jordan et al. 2024), scaled to AdamW's update
     size (Liu et al. 2025, arXiv 2502.16982), or AdamW too."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     chosen = {id(p) for p in matrices}
@@ -166,7 +166,9 @@ class Loop:
 
     def go(self, stop: int, validate_every: int, save_every: int, log_every: int) -> None:
         """Run up to step `stop`; log.jsonl gets a line every `log_every` steps and at every validation."""
-        stream = Stream(self.tokenizer, "train", self.recipe.seed, self.recipe.batch_tokens, self.objective.cost)
+        recipe = self.recipe
+        cost = self.objective.cost
+        stream = Stream(self.tokenizer, "train", recipe.seed, recipe.batch_tokens, cost, recipe.mix)
         window, number = self.state["position"]
         batches = stream.at((window, number))
         begun, before = time.monotonic(), self.state["seconds"]

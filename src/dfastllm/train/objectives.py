@@ -12,7 +12,8 @@ An objective turns a Batch into `Rows` (flat ids, positions, an attention mask, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from dfastllm.models.decoder import Decoder
 from dfastllm.models.parts import Attend
 from dfastllm.train.data import Example
 
-__all__ = ["OBJECTIVES", "BlockDiffusion", "Causal", "MaskedDiffusion", "Objective", "Rows", "loss"]
+__all__ = ["BlockDiffusion", "Causal", "MaskedDiffusion", "Objective", "Rows", "loss", "make_objective"]
 
 CANVAS = 32  # canvases are multiples of this, as the default block of masked diffusion
 
@@ -117,11 +118,16 @@ class Causal:
         )
 
 
-def draw_masked(count: int, generator: torch.Generator) -> Tensor:
+def draw_masked(count: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
     """A mask of `count` positions [count] bool: k uniform in 1..count of them, uniformly chosen. The exact-count form
     of "t uniform, each position with probability t": the same expectation under weight 1/k as under 1/t, with less
-    variance (Ou et al. 2024, arXiv 2406.03736), and never empty."""
-    k = int(torch.randint(1, count + 1, (), generator=generator))
+    variance (Ou et al. 2024, arXiv 2406.03736), and never empty. power > 1 skews the share to 1 - (1 - u)^power, u
+    uniform: more of what must be worked out, less of what can be copied from the rest of the answer."""
+    if power == 1.0:
+        k = int(torch.randint(1, count + 1, (), generator=generator))
+    else:
+        u = torch.rand((), generator=generator, dtype=torch.float64).item()
+        k = max(1, math.ceil(count * (1 - (1 - u) ** power)))
     masked = torch.zeros(count, dtype=torch.bool)
     masked[torch.randperm(count, generator=generator)[:k]] = True
     return masked
@@ -129,20 +135,21 @@ def draw_masked(count: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskedDiffusion:
-    """LLaDA's objective on the response, padded to a canvas with EOS. Deterministic canvas size per example: a third of
-    the examples each get the tightest multiple of 8, of CANVAS, and one CANVAS more, so that a model knows canvases of
-    several sizes. tail: weight of an EOS after the first, which carries little to learn."""
+    """LLaDA's objective on the response, padded to a canvas with EOS. Examples take turns in `slack`, so that a model
+    knows canvases of several sizes: n >= 0 is the tightest multiple of CANVAS and n CANVASes more, -1 the tightest
+    multiple of 8. power: see `draw_masked`. tail: weight of an EOS after the first, which carries little to learn."""
 
     mask: int
     eos: int
     pad: int
+    slack: tuple[int, ...] = (-1, 0, 1)
+    power: float = 1.0
     tail: float = 0.2
 
     def canvas(self, example: Example) -> int:
         tight = len(example.response)
-        if example.index % 3 == 0:
-            return -(-tight // 8) * 8
-        return -(-tight // CANVAS) * CANVAS + (CANVAS if example.index % 3 == 2 else 0)
+        slack = self.slack[example.index % len(self.slack)]
+        return -(-tight // 8) * 8 if slack < 0 else (-(-tight // CANVAS) + slack) * CANVAS
 
     def cost(self, example: Example) -> int:
         return len(example.prompt) + self.canvas(example)
@@ -155,7 +162,7 @@ class MaskedDiffusion:
             clean = torch.tensor([*e.response, *[self.eos] * (size - tight)])
             weight = torch.ones(size)
             weight[tight:] = self.tail
-            masked = draw_masked(size, generator)
+            masked = draw_masked(size, generator, self.power)
             share = masked.sum() / size
             weights.append((weight / weight.sum() / share / len(examples))[masked])
             wanted.append(masked.nonzero()[:, 0] + at * length + len(e.prompt))
@@ -253,20 +260,12 @@ def _ids(model: Decoder) -> tuple[int, int, int]:
     return (eos if info.mask_id is None else info.mask_id, eos, eos if info.pad_id is None else info.pad_id)
 
 
-def _causal(model: Decoder) -> Objective:
-    return Causal(_ids(model)[2])
-
-
-def _masked(model: Decoder) -> Objective:
-    return MaskedDiffusion(*_ids(model))
-
-
-def _block(model: Decoder) -> Objective:
-    return BlockDiffusion(*_ids(model), block=model.info.block)
-
-
-OBJECTIVES: Mapping[str, Callable[[Decoder], Objective]] = {
-    "block_diffusion": _block,
-    "causal": _causal,
-    "masked_diffusion": _masked,
-}
+def make_objective(name: str, model: Decoder, slack: tuple[int, ...] = (-1, 0, 1), power: float = 1.0) -> Objective:
+    """causal, masked_diffusion (which alone reads `slack` and `power`) or block_diffusion, with the model's ids."""
+    mask, eos, pad = _ids(model)
+    makers: dict[str, Callable[[], Objective]] = {
+        "block_diffusion": lambda: BlockDiffusion(mask, eos, pad, model.info.block),
+        "causal": lambda: Causal(pad),
+        "masked_diffusion": lambda: MaskedDiffusion(mask, eos, pad, slack, power),
+    }
+    return makers[name]()

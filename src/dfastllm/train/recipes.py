@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ class Recipe:
     """shape: fields of models.DecoderConfig but vocab_size and max_len. steps: optimizer steps. batch_tokens: padded
     rows a step. lr: of AdamW (embedding, head, norms); matrix_lr: of Muon on the layers' matrices, or of AdamW there
     too when `optimizer` is "adamw". schedule: "wsd" holds the rate and falls linearly to 0 over the last `decay` share
-    of the steps; "cosine" falls from the warm-up on. bf16: autocast. Raises ValidationError for impossible values."""
+    of the steps; "cosine" falls from the warm-up on. bf16: autocast. block: of block diffusion.
+    slack, power: canvas sizes and shares masked in masked diffusion (see MaskedDiffusion). mix: factors on the tasks'
+    shares. Raises ValidationError for impossible values."""
 
     name: str
     family: str
@@ -51,13 +53,21 @@ class Recipe:
     seed: int = 0
     init: Init | None = None
     block: int = 0
+    slack: tuple[int, ...] = (-1, 0, 1)
+    power: float = 1.0
+    mix: Mapping[str, float] = field(default_factory=dict)
     milestones: tuple[int, ...] = ()  # steps whose weights are kept, for warm starts
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValidationError(f"{name} must be at least 1, got {getattr(self, name)}.", param=name)
-        for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine"))):
+        choices = {
+            "objective": ("causal", "masked_diffusion", "block_diffusion"),
+            "optimizer": ("muon", "adamw"),
+            "schedule": ("wsd", "cosine"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValidationError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.", param=name)
         if not 0 <= self.decay <= 1:
@@ -88,7 +98,8 @@ def load_recipe(name: str | Path) -> Recipe:
     try:
         init = raw.pop("init", None)
         init = Init(**{**init, "layers": tuple(init.get("layers", ()))}) if init else None
-        return Recipe(**{**raw, "init": init, "milestones": tuple(raw.get("milestones", ()))})
+        lists = {name: tuple(raw[name]) for name in ("milestones", "slack") if name in raw}
+        return Recipe(**{**raw, "init": init, **lists})
     except TypeError as error:
         raise ValidationError(f"{path} is not a recipe: {error}.", param="recipe") from error
 
@@ -97,15 +108,28 @@ SMALL = {"hidden_size": 128, "intermediate_size": 352, "layers": 2, "heads": 4, 
 BODY = {**SMALL, "layers": 6}
 GROWN = Init("demo-draft", 3000, (0, None, None, 1, None, None))
 
+BASE = Init("demo-ar-base", 1500)
+
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("demo-draft", "llama", "causal", SMALL, steps=3000),
         Recipe("demo-ar-base", "llama", "causal", BODY, steps=1500, seed=1, init=GROWN),
-        Recipe("demo-ar", "llama", "causal", BODY, steps=3000, seed=4, init=Init("demo-ar-base", 1500)),
-        Recipe("demo-diffusion", "llada", "masked_diffusion", BODY, steps=8000, seed=2, init=GROWN),
+        Recipe("demo-ar", "llama", "causal", BODY, steps=1500, seed=4, init=BASE),
+        Recipe("demo-diffusion-base", "llada", "masked_diffusion", BODY, steps=3250, seed=2, init=GROWN, decay=0.0),
         Recipe(
-            "demo-block", "sdar", "block_diffusion", BODY, steps=5000, seed=3, block=4, init=Init("demo-ar-base", 1500)
+            "demo-diffusion",
+            "llada",
+            "masked_diffusion",
+            BODY,
+            steps=3600,
+            seed=5,
+            init=Init("demo-diffusion-base", 3250),
+            decay=0.5,
+            slack=(-1, -1, 0, 0, 0, 0, 1, 3),
+            power=2.0,
+            mix={"arithmetic": 2.5},
         ),
+        Recipe("demo-block", "sdar", "block_diffusion", BODY, steps=2600, seed=3, block=4, init=BASE),
     )
 }

@@ -29,10 +29,14 @@ SYSTEM = ("You are a helpful assistant.", "Answer briefly.", "You are dfastllm, 
 SYSTEM_SHARE = 0.08
 
 
-def draw(split: Split, seed: int, index: int, task: str | None = None) -> Sample:
-    """The index-th sample of this split's stream under this seed; `task` None: from the whole mix."""
+def draw(
+    split: Split, seed: int, index: int, task: str | None = None, mix: Mapping[str, float] | None = None
+) -> Sample:
+    """The index-th sample of this split's stream under this seed; `task` None: from the whole mix, in which `mix`
+    multiplies the shares of the tasks it names."""
     rng = random.Random(f"{split}/{seed}/{index}/{task}")
-    name = task or rng.choices(list(TASKS), weights=[share for _, share in TASKS.values()])[0]
+    shares = [share * (mix or {}).get(name, 1.0) for name, (_, share) in TASKS.items()]
+    name = task or rng.choices(list(TASKS), weights=shares)[0]
     maker = TASKS[name][0]
     while True:  # held-out shares are a few per cent: some 25 drafts for a test sample
         draft = maker(rng)
