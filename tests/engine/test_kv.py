@@ -93,6 +93,7 @@ def test_slots_and_run_agree() -> None:
     assert a.run(8) == 0
     assert a.run(11) is None  # b took the page between
     assert a.slots(6, 10) == [6, 7, 12, 13]
+    assert list(a.slots(2, 5)) == [2, 3, 4]
 
 
 def test_release_twice_is_caught() -> None:

@@ -7,7 +7,7 @@ table is usually one run of consecutive pages and its K,V can be read as a view 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -102,17 +102,19 @@ class PageTable:
         self.pool.retain(twin.pages)
         return twin
 
-    def slots(self, start: int, stop: int) -> list[int]:
+    def slots(self, start: int, stop: int) -> Sequence[int]:
+        """Slots of the positions [start, stop), in order."""
         size = self.pool.page_size
+        first = self.run(stop)
+        if first is not None:
+            return range(first + start, first + stop)
         return [self.pages[p // size] * size + p % size for p in range(start, stop)]
 
     def run(self, stop: int) -> int | None:
         """First slot if the pages of [0, stop) are consecutive, else None."""
-        n = self.pool.pages_for(stop)
-        first = self.pages[0] if n else 0
-        if all(self.pages[i] == first + i for i in range(n)):
-            return first * self.pool.page_size
-        return None
+        pages = self.pages[: self.pool.pages_for(stop)]
+        first = pages[0] if pages else 0
+        return first * self.pool.page_size if pages == list(range(first, first + len(pages))) else None
 
 
 class KVStore:

@@ -63,8 +63,8 @@ class Live:
     def apply(self, span: Span, commit: Commit) -> CanvasUpdate | None:
         """Write a commit into the state. Returns what a live display would show (canvas models only)."""
         state = self.state
-        canvas = state.model.kind != "ar"
-        before = list(state.tokens) if canvas else state.tokens
+        length = len(state.tokens)
+        before = {p: state.tokens[p] for p in commit.fixed if p < length}
         for position in sorted(commit.fixed):
             if position == len(state.tokens):
                 state.tokens.append(commit.fixed[position])
@@ -83,14 +83,15 @@ class Live:
         assert commit.stable >= state.stable, "stable went backwards"
         state.stable = commit.stable
         self.logprobs.update(commit.logprobs)
-        return self._canvas(before, commit) if canvas else None
+        return self._canvas(before, commit) if state.model.kind != "ar" else None
 
-    def _canvas(self, before: list[int], commit: Commit) -> CanvasUpdate:
+    def _canvas(self, before: Mapping[int, int], commit: Commit) -> CanvasUpdate:
+        """before: what stood at the positions that `commit` fixes."""
         start, mask = self.state.canvas_start, self.state.model.mask_id
         new: dict[int, int] = {}
         revise: dict[int, int | None] = {}
         for position, token in commit.fixed.items():
-            was = before[position] if position < len(before) else mask
+            was = before.get(position, mask)
             if was == mask:
                 new[position - start] = token
             elif was != token:
@@ -98,14 +99,13 @@ class Live:
         for position in commit.masked:
             revise[position - start] = None
         stop = self.state.canvas_stop
-        canvas = self.state.tokens[start:stop]
         return CanvasUpdate(
             commit=new,
             provisional={p - start: t for p, t in commit.provisional.items()},
             revise=revise,
             block_done=commit.block_done,
             length=stop - start,
-            masked=sum(token == mask for token in canvas),
+            masked=self.state.tokens.count(mask) if mask is not None else 0,
         )
 
     def emit(self, now: float, canvas: CanvasUpdate | None, finish: FinishReason | None) -> StepEvent | None:
