@@ -56,7 +56,8 @@ def visibility(span: Span, cached: int) -> np.ndarray | None:
     """Bool [rows, keys] of Span's rules for keys = positions [0, cached) then the own rows that are not cached; None
     when all are visible."""
     own0 = _own0(span)
-    if span.attend == "full" and not span.shadows:
+    last = span.attend == "causal" and len(span.ids) == 1 and cached <= span.stop  # the usual decode step
+    if (span.attend == "full" or last) and not span.shadows:
         return None
     row_pos = np.array([*range(span.start, span.stop), *(p for p, _ in span.shadows)])
     key_pos = np.concatenate([np.arange(cached), row_pos[own0:]])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +110,10 @@ class PageTable:
         first = self.run(stop)
         if first is not None:
             return range(first + start, first + stop)
-        return [self.pages[p // size] * size + p % size for p in range(start, stop)]
+        low = start // size
+        table = np.asarray(self.pages[low : self.pool.pages_for(stop)])
+        slots = (table[:, None] * size + np.arange(size)).ravel()
+        return cast(list[int], slots[start - low * size : stop - low * size].tolist())
 
     def run(self, stop: int) -> int | None:
         """First slot if the pages of [0, stop) are consecutive, else None."""

@@ -72,8 +72,8 @@ class Scheduler:
 
     def _make_room(self, live: Live, positions: int, chosen: list[tuple[Live, Span]]) -> bool:
         """Free pages for `live` by preempting running sequences of lower rank that are not in the batch yet."""
-        busy = {id(s) for s, _ in chosen}
         while live.table.missing(positions) > self.pages.free:
+            busy = {id(s) for s, _ in chosen}
             victims = [s for s in self.running if s is not live and id(s) not in busy and s.table.pages]
             if not victims:
                 return False
