@@ -16,8 +16,8 @@ Made by `python -m dfastllm.decode > docs/decoders.md`; a test fails when it is 
 
 An autoregressive model decodes with `ar` (greedy or sampled). A masked-diffusion model decodes with any rule and any
 cache below; a block-diffusion model with any rule, over exact K,V. In the HTTP API a rule is chosen by `rule` (or by
-sending `threshold` or `factor`) and its options by `rule_options`; in Python by `DecodeParams(rule=..., options=...)`; on
-the command line by `--rule` and `--options`.
+sending `threshold` or `factor`) and its options by `rule_options`; in Python by `DecodeParams(rule=..., options=...)`;
+on the command line by `--rule` and `--options`.
 """
 
 

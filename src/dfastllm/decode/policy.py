@@ -8,8 +8,12 @@ The law, checked for every registered policy by tests/decode/test_conformance.py
 3. Recoverable: with `kv_len` set to 0 between any two steps (preemption), later commits are unchanged: `plan` first
    asks for the forwards that rebuild K,V from the tokens they were made from.
 4. Keyed: every random draw is a function of (seed, decode step, position).
-5. Ends: at most `bound(seq)` forwards after the prompt is in; the last Commit has `finish` and leaves no mask id.
-6. `stable` never decreases and tokens before it never change.
+5. Ends: at most `bound(request, model)` deciding forwards (those with a `want`; every registered policy has that
+   method); the last Commit has `finish` and leaves no mask id: what is still undecided behind the end of the text is
+   filled with padding there.
+6. `stable` never decreases and tokens before it never change. It never passes the end of the text (the ending token
+   included, at most max_tokens): the answer is tokens[canvas_start : stable of the last Commit].
+7. `absorb` may overwrite the mask id's column of the logits (with -inf, so twice is as good as once), nothing else.
 """
 
 from __future__ import annotations
