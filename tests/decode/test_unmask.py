@@ -74,10 +74,13 @@ OPINION = Opinion()
 POLICY = MaskedDiffusion(OPINION)
 
 
-def logits_of(seed: int, step: int, length: int, scale: float, twins: bool) -> np.ndarray:
-    """float32 [length, VOCAB]; with `twins` some rows are equal, so that ties must be broken."""
+def logits_of(seed: int, step: int, length: int, scale: float, twins: bool, calm: bool = False) -> np.ndarray:
+    """float32 [length, VOCAB]; with `twins` some rows are equal, so that ties must be broken; with `calm` rows change
+    little from step to step."""
     rng = np.random.default_rng([seed, step])
     rows = (rng.standard_normal((length, VOCAB)) * scale).astype(np.float32)
+    if calm:
+        rows = 0.2 * rows + logits_of(seed, 1 << 20, length, scale, False)
     if twins and length > 2:
         rows[length // 2] = rows[0]
         rows[length - 1] = rows[0]
@@ -131,7 +134,7 @@ def test_rule_equals_its_twin(name: str, data: st.DataObject) -> None:
     steps = data.draw(st.one_of(st.none(), st.integers(2, 2 * length + 2)), label="steps")
     options = {k: data.draw(v, label=k) for k, v in VARIED[name].items()}
     seed, scale = data.draw(st.integers(0, 10_000), label="seed"), data.draw(st.floats(0.5, 4), label="scale")
-    ties = data.draw(st.booleans(), label="ties")
+    ties, calm = data.draw(st.booleans(), label="ties"), data.draw(st.booleans(), label="calm")
     order = options.pop("remasking", "low_confidence")
     decode = DecodeParams(
         rule=name, block_length=length, steps=steps, remasking=order, options=options, early_stop=False
@@ -141,7 +144,7 @@ def test_rule_equals_its_twin(name: str, data: st.DataObject) -> None:
     for step in range(40 * length):
         state: CanvasState = seq.policy
         a = active_rows(seq, *state.bounds)
-        rows = logits_of(seed, step, a.stop - a.start, scale, ties)
+        rows = logits_of(seed, step, a.stop - a.start, scale, ties, calm)
         fixed, again, memory, closed = by_twin(name, seq, a, rows, memory)
         logits = torch.from_numpy(rows[[p - a.start for p in a.positions]])
         (decision,) = denoise([a], logits, OPINION)
