@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,17 +59,23 @@ def batching(out: Out = Path("benchmarks"), requests: int = 32, repeats: int = 3
 
 @app.command()
 def decoders(
-    out: Out = Path("benchmarks"), model: str = "demo-diffusion", samples: int = 60, canvas: int = 64, block: int = 32
+    out: Out = Path("benchmarks"),
+    model: str = "demo-diffusion",
+    draft: str = "demo-draft",
+    samples: int = 60,
+    canvas: int = 64,
+    block: int = 32,
 ) -> None:
     """Every rule x cache on a masked-diffusion model, and the parallelism sweep with its plot."""
     from dfastllm.bench.decoders import Point, as_rows, decoder_grid, measure_decoders, parallelism_sweep, plot_points
-    from dfastllm.decode.unmask import RULES
+    from dfastllm.decode.registry import CACHES, RULES
     from dfastllm.llm import LLM
 
-    caches = ("none", "prefix", "dual", "windowed")
-    grid = list(decoder_grid(list(RULES), caches, block, canvas))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("the plot needs matplotlib: ./run setup dev, or pip install 'dfastllm[plots]'.")
+    grid = list(decoder_grid(list(RULES), list(CACHES), block, canvas))
     sweep = [c for cache in ("none", "dual") for c in parallelism_sweep(cache, block, canvas)]
-    with LLM(model) as llm:
+    with LLM(model, draft=draft) as llm:
         results = [
             list(track(measure_decoders(llm, iter(configs), samples, canvas), what, len(configs), console=console))
             for what, configs in (("rule x cache", grid), ("parallelism", sweep))
@@ -76,7 +83,9 @@ def decoders(
     points = [[p for p in part if isinstance(p, Point)] for part in results]
     refused = sorted({p for part in results for p in part if isinstance(p, str)})
     record = {"grid": as_rows(points[0]), "sweep": as_rows(points[1]), "refused": refused}
-    write_record(out / "decoders.json", "decoders", record, model=model, samples=samples, canvas=canvas, block=block)
+    write_record(
+        out / "decoders.json", "decoders", record, model=model, draft=draft, samples=samples, canvas=canvas, block=block
+    )
     plot_points(points[1], out / "accuracy_vs_parallelism.png", f"{model}: accuracy against parallelism")
     _table(f"{model}, {samples} held-out samples", as_rows(points[0] + points[1]))
     for line in refused:
