@@ -108,7 +108,7 @@ def plot_points(points: Sequence[Point], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     markers = {"none": "o", "prefix": "s", "dual": "^", "windowed": "D"}
-    figure, axes = plt.subplots(figsize=(8, 5.5))
+    figure, axes = plt.subplots(figsize=(9.5, 5.5))
     rules = list(dict.fromkeys(p.rule for p in points))
     colours = {rule: f"C{i}" for i, rule in enumerate(rules)}
     for rule in rules:
@@ -131,7 +131,7 @@ def plot_points(points: Sequence[Point], path: Path, title: str) -> None:
     axes.set_ylabel("exact match on held-out tasks, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncol=2, loc="lower left")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
