@@ -25,6 +25,7 @@ from dfastllm.models.decoder import Decoder
 from dfastllm.text.tokenizer import Tokenizer
 from dfastllm.train.checkpoint import latest, prune, read_checkpoint, read_weights, write_checkpoint
 from dfastllm.train.data import Batch, Example, Stream
+from dfastllm.train.fold import fold_norms
 from dfastllm.train.objectives import Objective, loss, make_objective
 from dfastllm.train.recipes import Recipe, load_recipe
 from dfastllm.train.vocab import MAX_LEN, train_tokenizer
@@ -70,7 +71,7 @@ def run(
     if newest is not None:
         state = read_checkpoint(newest, model, optimizers)
     elif recipe.init is not None:
-        warm_start(model, recipe, Path(runs), device, threads)
+        warm_start(model, recipe, Path(runs), tokenizer, device, threads)
     home.mkdir(parents=True, exist_ok=True)
     (home / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=1) + "\n")
     loop = Loop(recipe, model, optimizers, objective, tokenizer, state, home, device)
@@ -101,14 +102,23 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Decoder:
     return models.build(config, info, seed=recipe.seed)
 
 
-def warm_start(model: Decoder, recipe: Recipe, runs: Path, device: str, threads: int) -> None:
-    """Weights from the recipe's init, training that first where its checkpoint is missing. What the source lacks (q and
-    k norms) keeps its initial value."""
+def warm_start(model: Decoder, recipe: Recipe, runs: Path, tokenizer: Tokenizer, device: str, threads: int) -> None:
+    """Weights from the recipe's init, training that first where its checkpoint is missing. Norms of q and k that the
+    source lacks keep their initial value; those that only the source has are folded into its projections."""
     assert recipe.init is not None
-    source = runs / recipe.init.recipe / f"step-{recipe.init.step}"
-    if not (source / "state.json").is_file():
+    checkpoint = runs / recipe.init.recipe / f"step-{recipe.init.step}"
+    if not (checkpoint / "state.json").is_file():
         run(recipe.init.recipe, runs=runs, steps=recipe.init.step, device=device, threads=threads)
-    read_weights(source, model, recipe.init.layers)
+    before = load_recipe(recipe.init.recipe)
+    source = build_model(before, tokenizer)
+    if source.config.qk_norm and not model.config.qk_norm:
+        read_weights(checkpoint, source)
+        objective = make_objective(before.objective, source, before.slack, before.power)
+        batch, _ = next(Stream(tokenizer, "train", 0, before.batch_tokens, objective.cost).at((0, 0)))
+        rows = objective.rows(batch.examples, torch.Generator().manual_seed(0))
+        model.load_state_dict(fold_norms(source, rows))
+    else:
+        read_weights(checkpoint, model, recipe.init.layers)
 
 
 def export(model: Decoder, tokenizer: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -49,8 +49,10 @@ class Rows:
     weights: Tensor
 
     def to(self, device: str) -> Rows:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        mask = None if self.mask is None else self.mask.to(device)
+        ids, positions, wanted = self.ids.to(device), self.positions.to(device), self.wanted.to(device)
+        targets, weights = self.targets.to(device), self.weights.to(device)
+        return Rows(self.batch, self.length, ids, positions, mask, wanted, targets, weights)
 
 
 class Objective(Protocol):
@@ -84,7 +86,7 @@ def short_attention(rows: Rows) -> Attend:
         if heads != k4.shape[1]:
             k4, v4 = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k4, v4))
         scores = (q4 * dim**-0.5) @ k4.transpose(-1, -2)  # [batch, heads, length, length]
-        out = (scores.float() + bias).softmax(-1).to(v4.dtype) @ v4
+        out: Tensor = (scores.float() + bias).softmax(-1).to(v4.dtype) @ v4
         return out.transpose(1, 2).reshape(-1, heads, dim)
 
     return attend
@@ -106,7 +108,8 @@ class Causal:
     def rows(self, examples: Sequence[Example], generator: torch.Generator) -> Rows:
         length = max(map(self.cost, examples))
         ids = _padded([(*e.prompt, *e.response[:-1]) for e in examples], length, self.pad)
-        wanted, targets = [], []
+        wanted: list[int] = []
+        targets: list[int] = []
         for at, e in enumerate(examples):
             start = at * length + len(e.prompt) - 1
             wanted += range(start, start + len(e.response))

@@ -79,5 +79,6 @@ def make(rng: random.Random) -> Draft:
     name = words.noun(rng) if rng.random() < 0.7 else rng.choice(["f", "solve", "check", "run"])
     signature = f"{name}({parameters}) -> {returns}"
     prompt = rng.choice([f"Write a function {signature} that {verb}.", f"Python function {signature}: {verb}."])
-    expected = {"name": name, "source": f"def {signature}:\n    return {expr}", "inputs": inputs}
-    return Draft((verb,), prompt, expected["source"], expected, "function")
+    source = f"def {signature}:\n    return {expr}"
+    expected = {"name": name, "source": source, "inputs": inputs}
+    return Draft((verb,), prompt, source, expected, "function")

@@ -32,7 +32,7 @@ COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.NotIn: lambda a, b: a not in b,
 }
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {"len": len, "max": max, "min": min, "sum": sum, "abs": abs}
-METHODS = {str: {"startswith", "endswith", "count", "upper", "lower"}, list: {"count"}}
+METHODS: Mapping[type, set[str]] = {str: {"startswith", "endswith", "count", "upper", "lower"}, list: {"count"}}
 
 
 class Refused(Exception):
@@ -109,6 +109,6 @@ def _call(func: ast.expr, arguments: list[Any], scope: dict[str, Any]) -> Any:
             return _bounded(FUNCTIONS[name](*arguments))
         case ast.Attribute(value=owner, attr=method):
             value = _value(owner, scope)
-            if method in METHODS.get(type(value), ()):
+            if method in METHODS.get(type(value), set()):
                 return _bounded(getattr(value, method)(*arguments))
     raise Refused("call")

@@ -17,11 +17,11 @@ __all__ = ["GRADERS", "grade"]
 def answer(text: str, expected: Any) -> bool:
     """The number after the last `Answer:`; the steps before it are not graded."""
     found = re.findall(r"Answer:\s*(-?\d+)\s*$", text.strip())
-    return bool(found) and found[-1] == expected
+    return bool(found) and bool(found[-1] == expected)
 
 
 def text(text: str, expected: Any) -> bool:
-    return text.strip() == expected
+    return bool(text.strip() == expected)
 
 
 def _same(a: Any, b: Any) -> bool:
