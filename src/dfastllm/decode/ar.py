@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dfastllm.core import Commit, FinishReason, ModelInfo, Request, SequenceState, Span, TokenLogprob
-from dfastllm.decode.sampling import Draw, check_sampling, draw, log_normaliser, token_logprobs
+from dfastllm.decode.sampling import Draw, check_sampling, draw, log_normaliser, on_capable_device, token_logprobs
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
 __all__ = ["Autoregressive"]
@@ -68,6 +68,7 @@ class Autoregressive:
 
     @torch.inference_mode()
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
+        logits = on_capable_device(logits)
         deciding = [seq for seq, span in items if span.want]
         draws = [_draw_of(seq) for seq in deciding]
         for row, seq in enumerate(deciding):

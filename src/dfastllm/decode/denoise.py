@@ -17,7 +17,7 @@ from torch import Tensor
 from dfastllm.core import Commit, SequenceState, TokenLogprob
 from dfastllm.decode.canvas import CanvasState, ending, fill_id
 from dfastllm.decode.evidence import Scorer, add_credit, agreement, drift
-from dfastllm.decode.sampling import Draw, draw, log_normaliser, row_keys, spread, token_logprobs
+from dfastllm.decode.sampling import Draw, draw, log_normaliser, on_capable_device, row_keys, spread, token_logprobs
 from dfastllm.decode.unmask import RULES, Field, Rule, decide
 
 __all__ = ["Active", "Decision", "active_rows", "denoise", "settle", "span_rows"]
@@ -99,6 +99,7 @@ def denoise(group: Sequence[Active], logits: Tensor, scorer: Scorer | None = Non
     with -inf (the mask is never a candidate, nor part of any distribution)."""
     if not group:
         return []
+    logits = on_capable_device(logits)
     for mask in {a.seq.model.mask_id for a in group} - {None}:
         logits[:, mask] = float("-inf")
     ends = np.cumsum([len(a.positions) for a in group])

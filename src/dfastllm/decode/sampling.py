@@ -26,6 +26,7 @@ __all__ = [
     "draw",
     "gumbel",
     "log_normaliser",
+    "on_capable_device",
     "row_keys",
     "spread",
     "token_logprobs",
@@ -169,6 +170,11 @@ def gumbel(keys: np.ndarray, vocab: int, device: torch.device) -> Tensor:
         v = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
         out[rows] = v.neg_().log1p_().neg_().log_().neg_()
     return out
+
+
+def on_capable_device(logits: Tensor) -> Tensor:
+    """The same logits where float64 exists: MPS has none, so its rows go to the CPU."""
+    return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def best_tokens(logits: Tensor) -> Tensor:
