@@ -112,7 +112,7 @@ class DecodeParams:
     factor        of the factor rule; overrides threshold.
     options       further options of the chosen rule by its own documented names (gamma, alg_temp, window, ...);
                   an unknown name is refused at admission.
-    early_stop    end as soon as a committed EOS has no mask before it (lossless; refused by revising rules).
+    early_stop    end as soon as a stable EOS has no mask before it (lossless; a revising rule ends with its block).
     provisional   report best guesses of still-masked positions each step (costs head rows nothing, display only).
     """
 

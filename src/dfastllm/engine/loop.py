@@ -277,7 +277,7 @@ class Engine:
             sequences=len(chosen),
             rows=sum(span.rows for _, span in chosen),
             wanted=sum(len(span.want) for _, span in chosen),
-            committed=sum(len(c.fixed) for c in commits if isinstance(c, Commit)),
+            committed=sum(_decided(c) for c in commits if isinstance(c, Commit)),
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
             pages_used=self.pages.used,
@@ -289,3 +289,10 @@ class Engine:
         )
         for fn in self._subscribers:
             fn(stats)
+
+
+def _decided(commit: Commit) -> int:
+    """Tokens a commit decided. The last one also fills what lies beyond the end of the text; that is no decision."""
+    if commit.finish is None:
+        return len(commit.fixed)
+    return sum(position < commit.stable for position in commit.fixed)
