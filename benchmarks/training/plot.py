@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 STAGES = {
     "demo-draft": ["demo-draft"],
     "demo-ar": ["demo-draft", "demo-ar-base", "demo-ar"],
-    "demo-diffusion": ["demo-draft", "demo-diffusion-base", "demo-diffusion"],
+    "demo-diffusion": ["demo-draft", "demo-ar-base", "demo-block", "demo-diffusion-base", "demo-diffusion"],
     "demo-block": ["demo-draft", "demo-ar-base", "demo-block"],
 }
 

@@ -109,6 +109,7 @@ BODY = {**SMALL, "layers": 6}
 GROWN = Init("demo-draft", 3000, (0, None, None, 1, None, None))
 
 BASE = Init("demo-ar-base", 1500)
+CANVASES = (-1, -1, 0, 0, 0, 0, 1, 3)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -117,7 +118,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("demo-ar-base", "llama", "causal", BODY, steps=1500, seed=1, init=GROWN),
         Recipe("demo-ar", "llama", "causal", BODY, steps=1500, seed=4, init=BASE),
         Recipe(
-            "demo-diffusion",
+            "demo-diffusion-base",
             "llada",
             "masked_diffusion",
             BODY,
@@ -125,9 +126,25 @@ RECIPES: Mapping[str, Recipe] = {
             seed=6,
             init=Init("demo-block", 2600),
             decay=0.5,
-            slack=(-1, -1, 0, 0, 0, 0, 1, 3),
+            slack=CANVASES,
             power=2.0,
             mix={"arithmetic": 2.5},
+        ),
+        Recipe(
+            "demo-diffusion",
+            "llada",
+            "masked_diffusion",
+            BODY,
+            steps=600,
+            lr=8e-4,
+            matrix_lr=8e-4,
+            warmup=30,
+            seed=7,
+            init=Init("demo-diffusion-base", 3300),
+            decay=1.0,
+            slack=CANVASES,
+            power=2.0,
+            mix={"arithmetic": 1.5, "prose": 8.0},
         ),
         Recipe("demo-block", "sdar", "block_diffusion", BODY, steps=2600, seed=3, block=4, init=BASE),
     )

@@ -1,0 +1,46 @@
+"""The demo models of the package: small, one tokenizer, and as good on the test split as their cards say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dfastllm import models
+from dfastllm.llm import resolve, shipped_models
+from dfastllm.train.evaluate import evaluate
+from dfastllm.train.recipes import RECIPES
+
+MODELS = ("demo-ar", "demo-block", "demo-diffusion", "demo-draft")
+CURVES = Path(__file__).parents[2] / "benchmarks" / "training"
+
+
+def test_all_four_are_shipped_and_small() -> None:
+    assert set(MODELS) <= set(shipped_models())
+    for name in MODELS:
+        assert sum(file.stat().st_size for file in resolve(name).iterdir()) <= 10_000_000
+
+
+def test_they_share_one_tokenizer() -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert len({(resolve(name) / file).read_bytes() for name in MODELS}) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shape_and_wiring_are_the_recipes(name: str) -> None:
+    model, recipe = models.load(resolve(name)), RECIPES[name]
+    assert model.info.family == recipe.family
+    assert model.info.block == recipe.block
+    assert {field: getattr(model.config, field) for field in recipe.shape} == recipe.shape
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_held_out_answers_are_as_good_as_the_card_says(name: str) -> None:
+    """24 test samples through the engine; the margin is three standard errors of that many."""
+    recorded = json.loads((CURVES / f"{name}.test.json").read_text())
+    card = (resolve(name) / "README.md").read_text()
+    assert f"**{recorded['total']:.1%}**" in card
+    assert f"dfastllm train {name}" in card
+    total = recorded["total"]
+    assert evaluate(name, per_task=4).total >= total - 3 * (total * (1 - total) / 24) ** 0.5
