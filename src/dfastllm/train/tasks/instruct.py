@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 from dfastllm.train.tasks import words
-from dfastllm.train.tasks.rewrite import _pick as pick
 from dfastllm.train.tasks.sample import Draft
 
 __all__ = ["make"]
@@ -25,7 +24,7 @@ def _repeat(rng: random.Random) -> Draft:
 
 
 def _which(rng: random.Random) -> Draft:
-    picked = pick(rng, rng.randint(3, 5))
+    picked = words.nouns(rng, rng.randint(3, 5))
     order, at = rng.choice([("first", 0), ("last", -1), ("second", 1)])
     prompt = f"What is the {order} word? {', '.join(picked)}"
     return Draft(("which", order, *picked), prompt, picked[at], picked[at], "text")
@@ -40,7 +39,7 @@ def _compare(rng: random.Random) -> Draft:
 
 
 def _count(rng: random.Random) -> Draft:
-    picked = pick(rng, rng.randint(2, 6))
+    picked = words.nouns(rng, rng.randint(2, 6))
     answer = str(len(picked))
     return Draft(("count", *picked), f"How many words are here? {', '.join(picked)}", answer, answer, "text")
 
@@ -53,7 +52,7 @@ def _parity(rng: random.Random) -> Draft:
 
 def _colour(rng: random.Random) -> Draft:
     colours = rng.sample(words.COLOURS, k=3)
-    nouns = pick(rng, 3)
+    nouns = words.nouns(rng, 3)
     facts = ", ".join(f"the {noun} is {colour}" for noun, colour in zip(nouns, colours, strict=True))
     at = rng.randrange(3)
     prompt = f"{facts[0].upper()}{facts[1:]}. What colour is the {nouns[at]}?"

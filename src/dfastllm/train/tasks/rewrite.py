@@ -11,15 +11,6 @@ from dfastllm.train.tasks.sample import Draft
 __all__ = ["make"]
 
 
-def _pick(rng: random.Random, count: int) -> list[str]:
-    picked: list[str] = []
-    while len(picked) < count:
-        word = words.noun(rng)
-        if word not in picked:
-            picked.append(word)
-    return picked
-
-
 FORMS: tuple[tuple[tuple[str, ...], Callable[[list[str]], str]], ...] = (
     (("Make a bullet list: {}", "Write as bullets: {}"), lambda w: "\n".join(f"- {x}" for x in w)),
     (
@@ -34,7 +25,7 @@ FORMS: tuple[tuple[tuple[str, ...], Callable[[list[str]], str]], ...] = (
 
 
 def _list(rng: random.Random) -> Draft:
-    picked = _pick(rng, rng.randint(3, 4))
+    picked = words.nouns(rng, rng.randint(3, 4))
     at = rng.randrange(len(FORMS))
     asks, form = FORMS[at]
     prompt = rng.choice(asks).format(rng.choice([", ", " "]).join(picked))

@@ -21,6 +21,7 @@ __all__ = [
     "invented",
     "last",
     "noun",
+    "nouns",
 ]
 
 FIRST = (
@@ -80,3 +81,13 @@ def city(rng: random.Random) -> str:
 
 def noun(rng: random.Random) -> str:
     return invented(rng) if rng.random() < INVENTED else rng.choice(NOUNS)
+
+
+def nouns(rng: random.Random, count: int) -> list[str]:
+    """`count` different nouns."""
+    picked: list[str] = []
+    while len(picked) < count:
+        word = noun(rng)
+        if word not in picked:
+            picked.append(word)
+    return picked
