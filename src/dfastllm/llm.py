@@ -1,7 +1,7 @@
 """The facade: load a model, generate, stream, chat. One engine thread behind it, the same that the server uses.
 
 llm = LLM("demo-diffusion")
-print(llm.chat([{"role": "user", "content": "What is 12 plus 30?"}]).text)
+print(llm.chat([{"role": "user", "content": "What is 12 + 30?"}]).text)
 """
 
 from __future__ import annotations
