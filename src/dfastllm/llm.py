@@ -222,7 +222,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
         one for all or one per prompt. If any request fails the others are cancelled and its error is raised."""
-        batch = _as_batch(prompts)
+        batch = [self.encode(prompt) for prompt in _as_batch(prompts)]
         samplings = _per_prompt(sampling or DEFAULT_SAMPLING, len(batch), "sampling")
         decodes = _per_prompt(decode, len(batch), "decode")
         tails = list(suffixes) if suffixes is not None else [()] * len(batch)
@@ -231,7 +231,7 @@ class LLM:
                 f"suffixes: got {len(tails)}, wanted one per prompt ({len(batch)}).", param="suffixes"
             )
         jobs = [
-            (i, self.encode(prompt), single, decodes[i], tails[i])
+            (i, prompt, single, decodes[i], tails[i])
             for i, prompt in enumerate(batch)
             for single in split_choices(samplings[i])
         ]
@@ -240,8 +240,7 @@ class LLM:
         for at in range(0, len(jobs), window):
             self._run(jobs[at : at + window], results, timeout)
         return [
-            RequestOutput(uuid.uuid4().hex, self.encode(prompt), tuple(done))
-            for prompt, done in zip(batch, results, strict=True)
+            RequestOutput(uuid.uuid4().hex, prompt, tuple(done)) for prompt, done in zip(batch, results, strict=True)
         ]
 
     def _run(

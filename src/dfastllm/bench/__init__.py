@@ -2,6 +2,6 @@
 
 Uses the facade and the engine like any caller; nothing imports this room but the command line."""
 
-from dfastllm.bench.measure import Spread, machine, spread, timed, write_record
+from dfastllm.bench.measure import Spread, machine, spread, write_record
 
-__all__ = ["Spread", "machine", "spread", "timed", "write_record"]
+__all__ = ["Spread", "machine", "spread", "write_record"]

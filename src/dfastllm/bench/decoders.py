@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm.bench.workload import gradable, run
-from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.errors import UnsupportedError
 from dfastllm.llm import LLM
 
@@ -44,36 +44,32 @@ def decoder_grid(rules: Sequence[str], caches: Sequence[str], block: int, canvas
             yield rule, "default", DecodeParams(**params)
 
 
-def parallelism_sweep(cache: str, block: int, canvas: int) -> Iterator[Config]:
+def parallelism_sweep(cache: Cache, block: int, canvas: int) -> Iterator[Config]:
     """The rules with a dial, from careful to bold: what accuracy costs per token committed in parallel."""
     for share in (1, 2, 4, 8):
         yield (
             "schedule",
             f"steps {canvas // share}",
-            DecodeParams(rule="schedule", cache=_cache(cache), block_length=block, steps=canvas // share),
+            DecodeParams(rule="schedule", cache=cache, block_length=block, steps=canvas // share),
         )
     for threshold in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
         yield (
             "threshold",
             f"τ {threshold}",
-            DecodeParams(rule="threshold", cache=_cache(cache), block_length=block, threshold=threshold),
+            DecodeParams(rule="threshold", cache=cache, block_length=block, threshold=threshold),
         )
     for factor in (0.25, 0.5, 1.0, 2.0):
         yield (
             "factor",
             f"f {factor}",
-            DecodeParams(rule="factor", cache=_cache(cache), block_length=block, factor=factor),
+            DecodeParams(rule="factor", cache=cache, block_length=block, factor=factor),
         )
     for gamma in (0.01, 0.1, 0.5, 1.0):
         yield (
             "entropy_bound",
             f"γ {gamma}",
-            DecodeParams(rule="entropy_bound", cache=_cache(cache), block_length=block, options={"gamma": gamma}),
+            DecodeParams(rule="entropy_bound", cache=cache, block_length=block, options={"gamma": gamma}),
         )
-
-
-def _cache(name: str) -> Any:
-    return name
 
 
 def measure_decoders(llm: LLM, configs: Iterator[Config], samples: int, canvas: int) -> Iterator[Point | str]:

@@ -7,12 +7,12 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Spread", "machine", "spread", "timed", "write_record"]
+__all__ = ["Spread", "machine", "spread", "write_record"]
 
 SCHEMA = 1
 
@@ -32,13 +32,6 @@ def spread(values: Sequence[float]) -> Spread:
     n = len(ordered)
     middle = ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2
     return Spread(middle, ordered[0], ordered[-1], n)
-
-
-def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result of one call."""
-    began = time.perf_counter()
-    result = fn()
-    return time.perf_counter() - began, result
 
 
 def machine() -> dict[str, Any]:

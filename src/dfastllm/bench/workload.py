@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,8 +46,6 @@ def run(
     llm: LLM, samples: Sequence[Sample], sampling: SamplingParams, decode: DecodeParams | None, *, together: bool = True
 ) -> tuple[Outcome, list[Completion]]:
     """Answer the samples, all in flight at once or one after the other, and grade them."""
-    import time
-
     prompts = [llm.render(s.messages, s.tools or None) for s in samples]
     began = time.perf_counter()
     if together:

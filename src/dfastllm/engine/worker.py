@@ -157,10 +157,6 @@ class Worker:
         self._ask_cancel(request_id)
         return known
 
-    def call(self, fn: Callable[[], None]) -> None:
-        """Run `fn` on the engine's thread between two steps (for reading state consistently)."""
-        self._post(fn)
-
     def _ask_cancel(self, request_id: str) -> None:
         self._post(lambda: self._drop(request_id))
 
