@@ -1,0 +1,233 @@
+"""Weights of a linear layer in the two forms that kernels know: natural (QTensor, what files hold) and panels (Packed,
+what the kernels read). The twins here are plain torch; `pack_panels` is the layout's definition.
+
+| format | codes (natural) | scales | value |
+|---|---|---|---|
+| f32, bf16 | the float tensor [n, k] | none | itself |
+| w8 | int8 [n, k] | float32 [n] | code * scale |
+| w8g | int8 [n, k] | float16 [n, k / 32] | code * scale |
+| w4g | uint8 [n, k], 0 to 15 | float16 [n, k / 32] | code * scale - min, or (code - 8) * scale without mins |
+| w6g | uint8 [n, k], 0 to 63 | float16 [n, k / 16] | code * scale - min, or (code - 32) * scale without mins |
+
+Panels hold 64 output channels, channels beyond n as zero weights. One vector register of a kernel holds 4 consecutive
+inputs (2 in bf16, 1 in f32) of neighbouring channels, so a dot product needs no horizontal sum:
+
+| format | data of one panel |
+|---|---|
+| w8, w8g | uint8 code + 128: [k4 / 4][64][4] (k4: k rounded up to 4; the rest is 128) |
+| w4g | [k / 8][64][4]: low nibble channel's input 8 i + j, high nibble input 8 i + 4 + j |
+| w6g | [k / 16]: 512 bytes of low nibbles (two steps of w4g), then 256 bytes [64][4]: high bits of inputs 16 i + j + {0, 4, 8, 12} |
+| bf16 | [k2 / 2][64][2] |
+| f32 | [k][64] |
+
+Scales and minima: [panels][groups][64], float16 (w8: float32, one group).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfastllm.errors import ValidationError
+
+__all__ = ["FORMATS", "GROUP", "PANEL", "Packed", "QTensor", "pack_panels", "unpack_panels"]
+
+PANEL = 64  # output channels of a panel
+GROUP = {"w8g": 32, "w4g": 32, "w6g": 16}  # inputs that share a scale
+FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w6g")
+_ZERO = {"w4g": 8, "w6g": 32}  # the code of weight zero without minima
+_CODE = {"w8": torch.int8, "w8g": torch.int8, "w4g": torch.uint8, "w6g": torch.uint8}
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A weight matrix [n, k] in natural order; see the table above. Raises ValidationError when the parts do not fit.
+
+    It checks shapes and dtypes, not values: `dequantise` of NaN scales is NaN.
+    """
+
+    format: str
+    codes: Tensor
+    scales: Tensor | None = None
+    mins: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValidationError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}.", param="format")
+        if self.codes.ndim != 2:
+            raise ValidationError(f"a weight must have two dims [n, k], got {list(self.codes.shape)}.", param="codes")
+        wanted = {"f32": torch.float32, "bf16": torch.bfloat16, **_CODE}[self.format]
+        if self.codes.dtype != wanted:
+            raise ValidationError(f"codes of {self.format} must be {wanted}, got {self.codes.dtype}.", param="codes")
+        n, k = self.codes.shape
+        group = GROUP.get(self.format)
+        if group and k % group:
+            raise ValidationError(
+                f"{self.format} has groups of {group} inputs, which do not divide {k}.",
+                param="format",
+                hint="Use w8 (one scale per channel) or bf16 for this layer.",
+            )
+        self._check("scales", self.scales, n, k, group)
+        if self.mins is not None and self.format not in _ZERO:
+            raise ValidationError(f"{self.format} has no minima.", param="mins")
+        if self.mins is not None:
+            self._check("mins", self.mins, n, k, group)
+
+    def _check(self, name: str, value: Tensor | None, n: int, k: int, group: int | None) -> None:
+        shape, dtype = ((n, k // group), torch.float16) if group else ((n,), torch.float32)
+        if self.format in ("f32", "bf16"):
+            if value is not None:
+                raise ValidationError(f"{self.format} has no {name}.", param=name)
+        elif value is None or tuple(value.shape) != shape or value.dtype != dtype:
+            got = None if value is None else (list(value.shape), value.dtype)
+            raise ValidationError(f"{name} of {self.format} must be {list(shape)} {dtype}, got {got}.", param=name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantise(self) -> Tensor:
+        """float32 [n, k]."""
+        wide = self.codes.float()
+        if self.scales is None:
+            return wide
+        if self.format == "w8":
+            return wide * self.scales[:, None]
+        n, k = self.shape
+        grouped = wide.view(n, -1, GROUP[self.format])
+        if self.mins is not None:
+            return (grouped * self.scales.float()[..., None] - self.mins.float()[..., None]).reshape(n, k)
+        return ((grouped - _ZERO.get(self.format, 0)) * self.scales.float()[..., None]).reshape(n, k)
+
+    def rows(self, index: Tensor | slice) -> QTensor:
+        """These output channels only, in this order (a permutation, a slice)."""
+        scales = None if self.scales is None else self.scales[index]
+        return QTensor(self.format, self.codes[index], scales, None if self.mins is None else self.mins[index])
+
+    @staticmethod
+    def stack(parts: list[QTensor]) -> QTensor:
+        """Matrices of one format (and all with minima or all without) below one another."""
+        first = parts[0]
+
+        def cat(values: list[Tensor | None]) -> Tensor | None:
+            return None if values[0] is None else torch.cat([v for v in values if v is not None])
+
+        codes = torch.cat([p.codes for p in parts])
+        return QTensor(first.format, codes, cat([p.scales for p in parts]), cat([p.mins for p in parts]))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight matrix in panels. data: 1-d, 64-byte aligned storage; uint8, or bfloat16 / float32 for those formats.
+    scales, mins: 1-d as in the table of this file."""
+
+    format: str
+    n: int
+    k: int
+    data: Tensor
+    scales: Tensor | None = None
+    mins: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.data, self.scales, self.mins) if t is not None)
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // PANEL)
+
+
+def aligned(size: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised 1-d tensor on a 64-byte boundary (torch's own CPU allocator gives 64; this does not rely on it)."""
+    item = torch.empty(0, dtype=dtype).element_size()
+    raw = torch.empty(size * item + 64, dtype=torch.uint8)
+    skip = -raw.data_ptr() % 64
+    return raw[skip : skip + size * item].view(dtype)
+
+
+def pack_panels(tensor: QTensor) -> Packed:
+    """Natural to panels, in plain torch."""
+    n, k = tensor.shape
+    panels = -(-n // PANEL)
+    pad = panels * PANEL - n
+
+    def side(value: Tensor | None) -> Tensor | None:
+        """[n, groups] -> [panels][groups][64], padded with zeros."""
+        if value is None:
+            return None
+        value = value.view(n, -1)
+        full = torch.cat([value, value.new_zeros(pad, value.shape[1])]) if pad else value
+        return _settle(full.view(panels, PANEL, -1).transpose(1, 2))
+
+    codes, step = tensor.codes, 1
+    if tensor.format in ("w8", "w8g"):
+        codes, step = (codes.to(torch.int16) + 128).to(torch.uint8), 4
+    elif tensor.format == "bf16":
+        step = 2
+    fill = 128 if tensor.format in ("w8", "w8g") else (0 if tensor.mins is not None else _ZERO.get(tensor.format, 0))
+    if pad:
+        codes = torch.cat([codes, codes.new_full((pad, k), fill)])
+    if k % step:
+        codes = torch.cat([codes, codes.new_full((codes.shape[0], -k % step), fill)], dim=1)
+    by_panel = codes.view(panels, PANEL, -1)
+    if tensor.format == "w4g":
+        data = _nibbles(by_panel)
+    elif tensor.format == "w6g":
+        low = _nibbles(by_panel & 15).view(panels, k // 16, 512)
+        bits = (by_panel >> 4).view(panels, PANEL, k // 16, 4, 4)  # [.., input / 4, input % 4]
+        high = bits[..., 0, :] | bits[..., 1, :] << 2 | bits[..., 2, :] << 4 | bits[..., 3, :] << 6
+        data = torch.cat([low, high.transpose(1, 2).reshape(panels, k // 16, 256)], dim=-1)
+    else:
+        data = by_panel.view(panels, PANEL, -1, step).transpose(1, 2)
+    return Packed(tensor.format, n, k, _settle(data), side(tensor.scales), side(tensor.mins))
+
+
+def unpack_panels(packed: Packed) -> QTensor:
+    """Panels to natural, in plain torch: the inverse of `pack_panels`."""
+    n, k, panels = packed.n, packed.k, packed.panels
+
+    def side(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        natural = value.view(panels, -1, PANEL).transpose(1, 2).reshape(panels * PANEL, -1)[:n]
+        return natural.reshape(n) if packed.format == "w8" else natural.contiguous()
+
+    def natural(by_panel: Tensor) -> Tensor:  # [panels, 64, k or more]
+        return by_panel.reshape(panels * PANEL, -1)[:n, :k].contiguous()
+
+    data = packed.data
+    if packed.format in ("w8", "w8g"):
+        codes = natural(data.view(panels, -1, PANEL, 4).transpose(1, 2))
+        codes = (codes.to(torch.int16) - 128).to(torch.int8)
+    elif packed.format == "w4g":
+        codes = natural(_from_nibbles(data.view(panels, -1, PANEL, 4)))
+    elif packed.format == "w6g":
+        both = data.view(panels, k // 16, 768)
+        low = _from_nibbles(both[..., :512].reshape(panels, k // 8, PANEL, 4)).view(panels, PANEL, k // 16, 4, 4)
+        high = both[..., 512:].reshape(panels, k // 16, PANEL, 1, 4).transpose(1, 2)
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(4, 1)
+        codes = natural(low | ((high >> shifts) & 3) << 4)
+    else:
+        codes = natural(data.view(panels, -1, PANEL, 2 if packed.format == "bf16" else 1).transpose(1, 2))
+    return QTensor(packed.format, codes, side(packed.scales), side(packed.mins))
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """uint8 [panels, 64, k] below 16 -> [panels][k / 8][64][4] with two inputs a byte."""
+    panels, _, k = codes.shape
+    parts = codes.view(panels, PANEL, k // 8, 2, 4)
+    return (parts[..., 0, :] | parts[..., 1, :] << 4).transpose(1, 2)
+
+
+def _from_nibbles(data: Tensor) -> Tensor:
+    """[panels, k / 8, 64, 4] -> uint8 [panels, 64, k]."""
+    both = torch.stack([data & 15, data >> 4], dim=-2)  # [panels, k / 8, 64, 2, 4]
+    return both.transpose(1, 2).reshape(data.shape[0], PANEL, -1)
+
+
+def _settle(value: Tensor) -> Tensor:
+    out = aligned(value.numel(), value.dtype)
+    out.view(value.shape).copy_(value)
+    return out

@@ -1,0 +1,113 @@
+"""The panel layout: packing is invertible, and single weights lie where the table says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dfastllm.errors import ValidationError
+from dfastllm.kernels.packed import FORMATS, GROUP, Packed, QTensor, pack_panels, unpack_panels
+
+
+def random_qtensor(format: str, n: int, k: int, *, mins: bool = False, seed: int = 0) -> QTensor:
+    draw = torch.Generator().manual_seed(seed)
+    if format in ("f32", "bf16"):
+        return QTensor(
+            format, torch.randn(n, k, generator=draw).to(torch.float32 if format == "f32" else torch.bfloat16)
+        )
+    low, high = {"w8": (-127, 128), "w8g": (-127, 128), "w4g": (0, 16), "w6g": (0, 64)}[format]
+    dtype = torch.int8 if format in ("w8", "w8g") else torch.uint8
+    codes = torch.randint(low, high, (n, k), generator=draw).to(dtype)
+    if format == "w8":
+        return QTensor(format, codes, torch.rand(n, generator=draw) * 0.01 + 1e-3)
+    shape = (n, k // GROUP[format])
+    scales = (torch.rand(shape, generator=draw) * 0.01 + 1e-3).half()
+    return QTensor(format, codes, scales, (torch.rand(shape, generator=draw) * 0.1).half() if mins else None)
+
+
+CASES = [(f, m) for f in FORMATS for m in (False, True) if not m or f in ("w4g", "w6g")]
+
+
+@pytest.mark.parametrize(("format", "mins"), CASES)
+@pytest.mark.parametrize("n", [1, 63, 64, 130])
+@pytest.mark.parametrize("k", [32, 96, 37])
+def test_round_trip(format: str, mins: bool, n: int, k: int) -> None:
+    if k % GROUP.get(format, 1):
+        pytest.skip("groups do not divide")
+    tensor = random_qtensor(format, n, k, mins=mins)
+    packed = pack_panels(tensor)
+    assert packed.data.data_ptr() % 64 == 0
+    back = unpack_panels(packed)
+    assert torch.equal(back.codes, tensor.codes)
+    for a, b in ((back.scales, tensor.scales), (back.mins, tensor.mins)):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)  # type: ignore[arg-type]
+
+
+def code_at(packed: Packed, channel: int, i: int) -> int:
+    """The code of one weight, read from the bytes as the layout table says."""
+    panel, c = divmod(channel, 64)
+    data = packed.data
+    per = data.numel() // packed.panels
+    base = panel * per
+    if packed.format in ("w8", "w8g"):
+        return int(data[base + (i // 4) * 256 + c * 4 + i % 4]) - 128
+    if packed.format == "w4g":
+        return int(data[base + (i // 8) * 256 + c * 4 + i % 4]) >> (4 * (i % 8 // 4)) & 15
+    group = base + (i // 16) * 768
+    low = int(data[group + (i % 16 // 8) * 256 + c * 4 + i % 4]) >> (4 * (i % 8 // 4)) & 15
+    return low | (int(data[group + 512 + c * 4 + i % 4]) >> (2 * (i % 16 // 4)) & 3) << 4
+
+
+@pytest.mark.parametrize("format", ["w8", "w8g", "w4g", "w6g"])
+def test_layout_byte_by_byte(format: str) -> None:
+    tensor = random_qtensor(format, 70, 64, seed=3)
+    packed = pack_panels(tensor)
+    for channel in (0, 1, 17, 63, 64, 69):
+        for i in range(64):
+            assert code_at(packed, channel, i) == int(tensor.codes[channel, i])
+    scales = packed.scales
+    assert scales is not None
+    groups = 1 if format == "w8" else 64 // GROUP[format]
+    natural = tensor.scales.view(70, -1)  # type: ignore[union-attr]
+    assert float(scales[(1 * groups + groups - 1) * 64 + 5]) == float(natural[69, -1])
+    assert float(scales[(1 * groups) * 64 + 6]) == 0.0  # beyond n
+
+
+def test_padding_weighs_nothing() -> None:
+    for format, mins in CASES:
+        packed = pack_panels(random_qtensor(format, 65, 32, mins=mins))
+        wide = unpack_panels(Packed(format, 128, 32, packed.data, packed.scales, packed.mins)).dequantise()
+        assert wide[65:].abs().max() == 0
+
+
+def test_rows_and_stack() -> None:
+    tensor = random_qtensor("w4g", 10, 64, mins=True)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(tensor.rows(order).dequantise(), tensor.dequantise()[order])
+    assert torch.equal(
+        QTensor.stack([tensor.rows(slice(0, 4)), tensor.rows(slice(4, 10))]).dequantise(), tensor.dequantise()
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QTensor("w5", torch.zeros(2, 32)), "format must be one of"),
+        (lambda: QTensor("f32", torch.zeros(32)), "two dims"),
+        (lambda: QTensor("w8", torch.zeros(2, 32), torch.ones(2)), "must be torch.int8"),
+        (lambda: QTensor("w8g", torch.zeros(2, 33, dtype=torch.int8), torch.ones(2, 1).half()), "do not divide 33"),
+        (lambda: QTensor("w8g", torch.zeros(2, 32, dtype=torch.int8)), "scales of w8g must be"),
+        (lambda: QTensor("w8g", torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1)), "scales of w8g must be"),
+        (lambda: QTensor("f32", torch.zeros(2, 32), torch.ones(2)), "has no scales"),
+        (
+            lambda: QTensor(
+                "w8g", torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1).half(), torch.ones(2, 1).half()
+            ),
+            "has no minima",
+        ),
+    ],
+)
+def test_bad_parts_are_named(make: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make()  # type: ignore[operator]
