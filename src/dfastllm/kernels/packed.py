@@ -16,7 +16,7 @@ inputs (2 in bf16, 1 in f32) of neighbouring channels, so a dot product needs no
 |---|---|
 | w8, w8g | uint8 code + 128: [k4 / 4][64][4] (k4: k rounded up to 4; the rest is 128) |
 | w4g | [k / 8][64][4]: low nibble channel's input 8 i + j, high nibble input 8 i + 4 + j |
-| w6g | [k / 16]: 512 bytes of low nibbles (two steps of w4g), then 256 bytes [64][4]: high bits of inputs 16 i + j + {0, 4, 8, 12} |
+| w6g | [k / 16]: 512 bytes of low nibbles (w4g), then 256 bytes [64][4]: high bits of inputs 16 i + j, + 4, + 8, + 12 |
 | bf16 | [k2 / 2][64][2] |
 | f32 | [k][64] |
 
@@ -175,7 +175,7 @@ def pack_panels(tensor: QTensor) -> Packed:
     if tensor.format == "w4g":
         data = _nibbles(by_panel)
     elif tensor.format == "w6g":
-        low = _nibbles(by_panel & 15).view(panels, k // 16, 512)
+        low = _nibbles(by_panel & 15).reshape(panels, k // 16, 512)
         bits = (by_panel >> 4).view(panels, PANEL, k // 16, 4, 4)  # [.., input / 4, input % 4]
         high = bits[..., 0, :] | bits[..., 1, :] << 2 | bits[..., 2, :] << 4 | bits[..., 3, :] << 6
         data = torch.cat([low, high.transpose(1, 2).reshape(panels, k // 16, 256)], dim=-1)
