@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,8 +27,13 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-NO_FLOATS: Floats = np.empty(0, dtype=np.float32)
-NO_INTS: Ints = np.empty(0, dtype=np.int64)
+
+def _no_floats() -> Floats:
+    return np.empty(0, dtype=np.float32)
+
+
+def _no_ints() -> Ints:
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +53,11 @@ class RowStats:
     token: Ints
     best: Floats
     finite: Bools
-    norm: Floats = NO_FLOATS
-    entropy: Floats = NO_FLOATS
-    margin: Floats = NO_FLOATS
-    ids: Ints = NO_INTS
-    logits: Floats = NO_FLOATS
+    norm: Floats = field(default_factory=_no_floats)
+    entropy: Floats = field(default_factory=_no_floats)
+    margin: Floats = field(default_factory=_no_floats)
+    ids: Ints = field(default_factory=_no_ints)
+    logits: Floats = field(default_factory=_no_floats)
 
 
 class Rows(ABC):
@@ -79,9 +84,7 @@ class Rows(ABC):
             self._flags[self._at] &= finite
         return self._dense
 
-    def stats(
-        self, *, ban: tuple[int, ...] = (), norm: bool = False, spread: bool = False, top: int = 0
-    ) -> RowStats:
+    def stats(self, *, ban: tuple[int, ...] = (), norm: bool = False, spread: bool = False, top: int = 0) -> RowStats:
         """Statistics without the ids in `ban`. token, best and finite always; norm, spread (entropy and margin) and the
         best `top` tokens when asked."""
         out = self._stats(ban, norm, spread, top)
@@ -149,10 +152,10 @@ def _dense_stats(values: Tensor, finite: Bools, norm: bool, spreads: bool, top: 
     best = values.gather(1, token[:, None])[:, 0]
     lse = log_normaliser(values) if norm else None
     entropy, margin = spread(values, lse) if spreads and lse is not None else (None, None)
-    ids, logits = _top(values, min(top, values.shape[1])) if top else (NO_INTS, NO_FLOATS)
+    ids, logits = _top(values, min(top, values.shape[1])) if top else (_no_ints(), _no_floats())
 
     def host(x: Tensor | None) -> Floats:
-        return NO_FLOATS if x is None else x.cpu().numpy()
+        return _no_floats() if x is None else x.cpu().numpy()
 
     return RowStats(token.cpu().numpy(), host(best), finite, host(lse), host(entropy), host(margin), ids, logits)
 
