@@ -1,0 +1,88 @@
+// Rotary positions, K,V writes and attention of packed spans over paged K,V.
+//
+// Keys come in blocks of 16 positions. Block b of one layer: K [kv_heads][dim][16] (16 keys of one dim lie together, so
+// scores of 16 keys are one register and need no horizontal sum), V [kv_heads][16][dim]. A row's result depends on its
+// own query and the keys it sees, in order of position: never on the other rows of the span, on which blocks hold the
+// keys, or on threads. Keys beyond a row's limit change nothing, to the last bit: a prompt row computed in a chunk of
+// 512 equals the same row computed alone.
+#pragma once
+
+#include <cstdint>
+
+namespace dfk {
+
+enum class KvType : int { f32 = 0, bf16 = 1, i8 = 2 };
+
+constexpr int64_t kBlock = 16;  // positions of a block
+
+// One layer's K,V. i8: value = code * scale with one float scale per (block, kv_head, position).
+struct KvLayer {
+  void* k;
+  void* v;
+  float* k_scales;  // [blocks][kv_heads][16], i8 only
+  float* v_scales;
+};
+
+struct KvShape {
+  KvType type;
+  int64_t kv_heads, dim;
+  int64_t block_elements() const { return kv_heads * dim * kBlock; }  // of K, and of V
+};
+
+struct RopeStore {
+  float* qkv;              // [rows][stride]: heads * dim of q, kv_heads * dim of k, the same of v; q is changed in place
+  int64_t rows, stride, heads;
+  const float* q_norm;     // [dim] RMSNorm weights per head, or null
+  const float* k_norm;
+  float eps;
+  const float* cos;        // [rows][rotary / 2]
+  const float* sin;
+  int64_t rotary;          // dims that rotate, pairs (i, i + rotary / 2); <= dim, even
+  KvShape shape;
+  KvLayer cache, own;      // own: K,V of this forward only (rows that see each other but are not kept)
+  const int32_t* slot;     // [rows]: block * 16 + offset in `cache`, or -1
+  const int32_t* own_slot; // [rows]: the same in `own`, or -1
+};
+
+void rope_store(const RopeStore& a);
+
+// One sequence's rows [row0, row1) and the keys they may see: positions [0, cached) in `blocks`, then `own` keys in
+// `own_blocks` (from their first position on; blocks of the two parts are never shared).
+struct SpanKeys {
+  int32_t row0, row1;
+  int32_t cached, own;
+  const int32_t* blocks;      // [ceil(cached / 16)]
+  const int32_t* own_blocks;  // [ceil(own / 16)]
+  const uint8_t* mask;        // [row1 - row0][cached + own], nonzero: visible; null: the limits alone decide
+};
+
+struct Attention {
+  const float* q;               // [rows][stride], heads * dim used
+  int64_t rows, stride, heads;
+  float scale;                  // on scores, usually dim ** -0.5
+  KvShape shape;
+  KvLayer cache, own;
+  const SpanKeys* spans;        // cover rows in order; rows outside (padding) give zeros
+  int64_t span_count;
+  const int32_t* cached_limit;  // [rows]: sees the first so many cached keys
+  const int32_t* own_limit;     // [rows]: and the first so many own keys. A row sees at least one key.
+  float* out;                   // [rows][heads * dim]
+};
+
+// Online softmax. The running maximum, sum and weighted V are float32.
+void attention(const Attention& a);
+
+// One instruction set's kernels (attention_*.cpp).
+struct AttentionOps {
+  void (*rope_store_row)(const RopeStore& a, int64_t row);
+  // Query rows [first, last) of a span (any number), all query heads that share K,V head `kv_head`.
+  void (*attend)(const Attention& a, const SpanKeys& span, int64_t kv_head, int64_t first, int64_t last, void* scratch);
+};
+
+extern const AttentionOps attention_scalar;
+#if defined(DFK_X86)
+extern const AttentionOps attention_avx2, attention_avx512;
+#endif
+const AttentionOps& attention_ops();
+
+}  // namespace dfk

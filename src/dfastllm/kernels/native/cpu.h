@@ -1,0 +1,17 @@
+// Which instruction set the kernels use. Chosen once, at the first call.
+#pragma once
+
+namespace dfk {
+
+enum class Isa { scalar, avx2, avx512 };
+
+// The best one that this build has, this CPU supports and the operating system saves registers for. DFASTLLM_ISA
+// (scalar, avx2, avx512) asks for a lesser one; asking for one that is not available is an error at import.
+Isa isa();
+
+const char* isa_name();
+
+// One sentence: why this one.
+const char* isa_reason();
+
+}  // namespace dfk

@@ -1,0 +1,102 @@
+// Linear layers over packed weights: y[m, n] = sum_k x[m, k] w[n, k] + bias[n]. Weight layouts: kernels/packed.py.
+//
+// A row of y depends on its row of x alone: never on the other rows, on how many there are, or on the threads. Integer
+// sums are exact; float sums run over k in one fixed order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dfk {
+
+enum class Format : int { f32 = 0, bf16 = 1, w8 = 2, w8g = 3, w4g = 4, w6g = 5 };
+
+constexpr int64_t kPanel = 64;  // output channels of a panel
+
+struct Linear {
+  Format format;
+  int64_t n, k;
+  const void* data;       // panels
+  const void* scales;     // [panels][groups][64]: float16 bits (uint16_t), w8: float [panels][64]; null for floats
+  const uint16_t* mins;   // [panels][groups][64] float16 bits, or null
+  const float* bias;      // [n], or null
+};
+
+// How a format wants its input rows.
+enum class ActKind : int { f32 = 0, bf16 = 1, row8 = 2, group8 = 3 };
+
+constexpr ActKind act_kind(Format f) {
+  return f == Format::f32 ? ActKind::f32 : f == Format::bf16 ? ActKind::bf16 : f == Format::w8 ? ActKind::row8 : ActKind::group8;
+}
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Input rows prepared for linears of one kind; q, k, v and gate, up share them. The memory is the caller's:
+// acts_bytes() of it, 64-byte aligned, laid out by acts_at().
+struct Acts {
+  ActKind kind;
+  int64_t rows, k;
+  int64_t stride;   // elements from row to row: k rounded up to 32; what lies beyond k is zero
+  void* data;       // [rows][stride] float, bf16 bits, or int8
+  float* scales;    // row8: [rows]; group8: [rows][stride / 32]; x ~ code * scale
+  int32_t* sums;    // row8: [rows], sum of a row's codes; group8: [rows][stride / 16], sums of 16 codes
+};
+
+size_t acts_bytes(ActKind kind, int64_t rows, int64_t k);
+Acts acts_at(void* memory, ActKind kind, int64_t rows, int64_t k);
+
+// One instruction set's kernels of single rows and panels (linear_*.cpp).
+struct LinearOps {
+  // One row: x [k] (norm: times 1/sqrt(mean(x^2) + eps) times norm[k] first, if norm is not null) into row `row` of out.
+  void (*prepare_row)(const float* x, const float* norm, float eps, const Acts& out, int64_t row);
+  // 32 values x in [-inf, inf] into columns [column, column + 32) of row `row` of out; out.kind is not row8 (whose scale
+  // needs the whole row).
+  void (*prepare_32)(const float* x, const Acts& out, int64_t row, int64_t column);
+  // One panel of output channels for rows [row0, row0 + rows) of acts -> tile [rows][64] float, scales applied, no bias.
+  // scratch: kTileScratch bytes of the thread, 64-byte aligned.
+  void (*tile[6])(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch);
+  // Natural codes of one panel (64 x k bytes, or 64 x k bf16 / float; channels beyond n absent) -> panel bytes; see
+  // packed.py. channels: how many of the 64 exist.
+  void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);  // gate / (1 + exp(-gate)) * up
+};
+
+constexpr size_t kTileScratch = 64 * 1024;
+
+extern const LinearOps linear_scalar;
+#if defined(DFK_X86)
+extern const LinearOps linear_avx2, linear_avx512;
+#endif
+const LinearOps& linear_ops();
+
+// x [rows][ldx] float -> acts, with RMSNorm first if norm is not null.
+void prepare(const float* x, int64_t ldx, const float* norm, float eps, const Acts& out);
+
+// y [rows][ldy]: bias added; accumulate: y += instead of y =.
+void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate);
+
+// w holds, panel by panel, 32 channels of the gate and the 32 same channels of the up projection (bias in that order
+// too). h[m, i] = silu(gate) * up is prepared for the next linear in `out` (kind of its format, k = w.n / 2, which is a
+// multiple of 32 or the last panel is padded with zero weights). A row8 `out` goes through `h` [rows][w.n / 2] float;
+// others may too; h may be null only for the others.
+void linear_swiglu(const Linear& w, const Acts& x, float* h, const Acts& out);
+
+// What the head of a model is asked about a row of logits, `ban` ids left out. Ties: the lowest id.
+struct RowStats {
+  int32_t token;    // of the best logit; -1 if the row is not finite
+  int32_t finite;   // 0: a NaN or an infinity among the logits (banned ones included)
+  float top;        // best logit
+  float second;     // second best logit (-inf if there is one candidate only)
+  float norm;       // logsumexp
+  float entropy;    // nats, of softmax; 0 unless asked for
+};
+
+// The logits are never written out: panel tiles are reduced as they are made, panel results are merged in panel order
+// (so a row's floats do not depend on threads). topk > 0: also the best `topk` (logit, id) per row, descending, ties by
+// lowest id, into top_values / top_ids [rows][topk].
+void head_stats(const Linear& w, const Acts& x, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
+                RowStats* out, float* top_values, int32_t* top_ids);
+
+// Rows of the weight matrix as floats (an embedding table shares the head's packed matrix): out [count][k].
+void weight_rows(const Linear& w, const int64_t* ids, int64_t count, float* out);
+
+}  // namespace dfk

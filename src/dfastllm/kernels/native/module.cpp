@@ -1,0 +1,23 @@
+// The extension module. Addresses come as integers: the caller (dfastllm.kernels) keeps the memory alive and has checked
+// shapes, dtypes and contiguity.
+#include <nanobind/nanobind.h>
+
+#include "cpu.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+__attribute__((weak)) void bind_linear(nb::module_& m);
+__attribute__((weak)) void bind_attention(nb::module_& m);
+void bind_forward(nb::module_& m);
+
+NB_MODULE(_native, m) {
+  dfk::isa();  // a wrong DFASTLLM_ISA fails here, at import, not in the first forward
+  m.def("isa", &dfk::isa_name);
+  m.def("isa_reason", &dfk::isa_reason);
+  m.def("threads", &dfk::thread_count);
+  m.def("set_threads", &dfk::set_thread_count, nb::call_guard<nb::gil_scoped_release>());
+  if (bind_linear) bind_linear(m);
+  if (bind_attention) bind_attention(m);
+  bind_forward(m);
+}
