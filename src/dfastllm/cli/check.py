@@ -75,7 +75,8 @@ def _print(report: CheckReport, problems: list[tuple[str, str]]) -> None:
         facts.add_row("family", f"{info.family} ({info.kind})")
         facts.add_row("shape", f"{info.layers} layers, vocabulary {info.vocab_size:,}, context {info.max_len:,} tokens")
     if report.parameters is not None and report.weight_bytes is not None:
-        size = f"{report.weight_bytes / 2**20:,.1f} MiB at {report.dtype}"
+        how = f"quantised {report.quantised}" if report.quantised else f"at {report.dtype}"
+        size = f"{report.weight_bytes / 2**20:,.1f} MiB {how}"
         facts.add_row("parameters", f"{report.parameters:,} ({size})")
     if report.kv_bytes_per_token is not None:
         facts.add_row("K,V", f"{report.kv_bytes_per_token / 1024:,.2f} KiB per token")

@@ -9,10 +9,12 @@ import torch
 
 from dfastllm.core import ModelInfo
 from dfastllm.errors import ModelLoadError
-from dfastllm.models.checkpoint import compare, named_dtype, read_model, skeleton, stored_dtype
+from dfastllm.models.checkpoint import compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
 from dfastllm.models.decoder import Decoder
+from dfastllm.models.family import Family
 from dfastllm.models.headers import TensorEntry, inventory, read_json
 from dfastllm.models.ids import tokenizer_size
+from dfastllm.quant.checkpoint import Stored, stored
 
 __all__ = ["CheckReport", "Problem", "check"]
 
@@ -30,8 +32,9 @@ class Problem:
 class CheckReport:
     """What a directory holds. Fields are None where a problem keeps them from being known.
 
-    weight_bytes: memory of the parameters at `dtype`; kv_bytes_per_token: K,V of all layers at `dtype`. notes:
-    oddities that do not keep it from loading.
+    weight_bytes: memory of the parameters at `dtype`, of quantised ones as stored; kv_bytes_per_token: K,V of all
+    layers at `dtype`. notes: oddities that do not keep it from loading. quantised: config.json's format, None for a
+    float checkpoint.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class CheckReport:
     kv_bytes_per_token: int | None = None
     tensors: int | None = None
     files: int | None = None
+    quantised: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -95,10 +99,18 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         return CheckReport(directory, tuple(problems), tensors=tensors, files=files)
 
     family, config, info = described
-    chosen = wanted or stored_dtype(found or {})
+    quantised = quant_config(directory)
+    chosen = wanted or stored_dtype(found or {}, quantised)
     model = skeleton(config, info, chosen)
+    weights: dict[str, Stored] = {}
     if found is not None:
-        problems += [Problem("bad_checkpoint", f"{message}.") for message in compare(family, model, found)]
+        try:
+            weights = stored(found)
+        except ModelLoadError as error:
+            problems.append(Problem(error.code, error.message))
+        else:
+            different = compare(family, model, weights, quantised)
+            problems += [Problem("bad_checkpoint", f"{message}.") for message in different]
     problems += _tokenizer_problems(directory, config.vocab_size)
     return CheckReport(
         directory,
@@ -107,11 +119,21 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         info=info,
         dtype=str(chosen).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        weight_bytes=_weight_bytes(model, family, weights),
         kv_bytes_per_token=_kv_bytes(model, chosen),
         tensors=tensors,
         files=files,
+        quantised=None if quantised is None else quantised.format,
     )
+
+
+def _weight_bytes(model: Decoder, family: Family, weights: dict[str, Stored]) -> int:
+    total = 0
+    for own, parameter in model.named_parameters():
+        weight = weights.get(family.names.published(own))
+        packed = weight is not None and weight.kind is not None
+        total += weight.nbytes if weight is not None and packed else parameter.nbytes
+    return total
 
 
 def _kv_bytes(model: Decoder, dtype: torch.dtype) -> int:

@@ -1,9 +1,8 @@
 """Hugging Face directories: build a model, load one, save one. config.json plus safetensors; nothing is executed.
 
-Weights are read from a memory map of one shard at a time and copied tensor by tensor, so never held twice. They are
-copied even where dtype and device fit the file, for two reasons: a view of the map lies at whatever offset the file
-has, and matrix kernels give other last bits on unaligned memory; and a file overwritten in place would kill a process
-that still has it mapped.
+Weights are read tensor by tensor into memory of their own, so never held twice: a view of a map lies at whatever offset
+the file has, and matrix kernels give other last bits on unaligned memory; a file overwritten in place would kill a
+process that still has it mapped; and mapped pages count as resident beside the copy made of them.
 """
 
 from __future__ import annotations
@@ -12,23 +11,25 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
+from dfastllm.kernels.packed import QTensor
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible
 from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inventory, read_json
 from dfastllm.models.ids import read_ids
+from dfastllm.quant.checkpoint import QuantConfig, Stored, read, stored
+from dfastllm.quant.formats import FORMATS
 
 __all__ = [
     "DTYPES",
@@ -37,7 +38,10 @@ __all__ = [
     "config_json",
     "load",
     "named_dtype",
+    "quant_config",
+    "quantisable",
     "read_model",
+    "read_weights",
     "save",
     "skeleton",
     "stored_dtype",
@@ -86,16 +90,11 @@ def skeleton(config: DecoderConfig, info: ModelInfo, dtype: torch.dtype) -> Deco
 
 
 def read_model(directory: Path, name: str | None = None) -> tuple[Family, DecoderConfig, ModelInfo]:
-    """Family, shape and capabilities from the small files of a directory. Raises ModelLoadError (a quantised
-    checkpoint is one: its tensors are not this model's parameters)."""
+    """Family, shape and capabilities from the small files of a directory. Raises ModelLoadError, also for a checkpoint
+    that another program quantised."""
     fields = Fields(read_json(directory / "config.json"), str(directory / "config.json"))
     family = family_of(fields)
-    if fields.has("quantization_config"):
-        raise ModelLoadError(
-            f"{fields.where}: quantised checkpoints are not supported, got {fields.raw['quantization_config']!r:.80}.",
-            param="quantization_config",
-            hint="Load the original bfloat16 or float32 checkpoint.",
-        )
+    quant_config(directory)
     try:
         config = family.read(fields)
     except ValidationError as error:
@@ -110,25 +109,55 @@ def read_model(directory: Path, name: str | None = None) -> tuple[Family, Decode
     )
 
 
-def compare(family: Family, model: nn.Module, found: dict[str, TensorEntry]) -> list[str]:
+def quant_config(directory: Path) -> QuantConfig | None:
+    """What config.json says about quantisation, None for a float checkpoint. Raises ModelLoadError, naming the method,
+    for one that another program quantised."""
+    path = directory / "config.json"
+    raw = read_json(path).get("quantization_config")
+    return None if raw is None else QuantConfig.parse(raw, str(path))
+
+
+def quantisable(model: nn.Module) -> list[str]:
+    """Names of the parameters that may be quantised: the matrices of linear layers and the embedding. Norms and biases
+    are small; a router decides between nearly equal experts."""
+    kinds = (nn.Linear, nn.Embedding)
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def compare(
+    family: Family, model: nn.Module, found: Mapping[str, Stored], config: QuantConfig | None = None
+) -> list[str]:
     """What keeps these tensors from being this model's parameters: missing, unexpected, mis-shaped, of an unknown
-    dtype; one sentence each. Empty: it fits."""
+    dtype, quantised where they should not be; one sentence each. Empty: it fits."""
     problems = []
     wanted = {family.names.published(own): parameter for own, parameter in model.named_parameters()}
+    may_be = {family.names.published(own) for own in quantisable(model)}
     for name, parameter in wanted.items():
         shape = tuple(parameter.shape)
         if name not in found:
             problems.append(f"missing tensor {name}, wanted {list(shape)}")
-        elif found[name].shape != shape:
-            problems.append(f"tensor {name} has shape {list(found[name].shape)}, wanted {list(shape)}")
-        elif found[name].dtype not in DTYPES:
-            problems.append(f"tensor {name} has dtype {found[name].dtype}, wanted one of {', '.join(DTYPES)}")
+            continue
+        weight = found[name]
+        if weight.shape != shape:
+            problems.append(f"tensor {name} has shape {list(weight.shape)}, wanted {list(shape)}")
+        elif weight.kind is None and weight.parts[name].dtype not in DTYPES:
+            problems.append(f"tensor {name} has dtype {weight.parts[name].dtype}, wanted one of {', '.join(DTYPES)}")
+        elif weight.kind is not None and (config is None or name not in may_be):
+            why = "config.json has no quantization_config" if config is None else "this one is never quantised"
+            problems.append(f"tensor {name} is quantised ({weight.kind}), but {why}")
+        elif weight.kind is not None and config is not None and weight.kind not in _kinds(config):
+            says = f"{config.format} (head {config.head})"
+            problems.append(f"tensor {name} is quantised as {weight.kind}, but config.json says {says}")
     tied = family.names.published("lm_head.weight")
     for name in sorted(found.keys() - wanted.keys()):
         if name == tied or any(re.fullmatch(pattern, name) for pattern in family.harmless):
             continue  # a tied head is often written all the same; the embedding is what counts
         problems.append(f"unexpected tensor {name} {list(found[name].shape)}{_beyond(family, name)}")
     return problems
+
+
+def _kinds(config: QuantConfig) -> set[str]:
+    return {FORMATS[name].kind for name in (config.format, config.head) if name in FORMATS}
 
 
 def _beyond(family: Family, name: str) -> str:
@@ -149,7 +178,8 @@ def load(
     edit: bool | None = None,
 ) -> Decoder:
     """A model from a Hugging Face directory, its parameters without gradient. dtype None: the dtype most of its weights
-    are stored in. edit: whether it was trained to overwrite committed tokens (LLaDA2.1); None: as config.json says.
+    are stored in; float32 for a quantised checkpoint, whose weights are expanded (`assemble` keeps them packed). edit:
+    whether it was trained to overwrite committed tokens (LLaDA2.1); None: as config.json says.
 
     Raises ModelLoadError for an unreadable config, an unsupported family or an unknown device; CheckpointError listing
     every missing, unexpected or mis-shaped tensor, or naming the corrupt file.
@@ -160,13 +190,26 @@ def load(
     family, config, info = read_model(directory, name)
     if edit is not None:
         info = replace(info, edit=edit)
+    chosen = stored_dtype(inventory(directory), quant_config(directory)) if dtype is None else named_dtype(dtype)
+    model = skeleton(config, info, chosen)
+    place = _device(device)
+    for own, weight in read_weights(directory, family, model):
+        module, _, leaf = own.rpartition(".")
+        parent = model.get_submodule(module)
+        value = weight.dequantise() if isinstance(weight, QTensor) else weight
+        setattr(parent, leaf, nn.Parameter(value.to(device=place, dtype=getattr(parent, leaf).dtype)))
+    return model.requires_grad_(False)
+
+
+def read_weights(directory: Path, family: Family, model: Decoder) -> Iterator[tuple[str, QTensor | torch.Tensor]]:
+    """(own parameter name, weight) of every parameter of `model` (a skeleton will do), read when its turn comes. Raises
+    CheckpointError before the first one if the directory's tensors are not the model's."""
     found = inventory(directory)
-    model = skeleton(config, info, stored_dtype(found) if dtype is None else named_dtype(dtype))
-    problems = compare(family, model, found)
+    problems = compare(family, model, stored(found), quant_config(directory))
     if problems:
         raise CheckpointError(f"{directory} does not fit family {family.name}: {_listed(problems)}")
-    _fill(model, family, found, _device(device))
-    return model.requires_grad_(False)
+    own = {family.names.published(name): name for name, _ in model.named_parameters()}
+    yield from read(found, own, own.__getitem__)
 
 
 def _listed(problems: list[str], most: int = 12) -> str:
@@ -183,11 +226,12 @@ def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return NAMED[dtype]
 
 
-def stored_dtype(found: dict[str, TensorEntry]) -> torch.dtype:
-    """The dtype that most weights of a checkpoint are stored in; float32 if none is a known one."""
+def stored_dtype(found: Mapping[str, TensorEntry], config: QuantConfig | None = None) -> torch.dtype:
+    """The dtype that most weights of a checkpoint are stored in; float32 if none is a known one, or if its matrices are
+    quantised."""
     elements = dict.fromkeys(DTYPES, 0)
     for entry in found.values():
-        if entry.dtype in elements:
+        if entry.dtype in elements and config is None:
             elements[entry.dtype] += entry.size
     return DTYPES[max(elements, key=lambda dtype: elements[dtype])]
 
@@ -198,25 +242,6 @@ def _device(wanted: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ModelLoadError(f"device {str(wanted)!r} cannot be used here: {reason}", param="device") from error
-
-
-def _fill(model: Decoder, family: Family, found: dict[str, TensorEntry], device: torch.device) -> None:
-    """Replace every meta parameter by a copy of the file's tensor, a shard at a time."""
-    by_file: dict[Path, list[tuple[str, str]]] = {}
-    for own, _ in model.named_parameters():
-        published = family.names.published(own)
-        by_file.setdefault(found[published].file, []).append((own, published))
-    for file, names in by_file.items():
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for own, published in names:
-                    module, _, leaf = own.rpartition(".")
-                    parent = model.get_submodule(module)
-                    dtype = getattr(parent, leaf).dtype
-                    tensor = shard.get_tensor(published).to(device=device, dtype=dtype, copy=True)
-                    setattr(parent, leaf, nn.Parameter(tensor))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}.") from error
 
 
 def save(model: Decoder, path: str | Path, *, files: Iterable[str | Path] = (), shard_bytes: int = 5 * 10**9) -> Path:

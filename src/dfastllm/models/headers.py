@@ -29,11 +29,13 @@ BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies: its file, dtype in safetensors' spelling (F32, BF16, ...) and shape."""
+    """Where a tensor lies: its file, dtype in safetensors' spelling (F32, BF16, ...), shape, and the byte of the file
+    that its data starts at."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def size(self) -> int:
@@ -116,12 +118,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a malformed safetensors header: not an object.")
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value) for name, value in header.items()}
+    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     _check_layout(path, header, size - 8 - length)
     return entries
 
 
-def _entry(path: Path, name: str, value: Any) -> TensorEntry:
+def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
     shape = value.get("shape") if isinstance(value, Mapping) else None
     offsets = value.get("data_offsets") if isinstance(value, Mapping) else None
     if (
@@ -132,7 +134,7 @@ def _entry(path: Path, name: str, value: Any) -> TensorEntry:
     ):
         raise CheckpointError(f"{path}: malformed header entry of tensor {name!r}: {value!r:.120}.")
     dtype = str(value.get("dtype"))
-    entry = TensorEntry(path, dtype, tuple(shape))
+    entry = TensorEntry(path, dtype, tuple(shape), start + offsets[0])
     if dtype in BYTES and offsets[1] - offsets[0] != entry.size * BYTES[dtype]:
         raise CheckpointError(
             f"{path}: tensor {name!r} of {dtype} {shape} takes {entry.size * BYTES[dtype]} bytes, "

@@ -1,0 +1,215 @@
+"""Quantised weights in a Hugging Face directory: what config.json says of them, how tensors are named and packed.
+
+    config.json   "quantization_config": {"quant_method": "dfastllm", "version": 1, "format": "w4", "head": "w8g", ...}
+    NAME.codes    w8, w8g: I8 [n, k]. w4g: U8 [n, k / 2], the even input in the low nibble. w6g: U8 [n, k * 3 / 4],
+                  four codes in three bytes, lowest bits first
+    NAME.scales   w8: F32 [n]. Others: F16 [n, k / group]
+    NAME.mins     F16 [n, k / group], where the format has minima
+
+NAME is the published name of the weight that they stand for; tensors kept in float have their own name. The parts tell
+the format by themselves (bytes of codes per scale), so a directory may mix formats. Knows no model: names are text
+here, and which tensors there must be is for `models` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfastllm.errors import CheckpointError, ModelLoadError
+from dfastllm.kernels.packed import GROUP, QTensor
+from dfastllm.quant.formats import FORMATS, Format
+from dfastllm.quant.stream import Entry, Planned, SafetensorsWriter, read_tensor
+
+__all__ = [
+    "METHOD",
+    "QuantConfig",
+    "Stored",
+    "pack_bits",
+    "plan",
+    "read",
+    "read_one",
+    "stored",
+    "unpack_bits",
+    "write",
+]
+
+METHOD = "dfastllm"
+VERSION = 1
+PARTS = ("codes", "scales", "mins")
+_KIND_OF_BYTES = {32: "w8g", 16: "w4g", 12: "w6g"}  # bytes of codes under one scale -> natural form
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """config.json's `quantization_config`. format: of the layers' matrices; head: of embedding and head ("float": kept
+    as they were); calibration: none, aware or gptq."""
+
+    format: str
+    head: str
+    calibration: str = "none"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "version": VERSION, **asdict(self)}
+
+    @staticmethod
+    def parse(raw: object, where: str = "config.json") -> QuantConfig:
+        """Raises ModelLoadError for another method (named), another version, or unknown or missing fields."""
+        if not isinstance(raw, Mapping):
+            raise ModelLoadError(
+                f"{where}: quantization_config must be an object, got {raw!r:.80}.", param="quantization_config"
+            )
+        method = raw.get("quant_method")
+        if method != METHOD:
+            raise ModelLoadError(
+                f"{where}: checkpoints quantised by {method!r:.80} are not supported; supported: {METHOD!r}.",
+                param="quantization_config",
+                hint="Load the original bfloat16 or float32 checkpoint, or quantise it with `dfastllm quantize`.",
+            )
+        if raw.get("version") != VERSION:
+            raise ModelLoadError(
+                f"{where}: quantization_config has version {raw.get('version')!r}, this dfastllm reads {VERSION}.",
+                param="quantization_config",
+                hint="Quantise the original again, or install a newer dfastllm.",
+            )
+        allowed = {
+            "format": tuple(FORMATS),
+            "head": (*FORMATS, "float"),
+            "calibration": ("none", "aware", "gptq"),
+        }
+        for field, values in allowed.items():
+            if raw.get(field) not in values:
+                raise ModelLoadError(
+                    f"{where}: quantization_config.{field} must be one of {', '.join(values)}, "
+                    f"got {raw.get(field)!r:.80}.",
+                    param="quantization_config",
+                )
+        return QuantConfig(raw["format"], raw["head"], raw["calibration"])
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One weight of a directory. kind: natural form, None for a float tensor. shape: of the weight it stands for.
+    parts: tensor name in the file -> where it lies."""
+
+    kind: str | None
+    shape: tuple[int, ...]
+    parts: Mapping[str, Entry]
+
+    @property
+    def nbytes(self) -> int:
+        total = 0
+        for entry in self.parts.values():
+            size = 1
+            for dim in entry.shape:
+                size *= dim
+            total += size * {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}.get(entry.dtype, 2)
+        return total
+
+
+def stored(found: Mapping[str, Entry]) -> dict[str, Stored]:
+    """Group a directory's tensors into weights. Raises CheckpointError naming a part that is missing, or does not fit
+    its codes."""
+    weights: dict[str, Stored] = {}
+    for name, entry in found.items():
+        owner, _, part = name.rpartition(".")
+        if part not in PARTS:
+            weights[name] = Stored(None, entry.shape, {name: entry})
+        elif f"{owner}.codes" not in found:
+            raise CheckpointError(f"{entry.file.name} has {name} without {owner}.codes.")
+        elif part == "codes":
+            parts = {f"{owner}.{p}": found[f"{owner}.{p}"] for p in PARTS if f"{owner}.{p}" in found}
+            weights[owner] = _recognise(owner, parts)
+    return weights
+
+
+def _recognise(name: str, parts: Mapping[str, Entry]) -> Stored:
+    codes, scales, mins = (parts.get(f"{name}.{part}") for part in PARTS)
+    shown = ", ".join(f"{part} {entry.dtype} {list(entry.shape)}" for part, entry in parts.items())
+    bad = CheckpointError(f"{name}: its parts fit no format of dfastllm: {shown}.")
+    if codes is None or len(codes.shape) != 2:
+        raise bad
+    if scales is None:
+        raise CheckpointError(f"{codes.file.name} has {name}.codes without {name}.scales.")
+    n, width = codes.shape
+    if codes.dtype == "I8" and (scales.dtype, scales.shape, mins) == ("F32", (n,), None):
+        return Stored("w8", (n, width), parts)
+    if scales.dtype != "F16" or len(scales.shape) != 2 or scales.shape[0] != n or scales.shape[1] == 0:
+        raise bad
+    kind = _KIND_OF_BYTES.get(width // scales.shape[1]) if width % scales.shape[1] == 0 else None
+    if kind is None or codes.dtype != ("I8" if kind == "w8g" else "U8"):
+        raise bad
+    if mins is not None and (kind == "w8g" or (mins.dtype, mins.shape) != ("F16", scales.shape)):
+        raise bad
+    return Stored(kind, (n, scales.shape[1] * GROUP[kind]), parts)
+
+
+def pack_bits(kind: str, codes: Tensor) -> Tensor:
+    """Natural codes [n, k] -> as they lie in the file."""
+    if kind == "w4g":
+        return codes[:, 0::2] | codes[:, 1::2] << 4
+    if kind == "w6g":
+        a, b, c, d = codes.view(len(codes), -1, 4).unbind(-1)
+        return torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], dim=-1).view(len(codes), -1)
+    return codes
+
+
+def unpack_bits(kind: str, data: Tensor) -> Tensor:
+    """The inverse of `pack_bits`."""
+    if kind == "w4g":
+        return torch.stack([data & 15, data >> 4], dim=-1).view(len(data), -1)
+    if kind == "w6g":
+        a, b, c = data.view(len(data), -1, 3).unbind(-1)
+        codes = [a & 63, (a >> 6 | b << 2) & 63, (b >> 4 | c << 4) & 63, c >> 2]
+        return torch.stack(codes, dim=-1).view(len(data), -1)
+    return data
+
+
+def read_one(name: str, weight: Stored) -> QTensor | Tensor:
+    """The weight, read into memory of its own. Raises CheckpointError, also for scales that are not finite."""
+    if weight.kind is None:
+        return read_tensor(weight.parts[name], name)
+    parts = {
+        part: read_tensor(weight.parts[f"{name}.{part}"], name) for part in PARTS if f"{name}.{part}" in weight.parts
+    }
+    for part in ("scales", "mins"):
+        if part in parts and not bool(parts[part].isfinite().all()):
+            raise CheckpointError(f"{name}.{part} holds NaN or infinity.")
+    codes = unpack_bits(weight.kind, parts["codes"])
+    return QTensor(weight.kind, codes, parts["scales"], parts.get("mins"))
+
+
+def read(
+    found: Mapping[str, Entry], order: Iterable[str] | None = None, rename: Callable[[str], str] = str
+) -> Iterator[tuple[str, QTensor | Tensor]]:
+    """(renamed name, weight) of every weight of a directory, or of those in `order` (published names); each is read
+    when its turn comes and not held. Raises CheckpointError for a name that is not there, and as `stored` and
+    `read_one` do."""
+    weights = stored(found)
+    for name in weights if order is None else order:
+        if name not in weights:
+            raise CheckpointError(f"missing tensor {name}.")
+        yield rename(name), read_one(name, weights[name])
+
+
+def plan(name: str, format: Format, shape: tuple[int, int]) -> dict[str, Planned]:
+    """The tensors that a weight of this format and shape [n, k] becomes, for a SafetensorsWriter."""
+    n, k = shape
+    if not format.group:
+        return {f"{name}.codes": Planned(torch.int8, (n, k)), f"{name}.scales": Planned(torch.float32, (n,))}
+    dtype = torch.int8 if format.kind == "w8g" else torch.uint8
+    side = Planned(torch.float16, (n, k // format.group))
+    parts = {f"{name}.codes": Planned(dtype, (n, k * format.code_bits // 8)), f"{name}.scales": side}
+    return {**parts, f"{name}.mins": side} if format.grid.minimum else parts
+
+
+def write(writer: SafetensorsWriter, name: str, weight: QTensor) -> None:
+    """The parts of one planned weight."""
+    writer.write(f"{name}.codes", pack_bits(weight.format, weight.codes))
+    for part, value in (("scales", weight.scales), ("mins", weight.mins)):
+        if value is not None:
+            writer.write(f"{name}.{part}", value)

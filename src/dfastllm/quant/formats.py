@@ -1,0 +1,154 @@
+"""Float weights [n, k] to quantised ones: the formats a user can name, and the rounding. The kernels' table of natural
+forms (`dfastllm.kernels.packed`) says what codes, scales and minima mean; how a scale is chosen is `scales`' business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dfastllm.errors import CheckpointError, UnsupportedError, ValidationError
+from dfastllm.kernels.packed import GROUP, QTensor
+from dfastllm.quant.scales import Grid, encode, fit
+
+__all__ = ["FORMATS", "Format", "assemble", "check_weight", "find_format", "quantise", "require_divisible"]
+
+CHUNK = 1 << 17  # weights searched at once: temporaries stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """name: on the command line. kind: the natural form in kernels.packed, where `grid`'s codes are stored plus `zero`.
+    group: inputs that share a scale; 0: one scale per output channel."""
+
+    name: str
+    kind: str
+    grid: Grid
+    zero: int
+    summary: str
+
+    @property
+    def group(self) -> int:
+        return GROUP.get(self.kind, 0)
+
+    @property
+    def code_bits(self) -> int:
+        return {"w8": 8, "w8g": 8, "w4g": 4, "w6g": 6}[self.kind]
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of an [n, k] matrix in a file."""
+        scales = n * 4 if not self.group else n * (k // self.group) * 2 * (2 if self.grid.minimum else 1)
+        return n * k * self.code_bits // 8 + scales
+
+
+# Spans around the range's end: wider than it clips the extreme, which pays where one weight stands out.
+_FOUR = (-6.6, -7.0, -7.3, -7.6, -7.9, -8.2, -8.5, -8.8, -9.2, -9.8, -10.5, 6.6, 7.0, 7.4)
+_SIX = (-30.5, -31.5, -32.0, -32.5, -33.5, -35.0, 31.0)
+_EIGHT = (127.0, 128.0, 130.0, 134.0, 140.0)
+_RANGE = (13.5, 14.2, 14.7, 15.0, 15.4, 16.0, 17.0, 18.5)
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("w8", "w8", Grid(-127, 127, half=False, tries=_EIGHT), 0, "8 bits, a float32 scale per channel"),
+        Format("w8g", "w8g", Grid(-127, 127, tries=_EIGHT), 0, "8 bits, a float16 scale per 32 inputs"),
+        Format("w6", "w6g", Grid(-32, 31, tries=_SIX), 32, "6 bits, a float16 scale per 16 inputs"),
+        Format("w4m", "w4g", Grid(0, 15, minimum=True, tries=_RANGE), 0, "4 bits, scale and minimum per 32 inputs"),
+        Format("w4", "w4g", Grid(-8, 7, tries=_FOUR), 8, "4 bits, a float16 scale per 32 inputs"),
+    )
+}
+
+
+def find_format(name: str, param: str = "format") -> Format:
+    """By name. Raises ValidationError listing the formats there are."""
+    if name not in FORMATS:
+        raise ValidationError(f"{param} must be {', '.join(FORMATS)}, got {name!r}.", param=param)
+    return FORMATS[name]
+
+
+def require_divisible(format: Format, k: int, name: str) -> None:
+    """Raise UnsupportedError unless groups of this format divide k inputs (of activations too: 32)."""
+    if format.group and k % 32:
+        raise UnsupportedError(
+            f"{name} has {k} inputs, which groups of 32 do not divide: {format.name} cannot hold it.",
+            param="format",
+            hint="Use w8, which has one scale per output channel.",
+        )
+
+
+def check_weight(weight: Tensor, name: str) -> Tensor:
+    """weight as contiguous float32. Raises CheckpointError naming the tensor for NaN, infinity, or not two dims."""
+    if weight.ndim != 2:
+        raise CheckpointError(f"{name} has shape {list(weight.shape)}; only matrices [n, k] are quantised.")
+    wide = weight.detach().to("cpu", torch.float32).contiguous()
+    bad = ~wide.isfinite()
+    if bool(bad.any()):
+        kinds = [kind for kind, test in (("NaN", wide.isnan()), ("infinity", wide.isinf())) if bool(test.any())]
+        raise CheckpointError(
+            f"{name} holds {' and '.join(kinds)} in {int(bad.sum())} of {wide.numel()} weights; nothing was written.",
+            hint="The checkpoint is damaged or its training diverged; load another copy.",
+        )
+    return wide
+
+
+def quantise(
+    weight: Tensor,
+    format: Format | str,
+    *,
+    importance: Tensor | None = None,
+    search: bool = True,
+    name: str = "weight",
+) -> QTensor:
+    """weight [n, k] of any float dtype -> QTensor on CPU.
+
+    importance [k]: mean square of each input over calibration data; None: all alike. search False: plain rounding to
+    nearest. Raises CheckpointError (NaN, infinity) and UnsupportedError (k not a multiple of 32 in a group format,
+    weights beyond what a scale reaches), each naming the tensor.
+    """
+    format = find_format(format) if isinstance(format, str) else format
+    wide = check_weight(weight, name)
+    n, k = wide.shape
+    require_divisible(format, k, name)
+    grid = format.grid if search else replace(format.grid, tries=())
+    h = None if importance is None else prepared_importance(importance, k, name)
+    size = format.group or k
+    rows = max(1, CHUNK // max(k, 1))
+    codes = torch.empty(n, k)
+    steps = torch.empty(n, k // size if k else 0)
+    mins = torch.empty_like(steps) if grid.minimum else None
+    for at in range(0, n, rows):
+        groups = wide[at : at + rows].view(-1, size)
+        weights = None if h is None else h.view(1, -1, size).expand(len(groups) * size // k, -1, -1).reshape(-1, size)
+        step, minimum = fit(groups, weights, grid, name)
+        found = encode(groups, step[:, None], None if minimum is None else minimum[:, None], grid)
+        codes[at : at + rows] = found.view(-1, k)
+        steps[at : at + rows] = step.view(-1, k // size)
+        if mins is not None and minimum is not None:
+            mins[at : at + rows] = minimum.view(-1, k // size)
+    return assemble(format, codes, steps, mins)
+
+
+def assemble(format: Format, codes: Tensor, steps: Tensor, mins: Tensor | None) -> QTensor:
+    """codes [n, k] float32 in the grid, steps and mins [n, groups] float32 -> QTensor in the natural form."""
+    if format.kind in ("w8", "w8g"):
+        stored = codes.to(torch.int8)
+    else:
+        stored = (codes + format.zero).to(torch.uint8)
+    if format.kind == "w8":
+        return QTensor(format.kind, stored, steps.view(-1))
+    return QTensor(format.kind, stored, steps.half(), None if mins is None else mins.half())
+
+
+def prepared_importance(importance: Tensor, k: int, name: str) -> Tensor:
+    """Mean 1, and a floor: an input that calibration never used still counts a little. Raises ValidationError."""
+    h = importance.detach().to("cpu", torch.float32).reshape(-1)
+    if len(h) != k or not bool(h.isfinite().all()) or bool((h < 0).any()):
+        raise ValidationError(
+            f"{name}: importance must be {k} finite numbers of at least 0, got {len(h)} "
+            f"from {h.min().item() if len(h) else 'none'} to {h.max().item() if len(h) else 'none'}.",
+            param="importance",
+        )
+    mean = h.mean()
+    return torch.ones(k) if mean == 0 else h / mean + 1e-3

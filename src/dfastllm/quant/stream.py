@@ -1,0 +1,192 @@
+"""safetensors files read and written a tensor at a time, without a memory map: never more than one tensor in memory.
+
+Writing needs the dtype and shape of every tensor beforehand (a file starts with them), the data in any order. Files are
+written beside their final names and take their places together at the end. Does not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dfastllm.errors import CheckpointError
+
+__all__ = ["DTYPES", "Entry", "Planned", "SafetensorsWriter", "read_tensor"]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Entry(Protocol):
+    """Where a tensor lies (models.headers.TensorEntry): dtype in safetensors' spelling, offset in bytes from the start
+    of the file."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int: ...
+
+
+def read_tensor(entry: Entry, name: str) -> Tensor:
+    """The tensor, in memory of its own: a mapped file would count as resident a second time. Raises CheckpointError."""
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, which is not read.")
+    out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    if out.numel() == 0:
+        return out
+    view = memoryview(out.view(-1).view(torch.uint8).numpy())
+    try:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            at = 0
+            while at < len(view):
+                got = file.readinto(view[at:])
+                if not got:
+                    raise CheckpointError(f"{entry.file} ends inside tensor {name!r}.")
+                at += got
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read: {error}.") from error
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor that will be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsWriter:
+    """A context manager: `write` each planned tensor once, in any order. Leaving the block well puts the files (and an
+    index where there are several) in place; leaving it by an error removes what was written.
+
+    plan: names in the order that decides the shards, at most `shard_bytes` each unless one tensor alone is larger.
+    """
+
+    def __init__(self, directory: Path, plan: Mapping[str, Planned], *, shard_bytes: int = 5 * 10**9) -> None:
+        self.directory = directory
+        self.plan = dict(plan)
+        self.shards = _cut(self.plan, shard_bytes)
+        self._offset: dict[str, tuple[str, int]] = {}
+        self._left = set(self.plan)
+        self._done = False
+
+    def _temporary(self, shard: str) -> Path:
+        return self.directory / f".{shard}.{os.getpid()}.part"
+
+    def __enter__(self) -> SafetensorsWriter:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for shard, names in self.shards.items():
+            header = self._header(shard, names)
+            with self._temporary(shard).open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+        return self
+
+    def _header(self, shard: str, names: list[str]) -> bytes:
+        """Widest dtypes first, so that every tensor is aligned to its own."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in sorted(names, key=lambda name: -self.plan[name].dtype.itemsize):
+            planned = self.plan[name]
+            entries[name] = {
+                "dtype": SPELLING[planned.dtype],
+                "shape": list(planned.shape),
+                "data_offsets": [at, at + planned.nbytes],
+            }
+            self._offset[name] = (shard, at)
+            at += planned.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        for name in names:
+            self._offset[name] = (shard, self._offset[name][1] + 8 + len(text))
+        return text
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Raises CheckpointError for a tensor that was not planned like this, or is written twice."""
+        planned = self.plan.get(name)
+        if planned is None or planned != Planned(tensor.dtype, tuple(tensor.shape)) or name not in self._left:
+            state = "not planned" if planned is None else f"planned as {planned.dtype} {list(planned.shape)}, once"
+            raise CheckpointError(f"tensor {name!r} of {tensor.dtype} {list(tensor.shape)} is {state}.")
+        shard, offset = self._offset[name]
+        data = tensor.detach().to("cpu").contiguous().view(-1)
+        with self._temporary(shard).open("r+b") as file:
+            file.seek(offset)
+            if data.numel():
+                file.write(data.view(torch.uint8).numpy())
+            elif file.tell() > file.seek(0, os.SEEK_END):
+                file.truncate(offset)
+        self._left.discard(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._left:
+                    raise CheckpointError(f"{len(self._left)} planned tensors were not written: {min(self._left)}, ...")
+                self._place()
+        finally:
+            for shard in self.shards:
+                self._temporary(shard).unlink(missing_ok=True)
+
+    def _place(self) -> None:
+        index = self.directory / INDEX_FILE
+        for shard in self.shards:
+            os.replace(self._temporary(shard), self.directory / shard)
+        for old in self.directory.glob("model*.safetensors"):
+            if old.name not in self.shards:
+                old.unlink()  # weights of an earlier writing would contradict these
+        if len(self.shards) == 1:
+            index.unlink(missing_ok=True)
+            return
+        where = {name: shard for shard, names in self.shards.items() for name in names}
+        total = sum(planned.nbytes for planned in self.plan.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+        partial = self._temporary(INDEX_FILE)
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, index)
+
+
+def _cut(plan: Mapping[str, Planned], limit: int) -> dict[str, list[str]]:
+    """File name -> tensors."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, planned in plan.items():
+        if groups[-1] and size + planned.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += planned.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
