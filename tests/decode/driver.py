@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SamplingParams, SequenceState, Span
+from dfastllm.decode.rows import DenseRows
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -218,7 +219,7 @@ def run(
         span = policy.plan(seq, limit)
         logits = run_span(model, seq, span, store)
         seq.forwards += 1
-        (commit,) = policy.absorb([(seq, span)], logits)
+        (commit,) = policy.absorb([(seq, span)], DenseRows(logits))
         watch(seq, span, commit)
         apply(seq, commit)
         spans.append(span)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dfastllm.core import Commit, DecodeParams, Request, SequenceState, Span
 from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for
+from dfastllm.decode.rows import DenseRows
 from dfastllm.errors import UnsupportedError
 from dfastllm.models import tiny
 from tests.decode.driver import FakeModel, Result, Store, apply, info, request, run, run_span, start
@@ -180,8 +182,8 @@ def test_pure(case: Case) -> None:
                 after, seq.kv_len = seq.kv_len, kept
             else:
                 after = seq.kv_len
-            (one,) = case.policy.absorb([(seq, span)], logits.clone())
-            (two,) = case.policy.absorb([(seq, span)], logits.clone())
+            (one,) = case.policy.absorb([(seq, span)], DenseRows(logits.clone()))
+            (two,) = case.policy.absorb([(seq, span)], DenseRows(logits.clone()))
             assert plain(one) == plain(two)
             assert before == ((seq.tokens, seq.kv_len, seq.stable, seq.forwards), seq.policy)
             seq.kv_len = after
@@ -210,7 +212,7 @@ def test_independent_of_the_group(case: Case) -> None:
         logits = torch.cat(
             [run_span(net, seq, span, store) for (seq, span), (_, store) in zip(items, chosen, strict=True)]
         )
-        for (seq, _), commit in zip(items, policy.absorb(items, logits), strict=True):
+        for (seq, _), commit in zip(items, policy.absorb(items, DenseRows(logits)), strict=True):
             apply(seq, commit)
             commits.setdefault(seq.request.request_id, []).append(plain(commit))
             if commit.finish is not None:
@@ -219,6 +221,58 @@ def test_independent_of_the_group(case: Case) -> None:
     for name, result in solo(case).items():
         assert done[name] == result.output
         assert commits[name] == [plain(c) for c in result.commits]
+
+
+class CountedRows(DenseRows):
+    """Notes of which rows logits were made, over a whole step."""
+
+    def __init__(self, logits: torch.Tensor, numbers: Any = None, dense: set[int] | None = None) -> None:
+        super().__init__(logits)
+        self.numbers = np.arange(self.count) if numbers is None else numbers
+        self.dense: set[int] = set() if dense is None else dense
+
+    def _logits(self) -> Any:
+        self.dense.update(self.numbers.tolist())
+        return super()._logits()
+
+    def _take(self, index: Any) -> CountedRows:
+        return CountedRows(self._values[torch.from_numpy(index)], self.numbers[index], self.dense)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_a_row_takes_its_own_way_and_spoils_no_other(case: Case) -> None:
+    """Logits are made of the same rows alone and in a group; rows of NaN and infinity raise nothing and leave the
+    commits of others as they were."""
+    policy, net = case.policy, model(case.model)
+    alive = [(start(policy, r, net.info), Store()) for r in case.requests()]
+    for step in range(4):
+        items = [(seq, policy.plan(seq, 64)) for seq, _ in alive]
+        parts = [run_span(net, seq, span, store) for (seq, span), (_, store) in zip(items, alive, strict=True)]
+        ends = np.cumsum([len(part) for part in parts])
+        rows = CountedRows(torch.cat(parts))
+        together = policy.absorb(items, rows)
+        assert rows.finite().all()
+        for item, part, end, commit in zip(items, parts, ends, together, strict=True):
+            alone = CountedRows(part.clone())
+            assert plain(policy.absorb([item], alone)[0]) == plain(commit)
+            first = int(end) - len(part)
+            assert {first + r for r in alone.dense} == {r for r in rows.dense if first <= r < end}
+        bad = step % len(parts)
+        spoiled = torch.cat(
+            [part.fill_((float("nan"), float("inf"))[step % 2]) if i == bad else part for i, part in enumerate(parts)]
+        )
+        broken = DenseRows(spoiled)
+        answers = policy.absorb(items, broken)
+        sick = set(range(int(ends[bad]) - len(parts[bad]), int(ends[bad])))
+        assert set(np.flatnonzero(~broken.finite()).tolist()) == sick
+        assert [plain(c) for i, c in enumerate(answers) if i != bad] == [
+            plain(c) for i, c in enumerate(together) if i != bad
+        ]
+        for (seq, _), commit in zip(items, together, strict=True):
+            apply(seq, commit)
+        alive = [pair for pair, commit in zip(alive, together, strict=True) if commit.finish is None]
+        if not alive:
+            break
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

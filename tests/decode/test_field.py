@@ -10,6 +10,7 @@ import torch
 
 from dfastllm.core import DecodeParams
 from dfastllm.decode.registry import POLICIES, RULES
+from dfastllm.decode.rows import DenseRows
 from dfastllm.models import tiny
 from tests.decode.driver import FakeModel, Store, apply, info, request, run, run_span, start
 
@@ -50,7 +51,7 @@ def together(model: Any, requests: list[Any]) -> dict[str, list[int]]:
         logits = torch.cat(
             [run_span(model, seq, span, store) for (seq, span), (_, store) in zip(items, alive, strict=True)]
         )
-        for (seq, _), commit in zip(items, policy.absorb(items, logits), strict=True):
+        for (seq, _), commit in zip(items, policy.absorb(items, DenseRows(logits)), strict=True):
             apply(seq, commit)
             if commit.finish:
                 done[seq.request.request_id] = seq.tokens[seq.canvas_start : seq.stable]

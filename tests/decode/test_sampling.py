@@ -20,7 +20,6 @@ from dfastllm.decode.sampling import (
     log_normaliser,
     row_keys,
     spread,
-    token_logprobs,
     uniform,
 )
 from dfastllm.errors import UnsupportedError, ValidationError
@@ -271,19 +270,6 @@ def test_statistics_are_right() -> None:
     assert torch.allclose(entropy.double(), -(p * p.clamp_min(1e-300).log()).sum(dim=-1), atol=1e-5)
     best = p.sort(dim=-1, descending=True).values
     assert torch.allclose(margin.double(), best[:, 0] - best[:, 1], atol=1e-6)
-
-
-def test_logprobs_are_of_the_raw_distribution() -> None:
-    logits = torch.randn(2, 10, generator=torch.Generator().manual_seed(8))
-    tokens = torch.tensor([3, 4])
-    raw = torch.log_softmax(logits, dim=-1)
-    none, some = (token_logprobs(logits, log_normaliser(logits), tokens, n) for n in (0, 3))
-    for i, (a, b) in enumerate(zip(none, some, strict=True)):
-        assert a.token == b.token == tokens[i]
-        assert a.top == ()
-        assert a.logprob == b.logprob == pytest.approx(raw[i, tokens[i]].item(), abs=1e-6)
-        assert [t for t, _ in b.top] == raw[i].topk(3).indices.tolist()
-        assert [x for _, x in b.top] == sorted((x for _, x in b.top), reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dfastllm.decode.canvas import CanvasState
 from dfastllm.decode.denoise import active_rows, denoise, settle
 from dfastllm.decode.diffusion import MaskedDiffusion
 from dfastllm.decode.registry import RULES
+from dfastllm.decode.rows import DenseRows
 from dfastllm.decode.sampling import row_keys, uniform
 from dfastllm.decode.unmask import quota
 from dfastllm.errors import UnsupportedError, ValidationError
@@ -147,7 +148,7 @@ def test_rule_equals_its_twin(name: str, data: st.DataObject) -> None:
         rows = logits_of(seed, step, a.stop - a.start, scale, ties, calm)
         fixed, again, memory, closed = by_twin(name, seq, a, rows, memory)
         logits = torch.from_numpy(rows[[p - a.start for p in a.positions]])
-        (decision,) = denoise([a], logits, OPINION)
+        (decision,) = denoise([a], DenseRows(logits), OPINION)
         assert (dict(decision.fixed), set(decision.remask), decision.closed) == (fixed, again, closed)
         commit = settle(a, decision, kv_len=None)
         apply(seq, commit)
@@ -178,7 +179,7 @@ def test_factor_does_not_accept_the_last_rank_when_it_fails() -> None:
     rows[2, 4] = rows[2, 5] = 1.0  # c = 0.5 < 1 - 1/4
     decode = DecodeParams(rule="factor", factor=1.0, block_length=3)
     seq = start(POLICY, request(decode=decode, max_tokens=3), MODEL)
-    (decision,) = denoise([active_rows(seq, 3, 6)], rows)
+    (decision,) = denoise([active_rows(seq, 3, 6)], DenseRows(rows))
     assert dict(decision.fixed) == {3: 2, 4: 3}
 
 
@@ -189,7 +190,7 @@ def test_entropy_bound_excludes_the_largest_from_the_sum() -> None:
     for gamma, count in ((0.7, 2), (0.6, 1)):
         decode = DecodeParams(rule="entropy_bound", options={"gamma": gamma}, block_length=2)
         seq = start(POLICY, request(decode=decode, max_tokens=2), MODEL)
-        (decision,) = denoise([active_rows(seq, 3, 5)], rows.clone())
+        (decision,) = denoise([active_rows(seq, 3, 5)], DenseRows(rows.clone()))
         assert len(decision.fixed) == count
 
 
@@ -204,7 +205,7 @@ def test_dream_positions_follow_alg_temp() -> None:
     trials = 2000
     for seed in range(trials):
         seq = start(POLICY, request(decode=decode, max_tokens=4, seed=seed), MODEL)
-        (decision,) = denoise([active_rows(seq, 3, 7)], rows.clone())
+        (decision,) = denoise([active_rows(seq, 3, 7)], DenseRows(rows.clone()))
         (chosen,) = decision.fixed
         counts[chosen - 3] += 1
     chi2 = ((counts - trials * expected) ** 2 / (trials * expected)).sum()
@@ -218,7 +219,8 @@ def test_steps_are_a_minimum_rate_for_every_rule() -> None:
         seq = start(POLICY, request(decode=decode, max_tokens=8, ignore_eos=True), MODEL)
         for step in range(2):
             a = active_rows(seq, 3, 11)
-            (decision,) = denoise([a], torch.from_numpy(logits_of(1, step, len(a.positions), 0.01, False)), OPINION)
+            logits = torch.from_numpy(logits_of(1, step, len(a.positions), 0.01, False))
+            (decision,) = denoise([a], DenseRows(logits), OPINION)
             apply(seq, settle(a, decision, kv_len=None))
         assert MASK not in seq.tokens, name
 
@@ -233,11 +235,11 @@ def test_max_parallel_tokens_and_early_stop_confidence() -> None:
     ):
         decode = DecodeParams(rule="threshold", block_length=6, options=options)
         seq = start(POLICY, request(decode=decode, max_tokens=6), MODEL)
-        (decision,) = denoise([active_rows(seq, 3, 9)], rows.clone())
+        (decision,) = denoise([active_rows(seq, 3, 9)], DenseRows(rows.clone()))
         assert len(decision.fixed) == count
     decode = DecodeParams(rule="schedule", block_length=6, options={"early_stop_confidence": 0.9})
     seq = start(POLICY, request(decode=decode, max_tokens=6), MODEL)
-    (decision,) = denoise([active_rows(seq, 3, 9)], rows.clone())
+    (decision,) = denoise([active_rows(seq, 3, 9)], DenseRows(rows.clone()))
     assert len(decision.fixed) == 6
 
 

@@ -78,7 +78,7 @@ def test_packed_spans_equal_each_alone() -> None:
             items = [
                 (Span(n[i], last[i], "causal", "scratch", tuple(range(len(last[i])))), tables[i], n[i]) for i in group
             ]
-            logits, at = runner.run(items), 0
+            logits, at = runner.run(items).logits(), 0
             for i in group:
                 out[i] = logits[at : at + len(last[i])]
                 at += len(last[i])
@@ -98,7 +98,7 @@ def test_padding_rows_change_nothing() -> None:
     assert packed.want.tolist() == [1, 2] + [1] * 6
     assert packed.wanted == 2
     model = FakeModel()
-    rows = [Runner(model, 16, torch.float64, "cpu", m).run([(span, table, 0)]) for m in (1, 8)]
+    rows = [Runner(model, 16, torch.float64, "cpu", m).run([(span, table, 0)]).logits() for m in (1, 8)]
     assert torch.equal(rows[0], rows[1])
 
 
@@ -114,5 +114,5 @@ def test_scattered_pages_read_like_consecutive_ones() -> None:
     logits = []
     for table in (apart, together):
         runner.run([(Span(0, (1, 2, 3, 4), "causal", "keep"), table, 0)])
-        logits.append(runner.run([(Span(4, (5,), "causal", "keep", (0,)), table, 4)]))
+        logits.append(runner.run([(Span(4, (5,), "causal", "keep", (0,)), table, 4)]).logits())
     assert torch.equal(logits[0], logits[1])

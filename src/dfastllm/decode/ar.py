@@ -6,12 +6,13 @@ Rebuilding after a preemption is the same prefill over all tokens so far, so not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from dfastllm.core import Commit, FinishReason, ModelInfo, Request, SequenceState, Span, TokenLogprob
-from dfastllm.decode.sampling import Draw, check_sampling, draw, log_normaliser, on_capable_device, token_logprobs
+from dfastllm.decode.rows import DenseRows, Rows, token_logprob
+from dfastllm.decode.sampling import Draw, check_sampling, draw, edits, penalised
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
 __all__ = ["Autoregressive"]
@@ -67,20 +68,11 @@ class Autoregressive:
         return Span(start=start, ids=tuple(seq.tokens[start:stop]), attend="causal", store="keep", want=last)
 
     @torch.inference_mode()
-    def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
-        logits = on_capable_device(logits)
+    def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
         deciding = [seq for seq, span in items if span.want]
-        draws = [_draw_of(seq) for seq in deciding]
-        for row, seq in enumerate(deciding):
-            if seq.model.mask_id is not None:
-                logits[row, seq.model.mask_id] = float("-inf")
-        tokens = draw(logits, draws)
-        records = _records(deciding, logits, tokens)
-        ids = iter(tokens.tolist())
-        return [
-            _commit(seq, next(ids), records.get(id(seq))) if span.want else Commit(stable=len(seq.tokens))
-            for seq, span in items
-        ]
+        tokens, records = _choose(deciding, rows)
+        chosen = zip(tokens, records, strict=True)
+        return [_commit(seq, *next(chosen)) if span.want else Commit(stable=len(seq.tokens)) for seq, span in items]
 
 
 def check_prompt(request: Request, model: ModelInfo) -> None:
@@ -99,9 +91,48 @@ def enders(sampling_stop: tuple[int, ...], ignore_eos: bool, model: ModelInfo) -
     return tuple(dict.fromkeys((() if ignore_eos else model.eos_ids) + sampling_stop))
 
 
+def _choose(seqs: Sequence[SequenceState], rows: Rows) -> tuple[list[int], list[TokenLogprob | None]]:
+    """The next token of each sequence, and its record where asked for. Greedy rows without edits are best tokens;
+    logits are made of the others only."""
+    tokens, records = [0] * len(seqs), cast("list[TokenLogprob | None]", [None] * len(seqs))
+    parts: dict[str, list[int]] = {}
+    for row, seq in enumerate(seqs):
+        parts.setdefault(_route(seq), []).append(row)
+    for route, members in parts.items():
+        some = [seqs[r] for r in members]
+        ban = () if some[0].model.mask_id is None else (some[0].model.mask_id,)
+        part = rows if len(members) == len(seqs) else rows.select(members)
+        tops = [seq.sampling.logprobs for seq in some]
+        wanted = [top for top in tops if top is not None]
+        if route == "logits":
+            logits = part.logits()
+            logits[:, list(ban)] = float("-inf")
+            drawn = draw(logits, [_draw_of(seq) for seq in some])
+            picked, chosen = drawn.tolist(), logits.gather(1, drawn[:, None])[:, 0].tolist() if wanted else []
+            stats = DenseRows(logits).stats(norm=True, top=max(wanted)) if wanted else None
+        else:
+            stats = part.stats(ban=ban, norm=bool(wanted), top=max(wanted, default=0))
+            picked, chosen = stats.token.tolist(), stats.best.tolist() if wanted else []
+        for i, row in enumerate(members):
+            tokens[row] = picked[i]
+            top = tops[i]
+            if top is not None and stats is not None:
+                records[row] = token_logprob(stats, i, picked[i], chosen[i], top)
+    return tokens, records
+
+
+def _route(seq: SequenceState) -> str:
+    """logits: the row is edited or drawn from; best: its best token is all; records: and the statistics of that."""
+    s = seq.sampling
+    early = len(seq.tokens) < seq.canvas_start + s.min_tokens
+    if s.temperature > 0 or early or edits(s):
+        return "logits"
+    return "best" if s.logprobs is None else "records"
+
+
 def _draw_of(seq: SequenceState) -> Draw:
     s, n = seq.sampling, len(seq.tokens)
-    counted = bool(s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0)
+    counted = penalised(s)
     return Draw(
         sampling=s,
         positions=(n,),
@@ -113,18 +144,6 @@ def _draw_of(seq: SequenceState) -> Draw:
         # min_tokens bars EOS even when it would be ignored, as vLLM does
         enders=tuple(dict.fromkeys(seq.model.eos_ids + s.stop_token_ids)),
     )
-
-
-def _records(seqs: Sequence[SequenceState], logits: torch.Tensor, tokens: torch.Tensor) -> dict[int, TokenLogprob]:
-    """Logprob records by id(seq) of the sequences that asked for them."""
-    out: dict[int, TokenLogprob] = {}
-    for top in {seq.sampling.logprobs for seq in seqs} - {None}:
-        rows = [r for r, seq in enumerate(seqs) if seq.sampling.logprobs == top]
-        at = torch.tensor(rows, dtype=torch.long, device=logits.device)
-        part = logits[at]
-        records = token_logprobs(part, log_normaliser(part), tokens[at], top or 0)
-        out.update((id(seqs[r]), record) for r, record in zip(rows, records, strict=True))
-    return out
 
 
 def _commit(seq: SequenceState, token: int, record: TokenLogprob | None) -> Commit:

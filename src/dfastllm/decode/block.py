@@ -19,12 +19,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span
 from dfastllm.decode.canvas import CanvasState, Choice, Layout, check_canvas, choose, lay_out
 from dfastllm.decode.denoise import Active, active_rows, denoise, settle, span_rows
 from dfastllm.decode.evidence import Scorer
+from dfastllm.decode.rows import Rows
 from dfastllm.errors import UnsupportedError, ValidationError
 
 __all__ = ["BlockDiffusion"]
@@ -119,9 +118,9 @@ class BlockDiffusion:
         ids = tuple(seq.tokens[low:high])
         return Span(low, ids, "block", store, want, block=seq.model.block, shadows=shadows)
 
-    def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
+    def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
         active = [self._active(seq, span) for seq, span in items if span.want]
-        decided = iter(zip(active, denoise(active, logits, self.scorer), strict=True))
+        decided = iter(zip(active, denoise(active, rows, self.scorer), strict=True))
         commits = []
         for seq, span in items:
             if not span.want:

@@ -18,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
 from dfastllm.decode.canvas import CanvasState, Choice, Layout, check_canvas, choose, lay_out
 from dfastllm.decode.denoise import active_rows, denoise, settle, span_rows
 from dfastllm.decode.evidence import Scorer
+from dfastllm.decode.rows import Rows
 from dfastllm.decode.unmask import RULES
 from dfastllm.errors import UnsupportedError
 
@@ -92,9 +91,9 @@ class MaskedDiffusion:
         store: Store = "scratch" if cache == "prefix" else "replace"
         return Span(low, tuple(seq.tokens[low:high]), "full", store, want, shadows=shadows)
 
-    def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
+    def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
         active = [active_rows(seq, *seq.policy.bounds) for seq, span in items if span.want]
-        decided = iter(zip(active, denoise(active, logits, self.scorer), strict=True))
+        decided = iter(zip(active, denoise(active, rows, self.scorer), strict=True))
         commits = []
         for seq, span in items:
             kept = _kept(seq) if span.store == "keep" else None

@@ -14,6 +14,8 @@ The law, checked for every registered policy by tests/decode/test_conformance.py
 6. `stable` never decreases and tokens before it never change. It never passes the end of the text (the ending token
    included, at most max_tokens): the answer is tokens[canvas_start : stable of the last Commit].
 7. `absorb` may overwrite the mask id's column of the logits (with -inf, so twice is as good as once), nothing else.
+8. Whether a row goes through `Rows.stats` or `Rows.logits` depends on its own request alone.
+9. Rows that are not finite raise nothing and change no other sequence's Commit; theirs is thrown away by the engine.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dfastllm.core import Commit, ModelInfo, Request, SequenceState, Span
 
 if TYPE_CHECKING:
-    import torch
+    from dfastllm.decode.rows import Rows
 
 __all__ = ["Policy"]
 
@@ -51,6 +53,6 @@ class Policy(Protocol):
         an engine); an indivisible one (canvas) may exceed it. Called again if the span was not scheduled."""
         ...
 
-    def absorb(self, items: Sequence[tuple[SequenceState, Span]], logits: torch.Tensor) -> list[Commit]:
-        """One Commit per item. logits: [sum of len(span.want), vocab] float32, rows in the order of items and want."""
+    def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
+        """One Commit per item, all of one model. rows: sum of len(span.want), in the order of items and want."""
         ...

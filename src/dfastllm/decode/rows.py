@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dfastllm.core import TokenLogprob
 from dfastllm.decode.sampling import best_tokens, log_normaliser, on_capable_device, spread
 
-__all__ = ["DenseRows", "RowStats", "Rows"]
+__all__ = ["DenseRows", "RowStats", "Rows", "probabilities", "token_logprob"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -172,3 +173,20 @@ def _top(values: Tensor, count: int) -> tuple[Ints, Floats]:
     first = np.searchsorted(at, np.arange(rows))  # each row has at least `count` candidates
     pick = order[first[:, None] + np.arange(count)]
     return ids[pick], found[pick]
+
+
+def probabilities(logits: Floats, norm: Floats) -> NDArray[np.float64]:
+    """float64: exp(logits - norm), the difference in float32 as the logits are."""
+    with np.errstate(invalid="ignore"):  # rows that are not finite; the engine fails their requests
+        return np.exp((logits - norm).astype(np.float64))
+
+
+def token_logprob(stats: RowStats, row: int, token: int, logit: float, top: int) -> TokenLogprob:
+    """The record of a token drawn at a row, with the `top` best, of the distribution of `stats` (which holds the norm
+    and at least `top` ids). logit: that of the token there."""
+    norm = stats.norm[row]
+    best: tuple[tuple[int, float], ...] = ()
+    if top:
+        pairs = zip(stats.ids[row, :top].tolist(), (stats.logits[row, :top] - norm).tolist(), strict=True)
+        best = tuple((i, v) for i, v in pairs if v != float("-inf"))
+    return TokenLogprob(token, float(np.float32(logit) - norm), best)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfastllm.core import ModelInfo, SamplingParams, TokenLogprob
+from dfastllm.core import ModelInfo, SamplingParams
 from dfastllm.errors import UnsupportedError, ValidationError
 
 __all__ = [
@@ -24,12 +24,13 @@ __all__ = [
     "best_tokens",
     "check_sampling",
     "draw",
+    "edits",
     "gumbel",
     "log_normaliser",
     "on_capable_device",
+    "penalised",
     "row_keys",
     "spread",
-    "token_logprobs",
     "uniform",
 ]
 
@@ -67,15 +68,18 @@ class Draw:
     @property
     def edits(self) -> bool:
         """Whether logits change before the draw."""
-        s = self.sampling
-        return bool(
-            s.repetition_penalty != 1.0
-            or s.presence_penalty
-            or s.frequency_penalty
-            or s.logit_bias
-            or s.allowed_token_ids is not None
-            or (s.min_tokens and any(p < self.first + s.min_tokens for p in self.positions))
-        )
+        early = self.sampling.min_tokens and any(p < self.first + self.sampling.min_tokens for p in self.positions)
+        return bool(early) or edits(self.sampling)
+
+
+def edits(s: SamplingParams) -> bool:
+    """Whether the options change logits at every position (min_tokens does so at the first ones only)."""
+    return bool(s.logit_bias) or s.allowed_token_ids is not None or penalised(s)
+
+
+def penalised(s: SamplingParams) -> bool:
+    """Whether what stands in the text already changes the logits."""
+    return bool(s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty)
 
 
 def check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
@@ -213,21 +217,6 @@ def spread(logits: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         terms = p.mul_(logp.clamp_(min=-200.0))  # p of -inf is 0, and 0 * -200 is too
         entropy[rows] = -terms.sum(dim=-1, dtype=torch.float64).float()
     return entropy, margin
-
-
-def token_logprobs(logits: Tensor, norm: Tensor, tokens: Tensor, top: int) -> list[TokenLogprob]:
-    """Records of the chosen tokens, raw distribution. logits [rows, vocab], norm [rows], tokens [rows] int64."""
-    chosen = (logits.gather(1, tokens[:, None])[:, 0] - norm).tolist()
-    ids = tokens.tolist()
-    if top == 0:
-        return [TokenLogprob(t, lp) for t, lp in zip(ids, chosen, strict=True)]
-    best = torch.topk(logits, min(top, logits.shape[1]), dim=-1)
-    values = (best.values - norm[:, None]).tolist()
-    names = best.indices.tolist()
-    return [
-        TokenLogprob(t, lp, tuple((i, v) for i, v in zip(n, vs, strict=True) if v != float("-inf")))
-        for t, lp, n, vs in zip(ids, chosen, names, values, strict=True)
-    ]
 
 
 # ---- the draw -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
     from dfastllm.decode.policy import Policy
+    from dfastllm.decode.rows import Rows
     from dfastllm.text import Tokenizer
 
 __all__ = ["Engine"]
@@ -173,8 +174,8 @@ class Engine:
         self._expire(began)
         preempted = self.scheduler.preempted
         chosen = self.scheduler.schedule(self.steps)
-        logits, seconds = self._run(chosen)
-        commits = self._absorb(chosen, logits)
+        rows, seconds = self._run(chosen)
+        commits = self._absorb(chosen, rows)
         canvases = self._commit(chosen, commits)
         events = self._emit(chosen, commits, canvases)
         self.steps += 1
@@ -187,8 +188,8 @@ class Engine:
             if timeout is not None and now - live.request.arrival > timeout:
                 self.cancel(live.request.request_id, FinishReason.TIMEOUT)
 
-    def _run(self, chosen: Chosen) -> tuple[torch.Tensor | None, float]:
-        """Logits of the batch, or None when the forward failed (then every request in it fails, and no other)."""
+    def _run(self, chosen: Chosen) -> tuple[Rows | None, float]:
+        """Its wanted rows, or None when the forward failed (then every request in it fails, and no other)."""
         now = time.monotonic()
         for live, _ in chosen:
             live.ran = self.steps
@@ -197,42 +198,42 @@ class Engine:
         if not chosen:
             return None, 0.0
         try:
-            logits = self.runner.run([(span, live.table, live.state.kv_len) for live, span in chosen])
+            rows = self.runner.run([(span, live.table, live.state.kv_len) for live, span in chosen])
         except Exception:
             log.exception("forward pass failed")
-            logits = None
-        return logits, time.monotonic() - now
+            rows = None
+        return rows, time.monotonic() - now
 
-    def _absorb(self, chosen: Chosen, logits: torch.Tensor | None) -> list[Commit | Exception]:
+    def _absorb(self, chosen: Chosen, rows: Rows | None) -> list[Commit | Exception]:
         """One commit, or the error that ends the request, per chosen sequence: one `absorb` call per policy."""
-        if logits is None:
+        if rows is None:
             return [GenerationError("the model failed on this step; see the server's log.") for _ in chosen]
-        rows: list[range] = []
         groups: dict[int, list[int]] = {}
+        ends = []
         offset = 0
         for i, (live, span) in enumerate(chosen):
-            rows.append(range(offset, offset + len(span.want)))
             offset += len(span.want)
+            ends.append(offset)
             groups.setdefault(id(live.policy), []).append(i)
-        finite = torch.isfinite(logits.sum(dim=-1)).tolist()  # one NaN or inf anywhere in a row shows in its sum
-        out: list[Commit | Exception] = [GenerationError("the model gave logits that are not finite.")] * len(chosen)
+        out: list[Commit | Exception] = [GenerationError("the decoder gave no answer.")] * len(chosen)
         for members in groups.values():
-            good = [i for i in members if all(finite[r] for r in rows[i])]
-            if not good:
-                continue
-            index = [r for i in good for r in rows[i]]
-            part = logits
-            if len(index) != logits.shape[0]:
-                part = logits[torch.tensor(index, dtype=torch.int64, device=logits.device)]
-            policy = chosen[good[0]][0].policy
+            part = rows
+            if len(groups) > 1:
+                part = rows.select([r for i in members for r in range(ends[i] - len(chosen[i][1].want), ends[i])])
+            policy = chosen[members[0]][0].policy
             answers: Sequence[Commit | Exception]
             try:
-                answers = policy.absorb([(chosen[i][0].state, chosen[i][1]) for i in good], part)
+                answers = policy.absorb([(chosen[i][0].state, chosen[i][1]) for i in members], part)
             except Exception as error:
                 log.exception("policy %s failed", policy.name)
-                answers = [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(good)
-            for i, answer in zip(good, answers, strict=True):
+                answers = [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(members)
+            for i, answer in zip(members, answers, strict=True):
                 out[i] = answer
+        finite = rows.finite()  # of what the policies looked at: asking before would run the head for nobody
+        if not finite.all():
+            for i, (_, span) in enumerate(chosen):
+                if not finite[ends[i] - len(span.want) : ends[i]].all():
+                    out[i] = GenerationError("the model gave logits that are not finite.")
         return out
 
     def _commit(self, chosen: Chosen, commits: Sequence[Commit | Exception]) -> list[CanvasUpdate | None]:

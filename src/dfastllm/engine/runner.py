@@ -1,4 +1,4 @@
-"""The only caller of a model: packs spans, runs one forward, returns float32 logits of the wanted rows."""
+"""The only caller of a model: packs spans, runs one forward, returns the wanted rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from dfastllm.core import ModelInfo, Span
+from dfastllm.decode.rows import DenseRows, Rows
 from dfastllm.engine.batch import Packed, pack
 from dfastllm.engine.kv import KVStore, PageTable
 from dfastllm.kernels.attention import span_attention
@@ -46,15 +47,15 @@ class Runner:
         self.kv = KVStore(info.layers, slots, info.kv_heads, info.head_dim, dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> torch.Tensor:
-        """Logits [sum of len(span.want), vocab] float32 on the CPU-visible device of the model, in the order of items.
+    def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> Rows:
+        """Rows, sum of len(span.want) of them, in the order of items.
 
         Writes K,V of the spans that keep or replace. items: (span, pages, kv_len before the step)."""
         packed = pack(items, self.device, self.min_rows)
         hidden = self.model(packed.ids, packed.positions, self._attend(packed))
         if packed.wanted == 0:
-            return torch.empty(0, self.model.info.vocab_size, device=self.device)
-        return self.model.head(hidden[packed.want])[: packed.wanted].float()
+            return DenseRows(torch.empty(0, self.model.info.vocab_size, device=self.device))
+        return DenseRows(self.model.head(hidden[packed.want])[: packed.wanted].float())
 
     def _attend(self, packed: Packed) -> Attend:
         all_k, all_v = self.kv.k, self.kv.v
