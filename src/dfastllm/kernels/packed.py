@@ -106,6 +106,17 @@ class QTensor:
         scales = None if self.scales is None else self.scales[index]
         return QTensor(self.format, self.codes[index], scales, None if self.mins is None else self.mins[index])
 
+    def padded(self, n: int) -> QTensor:
+        """With zero weights below up to n output channels."""
+        more = n - self.shape[0]
+
+        def pad(value: Tensor | None, fill: int = 0) -> Tensor | None:
+            return None if value is None else torch.cat([value, value.new_full((more, *value.shape[1:]), fill)])
+
+        codes = pad(self.codes, 0 if self.mins is not None else _ZERO.get(self.format, 0))
+        assert codes is not None
+        return QTensor(self.format, codes, pad(self.scales), pad(self.mins))
+
     @staticmethod
     def stack(parts: list[QTensor]) -> QTensor:
         """Matrices of one format (and all with minima or all without) below one another."""

@@ -1,0 +1,194 @@
+"""From a path to a model that can serve: the one place where read > quantise > pack meet. Models know none of it.
+
+On a CPU a dense model becomes a `PackedDecoder` (kernels of our own, quantised or not); on another device, for a mixture
+of experts, or where asked, it stays the plain torch `Decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dfastllm.core import ModelInfo
+from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.kernels.extension import native
+from dfastllm.kernels.packed import QTensor
+from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, build, pack_decoder
+from dfastllm.models import load as load_decoder
+from dfastllm.models.checkpoint import (
+    named_dtype,
+    quant_config,
+    quantisable,
+    read_model,
+    read_weights,
+    skeleton,
+    stored_dtype,
+)
+from dfastllm.models.headers import inventory
+from dfastllm.quant import FORMATS, find_format, quantise
+from dfastllm.quant.gguf import GgufModel, is_gguf, open_gguf
+from dfastllm.text import Tokenizer
+
+__all__ = ["BACKENDS", "Backend", "Loaded", "load", "model_info", "pack"]
+
+Backend = Literal["auto", "native", "torch"]
+BACKENDS = ("auto", "native", "torch")
+HEAD = {"w4": "w8g", "w4m": "w8g", "w6": "w8g"}  # embedding and head decide every token: they keep 8 bits
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with the tokenizer that came with it."""
+
+    model: Decoder | PackedDecoder
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint of either kind, not yet read. parts: (own parameter name, value), read when its turn comes; notes
+    gains a sentence for each weight that is not kept as stored."""
+
+    config: DecoderConfig
+    info: ModelInfo
+    dtype: torch.dtype
+    quantised: bool
+    parts: Iterator[tuple[str, QTensor | Tensor]]
+    notes: list[str]
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    quantization: str | None = None,
+    backend: Backend = "auto",
+    name: str | None = None,
+) -> Loaded:
+    """A model and its tokenizer from a Hugging Face directory or a GGUF file.
+
+    dtype: what floating-point weights are held in, None: as stored (float16, which CPUs compute poorly, as float32).
+    quantization: quantise floating-point matrices while loading, to w8, w8g, w6, w4m or w4.
+    backend: native: packed weights and our kernels; torch: the plain model; auto: native where it can be.
+
+    Raises ModelLoadError, CheckpointError, TokenizerError, ValidationError for an unknown name, UnsupportedError for
+    what cannot go together.
+    """
+    if backend not in BACKENDS:
+        raise ValidationError(f"backend must be {', '.join(BACKENDS)}, got {backend!r}.", param="backend")
+    path = Path(path)
+    gguf = open_gguf(path, name=name) if is_gguf(path) else None
+    if gguf is not None:
+        config, info, quantised = gguf.config, gguf.info, True
+        tokenizer = gguf.tokenizer()
+    else:
+        _, config, info = read_model(path, name)
+        quantised = quant_config(path) is not None
+        tokenizer = Tokenizer.load(path)
+    tokenizer.check_fits(info.vocab_size, info.mask_id)
+    packed = _packed_is_right(config, info, device, backend, quantised or quantization is not None)
+    if not packed:
+        return Loaded(load_decoder(path, device=device, dtype=dtype, name=name), tokenizer)
+    source = _from_gguf(gguf, dtype) if gguf is not None else _from_directory(path, dtype, name)
+    return Loaded(_assemble(source, quantization), tokenizer)
+
+
+def pack(model: Decoder, quantization: str | None = None) -> PackedDecoder:
+    """The packed form of a built float model (random weights, a model just trained). The model itself is unchanged."""
+    source = _Source(
+        model.config,
+        model.info,
+        model.dtype,
+        False,
+        ((name, parameter.detach()) for name, parameter in model.named_parameters()),
+        [],
+    )
+    return _assemble(source, quantization)
+
+
+def model_info(path: str | Path, name: str | None = None) -> ModelInfo:
+    """What a checkpoint can do, from its small parts alone. Raises ModelLoadError."""
+    path = Path(path)
+    return open_gguf(path, name=name).info if is_gguf(path) else read_model(path, name or path.name)[2]
+
+
+def _packed_is_right(
+    config: DecoderConfig, info: ModelInfo, device: str | torch.device, backend: Backend, quantised: bool
+) -> bool:
+    """Whether the packed decoder is to be built. Raises UnsupportedError where it must and cannot be."""
+    why = None
+    if torch.device(device).type != "cpu":
+        why = f"on a CPU only, not on {device}"
+    elif config.moe is not None:
+        why = f"dense models only; {info.name} is a mixture of experts"
+    if why is None and backend != "torch":
+        return quantised or backend == "native" or native() is not None
+    if quantised:
+        raise UnsupportedError(
+            f"quantised weights are computed by the native backend, which serves {why or 'with backend native or auto'}.",
+            param="backend" if why is None else "device",
+            hint="Load the float checkpoint.",
+        )
+    if backend == "native":
+        raise UnsupportedError(f"backend native serves {why}.", param="backend", hint="Use backend torch.")
+    return False
+
+
+def _from_directory(path: Path, dtype: torch.dtype | str | None, name: str | None) -> _Source:
+    family, config, info = read_model(path, name)
+    stored = stored_dtype(inventory(path), quant_config(path))
+    chosen = stored if dtype is None else named_dtype(dtype)
+    model = skeleton(config, info, chosen)
+    parts = read_weights(path, family, model)
+    return _Source(config, info, chosen, quant_config(path) is not None, parts, [])
+
+
+def _from_gguf(gguf: GgufModel, dtype: torch.dtype | str | None) -> _Source:
+    notes: list[str] = []
+
+    def parts() -> Iterator[tuple[str, QTensor | Tensor]]:
+        for own, value, note in gguf.tensors():
+            if note:
+                notes.append(f"{own}: {note}")
+            yield own, value
+
+    chosen = torch.bfloat16 if dtype is None else named_dtype(dtype)
+    return _Source(gguf.config, gguf.info, chosen, True, parts(), notes)
+
+
+def _assemble(source: _Source, quantization: str | None) -> PackedDecoder:
+    """Packs a source's weights, quantising float matrices first where asked."""
+    if quantization is not None:
+        find_format(quantization, "quantization")
+    matrices = set(quantisable(skeleton(source.config, source.info, torch.float32)))
+    dtype = source.dtype
+    if dtype == torch.float16:
+        dtype = torch.float32
+        source.notes.append("float16 weights are held as float32: float16 products are slow on CPUs")
+
+    def parts() -> Iterator[tuple[str, QTensor | Tensor]]:
+        for own, value in source.parts:
+            if isinstance(value, QTensor) or own not in matrices:
+                yield own, value
+            elif quantization is not None:
+                outer = own in ("embed.weight", "lm_head.weight")
+                chosen = HEAD.get(quantization, quantization) if outer else quantization
+                yield own, quantise(value, FORMATS[chosen], name=own)
+            else:
+                yield own, value.to(dtype if value.dtype != torch.float32 or not source.quantised else value.dtype)
+
+    kv = torch.bfloat16 if source.quantised or quantization is not None else dtype
+    return pack_decoder(source.config, source.info, parts(), kv, notes=source.notes)
+
+
+def random_like(
+    config: DecoderConfig, info: ModelInfo, quantization: str | None, *, seed: int = 0, dtype: torch.dtype
+) -> PackedDecoder:
+    """Random weights of a real shape, packed. For measuring speed and memory: its texts mean nothing."""
+    return pack(build(config, info, seed=seed, dtype=dtype), quantization)
