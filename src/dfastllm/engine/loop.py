@@ -15,7 +15,7 @@ from dfastllm.core import CanvasUpdate, Commit, FinishReason, Request, SequenceS
 from dfastllm.decode.registry import policy_for
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.kv import Pages, PageTable
-from dfastllm.engine.runner import Runnable, Runner
+from dfastllm.engine.runner import Runnable, runner_for
 from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
 from dfastllm.errors import ContextLengthError, GenerationError, QueueFullError, TimeoutError, ValidationError
@@ -23,6 +23,7 @@ from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
     from dfastllm.decode.policy import Policy
+    from dfastllm.models import PackedDecoder
     from dfastllm.decode.rows import Rows
     from dfastllm.text import Tokenizer
 
@@ -42,7 +43,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Runnable,
+        model: Runnable | PackedDecoder,
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         *,
@@ -56,7 +57,7 @@ class Engine:
         self.pages = Pages(math.ceil(self.config.kv_tokens / self.config.page_size), self.config.page_size)
         slots = self.pages.count * self.pages.page_size
         min_rows = self.config.min_rows or max(16, 8 * torch.get_num_threads())
-        self.runner = Runner(model, slots, dtype or model.dtype, device, min_rows)
+        self.runner = runner_for(model, slots, dtype or model.dtype, device, min_rows, self.config.page_size)
         self.scheduler = Scheduler(self.config, self.pages)
         self.max_len = min(self.config.max_len or self.info.max_len, self.info.max_len)
         self.steps = 0

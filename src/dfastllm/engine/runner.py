@@ -11,14 +11,18 @@ from dfastllm.core import ModelInfo, Span
 from dfastllm.decode.rows import DenseRows, Rows
 from dfastllm.engine.batch import Packed, pack
 from dfastllm.engine.kv import KVStore, PageTable
+from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.attention import span_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dfastllm.engine.native import NativeRunner
+    from dfastllm.models import PackedDecoder
+
     Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-__all__ = ["Runnable", "Runner"]
+__all__ = ["Runnable", "Runner", "runner_for"]
 
 
 class Runnable(Protocol):
@@ -81,3 +85,25 @@ class Runner:
             return torch.cat(out)
 
         return attend
+
+
+def runner_for(
+    model: Runnable | PackedDecoder,
+    slots: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    min_rows: int,
+    page_size: int,
+) -> Runner | NativeRunner:
+    """The runner of this kind of model. dtype: of the K,V; int8 only with packed models. Raises UnsupportedError."""
+    from dfastllm.models import PackedDecoder
+
+    if isinstance(model, PackedDecoder):
+        from dfastllm.engine.native import NativeRunner
+
+        return NativeRunner(model, slots, dtype, page_size)
+    if not dtype.is_floating_point:
+        raise UnsupportedError(
+            f"K,V of dtype {dtype} need the native backend.", param="kv_cache_dtype", hint="Use auto."
+        )
+    return Runner(model, slots, dtype, device, min_rows)
