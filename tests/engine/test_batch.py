@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.core import Span
-from dfastllm.engine.batch import pack, visibility
+from dfastllm.engine.batch import pack, pack_rows
 from dfastllm.engine.kv import Pages, PageTable
 from dfastllm.engine.runner import Runner
 from tests.engine.fake import FakeModel
@@ -44,22 +44,47 @@ def spans(draw: st.DrawFn) -> tuple[Span, int]:
     store = draw(st.sampled_from(["keep", "replace", "scratch", "none"]))
     attend = draw(st.sampled_from(["causal", "full", "block"]))
     shadows = tuple((draw(st.integers(start, start + n - 1)), 3) for _ in range(draw(st.integers(0, 3))))
-    span = Span(start, tuple(range(n)), attend, store, block=draw(st.integers(1, 5)), shadows=shadows)
+    want = tuple(sorted(draw(st.sets(st.integers(0, n + len(shadows) - 1)))))
+    span = Span(start, tuple(range(n)), attend, store, want, block=draw(st.integers(1, 5)), shadows=shadows)
     kv = draw(st.integers(start + n, start + n + 6)) if store == "replace" else start
     cached = {"keep": span.stop, "replace": kv, "scratch": start, "none": 0}[store]
     return span, cached
 
 
-@given(spans())
+@given(st.lists(spans(), min_size=1, max_size=4), st.integers(1, 40))
 @settings(max_examples=300, deadline=None)
-def test_visibility_is_what_span_says(case: tuple[Span, int]) -> None:
-    span, cached = case
-    got = visibility(span, cached)
-    expected = brute(span, cached)
-    if got is None:
-        assert expected.all()
-    else:
-        assert (got == expected).all()
+def test_packed_rows_are_what_spans_say(cases: list[tuple[Span, int]], min_rows: int) -> None:
+    """Ids, positions, slots, visible keys and wanted rows of each span, by Span's docstring."""
+    pool = Pages(64, 4)
+    items = []
+    for i, (span, cached) in enumerate(cases):
+        table = PageTable(pool)
+        table.grow(8)
+        pool.alloc(i % 2)  # some tables are scattered
+        table.grow(max(cached, span.stop))
+        items.append((span, table, cached if span.store == "replace" else span.start))
+    packed = pack_rows(items, min_rows)
+    want: list[int] = []
+    for i, ((span, table, _), (_, cached)) in enumerate(zip(items, cases, strict=True)):
+        row0, row1, held, own0, page0 = packed.spans[i].tolist()
+        places = [*range(span.start, span.stop), *(p for p, _ in span.shadows)]
+        assert packed.ids[row0:row1].tolist() == [*span.ids, *(t for _, t in span.shadows)]
+        assert packed.positions[row0:row1].tolist() == places
+        stored = list(table.slots(span.start, span.stop)) if span.store in ("keep", "replace") else []
+        assert packed.slots[row0:row1].tolist() == stored + [-1] * (row1 - row0 - len(stored))
+        assert (held, own0) == (cached, len(stored))
+        pages = packed.pages[page0 : page0 + -(-cached // 4)]
+        assert [int(p) * 4 + o for p in pages for o in range(4)][:cached] == list(table.slots(0, cached))
+        expected = brute(span, cached)
+        got = packed.mask(i)
+        assert expected.all() if got is None else (got == expected).all()
+        if not span.shadows:
+            assert (packed.limits[row0:row1] == expected.sum(axis=1)).all()
+        want += [row0 + r for r in span.want]
+    assert len(packed.ids) == max(min_rows, packed.spans[-1][1])
+    assert packed.limits[packed.spans[-1][1] :].sum() == 0
+    assert packed.wanted == len(want)
+    assert packed.want.tolist() == want + want[:1] * (min_rows - len(want))
 
 
 def test_packed_spans_equal_each_alone() -> None:

@@ -1,21 +1,147 @@
-"""Packing: many spans end to end, no padding, as the index tensors one forward pass needs.
+"""Packing: many spans end to end, no padding, as the arrays one forward pass needs.
 
-Everything that depends only on the spans (positions, slots, masks) is built once per step here and reused by all
-layers.
+Everything that depends only on the spans (positions, slots, what is visible) is worked out once per step here and
+reused by all layers. `pack_rows` gives it as numpy arrays, which is what a native forward takes; `pack` as the index
+tensors and boolean masks of the torch runner.
+
+The keys of a span are numbered: first the cached positions [0, cached), then its own rows from `own0` on (own rows
+before it are among the cached ones, written before attention reads). Without shadows every row sees a prefix of them,
+so one number a row, `limits`, says it all; a span with shadows has a mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dfastllm.core import Span
 from dfastllm.engine.kv import PageTable
 
-__all__ = ["Packed", "SpanKeys", "pack", "visibility"]
+__all__ = ["Packed", "PackedRows", "SpanKeys", "pack", "pack_rows", "visibility"]
+
+Ints = NDArray[np.int64]
+Items = Sequence[tuple[Span, PageTable, int]]  # a span, its sequence's pages, its kv_len
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """One forward pass. All arrays int64, contiguous; rows of a span are consecutive, shadows after the ordinary ones.
+
+    ids, positions  [rows], padding at the end: token 0 at position 0, read by nobody, attending to nothing.
+    slots           [rows]: where the row's K,V are written, page * page_size + offset; -1: nowhere.
+    limits          [rows]: the row sees the keys [0, limit) of its span; 0 for padding.
+    want            [wanted + padding]: the rows whose logits are wanted, the first `wanted` of them.
+    spans           [spans, 5]: row0, row1, cached, own0 (relative to row0), page0 (where its pages begin in `pages`).
+    pages           [sum over spans]: pages of the cached positions, ceil(cached / page_size) a span.
+    masks           span number -> bool [rows, keys], of the spans that have shadows: it replaces `limits` there.
+    """
+
+    ids: Ints
+    positions: Ints
+    slots: Ints
+    limits: Ints
+    want: Ints
+    wanted: int
+    spans: Ints
+    pages: Ints
+    page_size: int
+    masks: dict[int, NDArray[np.bool_]]
+
+    def mask(self, number: int) -> NDArray[np.bool_] | None:
+        """Bool [rows, keys] of a span, True where visible; None when every row sees every key."""
+        if number in self.masks:
+            return self.masks[number]
+        row0, row1, cached, own0, _ = self.spans[number].tolist()
+        keys = cached + row1 - row0 - own0
+        limits = self.limits[row0:row1]
+        return None if (limits >= keys).all() else np.arange(keys) < limits[:, None]
+
+
+def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
+    """Pack spans, at least one. The tables must already hold the pages that `span.stored` needs. The pass is padded to
+    `min_rows` rows, and so are the wanted rows if there are any (with the first one)."""
+    size = items[0][1].pool.page_size
+    start, counts, cached, own0, offset, block = _facts(items)
+    row1 = np.cumsum(counts)
+    row0, total = row1 - counts, int(row1[-1])
+    owner = np.repeat(np.arange(len(items)), counts)
+    within = np.arange(total) - row0[owner]
+    padded = max(total, min_rows)
+    ids, positions, limits = np.zeros((3, padded), dtype=np.int64)
+    positions[:total] = start[owner] + within
+    shadowed = [i for i, (span, _, _) in enumerate(items) if span.shadows]
+    tokens = [span.ids for span, _, _ in items]
+    for i in shadowed:
+        span = items[i][0]
+        places, extra = zip(*span.shadows, strict=True)
+        tokens[i] = span.ids + extra
+        positions[row1[i] - len(places) : row1[i]] = places
+    ids[:total] = np.fromiter(chain.from_iterable(tokens), dtype=np.int64, count=total)
+
+    held = -(-cached // size)
+    page0 = np.cumsum(held) - held
+    lists = [table.pages[:n] for (_, table, _), n in zip(items, held.tolist(), strict=True)]
+    pages = np.fromiter(chain.from_iterable(lists), dtype=np.int64)
+    slots = np.full(padded, -1, dtype=np.int64)
+    written = np.flatnonzero(within < own0[owner])
+    at = positions[written]
+    slots[written] = pages[page0[owner[written]] + at // size] * size + at % size
+
+    keys, reach = cached + counts - own0, block[owner]
+    limits[:total] = np.minimum((positions[:total] // reach + 1) * reach - offset[owner], keys[owner])
+    masks = {i: visibility(items[i][0], int(cached[i])) for i in shadowed}
+
+    asked = [len(span.want) for span, _, _ in items]
+    wanted = sum(asked)
+    want = np.fromiter(chain.from_iterable([span.want for span, _, _ in items]), dtype=np.int64, count=wanted)
+    want += np.repeat(row0, asked)
+    if 0 < wanted < min_rows:
+        want = np.concatenate([want, np.full(min_rows - wanted, want[0])])
+    spans = np.stack([row0, row1, cached, own0, page0], axis=1)
+    return PackedRows(ids, positions, slots, limits, want, wanted, spans, pages, size, masks)
+
+
+_ALL = 1 << 40  # a block that holds every position
+
+
+def _facts(items: Items) -> Ints:
+    """int64 [6, spans]: start, rows, cached, own0, the position of key 0, and the block within which rows see what
+    comes after them: 1 when causal, everything when full."""
+    flat: list[int] = []
+    for span, _, kv_len in items:
+        start, n, store, attend = span.start, len(span.ids), span.store, span.attend
+        block = 1 if attend == "causal" else _ALL if attend == "full" else span.block
+        rows = n + len(span.shadows)
+        if store == "keep":
+            flat += (start, rows, start + n, n, 0, block)
+        elif store == "replace":
+            flat += (start, rows, kv_len, n, 0, block)
+        elif store == "scratch":
+            flat += (start, rows, start, 0, 0, block)
+        else:
+            flat += (start, rows, 0, 0, start, block)
+    return np.array(flat, dtype=np.int64).reshape(-1, 6).T
+
+
+def visibility(span: Span, cached: int) -> NDArray[np.bool_]:
+    """Bool [rows, keys] of Span's rules: which of the keys, `cached` positions and then the own rows that are not among
+    those, each row sees. Only spans with shadows need it; for the others `limits` says the same."""
+    n, shadows = len(span.ids), len(span.shadows)
+    own0 = n if span.store in ("keep", "replace") else 0
+    places = np.array([*range(span.start, span.stop), *(p for p, _ in span.shadows)])
+    keys = np.concatenate([np.arange(cached), places[own0:]])
+    block = {"causal": 1, "full": _ALL, "block": span.block}[span.attend]
+    seen: NDArray[np.bool_] = keys < (places[:, None] // block + 1) * block
+    first = len(keys) - shadows
+    seen[:, first:] = False
+    seen[n:, :first] &= keys[:first] != places[n:, None]
+    seen[np.arange(n, n + shadows), np.arange(first, first + shadows)] = True
+    return seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +150,6 @@ class SpanKeys:
     (relative to row0) on.
 
     cached  a slice of slots when the pages are consecutive (a view), an int64 index tensor when not, None for no cache.
-    own0    own rows before it are already among the cached keys (they were written before attention reads).
     mask    bool [rows, keys], True where visible; None when every row sees every key.
     """
 
@@ -37,10 +162,9 @@ class SpanKeys:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One forward pass: ids, positions [rows]; write_rows, write_slots [stored]; want [wanted]; all int64.
+    """The torch form: ids, positions [rows]; write_rows, write_slots [stored]; want [wanted]; all int64.
 
-    rows and wanted count padding rows at the end (token 0 at position 0, read by nobody, attending to nothing);
-    `wanted` says how many of `want` are real.
+    rows and wanted count padding rows at the end; `wanted` says how many of `want` are real.
     """
 
     ids: torch.Tensor
@@ -52,81 +176,33 @@ class Packed:
     wanted: int
 
 
-def visibility(span: Span, cached: int) -> np.ndarray | None:
-    """Bool [rows, keys] of Span's rules for keys = positions [0, cached) then the own rows that are not cached; None
-    when all are visible."""
-    own0 = _own0(span)
-    last = span.attend == "causal" and len(span.ids) == 1 and cached <= span.stop  # the usual decode step
-    if (span.attend == "full" or last) and not span.shadows:
-        return None
-    row_pos = np.array([*range(span.start, span.stop), *(p for p, _ in span.shadows)])
-    key_pos = np.concatenate([np.arange(cached), row_pos[own0:]])
-    if span.attend == "full":
-        seen = np.ones((len(row_pos), len(key_pos)), dtype=bool)
-    elif span.attend == "causal":
-        seen = key_pos[None, :] <= row_pos[:, None]
-    else:
-        seen = key_pos[None, :] < ((row_pos // span.block + 1) * span.block)[:, None]
-    if span.shadows:
-        n = len(span.ids)
-        first = len(key_pos) - len(span.shadows)  # key columns of the shadows
-        seen[:, first:] = False
-        for i, (position, _) in enumerate(span.shadows):
-            seen[n + i, :first] &= key_pos[:first] != position
-            seen[n + i, first + i] = True
-    return None if seen.all() else seen
+def pack(items: Items, device: torch.device | str, min_rows: int = 1) -> Packed:
+    """`pack_rows` as tensors on a device."""
+    rows = pack_rows(items, min_rows)
 
+    def tensor(values: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
 
-def _own0(span: Span) -> int:
-    return len(span.ids) if span.store in ("keep", "replace") else 0
-
-
-def _cached(span: Span, kv_len: int) -> int:
-    """How many cached positions [0, n) the rows may look at, the span's own writes included."""
-    return {"keep": span.stop, "replace": kv_len, "scratch": span.start, "none": 0}[span.store]
-
-
-def pack(items: Sequence[tuple[Span, PageTable, int]], device: torch.device | str, min_rows: int = 1) -> Packed:
-    """Pack (span, its sequence's pages, its kv_len). The tables must already hold the pages that `span.stored`
-    needs. The pass is padded to `min_rows` rows, and so are the wanted rows if there are any."""
-    ids: list[int] = []
-    positions: list[int] = []
-    write_rows: list[int] = []
-    write_slots: list[int] = []
-    want: list[int] = []
     spans = []
-    for span, table, kv_len in items:
-        row0 = len(ids)
-        ids += span.ids
-        ids += (token for _, token in span.shadows)
-        positions += range(span.start, span.stop)
-        positions += (p for p, _ in span.shadows)
-        want += (row0 + r for r in span.want)
-        if span.store in ("keep", "replace"):
-            write_rows += range(row0, row0 + len(span.ids))
-            write_slots += table.slots(span.start, span.stop)
-        n = _cached(span, kv_len)
-        cached: slice | torch.Tensor | None = None
-        if n:
-            first = table.run(n)
-            if first is not None:
-                cached = slice(first, first + n)
+    for number, (row0, row1, cached, own0, page0) in enumerate(rows.spans.tolist()):
+        keys: slice | torch.Tensor | None = None
+        if cached:
+            pages = rows.pages[page0 : page0 - (-cached // rows.page_size)]
+            first = int(pages[0])
+            if int(pages[-1]) - first == len(pages) - 1 and (np.diff(pages) == 1).all():
+                keys = slice(first * rows.page_size, first * rows.page_size + cached)
             else:
-                cached = torch.tensor(table.slots(0, n), dtype=torch.int64, device=device)
-        seen = visibility(span, n)
-        mask = None if seen is None else torch.from_numpy(seen).to(device)
-        spans.append(SpanKeys(row0, len(ids), cached, _own0(span), mask))
-
-    wanted = len(want)
-    if wanted:
-        want += [want[0]] * (min_rows - wanted)
-    pad = max(0, min_rows - len(ids))
-    ids += [0] * pad
-    positions += [0] * pad
-
-    def index(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
+                slots = (pages[:, None] * rows.page_size + np.arange(rows.page_size)).ravel()[:cached]
+                keys = tensor(slots)
+        mask = rows.mask(number)
+        spans.append(SpanKeys(row0, row1, keys, own0, None if mask is None else tensor(mask)))
+    written = np.flatnonzero(rows.slots >= 0)
     return Packed(
-        index(ids), index(positions), tuple(spans), index(write_rows), index(write_slots), index(want), wanted
+        tensor(rows.ids),
+        tensor(rows.positions),
+        tuple(spans),
+        tensor(written),
+        tensor(rows.slots[written]),
+        tensor(rows.want),
+        rows.wanted,
     )

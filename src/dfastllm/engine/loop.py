@@ -23,8 +23,8 @@ from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
     from dfastllm.decode.policy import Policy
-    from dfastllm.models import PackedDecoder
     from dfastllm.decode.rows import Rows
+    from dfastllm.models import PackedDecoder
     from dfastllm.text import Tokenizer
 
 __all__ = ["Engine"]
