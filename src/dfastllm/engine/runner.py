@@ -96,9 +96,7 @@ def runner_for(
     page_size: int,
 ) -> Runner | NativeRunner:
     """The runner of this kind of model. dtype: of the K,V; int8 only with packed models. Raises UnsupportedError."""
-    from dfastllm.models import PackedDecoder
-
-    if isinstance(model, PackedDecoder):
+    if hasattr(model, "head_weights"):
         from dfastllm.engine.native import NativeRunner
 
         return NativeRunner(model, slots, dtype, page_size)

@@ -71,13 +71,15 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def set_threads(count: int) -> None:
-    """Set both pools to `count` threads. They never work at the same time: between two native calls torch's are idle.
-    Raises ValidationError below 1 or above 1024."""
-    if not 1 <= count <= 1024:
+def set_threads(count: int | None = None) -> None:
+    """Set the native pool and torch's to `count` threads; None: OMP_NUM_THREADS if set, else the physical cores this
+    process may use (torch's own default). The two never work at the same time: between two native calls torch's are
+    idle. Raises ValidationError below 1 or above 1024."""
+    if count is not None and not 1 <= count <= 1024:
         raise ValidationError(f"threads must be 1 to 1024, got {count}.", param="threads")
     import torch
 
-    torch.set_num_threads(count)
+    if count is not None:
+        torch.set_num_threads(count)
     if (module := native()) is not None:
-        module.set_threads(count)
+        module.set_threads(torch.get_num_threads())
