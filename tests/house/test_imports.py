@@ -26,7 +26,7 @@ LEVELS = (
     {"generation"},
     {"tenants", "metrics"},
     {"server", "train", "legacy"},
-    {"bench"},  # measures on the task mix that train generates
+    {"bench", "convert"},  # measures on the task mix that train generates
     {"cli", "distributed"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -6,7 +6,7 @@ read the very same tensor (q, k, v; gate, up) share one statistic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -58,7 +58,7 @@ def recording(modules: Mapping[str, nn.Linear], *, gram: bool = False) -> Iterat
     ran; `gram` also collects what GPTQ needs, k * k floats for each distinct input."""
     last = _Last()
 
-    def hook(name: str) -> object:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             known = last.owners.get(name)

@@ -97,5 +97,6 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
-            return upper.float()
+            factor: Tensor = upper.float()
+            return factor
     raise ValidationError("gram is no sum of outer products: it cannot be factored, however damped.", param="gram")

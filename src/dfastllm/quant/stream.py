@@ -59,7 +59,7 @@ def read_tensor(entry: Entry, name: str) -> Tensor:
     out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     if out.numel() == 0:
         return out
-    view = memoryview(out.view(-1).view(torch.uint8).numpy())
+    view = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
     try:
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.offset)
@@ -142,7 +142,7 @@ class SafetensorsWriter:
         with self._temporary(shard).open("r+b") as file:
             file.seek(offset)
             if data.numel():
-                file.write(data.view(torch.uint8).numpy())
+                file.write(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
             elif file.tell() > file.seek(0, os.SEEK_END):
                 file.truncate(offset)
         self._left.discard(name)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class Result:
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | LLM,
     *,
     split: Split = "test",
     per_task: int = 100,
@@ -48,12 +49,14 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     dtype: str | None = None,
 ) -> Result:
-    """Greedy answers to `per_task` samples of each gradable task. Canvas models: the fixed schedule, low confidence,
+    """Greedy answers to `per_task` samples of each gradable task. model: a name, a directory, or one that is loaded
+    already (`dtype` is not read then, and it stays open). Canvas models: the fixed schedule, low confidence,
     blocks of 32 (or the model's own), `share` x max_tokens steps over the canvas: 1.0 is one token a step, 0.5 two."""
     begun = time.monotonic()
     picked = [task for task in (tasks or TASKS) if task != "prose"]
     samples = [draw(split, seed, i, task) for task in picked for i in range(per_task)]
-    with LLM(model, dtype=dtype) as llm:
+    opened = contextlib.nullcontext(model) if isinstance(model, LLM) else LLM(model, dtype=dtype)
+    with opened as llm:
         decode = None
         if llm.info.kind != "ar":
             block = llm.info.block or 32

@@ -1,0 +1,240 @@
+"""`dfastllm quantize`: a float checkpoint in, a quantised one out, a tensor (with calibration: a layer) at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dfastllm.convert.layers import walk
+from dfastllm.convert.report import Quality, Report, WeightReport, mean_loss, weight_report
+from dfastllm.convert.samples import file_examples, rows_of, task_examples
+from dfastllm.convert.simulate import simulate
+from dfastllm.convert.source import Source
+from dfastllm.errors import ValidationError
+from dfastllm.kernels.packed import QTensor
+from dfastllm.models.checkpoint import load, read_model, read_weights, skeleton
+from dfastllm.quant.calibrate import InputStatistics
+from dfastllm.quant.checkpoint import QuantConfig, plan, write
+from dfastllm.quant.formats import FORMATS, Format, find_format, quantise, require_divisible
+from dfastllm.quant.gptq import gptq
+from dfastllm.quant.stream import Planned, SafetensorsWriter
+from dfastllm.text import Tokenizer
+from dfastllm.train.data import Example
+
+__all__ = ["CALIBRATIONS", "Calibration", "Options", "Progress", "measure", "quantise_model", "quantised"]
+
+Calibration = Literal["none", "aware", "gptq"]
+CALIBRATIONS: tuple[Calibration, ...] = ("none", "aware", "gptq")
+Progress = Callable[[int, int, str], None]  # (weights done, weights in all, name of the last)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to quantise.
+
+    format: of the layers' matrices. head: of embedding and head, "float" keeps them; "": `format` where that has 8
+    bits, else w8g. calibration: none, aware (scales weighted by the squares of the inputs) or gptq; it runs on
+    `samples` samples of the task mix's training split, or of `text` (a text or .jsonl file). act_order: see
+    `quant.gptq`. search False: plain rounding to nearest, for comparison.
+    """
+
+    format: str
+    head: str = ""
+    calibration: Calibration = "none"
+    text: Path | None = None
+    samples: int = 128
+    seed: int = 0
+    act_order: bool = True
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        find_format(self.format)
+        if self.head not in ("", "float"):
+            find_format(self.head, "head")
+        if self.calibration not in CALIBRATIONS:
+            raise ValidationError(
+                f"calibrate must be {', '.join(CALIBRATIONS)}, got {self.calibration!r}.", param="calibrate"
+            )
+        if self.samples < 1:
+            raise ValidationError(f"samples must be at least 1, got {self.samples}.", param="samples")
+        if self.text is not None and self.calibration == "none":
+            raise ValidationError("a calibration file is given, but calibrate is none.", param="calibration_file")
+
+    @property
+    def head_format(self) -> str:
+        return self.head or (self.format if FORMATS[self.format].code_bits == 8 else "w8g")
+
+    def of(self, name: str) -> Format | None:
+        """The format of a matrix (own name); None: it stays as it is."""
+        wanted = self.head_format if name in ("embed.weight", "lm_head.weight") else self.format
+        return None if wanted == "float" else FORMATS[wanted]
+
+
+def quantise_model(
+    model: str | Path,
+    out: str | Path,
+    options: Options,
+    *,
+    force: bool = False,
+    shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> Report:
+    """Write a quantised checkpoint to `out` with a report beside it; returns the report.
+
+    Memory: the largest tensor and its rounding; with calibration one layer in float32 (and, for GPTQ, its gram
+    matrices) and the hidden states of the samples. Raises ValidationError when `out` has files and `force` is not
+    given, or is the source; UnsupportedError for matrices that the format's groups do not divide (before anything is
+    written); CheckpointError naming a tensor with NaN or infinity; and as loading and calibrating do.
+    """
+    begun = time.monotonic()
+    directory = Path(out)
+    source = Source(model)
+    _require_writable(directory, source, force)
+    for name, (_, k) in source.matrices.items():
+        format = options.of(name)
+        if format is not None:
+            require_divisible(format, k, source.published(name))
+    weights: list[WeightReport] = []
+    with SafetensorsWriter(directory, _planned(source, options), shard_bytes=shard_bytes) as writer:
+        for name, value, report in quantised(source, options):
+            published = source.published(name)
+            if isinstance(value, QTensor):
+                write(writer, published, value)
+            else:
+                writer.write(published, value)
+            weights.append(report)
+            if progress is not None:
+                progress(len(weights), len(source.names), name)
+    _write_small_files(directory, source, options)
+    after = sum(weight.nbytes for weight in weights)
+    report = Report(
+        source=source.info.name,
+        out=directory.resolve().name,
+        format=options.format,
+        head=options.head_format,
+        calibration=options.calibration,
+        parameters=source.parameters,
+        bytes_before=source.nbytes,
+        bytes_after=after,
+        bits_per_weight=8 * after / source.parameters,
+        seconds=round(time.monotonic() - begun, 1),
+        weights=tuple(weights),
+    )
+    report.write(directory)
+    return report
+
+
+def _require_writable(directory: Path, source: Source, force: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ValidationError(f"{directory} is a file; wanted a directory to write to.", param="out")
+    if directory.exists() and directory.samefile(source.directory):
+        raise ValidationError(f"{directory} is the source itself; write elsewhere.", param="out")
+    if not force and directory.exists() and any(directory.iterdir()):
+        raise ValidationError(
+            f"{directory} is not empty.", param="out", hint="Give --force to write over what is there, or another name."
+        )
+
+
+def _planned(source: Source, options: Options) -> dict[str, Planned]:
+    found: dict[str, Planned] = {}
+    for name in source.names:
+        format = options.of(name) if name in source.matrices else None
+        if format is None:
+            found[source.published(name)] = Planned(source.dtype(name), source.shapes[name])
+        else:
+            found |= plan(source.published(name), format, source.matrices[name])
+    return found
+
+
+def quantised(source: Source, options: Options) -> Iterator[tuple[str, QTensor | Tensor, WeightReport]]:
+    """(own name, what is written, its report) of every parameter."""
+    reports: dict[str, WeightReport] = {}
+
+    def one(name: str, weight: Tensor, statistics: InputStatistics | None) -> QTensor | Tensor:
+        format = options.of(name) if name in source.matrices else None
+        published = source.published(name)
+        rows = statistics.rows if statistics is not None else 0
+        if format is None:
+            kept = source.tensor(name)
+            reports[name] = weight_report(published, kept, kept, "float", kept.nbytes, rows)
+            return kept
+        found = _round(weight, format, options, statistics, published)
+        nbytes = format.nbytes(*source.matrices[name])
+        reports[name] = weight_report(published, weight, found, format.name, nbytes, rows)
+        return found
+
+    if options.calibration == "none":
+        for name in source.names:
+            yield name, one(name, source.tensor(name), None), reports.pop(name)
+        return
+    model = skeleton(source.config, source.info, torch.float32)
+    for name, value in walk(
+        source, rows_of(model, _examples(source, options)), one, gram=options.calibration == "gptq"
+    ):
+        if name not in reports:  # norms and biases pass by `one`
+            one(name, value if isinstance(value, Tensor) else value.codes, None)
+        yield name, value, reports.pop(name)
+
+
+def _round(weight: Tensor, format: Format, options: Options, statistics: InputStatistics | None, name: str) -> QTensor:
+    importance = None if statistics is None else statistics.importance
+    if importance is not None and statistics is not None and statistics.gram is not None:
+        return gptq(weight, format, statistics.gram, act_order=options.act_order, name=name)
+    return quantise(weight, format, importance=importance, search=options.search, name=name)
+
+
+def _examples(source: Source, options: Options) -> list[Example]:
+    source.require_tokenizer("calibration")
+    tokenizer = Tokenizer.load(source.directory)
+    if options.text is not None:
+        return file_examples(tokenizer, options.text, options.samples)
+    return task_examples(tokenizer, "train", options.samples, options.seed)
+
+
+def _write_small_files(directory: Path, source: Source, options: Options) -> None:
+    config = QuantConfig(options.format, options.head_format, options.calibration)
+    raw = {**source.config_json, "quantization_config": config.to_json()}
+    for file in source.files():
+        shutil.copyfile(file, directory / file.name)
+    # Last: without a config.json a half-written directory is no model.
+    partial = directory / f".config.json.{os.getpid()}.part"
+    partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, directory / "config.json")
+
+
+def measure(model: str | Path, out: str | Path, report: Report, *, per_task: int, seed: int = 1) -> Report:
+    """The report with loss and accuracy before and after, written again. Loads both models whole; `per_task` samples of
+    every task for the accuracy, as many of the mix as those together for the loss, all from the test split."""
+    from dfastllm.train.evaluate import evaluate
+
+    source = Source(model)
+    source.require_tokenizer("measuring quality")
+    examples = task_examples(Tokenizer.load(source.directory), "test", 6 * per_task, seed)
+    float_model = load(source.directory, dtype=torch.float32)
+    before = mean_loss(float_model, examples)
+    family, _, _ = read_model(Path(out))
+    weights: Sequence[tuple[str, QTensor | Tensor]] = list(read_weights(Path(out), family, float_model))
+    after = mean_loss(simulate(float_model, weights), examples)
+    del float_model, weights
+    accuracy = [evaluate(path, per_task=per_task, seed=seed) for path in (source.directory, Path(out))]
+    quality = Quality(
+        samples=per_task,
+        loss_before=before,
+        loss_after=after,
+        accuracy_before=accuracy[0].accuracy,
+        accuracy_after=accuracy[1].accuracy,
+        total_before=accuracy[0].total,
+        total_after=accuracy[1].total,
+    )
+    found = replace(report, quality=quality)
+    found.write(Path(out))
+    return found

@@ -1,0 +1,105 @@
+"""What quantising cost: bytes, error of every weight, loss and accuracy on held-out samples of the task mix."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dfastllm.convert.samples import rows_of
+from dfastllm.kernels.packed import QTensor
+from dfastllm.models.decoder import Decoder
+from dfastllm.train.data import Example
+from dfastllm.train.objectives import loss
+
+__all__ = ["Quality", "Report", "WeightReport", "mean_loss", "weight_report"]
+
+REPORT_FILE = "quantization_report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReport:
+    """One tensor. error: |W - Q| / |W| (Frobenius), 0 for one that is kept. rows: calibration rows that reached it."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+    error: float
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Before and after. loss: mean nats per answer token, held-out (autoregressive: exp of it is the perplexity;
+    canvas models: the likelihood bound per canvas token). accuracy: share of right answers per task, through the
+    engine."""
+
+    samples: int
+    loss_before: float
+    loss_after: float
+    accuracy_before: dict[str, float]
+    accuracy_after: dict[str, float]
+    total_before: float
+    total_after: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """source, out: names of the directories. bits_per_weight: of all parameters, scales counted."""
+
+    source: str
+    out: str
+    format: str
+    head: str
+    calibration: str
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    seconds: float
+    weights: tuple[WeightReport, ...]
+    quality: Quality | None = None
+
+    def by_kind(self) -> list[tuple[str, str, int, float, float]]:
+        """(kind of matrix, format, how many, mean error, worst error), layers and experts together."""
+        kinds: dict[tuple[str, str], list[float]] = {}
+        for weight in self.weights:
+            if weight.format != "float":
+                kind = weight.name.removesuffix(".weight").rpartition(".")[2]
+                kinds.setdefault((kind, weight.format), []).append(weight.error)
+        return [
+            (kind, format, len(errors), sum(errors) / len(errors), max(errors))
+            for (kind, format), errors in sorted(kinds.items())
+        ]
+
+    def write(self, directory: Path) -> Path:
+        path = directory / REPORT_FILE
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def weight_report(
+    name: str, original: Tensor, written: QTensor | Tensor, format: str, nbytes: int, rows: int
+) -> WeightReport:
+    error = 0.0
+    if isinstance(written, QTensor):
+        wide = original.double()
+        norm = float(wide.norm())
+        error = float((written.dequantise().double() - wide).norm()) / norm if norm else 0.0
+    return WeightReport(name, format, tuple(original.shape), nbytes, error, rows)
+
+
+@torch.inference_mode()
+def mean_loss(model: Decoder, examples: Sequence[Example], *, seed: int = 0) -> float:
+    """Nats per answer token (canvas models: the bound per canvas token), the same masks for the same seed."""
+    batches = rows_of(model, examples, seed=seed)
+    sizes = [rows.batch for rows in batches]
+    losses = [float(loss(model, rows)) for rows in batches]
+    found = sum(value * size for value, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    return found if math.isfinite(found) else math.inf

@@ -1,0 +1,112 @@
+"""The float checkpoint that is converted: its shape from the small files, its tensors one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfastllm.core import ModelInfo
+from dfastllm.errors import CheckpointError, ModelLoadError, UnsupportedError
+from dfastllm.llm import resolve
+from dfastllm.models.checkpoint import DTYPES, compare, quant_config, quantisable, read_model, skeleton
+from dfastllm.models.config import DecoderConfig
+from dfastllm.models.family import Family
+from dfastllm.models.headers import BYTES, TensorEntry, inventory, read_json
+from dfastllm.quant.checkpoint import stored
+from dfastllm.quant.stream import read_tensor
+
+__all__ = ["COPIED", "Source"]
+
+# Small files that a model directory has beside config.json and the weights; copied as they are.
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "README.md",
+    "LICENSE",
+)
+
+
+class Source:
+    """A float checkpoint: a shipped model's name or a Hugging Face directory.
+
+    names: own parameter names in order. matrices: those that may be quantised -> (n, k). Raises ModelNotFoundError,
+    ModelLoadError and CheckpointError as loading does, UnsupportedError for a GGUF file or a quantised checkpoint.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        if str(model).endswith(".gguf"):
+            raise UnsupportedError(
+                f"{model} is a GGUF file; quantising starts from a Hugging Face directory or a shipped model.",
+                param="source",
+                hint="A GGUF file is served as it is.",
+            )
+        self.directory = resolve(model)
+        config = quant_config(self.directory)
+        if config is not None:
+            raise UnsupportedError(
+                f"{self.directory} is already quantised ({config.format}); rounding twice loses more than once.",
+                param="source",
+                hint="Give the original bfloat16 or float32 checkpoint.",
+            )
+        described: tuple[Family, DecoderConfig, ModelInfo] = read_model(self.directory)
+        self.family, self.config, self.info = described
+        self.config_json: dict[str, Any] = read_json(self.directory / "config.json")
+        self.found: dict[str, TensorEntry] = inventory(self.directory)
+        model_ = skeleton(self.config, self.info, torch.float32)
+        problems = compare(self.family, model_, stored(self.found))
+        if problems:
+            raise CheckpointError(
+                f"{self.directory} does not fit family {self.family.name}: {'; '.join(problems[:6])}."
+            )
+        shapes = {name: tuple(parameter.shape) for name, parameter in model_.named_parameters()}
+        self.names = list(shapes)
+        self.matrices = {name: (shapes[name][0], shapes[name][1]) for name in quantisable(model_)}
+        self.shapes = shapes
+
+    def published(self, own: str) -> str:
+        return self.family.names.published(own)
+
+    def entry(self, own: str) -> TensorEntry:
+        return self.found[self.published(own)]
+
+    def dtype(self, own: str) -> torch.dtype:
+        return DTYPES[self.entry(own).dtype]
+
+    def tensor(self, own: str) -> Tensor:
+        """As stored."""
+        return read_tensor(self.entry(own), self.published(own))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the parameters in the files (a tied head that is written twice counts once)."""
+        return sum(self.entry(own).size * BYTES[self.entry(own).dtype] for own in self.names)
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.entry(own).size for own in self.names)
+
+    def fill(self, module: nn.Module, prefix: str) -> None:
+        """Give the parameters of a part of a skeleton their values, float32. prefix: its name, with the dot."""
+        for name, _ in list(module.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            value = self.tensor(prefix + name).float()
+            if not bool(value.isfinite().all()):
+                raise CheckpointError(f"{self.published(prefix + name)} holds NaN or infinity; nothing was written.")
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+
+    def files(self) -> list[Path]:
+        return [self.directory / name for name in COPIED if (self.directory / name).is_file()]
+
+    def require_tokenizer(self, what: str) -> None:
+        if not (self.directory / "tokenizer.json").is_file():
+            raise ModelLoadError(f"{what} needs a tokenizer, and {self.directory} has no tokenizer.json.")
