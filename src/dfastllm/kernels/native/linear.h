@@ -45,6 +45,8 @@ struct Acts {
 size_t acts_bytes(ActKind kind, int64_t rows, int64_t k);
 Acts acts_at(void* memory, ActKind kind, int64_t rows, int64_t k);
 
+struct HeadPart;  // linear_head.h
+
 // One instruction set's kernels of single rows and panels (linear_*.cpp).
 struct LinearOps {
   // One row: x [k] (norm: times 1/sqrt(mean(x^2) + eps) times norm[k] first, if norm is not null) into row `row` of out.
@@ -55,9 +57,13 @@ struct LinearOps {
   // One panel of output channels for rows [row0, row0 + rows) of acts -> tile [rows][64] float, scales applied, no bias.
   // scratch: kTileScratch bytes of the thread, 64-byte aligned.
   void (*tile[6])(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch);
-  // Natural codes of one panel (64 x k bytes, or 64 x k bf16 / float; channels beyond n absent) -> panel bytes; see
-  // packed.py. channels: how many of the 64 exist.
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);  // gate / (1 + exp(-gate)) * up
+  // The first `channels` of a tile [rows][64] into y [rows][ldy]; bias [channels] or null.
+  void (*write_tile)(const float* tile, int64_t rows, int64_t channels, const float* bias, float* y, int64_t ldy,
+                     bool accumulate);
+  // The head's statistics (linear_head_rows.h).
+  void (*head_rows)(const float* tile, int64_t rows, int32_t first_id, bool check, bool entropy, HeadPart* parts,
+                    float* maxima);
 };
 
 constexpr size_t kTileScratch = 64 * 1024;
@@ -75,9 +81,9 @@ void prepare(const float* x, int64_t ldx, const float* norm, float eps, const Ac
 void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate);
 
 // w holds, panel by panel, 32 channels of the gate and the 32 same channels of the up projection (bias in that order
-// too). h[m, i] = silu(gate) * up is prepared for the next linear in `out` (kind of its format, k = w.n / 2, which is a
-// multiple of 32 or the last panel is padded with zero weights). A row8 `out` goes through `h` [rows][w.n / 2] float;
-// others may too; h may be null only for the others.
+// too). h[m, i] = silu(gate) * up is prepared for the next linear in `out` (kind of its format, k: the width of h, which
+// is a multiple of 32 or the last panel is padded with zero weights). A row8 `out` goes through `h` [rows][out.k] float
+// and `h` may be null only for the others, which do not touch it.
 void linear_swiglu(const Linear& w, const Acts& x, float* h, const Acts& out);
 
 // What the head of a model is asked about a row of logits, `ban` ids left out. Ties: the lowest id.
@@ -95,6 +101,11 @@ struct RowStats {
 // lowest id, into top_values / top_ids [rows][topk].
 void head_stats(const Linear& w, const Acts& x, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
                 RowStats* out, float* top_values, int32_t* top_ids);
+
+// Natural codes [n][k] (int8 or uint8; bf16 bits or float for those formats), scales and mins -> the panels that
+// kernels/packed.py defines. The destinations have the sizes that it gives.
+void pack(Format format, int64_t n, int64_t k, const void* codes, const void* scales, const uint16_t* mins, void* data,
+          void* panel_scales, uint16_t* panel_mins);
 
 // Rows of the weight matrix as floats (an embedding table shares the head's packed matrix): out [count][k].
 void weight_rows(const Linear& w, const int64_t* ids, int64_t count, float* out);

@@ -1,0 +1,225 @@
+"""Linear layers over quantised weights: rows are prepared (normed, quantised) once and go through the products that share
+them. The native kernels run where they are built and the weight is in panels (Packed); else the torch twins of
+linear_plain.py, which also read natural weights, do the same.
+
+With the native kernels a row's result depends on that row alone, to the bit: not on its neighbours, not on threads.
+Whoever calls keeps tensors on the CPU; ValidationError says what does not fit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfastllm.errors import ValidationError
+from dfastllm.kernels import linear_plain as plain
+from dfastllm.kernels.acts import (
+    ACT_KINDS,
+    Acts,
+    HeadStats,
+    act_kind,
+    check_acts,
+    check_ban,
+    check_ids,
+    check_rows,
+    check_vector,
+)
+from dfastllm.kernels.extension import native
+from dfastllm.kernels.packed import FORMATS, GROUP, PANEL, Packed, QTensor, aligned, pack_panels
+
+__all__ = ["head_stats", "linear", "linear_swiglu", "pack", "prepare", "weight_rows"]
+
+_STATS = np.dtype(
+    [("token", "i4"), ("finite", "i4"), ("top", "f4"), ("second", "f4"), ("norm", "f4"), ("entropy", "f4")]
+)
+
+
+def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Acts:
+    """x float32 [rows, k] as inputs of `kind` (see `act_kind`); with norm [k], RMSNorm first: x / sqrt(mean(x^2) + eps)
+    * norm. linear_plain.prepare states the quantisation."""
+    check_rows(x)
+    check_vector("norm", norm, x.shape[1])
+    if kind not in ACT_KINDS:
+        raise ValidationError(f"kind must be one of {', '.join(ACT_KINDS)}, got {kind!r}.", param="kind")
+    module = native()
+    if module is None:
+        return plain.prepare(x, kind, norm=norm, eps=eps)
+    out = _acts(kind, *x.shape)
+    module.prepare(x.data_ptr(), x.stride(0), _address(norm), eps, _acts_tuple(out))
+    return out
+
+
+def linear(
+    x: Tensor | Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, accumulate: Tensor | None = None
+) -> Tensor:
+    """x [rows, k] times the weight's rows plus bias [n] -> float32 [rows, n]. With `accumulate` float32 [rows, n] the
+    result is added to it in place, and it is returned."""
+    n, k = _shape(weight)
+    check_vector("bias", bias, n)
+    acts = _prepared(x, weight.format, k)
+    if accumulate is not None:
+        check_rows(accumulate, n)
+        if accumulate.shape[0] != acts.rows:
+            raise ValidationError(
+                f"accumulate must have the inputs' {acts.rows} rows, got {accumulate.shape[0]}.", param="accumulate"
+            )
+    module = native()
+    if module is None or isinstance(weight, QTensor):
+        return plain.linear(acts, weight, bias, accumulate=accumulate)
+    y = torch.empty(acts.rows, n) if accumulate is None else accumulate
+    module.linear(_tuple(weight, bias), _acts_tuple(acts), y.data_ptr(), y.stride(0), accumulate is not None)
+    return y
+
+
+def linear_swiglu(
+    x: Tensor | Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, kind: str, width: int | None = None
+) -> Acts:
+    """silu(gate) * up prepared for the next linear. The weight holds 32 channels of the gate and the same 32 of the up
+    projection in turn (bias [n] too), n a multiple of 64; width (default n / 2): how many of the products exist, the
+    last up to 31 pairs of channels being padding."""
+    n, k = _shape(weight)
+    width = n // 2 if width is None else width
+    if n % PANEL or not n // 2 - 32 < width <= n // 2:
+        raise ValidationError(
+            f"gate and up must alternate by 32 channels, {PANEL} * ceil(width / 32) in all, got {n} for width {width}.",
+            param="weight",
+        )
+    if kind not in ACT_KINDS:
+        raise ValidationError(f"kind must be one of {', '.join(ACT_KINDS)}, got {kind!r}.", param="kind")
+    check_vector("bias", bias, n)
+    acts = _prepared(x, weight.format, k)
+    module = native()
+    if module is None or isinstance(weight, QTensor):
+        return plain.linear_swiglu(acts, weight, bias, kind=kind, width=width)
+    out = _acts(kind, acts.rows, width)
+    h = torch.empty(acts.rows, width) if kind == "row8" else None
+    module.linear_swiglu(_tuple(weight, bias), _acts_tuple(acts), _address(h), _acts_tuple(out))
+    return out
+
+
+def head_stats(
+    x: Tensor | Acts,
+    weight: Packed | QTensor,
+    bias: Tensor | None = None,
+    *,
+    ban: tuple[int, ...] = (),
+    entropy: bool = False,
+    topk: int = 0,
+) -> HeadStats:
+    """What a decoder asks about each row of logits x @ weight.T + bias, the ids in `ban` left out. The native kernels
+    never write the logits out; the numbers are those of the logits that `linear` gives, and the same bits whatever else
+    is asked for."""
+    n, k = _shape(weight)
+    check_vector("bias", bias, n)
+    check_ban(ban, topk, n)
+    acts = _prepared(x, weight.format, k)
+    module = native()
+    if module is None or isinstance(weight, QTensor):
+        return plain.head_stats(acts, weight, bias, ban=ban, entropy=entropy, topk=topk)
+    out = np.empty(acts.rows, dtype=_STATS)
+    values, ids = np.empty((acts.rows, topk), dtype=np.float32), np.empty((acts.rows, topk), dtype=np.int32)
+    banned = np.array(ban, dtype=np.int32)
+    module.head_stats(
+        _tuple(weight, bias),
+        _acts_tuple(acts),
+        banned.ctypes.data,
+        len(banned),
+        entropy,
+        topk,
+        out.ctypes.data,
+        values.ctypes.data,
+        ids.ctypes.data,
+    )
+    return HeadStats(
+        out["token"], out["finite"] != 0, out["top"], out["second"], out["norm"], out["entropy"], values, ids
+    )
+
+
+def weight_rows(weight: Packed | QTensor, ids: Tensor) -> Tensor:
+    """Rows `ids` int64 [count] of the weight as float32 [count, k]: an embedding that shares the head's matrix."""
+    n, k = _shape(weight)
+    check_ids(ids, n)
+    module = native()
+    if module is None or isinstance(weight, QTensor):
+        return plain.weight_rows(weight, ids)
+    out = torch.empty(len(ids), k)
+    module.weight_rows(_tuple(weight, None), ids.data_ptr(), len(ids), out.data_ptr())
+    return out
+
+
+def pack(tensor: QTensor) -> Packed:
+    """Natural to panels; the bytes are those of packed.pack_panels, which runs where there are no native kernels."""
+    module = native()
+    if module is None:
+        return pack_panels(tensor)
+    n, k = tensor.shape
+    codes, scales, mins = (
+        None if t is None else t.detach().contiguous() for t in (tensor.codes, tensor.scales, tensor.mins)
+    )
+    sizes = _sizes(tensor.format, n, k)
+    dtype = tensor.codes.dtype if tensor.format in ("f32", "bf16") else torch.uint8
+    data = aligned(sizes[0], dtype)
+    sides = [None if t is None else aligned(sizes[1], t.dtype) for t in (scales, mins)]
+    where = [_address(t) for t in (codes, scales, mins, data, *sides)]
+    module.pack(FORMATS.index(tensor.format), n, k, *where)
+    return Packed(tensor.format, n, k, data, *sides)
+
+
+def _sizes(format: str, n: int, k: int) -> tuple[int, int]:
+    """Elements of a Packed's data and of its scales."""
+    channels = -(-n // PANEL) * PANEL
+    if format in GROUP:
+        per = {"w8g": k, "w4g": k // 2, "w6g": k // 4 * 3}[format]
+        return channels * per, channels * (k // GROUP[format])
+    step = {"f32": 1, "bf16": 2, "w8": 4}[format]
+    return channels * (-(-k // step) * step), channels if format == "w8" else 0
+
+
+def _shape(weight: Packed | QTensor) -> tuple[int, int]:
+    return weight.shape if isinstance(weight, QTensor) else (weight.n, weight.k)
+
+
+def _prepared(x: Tensor | Acts, format: str, k: int) -> Acts:
+    if isinstance(x, Acts):
+        check_acts(x, format, k)
+        return x
+    check_rows(x, k)
+    return prepare(x, act_kind(format))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tuple(weight: Packed, bias: Tensor | None) -> tuple[int, ...]:
+    """The weight as the extension takes it. Raises ValidationError when its parts have the wrong size."""
+    sizes = _sizes(weight.format, weight.n, weight.k)
+    parts = [weight.data.numel(), *(sizes[1] if t is None else t.numel() for t in (weight.scales, weight.mins))]
+    if parts != [sizes[0], sizes[1], sizes[1]] or (weight.scales is None) != (sizes[1] == 0):
+        raise ValidationError(
+            f"a packed {weight.format} weight [{weight.n}, {weight.k}] must have {sizes[0]} elements of data and "
+            f"{sizes[1]} scales, got {parts}.",
+            param="weight",
+        )
+    where = (_address(t) for t in (weight.data, weight.scales, weight.mins, bias))
+    return (FORMATS.index(weight.format), weight.n, weight.k, *where)
+
+
+def _acts(kind: str, rows: int, k: int) -> Acts:
+    """Uninitialised."""
+    stride = -(-k // 32) * 32
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}.get(kind, torch.int8)
+    data = aligned(rows * stride, dtype).view(rows, stride)
+    if kind in ("f32", "bf16"):
+        return Acts(kind, rows, k, data)
+    if kind == "row8":
+        return Acts(kind, rows, k, data, torch.empty(rows), torch.empty(rows, dtype=torch.int32))
+    return Acts(
+        kind, rows, k, data, torch.empty(rows, stride // 32), torch.empty(rows, stride // 16, dtype=torch.int32)
+    )
+
+
+def _acts_tuple(acts: Acts) -> tuple[int, ...]:
+    where = (_address(t) for t in (acts.data, acts.scales, acts.sums))
+    return (ACT_KINDS.index(acts.kind), acts.rows, acts.k, *where)

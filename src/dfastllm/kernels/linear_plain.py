@@ -1,0 +1,112 @@
+"""The linear layers in plain torch: the twins of dfastllm.kernels.linear, of the same signatures, and the definition of
+what the native kernels compute. They read natural weights (QTensor) or panels, and trust what `linear` has checked."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfastllm.kernels.acts import Acts, HeadStats
+from dfastllm.kernels.packed import Packed, QTensor, unpack_panels
+
+__all__ = ["head_stats", "linear", "linear_swiglu", "prepare", "weight_rows"]
+
+LEAST_AMAX = 2.0**-100  # below it codes are zero: 127 / amax would overflow
+
+
+def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Acts:
+    """x [rows, k], or RMSNorm of it, as codes. Over a row (row8) or 32 inputs (group8): amax = max |x|, scale = amax /
+    127, code = round half even of x * (127 / amax); amax below 2^-100: scale 0, codes 0; not finite: scale NaN, codes 0.
+    """
+    rows, k = x.shape
+    if norm is not None:
+        x = x * (1.0 / torch.sqrt((x * x).mean(dim=1, keepdim=True) + eps)) * norm
+    x = F.pad(x, (0, -k % 32)).contiguous()
+    if kind == "f32":
+        return Acts(kind, rows, k, x)
+    if kind == "bf16":
+        return Acts(kind, rows, k, x.bfloat16())
+    groups = x.view(rows, 1 if kind == "row8" else x.shape[1] // 32, -1)
+    amax = groups.abs().amax(dim=-1)  # NaN wins
+    codable = amax.isfinite() & (amax >= LEAST_AMAX)
+    inverse = torch.where(codable, 127.0 / amax, 0.0)
+    codes = torch.where(codable[..., None], torch.round(groups * inverse[..., None]), 0.0).to(torch.int8)
+    scales = torch.where(amax.isfinite(), torch.where(codable, amax / 127.0, 0.0), torch.nan)
+    if kind == "row8":
+        return Acts(
+            kind, rows, k, codes.view(rows, -1), scales[:, 0], codes.view(rows, -1).sum(dim=1, dtype=torch.int32)
+        )
+    sums = codes.view(rows, -1, 16).sum(dim=-1, dtype=torch.int32)
+    return Acts(kind, rows, k, codes.view(rows, -1), scales, sums)
+
+
+def linear(
+    x: Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, accumulate: Tensor | None = None
+) -> Tensor:
+    """float32 [rows, n], added to `accumulate` in place if given."""
+    y = F.linear(x.dequantise(), natural(weight).dequantise(), bias)
+    return y if accumulate is None else accumulate.add_(y)
+
+
+def linear_swiglu(
+    x: Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, kind: str, width: int | None = None
+) -> Acts:
+    """silu(gate) * up of a weight that holds 32 channels of the gate and the same 32 of the up projection in turn."""
+    y = linear(x, weight, bias)
+    gate, up = y.view(x.rows, -1, 2, 32).unbind(dim=2)
+    h = (gate / (1.0 + torch.exp(-gate)) * up).reshape(x.rows, -1)
+    return prepare(h[:, :width], kind)
+
+
+def head_stats(
+    x: Acts,
+    weight: Packed | QTensor,
+    bias: Tensor | None = None,
+    *,
+    ban: tuple[int, ...] = (),
+    entropy: bool = False,
+    topk: int = 0,
+) -> HeadStats:
+    """See dfastllm.kernels.linear.head_stats."""
+    return stats_of(linear(x, weight, bias), ban, entropy, topk)
+
+
+def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> HeadStats:
+    """The statistics of logits float32 [rows, n] that are there already."""
+    rows, n = logits.shape
+    finite = logits.isfinite().all(dim=1)
+    values = logits.double()
+    values[:, list(ban)] = -torch.inf
+    values[~finite] = -torch.inf
+    wide, index = F.pad(values, (0, max(2, topk)), value=-torch.inf).sort(dim=1, descending=True, stable=True)
+    token = torch.where(wide[:, 0] > -torch.inf, index[:, 0], -1)
+    norm = torch.logsumexp(values, dim=1)
+    spread = torch.zeros(rows, dtype=torch.float64)
+    if entropy:
+        log_p = values - norm[:, None]
+        spread = -torch.where(values > -torch.inf, log_p.exp() * log_p, 0.0).sum(dim=1).clamp(max=0.0)
+    ids = torch.where(wide > -torch.inf, index, -1)[:, :topk]
+
+    def floats(value: Tensor) -> Tensor:
+        return torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, torch.nan).float()
+
+    return HeadStats(
+        token.int().numpy(),
+        finite.numpy(),
+        floats(wide[:, 0]).numpy(),
+        floats(wide[:, 1]).numpy(),
+        floats(norm).numpy(),
+        (floats(spread) if entropy else spread.float()).numpy(),
+        floats(wide[:, :topk]).numpy(),
+        ids.int().numpy(),
+    )
+
+
+def weight_rows(weight: Packed | QTensor, ids: Tensor) -> Tensor:
+    """float32 [count, k]."""
+    return natural(weight).rows(ids).dequantise()
+
+
+def natural(weight: Packed | QTensor) -> QTensor:
+    return weight if isinstance(weight, QTensor) else unpack_panels(weight)

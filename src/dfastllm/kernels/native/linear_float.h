@@ -1,0 +1,162 @@
+// Panels of float and bf16 weights. Included inside a translation unit's own namespace, after simd.h.
+//
+// Every output is one chain of fused multiply-adds over k = 0, 1, 2, ...; which rows share a register tile changes
+// nothing. bf16 on AVX-512 uses vdpbf16ps: pairs of inputs (2i, 2i + 1) are multiplied and added with one rounding each
+// way of its own, and denormal inputs and sums count as zero. So bf16 results differ between instruction sets by float
+// rounding (and float results where the baseline has no fused multiply-add), never between rows.
+
+#if defined(__AVX512F__)
+
+// Rows of a register tile: 6 x 4 accumulators, 4 registers of weights, 1 broadcast.
+template <int rows> inline void f32_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
+  __m512 acc[rows][4];
+  for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < k; ++i, w += kPanel) {
+    const __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16);
+    const __m512 w2 = _mm512_loadu_ps(w + 32), w3 = _mm512_loadu_ps(w + 48);
+    for (int r = 0; r < rows; ++r) {
+      const __m512 a = _mm512_set1_ps(x[r * stride + i]);
+      acc[r][0] = _mm512_fmadd_ps(a, w0, acc[r][0]);
+      acc[r][1] = _mm512_fmadd_ps(a, w1, acc[r][1]);
+      acc[r][2] = _mm512_fmadd_ps(a, w2, acc[r][2]);
+      acc[r][3] = _mm512_fmadd_ps(a, w3, acc[r][3]);
+    }
+  }
+  for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) _mm512_storeu_ps(tile + r * kPanel + 16 * c, acc[r][c]);
+}
+
+template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
+  __m512 acc[rows][4];
+  for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < k; i += 2, w += 2 * kPanel) {
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 32);
+    const __m512bh w2 = (__m512bh)_mm512_loadu_si512(w + 64), w3 = (__m512bh)_mm512_loadu_si512(w + 96);
+    for (int r = 0; r < rows; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * stride + i, sizeof pair);
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], w0, a);
+      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], w1, a);
+      acc[r][2] = _mm512_dpbf16_ps(acc[r][2], w2, a);
+      acc[r][3] = _mm512_dpbf16_ps(acc[r][3], w3, a);
+    }
+  }
+  for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) _mm512_storeu_ps(tile + r * kPanel + 16 * c, acc[r][c]);
+}
+
+#elif defined(__AVX2__)
+
+// 16 channels (a quarter of the panel) at a time: 12 accumulators, 2 registers of weights, 1 broadcast.
+template <int rows> inline void f32_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
+  for (int c = 0; c < kPanel; c += 16) {
+    __m256 acc[rows][2];
+    for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < k; ++i) {
+      const __m256 w0 = _mm256_loadu_ps(w + i * kPanel + c), w1 = _mm256_loadu_ps(w + i * kPanel + c + 8);
+      for (int r = 0; r < rows; ++r) {
+        const __m256 a = _mm256_broadcast_ss(x + r * stride + i);
+        acc[r][0] = _mm256_fmadd_ps(a, w0, acc[r][0]);
+        acc[r][1] = _mm256_fmadd_ps(a, w1, acc[r][1]);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      _mm256_storeu_ps(tile + r * kPanel + c, acc[r][0]);
+      _mm256_storeu_ps(tile + r * kPanel + c + 8, acc[r][1]);
+    }
+  }
+}
+
+// Eight channels' pairs lie in one register: the even inputs are its low halves, shifted up, the odd ones its high halves.
+template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  for (int c = 0; c < kPanel; c += 16) {
+    __m256 acc[rows][2];
+    for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < k; i += 2) {
+      const __m256i p = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + (i / 2 * kPanel + c) * 2));
+      const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + (i / 2 * kPanel + c + 8) * 2));
+      const __m256 even0 = _mm256_castsi256_ps(_mm256_slli_epi32(p, 16));
+      const __m256 even1 = _mm256_castsi256_ps(_mm256_slli_epi32(q, 16));
+      const __m256 odd0 = _mm256_castsi256_ps(_mm256_and_si256(p, high));
+      const __m256 odd1 = _mm256_castsi256_ps(_mm256_and_si256(q, high));
+      for (int r = 0; r < rows; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x + r * stride + i, sizeof pair);
+        const __m256i both = _mm256_set1_epi32(pair);
+        const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        const __m256 b = _mm256_castsi256_ps(_mm256_and_si256(both, high));
+        acc[r][0] = _mm256_fmadd_ps(b, odd0, _mm256_fmadd_ps(a, even0, acc[r][0]));
+        acc[r][1] = _mm256_fmadd_ps(b, odd1, _mm256_fmadd_ps(a, even1, acc[r][1]));
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      _mm256_storeu_ps(tile + r * kPanel + c, acc[r][0]);
+      _mm256_storeu_ps(tile + r * kPanel + c + 8, acc[r][1]);
+    }
+  }
+}
+
+#else
+
+inline float widen(uint16_t x) {
+  const uint32_t raw = static_cast<uint32_t>(x) << 16;
+  float out;
+  std::memcpy(&out, &raw, sizeof out);
+  return out;
+}
+
+template <int rows> inline void f32_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
+  for (int r = 0; r < rows; ++r) {
+    float acc[kPanel] = {};
+    for (int64_t i = 0; i < k; ++i) {
+      const float a = x[r * stride + i];
+      for (int c = 0; c < kPanel; ++c) acc[c] += a * w[i * kPanel + c];
+    }
+    std::memcpy(tile + r * kPanel, acc, sizeof acc);
+  }
+}
+
+template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
+  for (int r = 0; r < rows; ++r) {
+    float acc[kPanel] = {};
+    for (int64_t i = 0; i < k; i += 2) {
+      const float a = widen(x[r * stride + i]), b = widen(x[r * stride + i + 1]);
+      const uint16_t* p = w + i * kPanel;
+      for (int c = 0; c < kPanel; ++c) acc[c] += a * widen(p[2 * c]);
+      for (int c = 0; c < kPanel; ++c) acc[c] += b * widen(p[2 * c + 1]);
+    }
+    std::memcpy(tile + r * kPanel, acc, sizeof acc);
+  }
+}
+
+#endif
+
+inline void f32_tile(const Linear& w, const Acts& acts, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
+  const float* data = static_cast<const float*>(w.data) + panel * w.k * kPanel;
+  const float* x = static_cast<const float*>(acts.data) + row0 * acts.stride;
+  const int64_t s = acts.stride;
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) f32_rows<6>(data, x + r * s, s, w.k, tile + r * kPanel);
+  switch (rows - r) {
+    case 5: return f32_rows<5>(data, x + r * s, s, w.k, tile + r * kPanel);
+    case 4: return f32_rows<4>(data, x + r * s, s, w.k, tile + r * kPanel);
+    case 3: return f32_rows<3>(data, x + r * s, s, w.k, tile + r * kPanel);
+    case 2: return f32_rows<2>(data, x + r * s, s, w.k, tile + r * kPanel);
+    case 1: return f32_rows<1>(data, x + r * s, s, w.k, tile + r * kPanel);
+  }
+}
+
+inline void bf16_tile(const Linear& w, const Acts& acts, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
+  const int64_t k = round_up(w.k, 2), s = acts.stride;
+  const uint16_t* data = static_cast<const uint16_t*>(w.data) + panel * k * kPanel;
+  const uint16_t* x = static_cast<const uint16_t*>(acts.data) + row0 * s;
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) bf16_rows<6>(data, x + r * s, s, k, tile + r * kPanel);
+  switch (rows - r) {
+    case 5: return bf16_rows<5>(data, x + r * s, s, k, tile + r * kPanel);
+    case 4: return bf16_rows<4>(data, x + r * s, s, k, tile + r * kPanel);
+    case 3: return bf16_rows<3>(data, x + r * s, s, k, tile + r * kPanel);
+    case 2: return bf16_rows<2>(data, x + r * s, s, k, tile + r * kPanel);
+    case 1: return bf16_rows<1>(data, x + r * s, s, k, tile + r * kPanel);
+  }
+}

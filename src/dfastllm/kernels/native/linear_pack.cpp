@@ -1,0 +1,178 @@
+// Between the natural form of a weight matrix and panels; kernels/packed.py defines both and does the same in torch.
+#include <cstring>
+
+#include "linear.h"
+#include "pool.h"
+
+namespace dfk {
+namespace {
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, mantissa = h & 0x3ff;
+  const int exponent = h >> 10 & 0x1f;
+  uint32_t raw;
+  if (exponent == 0) {  // zero, denormal: mantissa * 2^-24
+    const float value = static_cast<float>(mantissa) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  raw = sign | (exponent == 31 ? 0x7f800000u : static_cast<uint32_t>(exponent + 112) << 23) | mantissa << 13;
+  float out;
+  std::memcpy(&out, &raw, sizeof out);
+  return out;
+}
+
+int64_t group_of(Format f) { return f == Format::w6g ? 16 : 32; }
+
+// The code of weight zero: what channels beyond n hold.
+uint8_t zero_code(Format f, bool mins) {
+  return f == Format::w8 || f == Format::w8g ? 128 : mins ? 0 : f == Format::w4g ? 8 : f == Format::w6g ? 32 : 0;
+}
+
+// Elements [k][channels..64] in steps: `step` neighbouring inputs of a channel stay together.
+template <class T, int step>
+void interleave(const T* from, int64_t channels, int64_t k, T* to) {
+  for (int64_t i = 0; i < k; i += step) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      for (int64_t j = 0; j < step; ++j, ++to) *to = c < channels && i + j < k ? from[c * k + i + j] : T{};
+    }
+  }
+}
+
+void pack_w8(const uint8_t* from, int64_t channels, int64_t k, uint8_t* to) {
+  for (int64_t i = 0; i < k; i += 4) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      for (int64_t j = 0; j < 4; ++j, ++to) *to = c < channels && i + j < k ? from[c * k + i + j] ^ 0x80 : 0x80;
+    }
+  }
+}
+
+// 8 inputs of the panel as nibbles: 256 bytes.
+void nibbles(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uint8_t* to) {
+  for (int64_t c = 0; c < kPanel; ++c) {
+    for (int64_t j = 0; j < 4; ++j, ++to) {
+      const uint8_t low = c < channels ? from[c * k + j] : zero, high = c < channels ? from[c * k + 4 + j] : zero;
+      *to = static_cast<uint8_t>((low & 15) | high << 4);
+    }
+  }
+}
+
+void pack_w4(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uint8_t* to) {
+  for (int64_t i = 0; i < k; i += 8, to += 256) nibbles(from + i, channels, k, zero, to);
+}
+
+void pack_w6(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uint8_t* to) {
+  for (int64_t i = 0; i < k; i += 16) {
+    nibbles(from + i, channels, k, zero & 15, to);
+    nibbles(from + i + 8, channels, k, zero & 15, to + 256);
+    to += 512;
+    for (int64_t c = 0; c < kPanel; ++c) {
+      for (int64_t j = 0; j < 4; ++j, ++to) {
+        int bits = 0;
+        for (int64_t part = 0; part < 4; ++part) {
+          const uint8_t code = c < channels ? from[c * k + i + 4 * part + j] : zero;
+          bits |= (code >> 4 & 3) << (2 * part);
+        }
+        *to = static_cast<uint8_t>(bits);
+      }
+    }
+  }
+}
+
+// [channels][groups] -> [groups][64], zeros beyond.
+template <class T>
+void pack_side(const T* from, int64_t channels, int64_t groups, T* to) {
+  interleave<T, 1>(from, channels, groups, to);
+}
+
+// Value i of a channel of a panel, codes only.
+int code_at(Format f, const uint8_t* panel, int64_t channel, int64_t i) {
+  if (f == Format::w8 || f == Format::w8g) return panel[i / 4 * 256 + channel * 4 + i % 4];
+  const uint8_t* group = f == Format::w4g ? panel + i / 8 * 256 : panel + i / 16 * 768 + i % 16 / 8 * 256;
+  const int low = group[channel * 4 + i % 4] >> (i % 8 / 4 * 4) & 15;
+  if (f == Format::w4g) return low;
+  const uint8_t high = panel[i / 16 * 768 + 512 + channel * 4 + i % 4];
+  return low | (high >> (i % 16 / 4 * 2) & 3) << 4;
+}
+
+size_t panel_bytes(Format f, int64_t k) {
+  switch (f) {
+    case Format::f32: return static_cast<size_t>(k * kPanel * 4);
+    case Format::bf16: return static_cast<size_t>(round_up(k, 2) * kPanel * 2);
+    case Format::w4g: return static_cast<size_t>(k * kPanel / 2);
+    case Format::w6g: return static_cast<size_t>(k / 16 * 768);
+    default: return static_cast<size_t>(round_up(k, 4) * kPanel);
+  }
+}
+
+void weight_row(const Linear& w, int64_t id, float* out) {
+  const int64_t panel = id / kPanel, channel = id % kPanel, k = w.k;
+  const uint8_t* data = static_cast<const uint8_t*>(w.data) + static_cast<size_t>(panel) * panel_bytes(w.format, k);
+  if (w.format == Format::f32) {
+    for (int64_t i = 0; i < k; ++i) out[i] = reinterpret_cast<const float*>(data)[i * kPanel + channel];
+    return;
+  }
+  if (w.format == Format::bf16) {
+    const uint16_t* pairs = reinterpret_cast<const uint16_t*>(data);
+    for (int64_t i = 0; i < k; ++i) {
+      const uint32_t raw = static_cast<uint32_t>(pairs[(i / 2 * kPanel + channel) * 2 + i % 2]) << 16;
+      std::memcpy(out + i, &raw, sizeof raw);
+    }
+    return;
+  }
+  if (w.format == Format::w8) {
+    const float scale = static_cast<const float*>(w.scales)[id];
+    for (int64_t i = 0; i < k; ++i) out[i] = static_cast<float>(code_at(w.format, data, channel, i) - 128) * scale;
+    return;
+  }
+  const int64_t group = group_of(w.format), groups = k / group;
+  const int zero = zero_code(w.format, w.mins != nullptr);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t at = (panel * groups + g) * kPanel + channel;
+    const float scale = half_to_float(static_cast<const uint16_t*>(w.scales)[at]);
+    const float least = w.mins ? half_to_float(w.mins[at]) : 0.0f;
+    for (int64_t i = g * group; i < (g + 1) * group; ++i) {
+      out[i] = static_cast<float>(code_at(w.format, data, channel, i) - zero) * scale - least;
+    }
+  }
+}
+
+}  // namespace
+
+void pack(Format format, int64_t n, int64_t k, const void* codes, const void* scales, const uint16_t* mins, void* data,
+          void* panel_scales, uint16_t* panel_mins) {
+  const bool eight = format == Format::w8 || format == Format::w8g;
+  const int64_t groups = format == Format::w8 ? 1 : k / group_of(format);
+  const uint8_t zero = zero_code(format, mins != nullptr);
+  const size_t bytes = panel_bytes(format, k);
+  parallel((n + kPanel - 1) / kPanel, [&](int64_t panel, int) {
+    const int64_t first = panel * kPanel, channels = n - first < kPanel ? n - first : kPanel, at = panel * groups * kPanel;
+    uint8_t* to = static_cast<uint8_t*>(data) + static_cast<size_t>(panel) * bytes;
+    const uint8_t* from = static_cast<const uint8_t*>(codes) + first * k * (format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1);
+    if (format == Format::f32) {
+      interleave<float, 1>(reinterpret_cast<const float*>(from), channels, k, reinterpret_cast<float*>(to));
+      return;
+    }
+    if (format == Format::bf16) {
+      interleave<uint16_t, 2>(reinterpret_cast<const uint16_t*>(from), channels, k, reinterpret_cast<uint16_t*>(to));
+      return;
+    }
+    if (eight) pack_w8(from, channels, k, to);
+    else if (format == Format::w4g) pack_w4(from, channels, k, zero, to);
+    else pack_w6(from, channels, k, zero, to);
+    if (format == Format::w8) {
+      pack_side(static_cast<const float*>(scales) + first, channels, 1, static_cast<float*>(panel_scales) + at);
+    } else {
+      pack_side(static_cast<const uint16_t*>(scales) + first * groups, channels, groups, static_cast<uint16_t*>(panel_scales) + at);
+    }
+    if (mins) pack_side(mins + first * groups, channels, groups, panel_mins + at);
+  });
+}
+
+void weight_rows(const Linear& w, const int64_t* ids, int64_t count, float* out) {
+  constexpr int64_t step = 4;
+  parallel((count + step - 1) / step, [&](int64_t task, int) {
+    for (int64_t i = task * step; i < count && i < (task + 1) * step; ++i) weight_row(w, ids[i], out + i * w.k);
+  });
+}
+
+}  // namespace dfk

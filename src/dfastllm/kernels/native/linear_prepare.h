@@ -1,0 +1,150 @@
+// Activations of one row: RMSNorm, quantisation, silu. Included inside a translation unit's own namespace, after simd.h.
+//
+// The rule of both int8 kinds, over a row or over 32 inputs (kernels/linear.py states the same in torch):
+//   amax = max |x|;  scale = amax / 127;  code = round_half_even(x * (127 / amax))
+//   amax below 2^-100: scale 0, codes 0 (127 / amax would overflow);  amax not finite: scale NaN, codes 0, so that the
+//   products come out NaN and are noticed.
+// bf16: round half to even, NaN stays NaN.
+
+struct Quantiser { float scale, inverse; };
+
+inline Quantiser quantiser(int32_t amax_bits) {
+  float amax;
+  std::memcpy(&amax, &amax_bits, sizeof amax);
+  if (amax_bits >= kInfinityBits) return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  if (amax < 0x1p-100f) return {0.0f, 0.0f};
+  return {amax / 127.0f, 127.0f / amax};
+}
+
+// A row as the linear sees it: x, or x * factor * norm. Beyond k: zero.
+struct NormedRow {
+  const float* x;
+  const float* norm;
+  float factor;
+  int64_t k;
+  F16 at(int64_t i) const {
+    const int64_t left = k - i;
+    if (left >= 16) {
+      const F16 v = load(x + i);
+      return norm ? (v * f16(factor)) * load(norm + i) : v;
+    }
+    if (left <= 0) return f16(0.0f);
+    const F16 v = load(x + i, left);
+    return norm ? (v * f16(factor)) * load(norm + i, left) : v;
+  }
+};
+
+// 1 / sqrt(mean(x^2) + eps). Four running sums of 16 lanes; the order depends on k alone.
+inline float rms_factor(const float* x, int64_t k, float eps) {
+  F16 sums[4] = {f16(0.0f), f16(0.0f), f16(0.0f), f16(0.0f)};
+  int64_t i = 0;
+  for (; i + 64 <= k; i += 64) {
+    for (int j = 0; j < 4; ++j) {
+      const F16 v = load(x + i + 16 * j);
+      sums[j] = sums[j] + v * v;
+    }
+  }
+  for (int j = 0; i < k; i += 16, ++j) {
+    const F16 v = k - i >= 16 ? load(x + i) : load(x + i, k - i);
+    sums[j] = sums[j] + v * v;
+  }
+  const float mean = total((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(k);
+  return 1.0f / std::sqrt(mean + eps);
+}
+
+// 16 values -> codes at p. What lies in x must not exceed the quantiser's amax. A NaN times 0 (a group that is not
+// finite) would convert to garbage: the inverse 0 is applied as a mask.
+inline void quantise_16(F16 x, Quantiser q, int8_t* p) {
+  const I16 codes = to_int(round_even(x * f16(q.inverse)));
+  store8(p, q.inverse == 0.0f ? i16(0) : codes);
+}
+
+inline int32_t sum_16(const int8_t* p) {
+#if defined(__AVX2__)
+  const __m128i shifted = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
+  const __m128i sums = _mm_sad_epu8(shifted, _mm_setzero_si128());
+  return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += p[i];
+  return sum;
+#endif
+}
+
+inline void bf16_16(F16 x, uint16_t* p) {
+  const I16 raw = bits(x);
+  const I16 rounded = raw + i16(0x7fff) + (shift_right<16>(raw) & i16(1));
+  const I16 nan = i16(0x7fc00000);
+  store16(p, shift_right<16>(where_greater(abs_bits(x), i16(kInfinityBits), nan, rounded)));
+}
+
+// Two registers of a row into columns [column, column + 32).
+inline void put_32(F16 a, F16 b, const Acts& out, int64_t row, int64_t column) {
+  const int64_t at = row * out.stride + column;
+  if (out.kind == ActKind::f32) {
+    float* p = static_cast<float*>(out.data) + at;
+    store(p, a);
+    store(p + 16, b);
+  } else if (out.kind == ActKind::bf16) {
+    uint16_t* p = static_cast<uint16_t*>(out.data) + at;
+    bf16_16(a, p);
+    bf16_16(b, p + 16);
+  } else {
+    int8_t* p = static_cast<int8_t*>(out.data) + at;
+    const Quantiser q = quantiser(highest(max(abs_bits(a), abs_bits(b))));
+    quantise_16(a, q, p);
+    quantise_16(b, q, p + 16);
+    out.scales[at / 32] = q.scale;  // stride is a multiple of 32
+    out.sums[at / 16] = sum_16(p);
+    out.sums[at / 16 + 1] = sum_16(p + 16);
+  }
+}
+
+inline void prepare_32(const float* x, const Acts& out, int64_t row, int64_t column) {
+  put_32(load(x), load(x + 16), out, row, column);
+}
+
+inline void prepare_row(const float* x, const float* norm, float eps, const Acts& out, int64_t row) {
+  const NormedRow in{x, norm, norm ? rms_factor(x, out.k, eps) : 1.0f, out.k};
+  if (out.kind != ActKind::row8) {
+    for (int64_t i = 0; i < out.stride; i += 32) put_32(in.at(i), in.at(i + 16), out, row, i);
+    return;
+  }
+  I16 amax = i16(0);
+  for (int64_t i = 0; i < out.k; i += 16) amax = max(amax, abs_bits(in.at(i)));
+  const Quantiser q = quantiser(highest(amax));
+  int8_t* codes = static_cast<int8_t*>(out.data) + row * out.stride;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < out.stride; i += 16) {
+    quantise_16(in.at(i), q, codes + i);
+    sum += sum_16(codes + i);
+  }
+  out.scales[row] = q.scale;
+  out.sums[row] = sum;
+}
+
+inline F16 silu_mul_16(F16 gate, F16 up) { return gate / (f16(1.0f) + exp(f16(0.0f) - gate)) * up; }
+
+inline void silu_mul(const float* gate, const float* up, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(out + i, silu_mul_16(load(gate + i), load(up + i)));
+  if (i < count) store(out + i, silu_mul_16(load(gate + i, count - i), load(up + i, count - i)), count - i);
+}
+
+// A tile [rows][64] into y [rows][ldy]: channels of it, bias (or null) added, y += or y =.
+inline void write_tile(const float* tile, int64_t rows, int64_t channels, const float* bias, float* y, int64_t ldy,
+                       bool accumulate) {
+  for (int64_t c = 0; c < channels; c += 16) {
+    const int64_t left = channels - c;
+    const bool whole = left >= 16;
+    const F16 add = bias == nullptr ? f16(0.0f) : whole ? load(bias + c) : load(bias + c, left);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = y + r * ldy + c;
+      F16 v = load(tile + r * kPanel + c);
+      if (bias) v = v + add;
+      if (accumulate) v = (whole ? load(to) : load(to, left)) + v;
+      if (whole) store(to, v);
+      else store(to, v, left);
+    }
+  }
+}

@@ -1,0 +1,29 @@
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "linear.h"
+#include "linear_head.h"
+
+namespace dfk {
+namespace scalar {
+
+#include "simd.h"
+#include "linear_prepare.h"
+#include "linear_float.h"
+#include "linear_head_rows.h"
+#include "linear_tiles.h"
+
+}  // namespace scalar
+
+const LinearOps linear_scalar = {
+    scalar::prepare_row,
+    scalar::prepare_32,
+    {scalar::f32_tile, scalar::bf16_tile, scalar::tiles::w8, scalar::tiles::w8g, scalar::tiles::w4g, scalar::tiles::w6g},
+    scalar::silu_mul,
+    scalar::write_tile,
+    scalar::head_rows,
+};
+
+}  // namespace dfk

@@ -1,0 +1,234 @@
+// Sixteen floats or ints at a time, on whatever registers the translation unit is compiled for: one of 512 bits, two of
+// 256, or an array that the compiler vectorises for its baseline. Include it INSIDE the unit's own namespace, after
+// <immintrin.h> (x86), <cmath>, <cstdint> and <cstring>: what it defines must not be shared between instruction sets.
+//
+// Nothing here fuses a multiply with an add, and every operation is exact or rounds once: code written on these types
+// gives the same bits on every instruction set.
+
+#if defined(__AVX512F__)
+
+struct F16 { __m512 v; };
+struct I16 { __m512i v; };
+
+inline F16 f16(float x) { return {_mm512_set1_ps(x)}; }
+inline I16 i16(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+// The first `count` (0 to 16) from memory, the rest zero; nothing beyond them is read.
+inline F16 load(const float* p, int64_t count) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
+}
+inline void store(float* p, F16 x) { _mm512_storeu_ps(p, x.v); }
+inline void store(float* p, F16 x, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x.v);
+}
+inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+// Of a NaN and a number: b.
+inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline I16 max(I16 a, I16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I16 operator&(I16 a, I16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I16 bits(F16 a) { return {_mm512_castps_si512(a.v)}; }
+inline F16 floats(I16 a) { return {_mm512_castsi512_ps(a.v)}; }
+template <int count> inline I16 shift_left(I16 a) { return {_mm512_slli_epi32(a.v, count)}; }
+template <int count> inline I16 shift_right(I16 a) { return {_mm512_srli_epi32(a.v, count)}; }  // zeros come in
+// a > b ? x : y
+inline I16 where_greater(I16 a, I16 b, I16 x, I16 y) {
+  return {_mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a.v, b.v), y.v, x.v)};
+}
+inline F16 where_less(F16 a, F16 b, F16 x, F16 y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+inline I16 to_int(F16 a) { return {_mm512_cvttps_epi32(a.v)}; }
+inline int32_t highest(I16 a) { return _mm512_reduce_max_epi32(a.v); }
+inline float highest(F16 a) {
+  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  const __m128 d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+// The low byte / half of each to memory.
+inline void store8(int8_t* p, I16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+inline void store16(uint16_t* p, I16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+
+#elif defined(__AVX2__)
+
+struct F16 { __m256 a, b; };
+struct I16 { __m256i a, b; };
+
+inline F16 f16(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline I16 i16(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F16 load(const float* p, int64_t count) {
+  alignas(32) float all[16] = {};
+  std::memcpy(all, p, static_cast<size_t>(count) * sizeof(float));
+  return load(all);
+}
+inline void store(float* p, F16 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline void store(float* p, F16 x, int64_t count) {
+  alignas(32) float all[16];
+  store(all, x);
+  std::memcpy(p, all, static_cast<size_t>(count) * sizeof(float));
+}
+inline F16 operator+(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F16 operator-(F16 x, F16 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F16 operator*(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F16 operator/(F16 x, F16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F16 max(F16 x, F16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F16 min(F16 x, F16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline I16 max(I16 x, I16 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+inline I16 operator+(I16 x, I16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I16 operator&(I16 x, I16 y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline I16 bits(F16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+inline F16 floats(I16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+template <int count> inline I16 shift_left(I16 x) {
+  return {_mm256_slli_epi32(x.a, count), _mm256_slli_epi32(x.b, count)};
+}
+template <int count> inline I16 shift_right(I16 x) {
+  return {_mm256_srli_epi32(x.a, count), _mm256_srli_epi32(x.b, count)};
+}
+inline I16 where_greater(I16 a, I16 b, I16 x, I16 y) {
+  return {_mm256_blendv_epi8(y.a, x.a, _mm256_cmpgt_epi32(a.a, b.a)),
+          _mm256_blendv_epi8(y.b, x.b, _mm256_cmpgt_epi32(a.b, b.b))};
+}
+inline F16 where_less(F16 a, F16 b, F16 x, F16 y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ))};
+}
+inline I16 to_int(F16 x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
+inline int32_t highest(I16 x) {
+  const __m256i h = _mm256_max_epi32(x.a, x.b);
+  __m128i q = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_max_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+inline float highest(F16 x) {
+  const __m256 h = _mm256_max_ps(x.a, x.b);
+  const __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  const __m128 d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+inline __m256i halves(I16 x) {  // 16 ints in [-32768, 32767], in order
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+}
+inline void store8(int8_t* p, I16 x) {
+  const __m256i h = halves(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+}
+inline void store16(uint16_t* p, I16 x) {  // packus: the ints are 0 to 65535
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8));
+}
+
+#else
+
+struct F16 { float v[16]; };
+struct I16 { int32_t v[16]; };
+
+template <class To, class F> inline To each(F f) {
+  To out;
+  for (int i = 0; i < 16; ++i) out.v[i] = f(i);
+  return out;
+}
+inline F16 f16(float x) { return each<F16>([&](int) { return x; }); }
+inline I16 i16(int32_t x) { return each<I16>([&](int) { return x; }); }
+inline F16 load(const float* p) { return each<F16>([&](int i) { return p[i]; }); }
+inline F16 load(const float* p, int64_t count) {
+  F16 out = f16(0);
+  for (int64_t i = 0; i < count; ++i) out.v[i] = p[i];
+  return out;
+}
+inline void store(float* p, F16 x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
+inline void store(float* p, F16 x, int64_t count) { for (int64_t i = 0; i < count; ++i) p[i] = x.v[i]; }
+inline F16 operator+(F16 a, F16 b) { return each<F16>([&](int i) { return a.v[i] + b.v[i]; }); }
+inline F16 operator-(F16 a, F16 b) { return each<F16>([&](int i) { return a.v[i] - b.v[i]; }); }
+inline F16 operator*(F16 a, F16 b) { return each<F16>([&](int i) { return a.v[i] * b.v[i]; }); }
+inline F16 operator/(F16 a, F16 b) { return each<F16>([&](int i) { return a.v[i] / b.v[i]; }); }
+inline F16 max(F16 a, F16 b) { return each<F16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline F16 min(F16 a, F16 b) { return each<F16>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline I16 max(I16 a, I16 b) { return each<I16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline I16 operator+(I16 a, I16 b) {
+  return each<I16>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
+}
+inline I16 operator&(I16 a, I16 b) { return each<I16>([&](int i) { return a.v[i] & b.v[i]; }); }
+inline I16 bits(F16 a) {
+  I16 out;
+  std::memcpy(&out, &a, sizeof out);
+  return out;
+}
+inline F16 floats(I16 a) {
+  F16 out;
+  std::memcpy(&out, &a, sizeof out);
+  return out;
+}
+template <int count> inline I16 shift_left(I16 a) {
+  return each<I16>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << count); });
+}
+template <int count> inline I16 shift_right(I16 a) {
+  return each<I16>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> count); });
+}
+inline I16 where_greater(I16 a, I16 b, I16 x, I16 y) {
+  return each<I16>([&](int i) { return a.v[i] > b.v[i] ? x.v[i] : y.v[i]; });
+}
+inline F16 where_less(F16 a, F16 b, F16 x, F16 y) {
+  return each<F16>([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+}
+inline I16 to_int(F16 a) {  // out of range as on x86, where C++ leaves it undefined
+  return each<I16>([&](int i) {
+    return a.v[i] > -2147483648.0f && a.v[i] < 2147483648.0f ? static_cast<int32_t>(a.v[i]) : INT32_MIN;
+  });
+}
+template <class V> inline auto highest(V x) {
+  auto best = x.v[0];
+  for (int i = 1; i < 16; ++i) best = best > x.v[i] ? best : x.v[i];
+  return best;
+}
+inline void store8(int8_t* p, I16 a) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]); }
+inline void store16(uint16_t* p, I16 a) { for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.v[i]); }
+
+#endif
+
+constexpr int32_t kInfinityBits = 0x7f800000;  // |x| as an integer: above it NaN, below it finite, ordered as |x|
+
+inline I16 abs_bits(F16 x) { return bits(x) & i16(0x7fffffff); }
+
+// The nearest integer as a float, ties to even, |x| < 2^22: beyond 2^23 a float has no fraction bits left.
+inline F16 round_even(F16 x) {
+  const F16 shift = f16(12582912.0f);  // 1.5 * 2^23
+  return (x + shift) - shift;
+}
+
+// Lane sums in one fixed order: halves, quarters, ...
+inline float total(F16 x) {
+  float v[16];
+  store(v, x);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+
+// e^x within 2 ulp for x in [-87.3, 88.3]; 0 below, e^88.3 above (so that no infinity arises), some number for NaN.
+inline F16 exp(F16 x) {
+  const F16 clamped = max(min(x, f16(88.37626f)), f16(-87.33654f));
+  const F16 n = round_even(clamped * f16(1.44269504f));
+  // ln 2 in two parts: n * high is exact (high has 15 significant bits, n at most 8).
+  const F16 r = (clamped - n * f16(0.693145752f)) - n * f16(1.42860677e-6f);
+  F16 p = f16(1.3888889e-3f);
+  p = p * r + f16(8.3333333e-3f);
+  p = p * r + f16(4.1666667e-2f);
+  p = p * r + f16(1.6666667e-1f);
+  p = p * r + f16(0.5f);
+  p = (p * r) * r + r;
+  const F16 scale = floats(shift_left<23>(to_int(n) + i16(127)));  // 2^n, n in [-126, 127]
+  return where_less(x, f16(-87.33654f), f16(0.0f), p * scale + scale);
+}
