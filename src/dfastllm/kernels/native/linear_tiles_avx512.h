@@ -12,6 +12,13 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+// Register arrays stay in registers only when the loops over them are unrolled before GCC looks at arrays.
+#if defined(__clang__)
+#define DFK_UNROLL _Pragma("unroll")
+#else
+#define DFK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // One row block's walk over one slice.
 struct Block {
   const uint8_t* data;      // panel, at the slice
@@ -100,68 +107,103 @@ template <Format format, bool mins, int R> struct Starts {
   }
 };
 
+// R rows x C registers of channels: sums, floats.
+template <int R, int C> struct Sums { __m512i at[R][C]; };
+template <int R, int C> struct Floats { __m512 at[R][C]; };
+
+// Integer sums of part `p` of a group.
+template <Format format, bool mins, int R, int C>
+inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride, const Starts<format, mins, R>& starts, int g, int p) {
+  constexpr int steps = 8 / Starts<format, mins, R>::parts;  // registers of weights that share a scale
+  Sums<R, C> sum;
+  DFK_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const __m512i start =
+        mins ? _mm512_setzero_si512() : _mm512_set1_epi32(starts.sum[r][g * Starts<format, mins, R>::parts + p]);
+    DFK_UNROLL
+    for (int c = 0; c < C; ++c) sum.at[r][c] = start;
+  }
+  DFK_UNROLL
+  for (int i = 0; i < steps; ++i) {
+    __m512i w[C];
+    DFK_UNROLL
+    for (int c = 0; c < C; ++c) w[c] = Codes<format>::at(data + 64 * c, p * steps + i);
+    DFK_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const __m512i codes = four_codes(x + r * stride + 4 * (p * steps + i));
+      DFK_UNROLL
+      for (int c = 0; c < C; ++c) sum.at[r][c] = _mm512_dpbusd_epi32(sum.at[r][c], w[c], codes);
+    }
+  }
+  return sum;
+}
+
+// Floats of a whole group, activation scales still to come.
+template <Format format, bool mins, int R, int C>
+inline Floats<R, C> group_floats(const uint8_t* data, const uint16_t* scales, const int8_t* x, int64_t stride,
+                                 const Starts<format, mins, R>& starts, int g) {
+  Floats<R, C> out;
+  DFK_UNROLL
+  for (int p = 0; p < Starts<format, mins, R>::parts; ++p) {
+    const Sums<R, C> sum = part_sums<format, mins, R, C>(data, x, stride, starts, g, p);
+    __m512 scale[C];
+    DFK_UNROLL
+    for (int c = 0; c < C; ++c) scale[c] = half16(scales + p * kPanel + 16 * c);
+    DFK_UNROLL
+    for (int r = 0; r < R; ++r) {
+      DFK_UNROLL
+      for (int c = 0; c < C; ++c) {
+        const __m512 s = _mm512_cvtepi32_ps(sum.at[r][c]);
+        out.at[r][c] = p ? _mm512_fmadd_ps(s, scale[c], out.at[r][c]) : _mm512_mul_ps(s, scale[c]);
+      }
+    }
+  }
+  return out;
+}
+
 // R rows x C registers of channels from `channel` on, over the slice.
 template <Format format, bool mins, int R, int C>
 inline void group_columns(const Block& b, const Starts<format, mins, R>& starts, int channel, Ahead& ahead) {
   constexpr int parts = Starts<format, mins, R>::parts;
-  constexpr int steps = 8 / parts;  // registers of weights that share a scale
-  __m512 y[R][C];
+  Floats<R, C> y;
+  DFK_UNROLL
   for (int r = 0; r < R; ++r) {
+    DFK_UNROLL
     for (int c = 0; c < C; ++c) {
-      y[r][c] = b.first ? _mm512_setzero_ps() : _mm512_loadu_ps(b.tile + r * kPanel + channel + 16 * c);
+      y.at[r][c] = b.first ? _mm512_setzero_ps() : _mm512_loadu_ps(b.tile + r * kPanel + channel + 16 * c);
     }
   }
   const uint8_t* data = b.data + channel * 4;
   const int8_t* x = b.x;
   const uint16_t* scales = b.scales + channel;
   const uint16_t* minima = b.mins + (mins ? channel : 0);
-  for (int g = 0; g < b.groups; ++g) {
+  for (int g = 0; g < b.groups; ++g, data += group_bytes(format), x += 32, scales += parts * kPanel) {
     ahead.turn();
-    __m512 part[R][C];
-    for (int p = 0; p < parts; ++p) {
-      __m512i sum[R][C];
-      for (int r = 0; r < R; ++r) {
-        const __m512i start = mins ? _mm512_setzero_si512() : _mm512_set1_epi32(starts.sum[r][g * parts + p]);
-        for (int c = 0; c < C; ++c) sum[r][c] = start;
-      }
-      for (int i = p * steps; i < (p + 1) * steps; ++i) {
-        __m512i w[C];
-        for (int c = 0; c < C; ++c) w[c] = Codes<format>::at(data + 64 * c, i);
-        for (int r = 0; r < R; ++r) {
-          const __m512i codes = four_codes(x + r * b.stride + 4 * i);
-          for (int c = 0; c < C; ++c) sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], w[c], codes);
-        }
-      }
-      __m512 scale[C];
-      for (int c = 0; c < C; ++c) scale[c] = half16(scales + p * kPanel + 16 * c);
-      for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) {
-          const __m512 s = _mm512_cvtepi32_ps(sum[r][c]);
-          part[r][c] = p ? _mm512_fmadd_ps(s, scale[c], part[r][c]) : _mm512_mul_ps(s, scale[c]);
-        }
-      }
-    }
+    const Floats<R, C> group = group_floats<format, mins, R, C>(data, scales, x, b.stride, starts, g);
+    DFK_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m512 x_scale = _mm512_set1_ps(b.x_scales[r * b.x_scales_stride + g]);
-      for (int c = 0; c < C; ++c) y[r][c] = _mm512_fmadd_ps(part[r][c], x_scale, y[r][c]);
+      DFK_UNROLL
+      for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fmadd_ps(group.at[r][c], x_scale, y.at[r][c]);
     }
-    if (mins) {
-      for (int p = 0; p < parts; ++p) {
-        __m512 low[C];
-        for (int c = 0; c < C; ++c) low[c] = half16(minima + p * kPanel + 16 * c);
-        for (int r = 0; r < R; ++r) {
-          const __m512 weighted = _mm512_set1_ps(starts.weighted[r][g * parts + p]);
-          for (int c = 0; c < C; ++c) y[r][c] = _mm512_fnmadd_ps(low[c], weighted, y[r][c]);
-        }
+    if (!mins) continue;
+    DFK_UNROLL
+    for (int p = 0; p < parts; ++p, minima += kPanel) {
+      __m512 low[C];
+      DFK_UNROLL
+      for (int c = 0; c < C; ++c) low[c] = half16(minima + 16 * c);
+      DFK_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const __m512 weighted = _mm512_set1_ps(starts.weighted[r][g * parts + p]);
+        DFK_UNROLL
+        for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fnmadd_ps(low[c], weighted, y.at[r][c]);
       }
-      minima += parts * kPanel;
     }
-    scales += parts * kPanel;
-    data += group_bytes(format);
-    x += 32;
   }
+  DFK_UNROLL
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) _mm512_storeu_ps(b.tile + r * kPanel + channel + 16 * c, y[r][c]);
+    DFK_UNROLL
+    for (int c = 0; c < C; ++c) _mm512_storeu_ps(b.tile + r * kPanel + channel + 16 * c, y.at[r][c]);
   }
 }
 
@@ -239,7 +281,9 @@ template <int R>
 inline void channel_rows(const uint8_t* data, const int8_t* x, int64_t stride, int64_t steps, bool first,
                          const int32_t* x_sums, float* tile, Ahead& ahead) {
   __m512i sum[R][4];
+  DFK_UNROLL
   for (int r = 0; r < R; ++r) {
+    DFK_UNROLL
     for (int c = 0; c < 4; ++c) {
       sum[r][c] = first ? _mm512_set1_epi32(-128 * x_sums[r]) : _mm512_loadu_si512(tile + r * kPanel + 16 * c);
     }
@@ -247,13 +291,18 @@ inline void channel_rows(const uint8_t* data, const int8_t* x, int64_t stride, i
   for (int64_t i = 0; i < steps; ++i, data += 256, x += 4) {
     if (i % 8 == 0) ahead.turn();
     __m512i w[4];
+    DFK_UNROLL
     for (int c = 0; c < 4; ++c) w[c] = _mm512_loadu_si512(data + 64 * c);
+    DFK_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m512i codes = four_codes(x + r * stride);
+      DFK_UNROLL
       for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], w[c], codes);
     }
   }
+  DFK_UNROLL
   for (int r = 0; r < R; ++r) {
+    DFK_UNROLL
     for (int c = 0; c < 4; ++c) _mm512_storeu_si512(tile + r * kPanel + 16 * c, sum[r][c]);
   }
 }
