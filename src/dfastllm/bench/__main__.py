@@ -1,4 +1,4 @@
-"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders."""
+"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders, formats."""
 
 from __future__ import annotations
 
@@ -90,6 +90,26 @@ def decoders(
     _table(f"{model}, {samples} held-out samples", as_rows(points[0] + points[1]))
     for line in refused:
         console.print(f"refused: {line}")
+
+
+@app.command()
+def formats(
+    out: Out = Path("benchmarks"),
+    model: Annotated[list[str] | None, typer.Option(help="Repeatable; default: all shipped.")] = None,
+    per_task: Annotated[int, typer.Option(help="Samples of every task for the accuracy; 0: none.")] = 100,
+    losses: Annotated[int, typer.Option(help="Samples of the mix for the loss.")] = 1500,
+) -> None:
+    """Quantised formats and calibrations, simulated in torch: loss and accuracy on the task mix."""
+    from dfastllm.bench.formats import CASES, as_record, as_row, compare_format
+    from dfastllm.llm import shipped_models
+
+    names = model or shipped_models()
+    jobs = [(name, case) for name in names for case in CASES]
+    found = []
+    for name, case in track(jobs, "formats", console=console):
+        found.append(compare_format(name, case, per_task=per_task, losses=losses))
+        write_record(out / "formats.json", "formats", [as_record(o) for o in found], per_task=per_task, losses=losses)
+    _table("formats, simulated in torch", [as_row(outcome) for outcome in found])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dfastllm.cli.check import check
 from dfastllm.cli.doctor import doctor
 from dfastllm.cli.generate import generate
 from dfastllm.cli.output import Group
+from dfastllm.cli.quantize import quantize
 from dfastllm.cli.serve import serve
 from dfastllm.cli.train import train
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, serve, train, check, doctor):
+for _command in (generate, chat, serve, train, quantize, check, doctor):
     app.command()(_command)
 
 

@@ -105,13 +105,13 @@ def quantise_model(
             require_divisible(format, k, source.published(name))
     weights: list[WeightReport] = []
     with SafetensorsWriter(directory, _planned(source, options), shard_bytes=shard_bytes) as writer:
-        for name, value, report in quantised(source, options):
+        for name, value, line in quantised(source, options):
             published = source.published(name)
             if isinstance(value, QTensor):
                 write(writer, published, value)
             else:
                 writer.write(published, value)
-            weights.append(report)
+            weights.append(line)
             if progress is not None:
                 progress(len(weights), len(source.names), name)
     _write_small_files(directory, source, options)

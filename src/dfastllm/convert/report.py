@@ -48,6 +48,15 @@ class Quality:
     total_before: float
     total_after: float
 
+    @property
+    def perplexity_before(self) -> float:
+        """exp of the loss; for canvas models an upper bound."""
+        return math.exp(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float:
+        return math.exp(self.loss_after)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -87,12 +96,18 @@ class Report:
 def weight_report(
     name: str, original: Tensor, written: QTensor | Tensor, format: str, nbytes: int, rows: int
 ) -> WeightReport:
-    error = 0.0
-    if isinstance(written, QTensor):
-        wide = original.double()
-        norm = float(wide.norm())
-        error = float((written.dequantise().double() - wide).norm()) / norm if norm else 0.0
+    error = _relative_error(original, written) if isinstance(written, QTensor) else 0.0
     return WeightReport(name, format, tuple(original.shape), nbytes, error, rows)
+
+
+def _relative_error(original: Tensor, written: QTensor, rows: int = 256) -> float:
+    """|W - Q| / |W|, in float64, some rows at a time."""
+    wrong = square = 0.0
+    for at in range(0, len(original), rows):
+        wide = original[at : at + rows].double()
+        wrong += float((written.rows(slice(at, at + rows)).dequantise().double() - wide).square().sum())
+        square += float(wide.square().sum())
+    return math.sqrt(wrong / square) if square else 0.0
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ def file_examples(tokenizer: Tokenizer, path: Path, count: int) -> list[Example]
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(f"calibration file {path} cannot be read: {error}.", param="calibration_file") from error
     pairs = _json_lines(tokenizer, path, text) if path.suffix == ".jsonl" else _pieces(tokenizer.encode(text))
-    found = []
+    found: list[Example] = []
     for prompt, response in pairs:
         found.append(Example(tuple(prompt), tuple(response), len(found)))
         if len(found) == count:

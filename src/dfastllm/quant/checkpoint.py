@@ -201,9 +201,8 @@ def plan(name: str, format: Format, shape: tuple[int, int]) -> dict[str, Planned
     n, k = shape
     if not format.group:
         return {f"{name}.codes": Planned(torch.int8, (n, k)), f"{name}.scales": Planned(torch.float32, (n,))}
-    dtype = torch.int8 if format.kind == "w8g" else torch.uint8
     side = Planned(torch.float16, (n, k // format.group))
-    parts = {f"{name}.codes": Planned(dtype, (n, k * format.code_bits // 8)), f"{name}.scales": side}
+    parts = {f"{name}.codes": Planned(format.code_dtype, (n, k * format.code_bits // 8)), f"{name}.scales": side}
     return {**parts, f"{name}.mins": side} if format.grid.minimum else parts
 
 

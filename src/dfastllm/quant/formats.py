@@ -13,7 +13,7 @@ from dfastllm.errors import CheckpointError, UnsupportedError, ValidationError
 from dfastllm.kernels.packed import GROUP, QTensor
 from dfastllm.quant.scales import Grid, encode, fit
 
-__all__ = ["FORMATS", "Format", "assemble", "check_weight", "find_format", "quantise", "require_divisible"]
+__all__ = ["FORMATS", "Format", "assemble", "find_format", "quantise", "require_divisible", "require_finite"]
 
 CHUNK = 1 << 17  # weights searched at once: temporaries stay in the cache
 
@@ -36,6 +36,10 @@ class Format:
     @property
     def code_bits(self) -> int:
         return {"w8": 8, "w8g": 8, "w4g": 4, "w6g": 6}[self.kind]
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.code_bits == 8 else torch.uint8
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of an [n, k] matrix in a file."""
@@ -78,19 +82,23 @@ def require_divisible(format: Format, k: int, name: str) -> None:
         )
 
 
-def check_weight(weight: Tensor, name: str) -> Tensor:
-    """weight as contiguous float32. Raises CheckpointError naming the tensor for NaN, infinity, or not two dims."""
+def require_finite(weight: Tensor, name: str) -> None:
+    """Raise CheckpointError naming the tensor for NaN, infinity, or a shape that is not [n, k]."""
     if weight.ndim != 2:
         raise CheckpointError(f"{name} has shape {list(weight.shape)}; only matrices [n, k] are quantised.")
-    wide = weight.detach().to("cpu", torch.float32).contiguous()
-    bad = ~wide.isfinite()
-    if bool(bad.any()):
-        kinds = [kind for kind, test in (("NaN", wide.isnan()), ("infinity", wide.isinf())) if bool(test.any())]
+    nans = infinities = 0
+    rows = max(1, CHUNK // max(weight.shape[1], 1))
+    for at in range(0, len(weight), rows):
+        part = weight[at : at + rows]
+        if not bool(part.isfinite().all()):
+            nans += int(part.isnan().sum())
+            infinities += int(part.isinf().sum())
+    if nans or infinities:
+        kinds = [f"{count} {what}" for count, what in ((nans, "NaN"), (infinities, "infinite")) if count]
         raise CheckpointError(
-            f"{name} holds {' and '.join(kinds)} in {int(bad.sum())} of {wide.numel()} weights; nothing was written.",
+            f"{name} holds {' and '.join(kinds)} of {weight.numel()} weights; nothing was written.",
             hint="The checkpoint is damaged or its training diverged; load another copy.",
         )
-    return wide
 
 
 def quantise(
@@ -108,22 +116,23 @@ def quantise(
     weights beyond what a scale reaches), each naming the tensor.
     """
     format = find_format(format) if isinstance(format, str) else format
-    wide = check_weight(weight, name)
-    n, k = wide.shape
+    weight = weight.detach().to("cpu")
+    require_finite(weight, name)
+    n, k = weight.shape
     require_divisible(format, k, name)
     grid = format.grid if search else replace(format.grid, tries=())
     h = None if importance is None else prepared_importance(importance, k, name)
     size = format.group or k
     rows = max(1, CHUNK // max(k, 1))
-    codes = torch.empty(n, k)
+    codes = torch.empty(n, k, dtype=format.code_dtype)
     steps = torch.empty(n, k // size if k else 0)
     mins = torch.empty_like(steps) if grid.minimum else None
     for at in range(0, n, rows):
-        groups = wide[at : at + rows].view(-1, size)
+        groups = weight[at : at + rows].float().contiguous().view(-1, size)
         weights = None if h is None else h.view(1, -1, size).expand(len(groups) * size // k, -1, -1).reshape(-1, size)
         step, minimum = fit(groups, weights, grid, name)
         found = encode(groups, step[:, None], None if minimum is None else minimum[:, None], grid)
-        codes[at : at + rows] = found.view(-1, k)
+        codes[at : at + rows] = found.add_(format.zero).view(-1, k)
         steps[at : at + rows] = step.view(-1, k // size)
         if mins is not None and minimum is not None:
             mins[at : at + rows] = minimum.view(-1, k // size)
@@ -131,14 +140,10 @@ def quantise(
 
 
 def assemble(format: Format, codes: Tensor, steps: Tensor, mins: Tensor | None) -> QTensor:
-    """codes [n, k] float32 in the grid, steps and mins [n, groups] float32 -> QTensor in the natural form."""
-    if format.kind in ("w8", "w8g"):
-        stored = codes.to(torch.int8)
-    else:
-        stored = (codes + format.zero).to(torch.uint8)
+    """codes [n, k] as stored (with the format's zero), steps and mins [n, groups] float32 -> QTensor."""
     if format.kind == "w8":
-        return QTensor(format.kind, stored, steps.view(-1))
-    return QTensor(format.kind, stored, steps.half(), None if mins is None else mins.half())
+        return QTensor(format.kind, codes, steps.view(-1))
+    return QTensor(format.kind, codes, steps.half(), None if mins is None else mins.half())
 
 
 def prepared_importance(importance: Tensor, k: int, name: str) -> Tensor:

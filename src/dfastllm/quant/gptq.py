@@ -14,11 +14,11 @@ from dfastllm.kernels.packed import QTensor
 from dfastllm.quant.formats import (
     Format,
     assemble,
-    check_weight,
     find_format,
     prepared_importance,
     quantise,
     require_divisible,
+    require_finite,
 )
 from dfastllm.quant.scales import decode, encode, fit
 
@@ -44,7 +44,8 @@ def gptq(
     Raises as `quantise` does, and ValidationError for a gram matrix of another size or with NaN or infinity.
     """
     format = find_format(format) if isinstance(format, str) else format
-    work = check_weight(weight, name).clone()
+    require_finite(weight, name)
+    work = weight.detach().to("cpu", torch.float32, copy=True)
     n, k = work.shape
     require_divisible(format, k, name)
     if tuple(gram.shape) != (k, k) or not bool(gram.isfinite().all()):
@@ -59,7 +60,7 @@ def gptq(
     if fixed is not None and fixed.scales is not None:
         steps = fixed.scales.float().view(n, -1)
         mins = None if fixed.mins is None else fixed.mins.float()
-    codes = torch.empty(n, k)
+    codes = torch.empty(n, k, dtype=format.code_dtype)
     work = work[:, order]
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
@@ -75,7 +76,7 @@ def gptq(
                     mins[:, group] = minimum
             minimum = None if mins is None else mins[:, group]
             code = encode(work[:, i], steps[:, group], minimum, format.grid)
-            codes[:, column] = code
+            codes[:, column] = code + format.zero
             error = (work[:, i] - decode(code, steps[:, group], minimum)) / inverse[i, i]
             work[:, i + 1 : stop] -= error[:, None] * inverse[i, i + 1 : stop]
             errors[:, i - start] = error

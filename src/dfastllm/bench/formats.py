@@ -1,18 +1,15 @@
 """Every format and calibration on the task mix, simulated in torch: what each costs in loss and accuracy.
 
-`python -m dfastllm.convert.compare demo-ar demo-diffusion [--per-task 100] [--json FILE]`
-
 Answers, among others, whether one int8 scale per row of activations is accurate enough on trained weights (w8) or every
-32 activations need their own (w8g). Nothing is written but the record.
+32 activations need their own (w8g).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +26,7 @@ from dfastllm.quant.formats import FORMATS
 from dfastllm.text import Tokenizer
 from dfastllm.train.evaluate import evaluate
 
-__all__ = ["CASES", "Case", "Outcome", "compare"]
+__all__ = ["CASES", "Case", "Outcome", "as_record", "as_row", "compare_format"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +83,7 @@ CASES = (
 )
 
 
-def compare(model: str | Path, case: Case, *, per_task: int = 100, losses: int = 600, seed: int = 1) -> Outcome:
+def compare_format(model: str | Path, case: Case, *, per_task: int = 100, losses: int = 600, seed: int = 1) -> Outcome:
     """per_task samples of every task for the accuracy (0: leave it out), `losses` of the mix for the loss, all from the
     test split."""
     begun = time.monotonic()
@@ -127,34 +124,23 @@ def compare(model: str | Path, case: Case, *, per_task: int = 100, losses: int =
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dfastllm.convert.compare", description="Formats, simulated.")
-    parser.add_argument("models", nargs="+", help="shipped models' names or directories")
-    parser.add_argument("--per-task", type=int, default=100, help="samples of every task for the accuracy; 0: none")
-    parser.add_argument("--losses", type=int, default=600, help="samples of the mix for the loss")
-    parser.add_argument("--json", type=Path, help="also write the outcomes here, after every line")
-    args = parser.parse_args()
-    outcomes: list[Outcome] = []
-    print(f"{'model':16} {'format':6} {'head':6} {'calibration':16} {'acts':6} {'bits':>6} {'loss':>9} {'right':>7}")
-    for model in args.models:
-        for case in CASES:
-            outcomes.append(compare(model, case, per_task=args.per_task, losses=args.losses))
-            print(_line(outcomes[-1]), flush=True)
-            if args.json:
-                text = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
-                args.json.write_text(text + "\n", encoding="utf-8")
-
-
-def _line(found: Outcome) -> str:
+def as_row(found: Outcome) -> dict[str, Any]:
+    """One line of the table."""
     case = found.case
-    how = "to nearest" if not case.search else case.calibration
+    how: str = case.calibration if case.search else "to nearest"
     how += ", in order" if case.calibration == "gptq" and not case.act_order else ""
-    right = "" if found.total is None else f"{found.total:7.2%}"
-    return (
-        f"{found.model:16} {case.format:6} {found.head:6} {how:16} {found.activations:6} "
-        f"{found.bits_per_weight:6.2f} {found.loss:9.5f} {right}"
-    )
+    return {
+        "model": found.model,
+        "format": case.format,
+        "head": found.head,
+        "calibration": how,
+        "activations": found.activations,
+        "bits per weight": found.bits_per_weight,
+        "loss": found.loss,
+        "right": "" if found.total is None else found.total,
+    }
 
 
-if __name__ == "__main__":
-    main()
+def as_record(found: Outcome) -> dict[str, Any]:
+    """The line with its details, for the record."""
+    return {**as_row(found), "accuracy": found.accuracy, "seconds": found.seconds, "case": asdict(found.case)}
