@@ -18,7 +18,8 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, build, pack_decoder
+from dfastllm.models import Decoder, DecoderConfig, build
+from dfastllm.models.packed import PackedDecoder, pack_decoder
 from dfastllm.models import load as load_decoder
 from dfastllm.models.checkpoint import (
     named_dtype,
@@ -31,14 +32,23 @@ from dfastllm.models.checkpoint import (
 )
 from dfastllm.models.headers import inventory
 from dfastllm.quant import FORMATS, find_format, quantise
-from dfastllm.quant.gguf import GgufModel, is_gguf, open_gguf
+from dfastllm.models.gguf import GgufModel, open_gguf
 from dfastllm.text import Tokenizer
 
-__all__ = ["BACKENDS", "Backend", "Loaded", "load", "model_info", "pack"]
+__all__ = ["BACKENDS", "Backend", "Loaded", "is_gguf", "load", "model_info", "pack"]
 
 Backend = Literal["auto", "native", "torch"]
 BACKENDS = ("auto", "native", "torch")
 HEAD = {"w4": "w8g", "w4m": "w8g", "w6": "w8g"}  # embedding and head decide every token: they keep 8 bits
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether this is a file that says it is GGUF. A directory never is."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 @dataclass(frozen=True)

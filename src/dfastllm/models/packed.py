@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, UnsupportedError
 from dfastllm.kernels import attention, linear
+from dfastllm.kernels.acts import Acts, act_kind
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.kv import KvCache
 from dfastllm.kernels.packed import PANEL, Packed, QTensor
@@ -77,7 +79,7 @@ class PackedDecoder:
     layers: tuple[PackedLayer, ...]
     head: Packed | None = None
     notes: list[str] = field(default_factory=list)
-    _native: dict[torch.dtype, Any] = field(default_factory=dict, repr=False)
+    _native: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._frequencies, self._rope_factor = inverse_frequencies(
@@ -112,57 +114,56 @@ class PackedDecoder:
 
     def _run_plain(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
         config = self.config
-        split = config.heads * config.head_dim
         x = linear.weight_rows(self.embed, torch.from_numpy(step.ids))
         angles = torch.from_numpy(step.positions).float()[:, None] * self._frequencies
         cos, sin = angles.cos() * self._rope_factor, angles.sin() * self._rope_factor
-        slot, own_slot, want = (torch.from_numpy(t) for t in (step.slot, step.own_slot, step.want))
+        want = torch.from_numpy(step.want)
         for i, layer in enumerate(self.layers):
-            qkv = torch.cat(
-                [linear.linear(self._prepared(x, w, layer.attn_norm), w.packed, w.bias) for w in layer.qkv], dim=1
-            )
-            attention.rope_store(
-                qkv, cos, sin, slot, own_slot, cache.layer(i), own.layer(0), heads=config.heads,
-                q_norm=layer.q_norm, k_norm=layer.k_norm, eps=config.norm_eps,
-            )  # fmt: skip
-            mixed = attention.attention(qkv[:, :split], step, cache.layer(i), own.layer(0), heads=config.heads)
+            qkv = torch.cat([linear.linear(self._in(x, w, layer.attn_norm), w.packed, w.bias) for w in layer.qkv], 1)
+            kv = cache.layer(i), own.layer(0)
+            norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm, "eps": config.norm_eps}
+            attention.rope_store(qkv, step, cos, sin, *kv, heads=config.heads, **norms)
+            mixed = attention.attention(qkv, step, *kv, heads=config.heads)
             if layer is self.layers[-1]:  # what follows is only looked at in the wanted rows
                 x, mixed = x[want], mixed[want]
-            x = x + linear.linear(self._prepared(mixed, layer.o), layer.o.packed, layer.o.bias)
-            inner = linear.linear_swiglu(
-                self._prepared(x, layer.gate_up, layer.mlp_norm), layer.gate_up.packed, layer.gate_up.bias,
-                layer.down.packed.format,
-            )  # fmt: skip
-            x = x + linear.linear(inner, layer.down.packed, layer.down.bias)
-        return linear.rms_norm(x, self.norm, config.norm_eps)
+            linear.linear(self._in(mixed, layer.o), layer.o.packed, layer.o.bias, accumulate=x)
+            width, kind = layer.down.packed.k, act_kind(layer.down.packed.format)
+            up = layer.gate_up
+            h = linear.linear_swiglu(self._in(x, up, layer.mlp_norm), up.packed, up.bias, kind=kind, width=width)
+            linear.linear(h, layer.down.packed, layer.down.bias, accumulate=x)
+        return linear.prepare(x, "f32", norm=self.norm, eps=config.norm_eps).dequantise()
 
-    def _prepared(self, x: Tensor, weights: Weights, norm: Tensor | None = None) -> linear.Acts:
-        return linear.prepare(x, weights.packed.format, norm, self.config.norm_eps)
+    def _in(self, x: Tensor, weights: Weights, norm: Tensor | None = None) -> Acts:
+        return linear.prepare(x, act_kind(weights.packed.format), norm=norm, eps=self.config.norm_eps)
 
     def _run_native(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
-        if cache.dtype not in self._native:
-            self._native[cache.dtype] = self._compile(cache)
+        if cache.type not in self._native:
+            self._native[cache.type] = self._compile(cache)
         out = torch.empty(len(step.want), self.config.hidden_size)
-        spans = step.spans
-        self._native[cache.dtype].run(
+
+        def at(array: np.ndarray | None) -> int:
+            return 0 if array is None else int(array.ctypes.data)
+
+        self._native[cache.type].run(
             len(step.ids),
-            step.ids.ctypes.data,
-            step.positions.ctypes.data,
-            step.slot.ctypes.data,
-            step.own_slot.ctypes.data,
-            len(spans),
-            spans.ctypes.data,
-            step.blocks.ctypes.data,
-            step.own_blocks.ctypes.data,
-            0 if step.mask_at is None else step.mask_at.ctypes.data,
-            0 if step.mask is None else step.mask.ctypes.data,
-            step.cached_limit.ctypes.data,
-            step.own_limit.ctypes.data,
+            at(step.ids),
+            at(step.positions),
+            at(step.slot),
+            at(step.own_slot),
+            len(step.spans),
+            at(step.spans),
+            at(step.blocks),
+            at(step.own_blocks),
+            at(step.mask_at),
+            at(step.mask),
+            at(step.cached_limit),
+            at(step.own_limit),
             len(step.want),
-            step.want.ctypes.data,
-            *cache.addresses(),
-            *own.addresses()[:2],
-            *own.addresses()[2:4],
+            at(step.want),
+            *cache.layer(0).addresses,
+            cache.stride,
+            cache.scale_stride,
+            *own.layer(0).addresses,
             out.data_ptr(),
         )
         return out
@@ -178,8 +179,8 @@ class PackedDecoder:
             eps=config.norm_eps,
             rope_factor=self._rope_factor,
             frequencies=self._frequencies.data_ptr(),
-            kv_type=cache.code,
-            embed=linear.address(self.embed),
+            kv_type=cache.layer(0).shape[0],
+            embed=linear._tuple(self.embed, None),
             norm=self.norm.data_ptr(),
             layers=[
                 (
@@ -187,8 +188,8 @@ class PackedDecoder:
                     layer.mlp_norm.data_ptr(),
                     0 if layer.q_norm is None else layer.q_norm.data_ptr(),
                     0 if layer.k_norm is None else layer.k_norm.data_ptr(),
-                    [linear.address(w.packed, w.bias) for w in layer.qkv],
-                    *(linear.address(w.packed, w.bias) for w in (layer.o, layer.gate_up, layer.down)),
+                    [linear._tuple(w.packed, w.bias) for w in layer.qkv],
+                    *(linear._tuple(w.packed, w.bias) for w in (layer.o, layer.gate_up, layer.down)),
                 )
                 for layer in self.layers
             ],
@@ -266,7 +267,9 @@ def _finite(name: str, value: Value) -> Value:
     if isinstance(value, QTensor) and value.scales is None:
         floats = [value.codes]
     if not all(bool(torch.isfinite(t).all()) for t in floats if t is not None):
-        raise CheckpointError(f"{name} holds values that are not finite (NaN or infinity).", hint="The file is damaged.")
+        raise CheckpointError(
+            f"{name} holds values that are not finite (NaN or infinity).", hint="The file is damaged."
+        )
     return value
 
 
@@ -301,9 +304,7 @@ def _side_by_side(matrices: list[QTensor], biases: Sequence[Tensor | None]) -> t
         return tuple(Weights(linear.pack(m), b) for m, b in zip(matrices, biases, strict=True))
     whole = None
     if any(b is not None for b in biases):
-        whole = torch.cat(
-            [torch.zeros(m.shape[0]) if b is None else b for m, b in zip(matrices, biases, strict=True)]
-        )
+        whole = torch.cat([torch.zeros(m.shape[0]) if b is None else b for m, b in zip(matrices, biases, strict=True)])
     return (Weights(linear.pack(QTensor.stack(matrices)), whole),)
 
 
@@ -323,7 +324,7 @@ def _interleaved(gate: QTensor, up: QTensor, biases: Sequence[Tensor | None]) ->
             if b is not None:
                 row[:n] = b
         bias = full.view(-1)[order].contiguous()
-    return Weights(Packed(packed.format, 2 * n, packed.k, packed.data, packed.scales, packed.mins), bias)
+    return Weights(packed, bias)
 
 
 def _kind(matrix: QTensor) -> tuple[str, bool]:

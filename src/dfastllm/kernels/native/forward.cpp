@@ -139,7 +139,7 @@ void Forward::run(const Step& step, const KvMemory& cache, const KvLayer& own, f
 
     const Acts& in = prepared(act_kind(layer.gate_up.format), x, hidden, rows, hidden, layer.mlp_norm);
     const ActKind kind = act_kind(layer.down.format);
-    const int64_t inner = layer.gate_up.n / 2;
+    const int64_t inner = layer.down.k;  // gate_up may be padded to whole panels
     Acts h = acts_at(next_.bytes(acts_bytes(kind, rows, inner)), kind, rows, inner);
     linear_swiglu(layer.gate_up, in, h_.floats(static_cast<size_t>(rows * inner)), h);
     linear(layer.down, h, x, hidden, true);
