@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.core import DecodeParams, SequenceState
+from dfastllm.decode.candidates import active_rows
 from dfastllm.decode.canvas import CanvasState
-from dfastllm.decode.denoise import active_rows, denoise, settle
+from dfastllm.decode.denoise import denoise, settle
 from dfastllm.decode.diffusion import MaskedDiffusion
 from dfastllm.decode.registry import RULES
 from dfastllm.decode.rows import DenseRows

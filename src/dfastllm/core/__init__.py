@@ -6,6 +6,7 @@ from dfastllm.core.model import Kind, ModelInfo
 from dfastllm.core.request import Cache, DecodeParams, Request, SamplingParams
 from dfastllm.core.sequence import SequenceState
 from dfastllm.core.span import Attend, Commit, FinishReason, Span, Store, TokenLogprob
+from dfastllm.core.value import value
 
 __all__ = [
     "Attend",
@@ -26,4 +27,5 @@ __all__ = [
     "Store",
     "TokenLogprob",
     "Usage",
+    "value",
 ]

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dfastllm.core.span import FinishReason, TokenLogprob
+from dfastllm.core.value import value
 from dfastllm.errors import DFastLLMError
 
 __all__ = ["CanvasUpdate", "Finish", "StepEvent", "StepStats", "Usage"]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class CanvasUpdate:
     """One denoise step as seen by a live display. Positions are relative to the canvas start (0 = first new token).
 
@@ -61,7 +62,7 @@ class Finish:
     error: DFastLLMError | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class StepEvent:
     """Newly stable output, in order.
 

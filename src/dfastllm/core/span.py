@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any, Literal
+
+from dfastllm.core.value import value
 
 __all__ = ["Attend", "Commit", "FinishReason", "Span", "Store", "TokenLogprob"]
 
@@ -21,7 +23,7 @@ class FinishReason(StrEnum):
     TIMEOUT = "timeout"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Span:
     """Tokens of one sequence at positions [start, stop), run in one forward pass.
 
@@ -40,6 +42,7 @@ class Span:
             none: write nothing and read nothing: rows see only the span's own keys.
     want    rows (indices into ids + shadows, ascending) whose logits the policy needs; may be empty (prefill, refresh).
     block   block length for attend="block"; blocks are aligned to absolute positions.
+    plan    the policy's own: what it worked out when it planned, for its `absorb`. Nobody else looks at it.
     """
 
     start: int
@@ -49,6 +52,7 @@ class Span:
     want: tuple[int, ...] = ()
     block: int = 0
     shadows: tuple[tuple[int, int], ...] = ()  # (position, token id)
+    plan: Any = field(default=None, compare=False, repr=False)
 
     @property
     def stop(self) -> int:
@@ -65,7 +69,7 @@ class Span:
         return self.stop if self.store == "keep" else 0
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TokenLogprob:
     """Natural-log probability of a committed token, from the raw model distribution at the step that committed it."""
 
@@ -74,7 +78,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Commit:
     """What a policy decides after one forward of one sequence. The engine applies it; the policy changes nothing.
 

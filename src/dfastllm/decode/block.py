@@ -19,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span
+from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.decode.candidates import Active, active_rows
 from dfastllm.decode.canvas import CanvasState, Choice, Layout, check_canvas, choose, lay_out
-from dfastllm.decode.denoise import Active, active_rows, denoise, settle, span_rows
+from dfastllm.decode.denoise import denoise, settle, span_rows
 from dfastllm.decode.evidence import Scorer
 from dfastllm.decode.rows import Rows
 from dfastllm.errors import UnsupportedError, ValidationError
@@ -94,32 +95,28 @@ class BlockDiffusion:
         base = start // size * size  # the model block the active block lies in
         held = min(seq.kv_len, base) // size * size
         if held == base:
-            want, shadows = span_rows(active_rows(seq, start, stop), base, size)
-            return self._span(seq, base, base + size, "scratch", want, shadows)
+            return self._span(seq, base, base + size, "scratch", active_rows(seq, start, stop))
         most = max(size, limit // size * size)
         if seq.model.ar_first:
             end = min(base, held + most)
-            first = end == base and seq.tokens[base] == seq.model.mask_id
-            return self._span(seq, held, end, "keep", (end - held - 1,) if first else ())
+            if end < base or seq.tokens[base] != seq.model.mask_id:
+                return self._span(seq, held, end, "keep", None)
+            first = Active(seq, state, start, stop, (start,))  # from the row before it, the last of this span
+            return self._span(seq, held, end, "keep", first)
         if base + size - held > max(most, 2 * size):
-            return self._span(seq, held, held + min(most, base - held), "keep")
-        want, shadows = span_rows(active_rows(seq, start, stop), held, base + size - held)
-        return self._span(seq, held, base + size, "keep", want, shadows)
+            return self._span(seq, held, held + min(most, base - held), "keep", None)
+        return self._span(seq, held, base + size, "keep", active_rows(seq, start, stop))
 
     @staticmethod
-    def _span(
-        seq: SequenceState,
-        low: int,
-        high: int,
-        store: Any,
-        want: tuple[int, ...] = (),
-        shadows: tuple[tuple[int, int], ...] = (),
-    ) -> Span:
-        ids = tuple(seq.tokens[low:high])
-        return Span(low, ids, "block", store, want, block=seq.model.block, shadows=shadows)
+    def _span(seq: SequenceState, low: int, high: int, store: Store, active: Active | None) -> Span:
+        ids, size = tuple(seq.tokens[low:high]), seq.model.block
+        if active is None:
+            return Span(low, ids, "block", store, block=size)
+        want, shadows = span_rows(active, low, high - low)
+        return Span(low, ids, "block", store, want, block=size, shadows=shadows, plan=active)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
-        active = [self._active(seq, span) for seq, span in items if span.want]
+        active: list[Active] = [span.plan for _, span in items if span.want]
         decided = iter(zip(active, denoise(active, rows, self.scorer), strict=True))
         commits = []
         for seq, span in items:
@@ -131,14 +128,6 @@ class BlockDiffusion:
             kept = base if span.store == "keep" else None
             commits.append(settle(a, decision, kv_len=kept, counts=span.stop > base))
         return commits
-
-    @staticmethod
-    def _active(seq: SequenceState, span: Span) -> Active:
-        """The block's rows; or only its first position, when the span stores the block before it."""
-        start, stop = seq.policy.bounds
-        if span.stop <= start:
-            return Active(seq, seq.policy, start, stop, (start,), (True,))
-        return active_rows(seq, start, stop)
 
     def _choose(self, request: Request, model: ModelInfo) -> tuple[Choice, Layout]:
         choice = choose(request.decode or DecodeParams(), model.block)

@@ -8,11 +8,11 @@ never passes that end, so the result is tokens[canvas_start : stable of the last
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SequenceState
+from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SequenceState, value
 from dfastllm.decode.ar import check_prompt, enders
 from dfastllm.decode.sampling import check_sampling
 from dfastllm.decode.unmask import RULES, Option, Rule
@@ -88,7 +88,7 @@ class Layout:
         return min(end - begin, self.steps // self.count + (block < self.steps % self.count))
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class CanvasState:
     """Policy state of a canvas.
 
@@ -246,7 +246,7 @@ def fill_id(model: ModelInfo) -> int:
     return model.eos_ids[0] if model.eos_ids else int(model.mask_id == 0)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Ending:
     """stable and finish of a commit, `end` for the state, `fill`: positions still masked at the finish."""
 
@@ -256,19 +256,19 @@ class Ending:
     fill: tuple[int, ...] = ()
 
 
-def ending(seq: SequenceState, state: CanvasState, canvas: Sequence[int], firm: int) -> Ending:
-    """Where the text stands after a commit. canvas: ids of the canvas after it; firm: absolute position before which
-    nothing is masked and nothing can change any more. Stopping early is lossless: what lies behind an ending token or
-    max_tokens is never shown."""
-    layout = state.layout
+def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], firm: int) -> Ending:
+    """Where the text stands after a commit. changed: what the commit writes, position -> id; firm: absolute position
+    before which nothing is masked and nothing can change any more. Stopping early is lossless: what lies behind an
+    ending token or max_tokens is never shown."""
+    layout, tokens, end = state.layout, seq.tokens, state.end
     visible = min(layout.stop, layout.start + seq.sampling.max_tokens)
-    end = state.end
-    if end is None:
+    fresh = range(max(seq.stable, layout.start), min(firm, visible))
+    if end is None and fresh:
         stops = enders(seq.sampling.stop_token_ids, seq.sampling.ignore_eos, seq.model)
-        seen = range(max(seq.stable, layout.start), min(firm, visible))
-        end = next((p + 1 for p in seen if canvas[p - layout.start] in stops), None)
+        end = next((p + 1 for p in fresh if changed.get(p, tokens[p]) in stops), None)
     stable = max(seq.stable, min(firm, visible if end is None else end))
     if firm < layout.stop and not (state.choice.early_stop and (end is not None or firm >= visible)):
         return Ending(stable, end, None)
-    fill = tuple(layout.start + i for i, t in enumerate(canvas) if t == seq.model.mask_id)
+    mask = seq.model.mask_id
+    fill = tuple([p for p in range(layout.start, layout.stop) if changed.get(p, tokens[p]) == mask])
     return Ending(stable, end, FinishReason.LENGTH if end is None else FinishReason.STOP, fill)

@@ -1,50 +1,33 @@
-"""From a block's rows to decisions: candidate tokens, their statistics, the rule's choice, the records.
+"""From a block's candidates to commits: the rule's choice, the records, the canvas after it.
 
-Greedy rows without edits, under a rule that needs row statistics only, never become logits; the others do (`_route`, by
-the request alone). The rules then run in numpy, grouped by name, over [sequences, block].
+The rules run in numpy, grouped by name, over [sequences, block]. What the rows say is `candidates`' to find out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from dfastllm.core import Commit, SequenceState, TokenLogprob
+from dfastllm.core import Commit, TokenLogprob, value
+from dfastllm.decode.candidates import Active, Candidates, by_logits, by_stats, route
 from dfastllm.decode.canvas import CanvasState, ending, fill_id
-from dfastllm.decode.evidence import Scorer, add_credit, agreement, drift
-from dfastllm.decode.rows import DenseRows, Rows, RowStats, probabilities, token_logprob
-from dfastllm.decode.sampling import Draw, draw, edits, log_normaliser, penalised, row_keys, spread
-from dfastllm.decode.unmask import RULES, Field, Rule, decide
+from dfastllm.decode.evidence import Scorer
+from dfastllm.decode.rows import DenseRows, Rows, token_logprob
+from dfastllm.decode.sampling import row_keys
+from dfastllm.decode.unmask import RULES, Field, Revision, Rule, decide
 
-__all__ = ["Active", "Decision", "active_rows", "denoise", "settle", "span_rows"]
+__all__ = ["Decision", "denoise", "settle", "span_rows"]
 
-
-@dataclass(frozen=True, slots=True)
-class Active:
-    """The active block of one sequence in this step, and what its rows of logits are.
-
-    start, stop  its canvas positions. positions: what each row decides, in row order; masked: whether that is still
-    undecided (a held row looks again at a committed token).
-    """
-
-    seq: SequenceState
-    state: CanvasState
-    start: int
-    stop: int
-    positions: tuple[int, ...]
-    masked: tuple[bool, ...]
-
-    @property
-    def rule(self) -> Rule:
-        return RULES[self.state.choice.rule]
+Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Decision:
     """fixed: position -> token; remask: positions masked again; provisional: tokens of the other candidates; records:
     logprobs of `fixed` when asked; closed: the rule's own word on whether the block is final, None: it has none."""
@@ -57,178 +40,144 @@ class Decision:
     closed: bool | None = None
 
 
-def active_rows(seq: SequenceState, start: int, stop: int) -> Active:
-    """The rows a step on the block [start, stop) has: its masked positions; for a rule that edits, the committed ones
-    among them in order; for one that verifies, a shadow of each committed one after them."""
-    state: CanvasState = seq.policy
-    mask, needs = seq.model.mask_id, RULES[state.choice.rule].needs
-    block = range(start, stop)
-    undecided = tuple(p for p in block if seq.tokens[p] == mask)
-    if "held" in needs:
-        return Active(seq, state, start, stop, tuple(block), tuple(seq.tokens[p] == mask for p in block))
-    held = tuple(p for p in block if seq.tokens[p] != mask) if "shadow" in needs else ()
-    return Active(seq, state, start, stop, undecided + held, (True,) * len(undecided) + (False,) * len(held))
-
-
-def _draws(a: Active) -> list[Draw]:
-    """How the rows are drawn, in row order: masked rows by the request's options, held rows greedily."""
-    seq, s = a.seq, a.seq.sampling
-    counted = penalised(s)
-    skip = {seq.model.mask_id, *seq.model.eos_ids}  # undecided positions and padding are not text
-    base = Draw(
-        sampling=s,
-        positions=a.positions,
-        seed=seq.seed,
-        step=a.state.step,
-        first=seq.canvas_start,
-        prompt=(*seq.request.prompt, *seq.request.suffix) if counted else (),
-        output=[t for t in seq.tokens[seq.canvas_start : seq.canvas_stop] if t not in skip] if counted else (),
-        enders=tuple(dict.fromkeys(seq.model.eos_ids + s.stop_token_ids)),
-    )
-    if all(a.masked):
-        return [base]
-    greedy = replace(s, temperature=0.0)
-    return [
-        replace(base, positions=(p,), sampling=s if free else greedy)
-        for p, free in zip(a.positions, a.masked, strict=True)
-    ]
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What the rows of some sequences say, on the host, per row: token int64; chosen float32, its logit; confidence
-    float64, its probability; and where a rule needs them entropy, margin, kept (probability of the token that stands
-    there), differs, ready, else zeros. memory: per sequence. stats, or else logits: of the raw distribution."""
-
-    token: np.ndarray
-    confidence: np.ndarray
-    entropy: np.ndarray
-    margin: np.ndarray
-    kept: np.ndarray
-    differs: np.ndarray
-    ready: np.ndarray
-    memory: list[Any]
-    stats: RowStats | None = None
-    logits: Tensor | None = None
-
-
 @torch.inference_mode()
 def denoise(group: Sequence[Active], rows: Rows, scorer: Scorer | None = None) -> list[Decision]:
     """One Decision per block, of sequences of one model. rows: those of the blocks, in order. The mask is never a
     candidate, nor part of any distribution."""
-    if not group:
-        return []
-    ends = np.cumsum([len(a.positions) for a in group]).tolist()
-    spots = [slice(end - len(a.positions), end) for a, end in zip(group, ends, strict=True)]
-    parts: dict[tuple[bool, ...], list[int]] = {}
+    ways: dict[tuple[bool, ...], list[int]] = {}
     for i, a in enumerate(group):
-        parts.setdefault(_route(a), []).append(i)
-    decisions: dict[int, Decision] = {}
-    for route, members in parts.items():
-        part = rows
-        if len(members) < len(group):
-            part = rows.select([r for i in members for r in range(spots[i].start, spots[i].stop)])
-        some = [group[i] for i in members]
-        seen = _by_logits(some, part, scorer) if route[0] else _by_stats(some, part)
-        decisions.update(zip(members, _decide_all(some, seen), strict=True))
-    return [decisions[i] for i in range(len(group))]
+        ways.setdefault(route(a), []).append(i)
+    spots = _spots(group)
+    out: dict[int, Decision] = {}
+    for way, members in ways.items():
+        some, part = group, rows
+        if len(ways) > 1:
+            some, part = [group[i] for i in members], rows.select([r for i in members for r in spots[i]])
+        found = by_logits(some, part, scorer) if way[0] else by_stats(some, part)
+        out.update(zip(members, _by_rule(some, found), strict=True))
+    return [out[i] for i in range(len(group))]
 
 
-def _route(a: Active) -> tuple[bool, ...]:
-    """(whether the rows need logits; if not: whether they need records, entropy and margin). Sequences of one route
-    are looked at together."""
-    s, state = a.seq.sampling, a.state
-    early = s.min_tokens and min(a.positions, default=0) < a.seq.canvas_start + s.min_tokens
-    if s.temperature > 0 or early or edits(s) or not a.rule.needs <= {"spread"}:
-        return (True,)
-    return False, s.logprobs is not None, _spreads(state)
+def _spots(group: Sequence[Active]) -> list[range]:
+    """The rows of each."""
+    ends = accumulate([len(a.positions) for a in group])
+    return [range(end - len(a.positions), end) for a, end in zip(group, ends, strict=True)]
 
 
-def _banned(group: Sequence[Active]) -> tuple[int, ...]:
-    mask = group[0].seq.model.mask_id
-    return () if mask is None else (mask,)
+def _by_rule(group: Sequence[Active], found: Candidates) -> list[Decision]:
+    """Decisions of sequences whose rows were looked at together, rule by rule."""
+    rules: dict[str, list[int]] = {}
+    for i, a in enumerate(group):
+        rules.setdefault(a.state.choice.rule, []).append(i)
+    if len(rules) == 1:
+        return _decide(group[0].rule, group, found, None)
+    spots = _spots(group)
+    out: dict[int, Decision] = {}
+    for name, members in rules.items():
+        at = np.asarray([r for i in members for r in spots[i]], dtype=np.int64)
+        some = Candidates(
+            found.token[at],
+            found.confidence[at],
+            {plane: values[at] for plane, values in found.planes.items()},
+            [found.memory[i] for i in members],
+            found.stats,
+            found.logits,
+        )
+        out.update(zip(members, _decide(RULES[name], [group[i] for i in members], some, at), strict=True))
+    return [out[i] for i in range(len(group))]
 
 
-def _by_stats(group: Sequence[Active], rows: Rows) -> _Seen:
-    """Greedy rows without edits."""
-    spreads = _spreads(group[0].state)
-    top = max(a.seq.sampling.logprobs or 0 for a in group)
-    stats = rows.stats(ban=_banned(group), norm=True, spread=spreads, top=top)
-    zeros, no = np.zeros(rows.count), np.zeros(rows.count, dtype=np.bool_)
-    entropy, margin = (stats.entropy.astype(np.float64), stats.margin.astype(np.float64)) if spreads else (zeros, zeros)
-    confidence = probabilities(stats.best, stats.norm)
-    return _Seen(stats.token, confidence, entropy, margin, zeros, no, no, [None] * len(group), stats=stats)
-
-
-def _by_logits(group: Sequence[Active], rows: Rows, scorer: Scorer | None) -> _Seen:
-    """Rows that are edited, drawn from, or compared with more than themselves."""
-    logits = rows.logits()
-    logits[:, list(_banned(group))] = float("-inf")
-    ends = np.cumsum([len(a.positions) for a in group]).tolist()
-    spots = [slice(end - len(a.positions), end) for a, end in zip(group, ends, strict=True)]
-    draws = [_draws(a) for a in group]
-    memory = [a.state.memory for a in group]
-    used = _with_credit(group, spots, logits, memory)
-    tokens = draw(used, [d for some in draws for d in some])
-    norm = log_normaliser(used)
-    ready = np.zeros(rows.count, dtype=np.bool_)
-    for i, (a, r) in enumerate(zip(group, spots, strict=True)):
-        options = a.state.choice.options
-        if "drift" in a.rule.needs:
-            ready[r], memory[i] = drift(used[r], norm[r], a.positions, a.state.memory, options)
-        elif "scorer" in a.rule.needs:
-            assert scorer is not None  # refused by check
-            before = a.seq.tokens[: a.positions[0]]
-            ready[r] = agreement(scorer, used[r], norm[r], before, draws[i][0], tokens[r], options)
-    chosen = used.gather(1, tokens[:, None])[:, 0]
-    confidence = probabilities(chosen.cpu().numpy(), norm.cpu().numpy())
-    entropy, margin, kept = np.zeros((3, rows.count))
-    differs = np.zeros(rows.count, dtype=np.bool_)
-    seen = _Seen(tokens.cpu().numpy(), confidence, entropy, margin, kept, differs, ready, memory, logits=logits)
-    _spread_out(group, spots, used, norm, seen)
-    _compare_held(group, spots, used, norm, seen)
-    return seen
-
-
-def _with_credit(group: Sequence[Active], rows: Sequence[slice], logits: Tensor, memory: list[Any]) -> Tensor:
-    """The logits candidates are drawn from: the raw ones, except where the rule keeps credit (whose memory is set)."""
-    used = logits
-    for i, (a, r) in enumerate(zip(group, rows, strict=True)):
-        if "credit" in a.rule.needs:
-            used = logits.clone() if used is logits else used
-            used[r], memory[i] = add_credit(logits[r], a.positions, a.state.memory, a.state.choice.options)
-    return used
-
-
-def _spread_out(group: Sequence[Active], rows: Sequence[slice], used: Tensor, norm: Tensor, seen: _Seen) -> None:
-    """Entropy and margin of the rows whose rule looks at them, into `seen`."""
-    wanted = [i for a, r in zip(group, rows, strict=True) if _spreads(a.state) for i in range(r.start, r.stop)]
-    if wanted:
-        at = torch.tensor(wanted, dtype=torch.long, device=used.device)
-        entropy, margin = spread(used[at], norm[at])
-        seen.entropy[wanted], seen.margin[wanted] = entropy.cpu().numpy(), margin.cpu().numpy()
-
-
-def _compare_held(group: Sequence[Active], rows: Sequence[slice], used: Tensor, norm: Tensor, seen: _Seen) -> None:
-    """kept and differs of the rows that look again at a committed token, into `seen`."""
-    held = [
-        (r.start + i, a.seq.tokens[p])
-        for a, r in zip(group, rows, strict=True)
-        for i, (p, free) in enumerate(zip(a.positions, a.masked, strict=True))
-        if not free
+def _decide(rule: Rule, group: Sequence[Active], found: Candidates, at: Ints | None) -> list[Decision]:
+    """Decisions of the sequences that share a rule. at: their rows in `found.stats` or `logits`; None: all."""
+    counts = [len(a.positions) for a in group]
+    width = max([a.stop - a.start for a in group])
+    places = chain.from_iterable([a.positions for a in group])
+    position = np.fromiter(places, dtype=np.int64, count=len(found.token))
+    cells = position + np.repeat([i * width - a.start for i, a in enumerate(group)], counts)  # in [sequences, block]
+    f = _field(group, found, position, cells, width)
+    accept = decide(rule, f)
+    revision = rule.revise(f, accept) if rule.revise else None
+    write = accept if revision is None else accept | revision.rewrite
+    picked = np.flatnonzero(write.ravel()[cells])
+    owners = (cells[picked] // width).tolist()
+    fixed: list[dict[int, int]] = [{} for _ in group]
+    for i, p, t in zip(owners, position[picked].tolist(), found.token[picked].tolist(), strict=True):
+        fixed[i][p] = t
+    if revision is None and not any(_tells(a) for a in group):
+        return [Decision(chosen, memory=memory) for chosen, memory in zip(fixed, found.memory, strict=True)]
+    return [
+        _decision(a, i, fixed[i], spot, found, at, revision)
+        for i, (a, spot) in enumerate(zip(group, _spots(group), strict=True))
     ]
-    if held:
-        where, stands = (list(x) for x in zip(*held, strict=True))
-        logit = used[torch.tensor(where), torch.tensor(stands)].cpu().numpy()
-        seen.kept[where] = probabilities(logit, norm.cpu().numpy()[where])
-        seen.differs[where] = seen.token[where] != np.asarray(stands)
 
 
-def _spreads(state: CanvasState) -> bool:
-    """Whether the rule looks at entropy or margin."""
-    options = state.choice.options
-    order = options.get("remasking") or options.get("ordering")
-    return "spread" in RULES[state.choice.rule].needs or order in ("entropy", "margin", "topk_margin")
+def _tells(a: Active) -> bool:
+    """Whether the request asks for more than tokens."""
+    return a.state.choice.provisional or a.seq.sampling.logprobs is not None
+
+
+def _decision(
+    a: Active,
+    number: int,
+    fixed: dict[int, int],
+    spot: range,
+    found: Candidates,
+    at: Ints | None,
+    revision: Revision | None,
+) -> Decision:
+    """With guesses and records where the request asks for them, and what a revising rule adds. spot: rows in `found`'s
+    planes."""
+    guesses: dict[int, int] = {}
+    if a.state.choice.provisional:
+        free = a.masked or (True,) * len(spot)
+        tokens = found.token[spot.start : spot.stop].tolist()
+        guesses = {p: t for p, t, masked in zip(a.positions, tokens, free, strict=True) if masked and p not in fixed}
+    rows = list(spot) if at is None else at[spot.start : spot.stop].tolist()
+    records = _records(a, fixed, found, rows)
+    if revision is None:
+        return Decision(fixed, (), guesses, records, found.memory[number])
+    again = tuple((np.flatnonzero(revision.remask[number]) + a.start).tolist())
+    closed = None if revision.closed is None else bool(revision.closed[number])
+    return Decision(fixed, again, guesses, records, revision.memory[number], closed)
+
+
+def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: Ints, width: int) -> Field:
+    """Rows scattered to their block columns (`cells`), padded to the longest block."""
+    shape = (len(group), width)
+    zeros, no = np.zeros(shape), np.zeros(shape, dtype=np.bool_)
+
+    def plane(values: Any, dtype: Any) -> Any:
+        out = np.zeros(shape[0] * width, dtype=dtype)
+        out[cells] = values
+        return out.reshape(shape)
+
+    def given(name: str, absent: NDArray[Any]) -> Any:
+        return plane(found.planes[name], absent.dtype) if name in found.planes else absent
+
+    free: Any = True
+    if any(a.masked is not None for a in group):
+        free = np.asarray([m for a in group for m in a.masked or (True,) * len(a.positions)], dtype=np.bool_)
+    keys: Any = None
+    if any(_noisy(a.state) for a in group):
+        counts = [len(a.positions) for a in group]
+        seeds, steps = ([x for x, n in zip(one, counts, strict=True) for _ in range(n)] for one in _keyed(group))
+        keys = plane(row_keys(seeds, steps, position.tolist(), salt=1), np.uint64)
+    return Field(
+        masked=plane(free, np.bool_),
+        held=no if free is True else plane(~free, np.bool_),
+        confidence=plane(found.confidence, np.float64),
+        entropy=given("entropy", zeros),
+        margin=given("margin", zeros),
+        kept=given("kept", zeros),
+        differs=given("differs", no),
+        ready=given("ready", no),
+        keys=np.zeros(shape, dtype=np.uint64) if keys is None else keys,
+        size=np.array([a.stop - a.start for a in group], dtype=np.int64),
+        step=np.array([a.state.block_step for a in group], dtype=np.int64),
+        steps=np.array([a.state.layout.share(a.state.block) for a in group], dtype=np.int64),
+        options=[a.state.choice.options for a in group],
+        memory=found.memory,
+    )
 
 
 def _noisy(state: CanvasState) -> bool:
@@ -237,106 +186,27 @@ def _noisy(state: CanvasState) -> bool:
     return options.get("remasking") == "random" or options.get("ordering") == "origin" or options.get("alg_temp", 0) > 0
 
 
-def _decide_all(group: Sequence[Active], seen: _Seen) -> list[Decision]:
-    """Decisions of sequences whose rows were looked at together, rule by rule."""
-    counts = np.asarray([len(a.positions) for a in group])
-    owner = np.repeat(np.arange(len(group)), counts)
-    out: dict[int, Decision] = {}
-    for name in dict.fromkeys(a.state.choice.rule for a in group):
-        members = [i for i, a in enumerate(group) if a.state.choice.rule == name]
-        at: Any = slice(None)
-        if len(members) < len(group):
-            at = np.isin(owner, members)
-        out.update(zip(members, _decide(RULES[name], [group[i] for i in members], seen, members, at), strict=True))
-    return [out[i] for i in range(len(group))]
+def _keyed(group: Sequence[Active]) -> tuple[list[int], list[int]]:
+    return [a.seq.seed for a in group], [a.state.step for a in group]
 
 
-def _decide(rule: Rule, group: Sequence[Active], seen: _Seen, members: Sequence[int], at: Any) -> list[Decision]:
-    """Decisions of the sequences that share a rule. members: their numbers in `seen`; at: their rows in it."""
-    counts = np.asarray([len(a.positions) for a in group])
-    owner = np.repeat(np.arange(len(group)), counts)
-    position = np.fromiter((p for a in group for p in a.positions), dtype=np.int64, count=len(owner))
-    column = position - np.repeat(np.asarray([a.start for a in group]), counts)
-    memory = [seen.memory[i] for i in members]
-    f = _field(group, seen, at, memory, (owner, column), position)
-    accept = decide(rule, f)
-    revision = rule.revise(f, accept) if rule.revise else None
-    write = accept if revision is None else accept | revision.rewrite
-    picked = np.flatnonzero(write[owner, column])
-    token = seen.token[at]
-    fixed: list[dict[int, int]] = [{} for _ in group]
-    for i, p, t in zip(owner[picked].tolist(), position[picked].tolist(), token[picked].tolist(), strict=True):
-        fixed[i][p] = t
-    ends = np.cumsum(counts)
-    out = []
-    for i, a in enumerate(group):
-        rows = slice(int(ends[i] - counts[i]), int(ends[i]))
-        again = () if revision is None else tuple((np.flatnonzero(revision.remask[i]) + a.start).tolist())
-        rest: dict[int, int] = {}
-        if a.state.choice.provisional:
-            guesses = zip(a.positions, token[rows].tolist(), a.masked, strict=True)
-            rest = {p: t for p, t, masked in guesses if masked and p not in fixed[i]}
-        closed = None if revision is None or revision.closed is None else bool(revision.closed[i])
-        kept = memory[i] if revision is None else revision.memory[i]
-        records = _records(a, fixed[i], seen, np.arange(len(seen.token))[at][rows])
-        out.append(Decision(fixed[i], again, rest, records, kept, closed))
-    return out
-
-
-def _field(
-    group: Sequence[Active], seen: _Seen, at: Any, memory: Sequence[Any], cells: tuple[Any, Any], position: np.ndarray
-) -> Field:
-    """Rows scattered to their block columns (`cells`: sequence and column of each), padded to the longest block."""
-    shape = (len(group), max(a.stop - a.start for a in group))
-
-    def plane(values: Any, dtype: Any) -> Any:
-        out = np.zeros(shape, dtype=dtype)
-        out[cells] = values
-        return out
-
-    free = np.fromiter((m for a in group for m in a.masked), dtype=np.bool_, count=len(position))
-    keys: Any = 0
-    if any(_noisy(a.state) for a in group):
-        counts = [len(a.positions) for a in group]
-        seeds = [a.seq.seed for a, n in zip(group, counts, strict=True) for _ in range(n)]
-        steps = [a.state.step for a, n in zip(group, counts, strict=True) for _ in range(n)]
-        keys = row_keys(seeds, steps, position.tolist(), salt=1)
-    return Field(
-        masked=plane(free, np.bool_),
-        held=plane(~free, np.bool_),
-        confidence=plane(seen.confidence[at], np.float64),
-        entropy=plane(seen.entropy[at], np.float64),
-        margin=plane(seen.margin[at], np.float64),
-        kept=plane(seen.kept[at], np.float64),
-        differs=plane(seen.differs[at], np.bool_),
-        ready=plane(seen.ready[at], np.bool_),
-        keys=plane(keys, np.uint64),
-        size=np.asarray([a.stop - a.start for a in group], dtype=np.int64),
-        step=np.asarray([a.state.block_step for a in group], dtype=np.int64),
-        steps=np.asarray([a.state.layout.share(a.state.block) for a in group], dtype=np.int64),
-        options=[a.state.choice.options for a in group],
-        memory=memory,
-    )
-
-
-def _records(a: Active, fixed: Mapping[int, int], seen: _Seen, rows: np.ndarray) -> dict[int, TokenLogprob]:
+def _records(a: Active, fixed: Mapping[int, int], found: Candidates, rows: Sequence[int]) -> dict[int, TokenLogprob]:
     """Records of the fixed tokens, of the raw distribution, where the request asks for them. rows: of this sequence in
-    `seen`."""
+    `found.stats` or `logits`."""
     top = a.seq.sampling.logprobs
     if top is None or not fixed:
         return {}
-    where = dict(zip(a.positions, rows.tolist(), strict=True))
-    at, tokens = [where[p] for p in fixed], list(fixed.values())
-    if seen.stats is not None:
-        chosen = seen.stats.best[at].tolist()
-        found = [token_logprob(seen.stats, r, t, x, top) for r, t, x in zip(at, tokens, chosen, strict=True)]
+    where = dict(zip(a.positions, rows, strict=True))
+    at, tokens, stats = [where[p] for p in fixed], list(fixed.values()), found.stats
+    if stats is not None:
+        chosen = stats.best[at].tolist()
     else:
-        assert seen.logits is not None
-        few = seen.logits[torch.tensor(at)]
-        chosen = few.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-        stats = DenseRows(few).stats(norm=True, top=top)
-        found = [token_logprob(stats, r, t, x, top) for r, (t, x) in enumerate(zip(tokens, chosen, strict=True))]
-    return dict(zip(fixed, found, strict=True))
+        assert found.logits is not None
+        few = found.logits[torch.tensor(at)]
+        chosen = few.gather(1, torch.tensor(tokens, device=few.device)[:, None])[:, 0].tolist()
+        stats, at = DenseRows(few).stats(norm=True, top=top), list(range(len(at)))
+    records = [token_logprob(stats, r, t, x, top) for r, t, x in zip(at, tokens, chosen, strict=True)]
+    return dict(zip(fixed, records, strict=True))
 
 
 def settle(
@@ -345,17 +215,16 @@ def settle(
     """The commit of a decision: canvas updated, block closed or not, text ended or not. snapshot: the block's ids under
     new outside K,V, None: those stay. counts False: the step saw one position only and is none of the block's own."""
     seq, state = a.seq, a.state
-    first, mask = state.layout.start, seq.model.mask_id
+    mask = seq.model.mask_id
     assert mask is not None
-    canvas = seq.tokens[first : state.layout.stop]
-    for p, token in (*d.fixed.items(), *((p, mask) for p in d.remask)):
-        canvas[p - first] = token
-    left = next((p for p in range(a.start, a.stop) if canvas[p - first] == mask), a.stop)
+    changed = {**d.fixed, **dict.fromkeys(d.remask, mask)} if d.remask else d.fixed
+    left = _first_open(seq.tokens, mask, a, d)
     done = left == a.stop if d.closed is None else d.closed
     firm = left if a.rule.revise is None else a.stop if done else a.start
-    end = ending(seq, state, canvas, firm)
-    after = replace(
-        state,
+    end = ending(seq, state, changed, firm)
+    after = CanvasState(
+        state.choice,
+        state.layout,
         block=state.block + done,
         step=state.step + 1,
         block_step=0 if done else state.block_step + counts,
@@ -364,7 +233,7 @@ def settle(
         memory=None if done else d.memory if counts else state.memory,
     )
     return Commit(
-        fixed={**d.fixed, **dict.fromkeys(end.fill, fill_id(seq.model))},
+        fixed={**d.fixed, **dict.fromkeys(end.fill, fill_id(seq.model))} if end.fill else d.fixed,
         masked=d.remask,
         kv_len=kv_len,
         state=after,
@@ -376,13 +245,25 @@ def settle(
     )
 
 
+def _first_open(tokens: list[int], mask: int, a: Active, d: Decision) -> int:
+    """The first position of the block that is masked after the decision; the block's end when none is."""
+    at = a.start
+    try:
+        while (at := tokens.index(mask, at, a.stop)) in d.fixed:
+            at += 1
+    except ValueError:
+        at = a.stop
+    return min(at, *d.remask) if d.remask else at
+
+
 def span_rows(a: Active, low: int, count: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """(want, shadows) of a span over [low, low + count) that serves this block: the row that predicts each position
     (the one before it on shifted models), and the shadow rows after the ordinary ones."""
+    if a.masked is None or "shadow" not in a.rule.needs:
+        first = low + a.seq.model.shift
+        return tuple([p - first for p in a.positions]), ()
     mask = a.seq.model.mask_id
     assert mask is not None
-    if "shadow" not in a.rule.needs:
-        return tuple(p - a.seq.model.shift - low for p in a.positions), ()
     free = tuple(p - low for p, masked in zip(a.positions, a.masked, strict=True) if masked)
     held = tuple(p for p, masked in zip(a.positions, a.masked, strict=True) if not masked)
     return free + tuple(range(count, count + len(held))), tuple((p, mask) for p in held)

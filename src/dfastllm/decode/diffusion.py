@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.decode.candidates import Active, active_rows
 from dfastllm.decode.canvas import CanvasState, Choice, Layout, check_canvas, choose, lay_out
-from dfastllm.decode.denoise import active_rows, denoise, settle, span_rows
+from dfastllm.decode.denoise import denoise, settle, span_rows
 from dfastllm.decode.evidence import Scorer
 from dfastllm.decode.rows import Rows
 from dfastllm.decode.unmask import RULES
@@ -76,7 +77,8 @@ class MaskedDiffusion:
         active = active_rows(seq, start, stop)
         if cache == "none" or _refreshes(state):
             want, shadows = span_rows(active, 0, total)
-            return Span(0, tuple(seq.tokens), "full", "none" if cache == "none" else "keep", want, shadows=shadows)
+            stays: Store = "none" if cache == "none" else "keep"
+            return Span(0, tuple(seq.tokens), "full", stays, want, shadows=shadows, plan=active)
         low = start - seq.model.shift  # the first row the block needs
         if seq.kv_len < (low if cache == "prefix" else total):
             assert seq.model.mask_id is not None
@@ -89,10 +91,10 @@ class MaskedDiffusion:
             low, high = max(0, min(low, start - window)), min(total, stop + window)
         want, shadows = span_rows(active, low, high - low)
         store: Store = "scratch" if cache == "prefix" else "replace"
-        return Span(low, tuple(seq.tokens[low:high]), "full", store, want, shadows=shadows)
+        return Span(low, tuple(seq.tokens[low:high]), "full", store, want, shadows=shadows, plan=active)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
-        active = [active_rows(seq, *seq.policy.bounds) for seq, span in items if span.want]
+        active: list[Active] = [span.plan for _, span in items if span.want]
         decided = iter(zip(active, denoise(active, rows, self.scorer), strict=True))
         commits = []
         for seq, span in items:
