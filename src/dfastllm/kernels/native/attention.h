@@ -7,6 +7,7 @@
 // 512 equals the same row computed alone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace dfk {
@@ -30,7 +31,7 @@ struct KvShape {
 };
 
 struct RopeStore {
-  float* qkv;              // [rows][stride]: heads * dim of q, kv_heads * dim of k, the same of v; q is changed in place
+  float* qkv;              // [rows][stride]: heads * dim of q, kv_heads * dim of k, the same of v; q, k change in place
   int64_t rows, stride, heads;
   const float* q_norm;     // [dim] RMSNorm weights per head, or null
   const float* k_norm;
@@ -53,7 +54,7 @@ struct SpanKeys {
   int32_t cached, own;
   const int32_t* blocks;      // [ceil(cached / 16)]
   const int32_t* own_blocks;  // [ceil(own / 16)]
-  const uint8_t* mask;        // [row1 - row0][cached + own], nonzero: visible; null: the limits alone decide
+  const uint8_t* mask;        // [row1 - row0][cached + own], zero: hidden even within the limits; or null
 };
 
 struct Attention {
@@ -65,18 +66,39 @@ struct Attention {
   const SpanKeys* spans;        // cover rows in order; rows outside (padding) give zeros
   int64_t span_count;
   const int32_t* cached_limit;  // [rows]: sees the first so many cached keys
-  const int32_t* own_limit;     // [rows]: and the first so many own keys. A row sees at least one key.
+  const int32_t* own_limit;     // [rows]: and the first so many own keys. A row that sees no key gives zeros.
   float* out;                   // [rows][heads * dim]
 };
 
 // Online softmax. The running maximum, sum and weighted V are float32.
 void attention(const Attention& a);
 
+// A piece of the work: query rows [first, last) of a span (counted from the span's first row), all query heads that share
+// K,V head `kv_head`, over key ranges [range0, range1).
+//
+// A range is kRange positions; a sequence's cached keys are cut into ranges from position 0 on, then its own keys from
+// their first one on. Every row's result is made range by range and the ranges are merged in order, whether one task does
+// all of them or each has its own, so how the work is cut never shows in the bits.
+struct AttendTask {
+  const SpanKeys* span;
+  int64_t kv_head, first, last;
+  int64_t range0, range1;
+  int64_t cached_ranges;  // ranges [0, cached_ranges) are of cached keys
+  float* partial;         // null: merge and write `out`; else one partial result per range goes here
+};
+
+constexpr int64_t kRange = 1024;
+
+// Of one range and `folded` rows (query rows x query heads of the K,V head): maxima, sums, weighted V.
+static inline int64_t partial_floats(int64_t folded, int64_t dim) { return folded * (2 + (dim + 15) / 16 * 16); }
+
 // One instruction set's kernels (attention_*.cpp).
 struct AttentionOps {
   void (*rope_store_row)(const RopeStore& a, int64_t row);
-  // Query rows [first, last) of a span (any number), all query heads that share K,V head `kv_head`.
-  void (*attend)(const Attention& a, const SpanKeys& span, int64_t kv_head, int64_t first, int64_t last, void* scratch);
+  size_t (*scratch_bytes)(int64_t folded, int64_t dim);
+  void (*attend)(const Attention& a, const AttendTask& task, void* scratch);  // scratch: 64-byte aligned
+  // The partial results of all ranges of `task` (task.partial) -> out.
+  void (*merge)(const Attention& a, const AttendTask& task, void* scratch);
 };
 
 extern const AttentionOps attention_scalar;

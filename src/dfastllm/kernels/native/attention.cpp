@@ -1,0 +1,181 @@
+// How rotary, K,V writes and attention are cut into tasks, and which instruction set runs them.
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu.h"
+#include "pool.h"
+
+namespace dfk {
+
+const AttentionOps& attention_ops() {
+#if defined(DFK_X86)
+  if (isa() == Isa::avx512) return attention_avx512;
+  if (isa() == Isa::avx2) return attention_avx2;
+#endif
+  return attention_scalar;
+}
+
+void rope_store(const RopeStore& a) {
+  const AttentionOps& ops = attention_ops();
+  const int64_t step = kBlock;  // rows of a block are mostly written by one thread: they share cache lines
+  parallel((a.rows + step - 1) / step, [&](int64_t task, int) {
+    for (int64_t row = task * step; row < std::min(a.rows, (task + 1) * step); ++row) ops.rope_store_row(a, row);
+  });
+}
+
+namespace {
+
+constexpr int64_t kFolded = 64;      // query rows x heads of a task: enough that K,V come from the near cache
+constexpr int64_t kLeastFolded = 8;  // fewer would not fill a register tile
+
+// Memory that a calling thread keeps between calls; 64-byte aligned.
+class Arena {
+ public:
+  void* bytes(size_t count) {
+    if (count > size_) {
+      data_.reset();
+      size_ = 0;
+      const size_t wanted = (count + 4095) / 4096 * 4096;
+      data_.reset(std::aligned_alloc(64, wanted));
+      if (!data_) throw std::bad_alloc();
+      size_ = wanted;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
+  size_t size_ = 0;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int32_t highest(const int32_t* limit, int64_t first, int64_t last) {
+  int32_t most = 0;
+  for (int64_t i = first; i < last; ++i) most = std::max(most, limit[i]);
+  return most;
+}
+
+// Query rows of a task: as many as share K,V well, fewer where that would leave threads idle.
+int64_t rows_of_task(const Attention& a, int threads) {
+  const int64_t group = a.heads / a.shape.kv_heads;
+  int64_t rows = std::max<int64_t>(1, kFolded / group);
+  while (threads > 1 && rows > 1 && rows * group > kLeastFolded) {
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < a.span_count; ++i) {
+      tasks += ceil_div(a.spans[i].row1 - a.spans[i].row0, rows) * a.shape.kv_heads;
+    }
+    if (tasks >= 3 * threads) break;
+    rows = (rows + 1) / 2;
+  }
+  return rows;
+}
+
+void plan_tasks(const Attention& a, int64_t rows, std::vector<AttendTask>& out) {
+  out.clear();
+  for (int64_t i = 0; i < a.span_count; ++i) {
+    const SpanKeys& span = a.spans[i];
+    const int64_t count = span.row1 - span.row0, chunks = ceil_div(count, rows);
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {  // causal: the last rows see most, so they come first
+      const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
+      const int64_t cached = ceil_div(highest(a.cached_limit + span.row0, first, last), kRange);
+      const int64_t own = ceil_div(highest(a.own_limit + span.row0, first, last), kRange);
+      for (int64_t head = 0; head < a.shape.kv_heads; ++head) {
+        out.push_back({&span, head, first, last, 0, cached + own, cached, nullptr});
+      }
+    }
+  }
+}
+
+// Each range of the tasks that have several becomes a task with a partial result; `whole` keeps what must be merged.
+// Returns the floats of partial results; AttendTask::partial are offsets until they are placed.
+struct Split {
+  std::vector<AttendTask> pieces, whole;
+  std::vector<int64_t> piece_at, whole_at;
+  int64_t floats = 0;
+};
+
+void split_ranges(const Attention& a, const std::vector<AttendTask>& tasks, Split& out) {
+  const int64_t group = a.heads / a.shape.kv_heads;
+  out.pieces.clear();
+  out.whole.clear();
+  out.piece_at.clear();
+  out.whole_at.clear();
+  out.floats = 0;
+  for (const AttendTask& task : tasks) {
+    if (task.range1 < 2) {
+      out.pieces.push_back(task);
+      out.piece_at.push_back(-1);
+      continue;
+    }
+    const int64_t size = partial_floats((task.last - task.first) * group, a.shape.dim);
+    out.whole.push_back(task);
+    out.whole_at.push_back(out.floats);
+    for (int64_t range = 0; range < task.range1; ++range) {
+      AttendTask piece = task;
+      piece.range0 = range;
+      piece.range1 = range + 1;
+      out.pieces.push_back(piece);
+      out.piece_at.push_back(out.floats);
+      out.floats += size;
+    }
+  }
+}
+
+// Rows that no span covers.
+void clear_padding(const Attention& a) {
+  const int64_t width = a.heads * a.shape.dim;
+  int64_t row = 0;
+  const auto clear = [&](int64_t until) {
+    if (until > row) std::memset(a.out + row * width, 0, static_cast<size_t>((until - row) * width) * sizeof(float));
+  };
+  for (int64_t i = 0; i < a.span_count; ++i) {
+    clear(a.spans[i].row0);
+    row = std::max<int64_t>(row, a.spans[i].row1);
+  }
+  clear(a.rows);
+}
+
+}  // namespace
+
+void attention(const Attention& a) {
+  static thread_local std::vector<AttendTask> tasks;
+  static thread_local Split split;
+  static thread_local Arena scratch_memory, partial_memory;
+
+  const AttentionOps& ops = attention_ops();
+  const int threads = thread_count();
+  const int64_t rows = rows_of_task(a, threads), group = a.heads / a.shape.kv_heads;
+  clear_padding(a);
+  plan_tasks(a, rows, tasks);
+  if (tasks.empty()) return;
+  const size_t stride = (ops.scratch_bytes(rows * group, a.shape.dim) + 63) / 64 * 64;
+  char* const scratch = static_cast<char*>(scratch_memory.bytes(stride * static_cast<size_t>(threads)));
+  const auto run = [&](const std::vector<AttendTask>& list, auto op) {
+    parallel(static_cast<int64_t>(list.size()), [&](int64_t i, int worker) {
+      op(a, list[static_cast<size_t>(i)], scratch + static_cast<size_t>(worker) * stride);
+    });
+  };
+  // Too few tasks for the threads: long contexts are shared out by ranges of keys.
+  if (threads == 1 || static_cast<int64_t>(tasks.size()) >= 2 * threads) return run(tasks, ops.attend);
+  split_ranges(a, tasks, split);
+  if (split.whole.empty()) return run(tasks, ops.attend);
+  float* const partial = static_cast<float*>(partial_memory.bytes(static_cast<size_t>(split.floats) * sizeof(float)));
+  for (size_t i = 0; i < split.pieces.size(); ++i) {
+    if (split.piece_at[i] >= 0) split.pieces[i].partial = partial + split.piece_at[i];
+  }
+  for (size_t i = 0; i < split.whole.size(); ++i) split.whole[i].partial = partial + split.whole_at[i];
+  run(split.pieces, ops.attend);
+  run(split.whole, ops.merge);
+}
+
+}  // namespace dfk

@@ -1,0 +1,249 @@
+// The three steps of a tile of keys (attention_impl.h): scores, softmax, weighted V.
+#include <cmath>
+#include <cstring>
+
+namespace dfk {
+namespace {
+
+constexpr int kTileBlocks = 8;
+constexpr int64_t kTile = kTileBlocks * kBlock;
+static_assert(kRange % kTile == 0, "a tile must not cross ranges");
+
+constexpr float kNone = -INFINITY;  // maximum of no keys
+
+constexpr int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+constexpr int kVecs = 16 / Vec::width;  // registers of a block's 16 keys
+
+// Where the blocks of a tile lie.
+template <class T>
+struct TileKeys {
+  const T *k[kTileBlocks], *v[kTileBlocks];
+  const float *ks[kTileBlocks], *vs[kTileBlocks];
+};
+
+// 2^x to about 1 ulp, x <= 0 (2^0 is exactly 1; below 2^-125 it may be 0). A NaN stays a NaN.
+inline Vec power2(Vec x) {
+  x = at_least(x, -160.0f);
+  const Vec n = nearest(x), r = sub(x, n);
+  Vec p = set1(0x1.41fbbcp-13f);  // minimax of 2^r in [-1/2, 1/2], relative error 2e-9
+  p = fma(p, r, set1(0x1.5f3e52p-10f));
+  p = fma(p, r, set1(0x1.3b2d4cp-7f));
+  p = fma(p, r, set1(0x1.c6aee8p-5f));
+  p = fma(p, r, set1(0x1.ebfbdcp-3f));
+  p = fma(p, r, set1(0x1.62e430p-1f));
+  p = fma(p, r, set1(1.0f));
+  return scale_by_power(p, n);
+}
+
+// 16 values.
+inline void power2(const float* x, float* out) {
+  for (int i = 0; i < 16; i += Vec::width) store(out + i, power2(load(x + i)));
+}
+
+// The 16 lanes added up, always in this order.
+inline float lane_sum(const float* x) {
+  float sums[8];
+  for (int i = 0; i < 8; ++i) sums[i] = x[i] + x[i + 8];
+  for (int i = 0; i < 4; ++i) sums[i] += sums[i + 4];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+constexpr int clamp_tile(int n) { return n < 1 ? 1 : n > 4 ? 4 : n; }
+
+// s[r][16 b + i] = sum over d of q[d][r] * k[b][d][i], for B blocks.
+template <int R, int B, class T>
+inline void scores_of(const float* q, const T* const* k, int64_t dim, float* s) {
+  Vec sum[R][B * kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < B * kVecs; ++j) sum[r][j] = set1(0.0f);
+  }
+  for (int64_t d = 0; d < dim; ++d) {
+    Vec key[B * kVecs];
+#pragma GCC unroll 16
+    for (int j = 0; j < B * kVecs; ++j) key[j] = load(k[j / kVecs] + d * kBlock + j % kVecs * Vec::width);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x = set1(q[d * R + r]);
+#pragma GCC unroll 16
+      for (int j = 0; j < B * kVecs; ++j) sum[r][j] = fma(x, key[j], sum[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < B * kVecs; ++j) store(s + r * kTile + j * Vec::width, sum[r][j]);
+  }
+}
+
+template <int R, class T>
+void scores_rows(const float* q, const TileKeys<T>& tile, int blocks, int64_t dim, float* s) {
+  constexpr int B = clamp_tile(Vec::accumulators / (R * kVecs));
+  int b = 0;
+  for (; b + B <= blocks; b += B) scores_of<R, B>(q, tile.k + b, dim, s + b * kBlock);
+  for (; b < blocks; ++b) scores_of<R, 1>(q, tile.k + b, dim, s + b * kBlock);
+}
+
+// out[r][i] = out[r][i] * scale[r] + sum over keys of s[r][key] * v[key][i], for C registers of dims from `column` on.
+// part: dims in the last of them, if not all.
+template <int R, int C, bool Part, class T>
+inline void weigh_of(const TileKeys<T>& tile, int64_t keys, const float* s, const float* scale, int64_t dim,
+                     int64_t column, int64_t part, float* out) {
+  Vec sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const Vec x = set1(scale[r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[r][c] = mul(load(out + r * padded(dim) + column + c * Vec::width), x);
+  }
+  for (int64_t first = 0; first < keys; first += kBlock) {
+    const T* v = tile.v[first / kBlock] + column;
+    const int64_t count = keys - first < kBlock ? keys - first : kBlock;
+    for (int64_t i = 0; i < count; ++i, v += dim) {
+      Vec value[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        value[c] = Part && c == C - 1 ? load_part(v + c * Vec::width, part) : load(v + c * Vec::width);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec x = set1(s[r * kTile + first + i]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[r][c] = fma(x, value[c], sum[r][c]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(out + r * padded(dim) + column + c * Vec::width, sum[r][c]);
+  }
+}
+
+template <int R, class T>
+void weigh_rows(const TileKeys<T>& tile, int64_t keys, const float* s, const float* scale, int64_t dim, float* out) {
+  constexpr int C = clamp_tile(Vec::accumulators / R);
+  constexpr int W = Vec::width;
+  int64_t i = 0;
+  for (; i + C * W <= dim; i += C * W) weigh_of<R, C, false>(tile, keys, s, scale, dim, i, 0, out);
+  for (; i + W <= dim; i += W) weigh_of<R, 1, false>(tile, keys, s, scale, dim, i, 0, out);
+  if (i < dim) weigh_of<R, 1, true>(tile, keys, s, scale, dim, i, dim - i, out);
+}
+
+// Calls f<rows>(...) with the number of rows as a constant.
+#define DFK_BY_ROWS(f, ...)                                     \
+  switch (rows) {                                               \
+    case 1: return f<1>(__VA_ARGS__);                           \
+    case 2: return f<2>(__VA_ARGS__);                           \
+    case 3: if constexpr (Vec::max_rows >= 3) return f<3>(__VA_ARGS__); break; \
+    case 4: if constexpr (Vec::max_rows >= 4) return f<4>(__VA_ARGS__); break; \
+    case 5: if constexpr (Vec::max_rows >= 5) return f<5>(__VA_ARGS__); break; \
+    case 6: if constexpr (Vec::max_rows >= 6) return f<6>(__VA_ARGS__); break; \
+    case 7: if constexpr (Vec::max_rows >= 7) return f<7>(__VA_ARGS__); break; \
+    case 8: if constexpr (Vec::max_rows >= 8) return f<8>(__VA_ARGS__); break; \
+  }
+
+template <class T>
+void scores(int rows, const float* q, const TileKeys<T>& tile, int blocks, int64_t dim, float* s) {
+  DFK_BY_ROWS(scores_rows, q, tile, blocks, dim, s)
+}
+
+template <class T>
+void weigh(int rows, const TileKeys<T>& tile, int64_t keys, const float* s, const float* scale, int64_t dim, float* out) {
+  DFK_BY_ROWS(weigh_rows, tile, keys, s, scale, dim, out)
+}
+
+#undef DFK_BY_ROWS
+
+// Scores -> weights 2^(score - maximum), in place; maxima and lane sums brought up to date. scale [16]: what the rows'
+// weighted V so far must be multiplied by. bits [rows][kTileBlocks]: the visible keys; the weights of others are 0.
+// int8: scores are multiplied by the keys' scales first, and the weights by those of V (not in the sums).
+template <class T>
+void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits, float* s, float* top, float* lanes,
+            float* scale) {
+  const Vec none = set1(kNone);
+  float now[16] = {};
+  for (int i = 0; i < 16; ++i) scale[i] = 0.0f;
+  for (int r = 0; r < rows; ++r) {
+    Vec most = none;
+    for (int b = 0; b < blocks; ++b) {
+      const uint32_t seen = bits[r * kTileBlocks + b];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* at = s + r * kTile + b * kBlock + j * Vec::width;
+        Vec x = load(at);
+        if constexpr (sizeof(T) == 1) x = mul(x, load(tile.ks[b] + j * Vec::width));
+        x = select(seen >> (j * Vec::width), x, none);
+        store(at, x);
+        most = max(most, x);
+      }
+    }
+    const float high = highest(most);
+    const float next = high > top[r] ? high : top[r];
+    now[r] = next == kNone ? 0.0f : next;  // so that nothing is subtracted from itself at infinity
+    scale[r] = top[r] - now[r];
+    top[r] = next;
+  }
+  power2(scale, scale);
+  for (int r = 0; r < rows; ++r) {
+    const Vec high = set1(now[r]);
+    Vec sum[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) sum[j] = set1(0.0f);
+    for (int b = 0; b < blocks; ++b) {
+      const uint32_t seen = bits[r * kTileBlocks + b];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* at = s + r * kTile + b * kBlock + j * Vec::width;
+        Vec p = select(seen >> (j * Vec::width), power2(sub(load(at), high)), set1(0.0f));
+        sum[j] = add(sum[j], p);
+        if constexpr (sizeof(T) == 1) p = mul(p, load(tile.vs[b] + j * Vec::width));
+        store(at, p);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = lanes + r * kBlock + j * Vec::width;
+      store(at, fma(load(at), set1(scale[r]), sum[j]));
+    }
+  }
+}
+
+// The visible keys from `from` on of one row, whose weighted V has been scaled already.
+template <class T>
+void weigh_rest(const TileKeys<T>& tile, int64_t from, int blocks, const uint32_t* bits, const float* s, int64_t dim,
+                float* out) {
+  constexpr int C = 4, W = Vec::width;
+  for (int64_t b = from / kBlock; b < blocks; ++b) {
+    uint32_t seen = bits[b];
+    if (b == from / kBlock) seen &= ~0u << (from % kBlock);
+    if (seen == 0) continue;
+    for (int64_t column = 0; column < dim; column += C * W) {
+      Vec sum[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        sum[c] = column + c * W < dim ? load(out + column + c * W) : set1(0.0f);
+      }
+      for (uint32_t left = seen; left != 0; left &= left - 1) {
+        const int i = __builtin_ctz(left);
+        const T* v = tile.v[b] + i * dim + column;
+        const Vec x = set1(s[b * kBlock + i]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          const int64_t n = dim - column - c * W;
+          if (n >= W) sum[c] = fma(x, load(v + c * W), sum[c]);
+          else if (n > 0) sum[c] = fma(x, load_part(v + c * W, n), sum[c]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        if (column + c * W < dim) store(out + column + c * W, sum[c]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dfk
