@@ -4,28 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.kernels.weights import CASES, random_qtensor
 
 from dfastllm.errors import ValidationError
-from dfastllm.kernels.packed import FORMATS, GROUP, Packed, QTensor, pack_panels, unpack_panels
-
-
-def random_qtensor(format: str, n: int, k: int, *, mins: bool = False, seed: int = 0) -> QTensor:
-    draw = torch.Generator().manual_seed(seed)
-    if format in ("f32", "bf16"):
-        return QTensor(
-            format, torch.randn(n, k, generator=draw).to(torch.float32 if format == "f32" else torch.bfloat16)
-        )
-    low, high = {"w8": (-127, 128), "w8g": (-127, 128), "w4g": (0, 16), "w6g": (0, 64)}[format]
-    dtype = torch.int8 if format in ("w8", "w8g") else torch.uint8
-    codes = torch.randint(low, high, (n, k), generator=draw).to(dtype)
-    if format == "w8":
-        return QTensor(format, codes, torch.rand(n, generator=draw) * 0.01 + 1e-3)
-    shape = (n, k // GROUP[format])
-    scales = (torch.rand(shape, generator=draw) * 0.01 + 1e-3).half()
-    return QTensor(format, codes, scales, (torch.rand(shape, generator=draw) * 0.1).half() if mins else None)
-
-
-CASES = [(f, m) for f in FORMATS for m in (False, True) if not m or f in ("w4g", "w6g")]
+from dfastllm.kernels.packed import GROUP, Packed, QTensor, pack_panels, unpack_panels
 
 
 @pytest.mark.parametrize(("format", "mins"), CASES)

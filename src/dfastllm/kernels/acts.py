@@ -48,7 +48,7 @@ class Acts:
         if self.kind == "row8" and self.scales is not None:
             wide = wide * self.scales[:, None]
         elif self.kind == "group8" and self.scales is not None:
-            wide = (wide.view(self.rows, -1, 32) * self.scales[..., None]).view(self.rows, -1)
+            wide = (wide.view(*self.scales.shape, 32) * self.scales[..., None]).view(wide.shape)
         return wide[:, : self.k]
 
 
@@ -85,7 +85,7 @@ def check_rows(x: Tensor, k: int | None = None) -> None:
         raise ValidationError(f"inputs must have {k} columns like the weight, got {x.shape[1]}.", param="x")
     if x.shape[1] < 1:
         raise ValidationError("inputs must have at least one column.", param="x")
-    if x.shape[0] > 0 and (x.stride(1) != 1 and x.shape[1] > 1 or x.stride(0) < x.shape[1] and x.shape[0] > 1):
+    if x.shape[0] > 0 and ((x.stride(1) != 1 and x.shape[1] > 1) or (x.stride(0) < x.shape[1] and x.shape[0] > 1)):
         raise ValidationError(
             f"rows of the inputs must be contiguous, got strides {x.stride()}.", param="x", hint="Call .contiguous()."
         )
@@ -124,5 +124,5 @@ def check_ids(ids: Tensor, n: int) -> None:
     """Raises ValidationError unless ids is contiguous int64 [count] on the CPU with values in [0, n)."""
     if ids.dtype != torch.int64 or ids.ndim != 1 or not ids.is_contiguous() or ids.is_cuda:
         raise ValidationError(f"ids must be contiguous int64 [count], got {ids.dtype} {list(ids.shape)}.", param="ids")
-    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < n):
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < n):
         raise ValidationError(f"ids must be 0 to {n - 1}, got {int(ids.min())} to {int(ids.max())}.", param="ids")

@@ -1,5 +1,5 @@
-"""Linear layers over quantised weights: rows are prepared (normed, quantised) once and go through the products that share
-them. The native kernels run where they are built and the weight is in panels (Packed); else the torch twins of
+"""Linear layers over quantised weights: rows are prepared (normed, quantised) once and go through the products that
+share them. The native kernels run where they are built and the weight is in panels (Packed); else the torch twins of
 linear_plain.py, which also read natural weights, do the same.
 
 With the native kernels a row's result depends on that row alone, to the bit: not on its neighbours, not on threads.

@@ -16,9 +16,9 @@ LEAST_AMAX = 2.0**-100  # below it codes are zero: 127 / amax would overflow
 
 
 def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Acts:
-    """x [rows, k], or RMSNorm of it, as codes. Over a row (row8) or 32 inputs (group8): amax = max |x|, scale = amax /
-    127, code = round half even of x * (127 / amax); amax below 2^-100: scale 0, codes 0; not finite: scale NaN, codes 0.
-    """
+    """x [rows, k], or RMSNorm of it, as inputs of a kind. bf16: round half to even. int8, over a row (row8) or over 32
+    inputs (group8): amax = max |x|, scale = amax / 127, code = round half even of x * (127 / amax); amax below 2^-100:
+    scale 0, codes 0; amax not finite: scale NaN, codes 0."""
     rows, k = x.shape
     if norm is not None:
         x = x * (1.0 / torch.sqrt((x * x).mean(dim=1, keepdim=True) + eps)) * norm
@@ -27,18 +27,20 @@ def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.
         return Acts(kind, rows, k, x)
     if kind == "bf16":
         return Acts(kind, rows, k, x.bfloat16())
-    groups = x.view(rows, 1 if kind == "row8" else x.shape[1] // 32, -1)
+    stride = x.shape[1]
+    groups = x.view(rows, 1, stride) if kind == "row8" else x.view(rows, stride // 32, 32)
     amax = groups.abs().amax(dim=-1)  # NaN wins
     codable = amax.isfinite() & (amax >= LEAST_AMAX)
     inverse = torch.where(codable, 127.0 / amax, 0.0)
     codes = torch.where(codable[..., None], torch.round(groups * inverse[..., None]), 0.0).to(torch.int8)
     scales = torch.where(amax.isfinite(), torch.where(codable, amax / 127.0, 0.0), torch.nan)
-    if kind == "row8":
-        return Acts(
-            kind, rows, k, codes.view(rows, -1), scales[:, 0], codes.view(rows, -1).sum(dim=1, dtype=torch.int32)
-        )
-    sums = codes.view(rows, -1, 16).sum(dim=-1, dtype=torch.int32)
-    return Acts(kind, rows, k, codes.view(rows, -1), scales, sums)
+    data, span = codes.view(rows, stride), stride if kind == "row8" else 16
+    sums = data.view(rows, stride // span, span).sum(dim=-1, dtype=torch.int32)
+    return (
+        Acts(kind, rows, k, data, scales[:, 0], sums[:, 0])
+        if kind == "row8"
+        else Acts(kind, rows, k, data, scales, sums)
+    )
 
 
 def linear(
@@ -54,8 +56,8 @@ def linear_swiglu(
 ) -> Acts:
     """silu(gate) * up of a weight that holds 32 channels of the gate and the same 32 of the up projection in turn."""
     y = linear(x, weight, bias)
-    gate, up = y.view(x.rows, -1, 2, 32).unbind(dim=2)
-    h = (gate / (1.0 + torch.exp(-gate)) * up).reshape(x.rows, -1)
+    gate, up = y.view(x.rows, y.shape[1] // 64, 2, 32).unbind(dim=2)
+    h = (gate / (1.0 + torch.exp(-gate)) * up).reshape(x.rows, y.shape[1] // 2)
     return prepare(h[:, :width], kind)
 
 
@@ -74,18 +76,20 @@ def head_stats(
 
 def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> HeadStats:
     """The statistics of logits float32 [rows, n] that are there already."""
-    rows, n = logits.shape
+    rows = logits.shape[0]
     finite = logits.isfinite().all(dim=1)
     values = logits.double()
     values[:, list(ban)] = -torch.inf
     values[~finite] = -torch.inf
     wide, index = F.pad(values, (0, max(2, topk)), value=-torch.inf).sort(dim=1, descending=True, stable=True)
     token = torch.where(wide[:, 0] > -torch.inf, index[:, 0], -1)
-    norm = torch.logsumexp(values, dim=1)
-    spread = torch.zeros(rows, dtype=torch.float64)
+    best = torch.where(token >= 0, wide[:, 0], 0.0)
+    below = values - best[:, None]  # of logits so large that adding log_sum changes nothing, the entropy is still right
+    log_sum = torch.logsumexp(below, dim=1)
+    norm, spread = best + log_sum, torch.zeros(rows, dtype=torch.float64)
     if entropy:
-        log_p = values - norm[:, None]
-        spread = -torch.where(values > -torch.inf, log_p.exp() * log_p, 0.0).sum(dim=1).clamp(max=0.0)
+        log_p = below - log_sum[:, None]
+        spread = -torch.where(below > -torch.inf, log_p.exp() * log_p, 0.0).sum(dim=1).clamp(max=0.0)
     ids = torch.where(wide > -torch.inf, index, -1)[:, :topk]
 
     def floats(value: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> 
 
 def weight_rows(weight: Packed | QTensor, ids: Tensor) -> Tensor:
     """float32 [count, k]."""
-    return natural(weight).rows(ids).dequantise()
+    return natural(weight).rows(ids).dequantise() if len(ids) else torch.empty(0, natural(weight).shape[1])
 
 
 def natural(weight: Packed | QTensor) -> QTensor:

@@ -47,9 +47,6 @@ void bind_linear(nb::module_& m) {
   m.def("linear_swiglu", [](const LinearTuple& w, const ActsTuple& x, Address h, const ActsTuple& out) {
     linear_swiglu(linear_of(w), acts_of(x), at<float>(h), acts_of(out));
   }, release());
-  m.def("silu_mul", [](Address gate, Address up, Address out, int64_t count) {
-    linear_ops().silu_mul(at<float>(gate), at<float>(up), at<float>(out), count);
-  }, release());
   // out: [rows] of (int32 token, int32 finite, float top, float second, float norm, float entropy)
   m.def("head_stats", [](const LinearTuple& w, const ActsTuple& x, Address ban, int64_t bans, bool entropy, int64_t topk,
                          Address out, Address values, Address ids) {

@@ -1,0 +1,163 @@
+"""The head's statistics against those of the logits that `linear` gives, and against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.kernels.weights import CASES, random_qtensor
+from torch import Tensor
+
+from dfastllm.errors import ValidationError
+from dfastllm.kernels.acts import HeadStats
+from dfastllm.kernels.extension import native, set_threads, threads
+from dfastllm.kernels.linear import head_stats, linear, pack
+from dfastllm.kernels.linear_plain import stats_of
+from dfastllm.kernels.packed import Packed, QTensor
+
+needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
+
+
+def agree(got: HeadStats, wanted: HeadStats) -> None:
+    """What is picked, exactly; what is summed, to rounding."""
+    for name in ("token", "finite", "top", "second", "top_values", "top_ids"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), name)
+    np.testing.assert_allclose(got.norm, wanted.norm, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.entropy, wanted.entropy, rtol=2e-5, atol=2e-6)
+
+
+def dense(logits: Tensor) -> tuple[Tensor, Packed]:
+    """Inputs and a weight whose product is exactly these logits [rows, n]: the identity times their columns."""
+    return torch.eye(logits.shape[0]), pack(QTensor("f32", logits.T.contiguous()))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(CASES),
+    st.integers(1, 90),
+    st.sampled_from([1, 2, 63, 64, 65, 300, 1023, 1024, 1025, 2500]),
+    st.integers(0, 2**31),
+    st.sampled_from([0.01, 1.0, 10.0]),
+    st.integers(0, 3),
+    st.sampled_from([0, 1, 5, 40]),
+)
+def test_as_of_the_logits(
+    case: tuple[str, bool], rows: int, n: int, seed: int, size: float, bans: int, topk: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    weight = pack(random_qtensor(case[0], n, 64, mins=case[1], seed=seed))
+    x, bias = torch.randn(rows, 64, generator=draw) * size, torch.randn(n, generator=draw)
+    ban = tuple(torch.randint(0, n, (bans,), generator=draw).tolist())
+    got = head_stats(x, weight, bias, ban=ban, entropy=True, topk=topk)
+    agree(got, stats_of(linear(x, weight, bias), ban, True, topk))
+    plain = head_stats(x, weight, bias, ban=ban)  # the same bits whatever else is asked for
+    for name in ("token", "top", "second", "norm"):
+        assert np.array_equal(getattr(plain, name), getattr(got, name)), name
+    assert not plain.entropy.any()
+
+
+@needs_native
+def test_rows_and_threads_change_no_bit() -> None:
+    before, weight = threads(), pack(random_qtensor("w4g", 5000, 96))
+    x = torch.randn(150, 96)
+    whole = head_stats(x, weight, ban=(7, 4999), entropy=True, topk=9)
+    try:
+        for count in (1, 2, 3, 8):
+            set_threads(count)
+            for first, rows in ((0, 150), (149, 1), (63, 2), (30, 70)):
+                part = head_stats(x[first : first + rows], weight, ban=(4999, 7, 7), entropy=True, topk=9)
+                for name in HeadStats.__slots__:
+                    assert np.array_equal(getattr(part, name), getattr(whole, name)[first : first + rows]), name
+    finally:
+        set_threads(before)
+
+
+def test_ties_give_the_lowest_id() -> None:
+    logits = torch.zeros(3, 3000)
+    logits[0, [2999, 70, 1500]] = 5.0
+    logits[1, [64, 63]] = 5.0
+    stats = head_stats(*dense(logits), topk=4)
+    assert stats.token.tolist() == [70, 63, 0]
+    assert stats.top.tolist() == stats.top_values[:, 0].tolist() == [5.0, 5.0, 0.0]
+    assert stats.second.tolist() == [5.0, 5.0, 0.0]
+    assert stats.top_ids.tolist() == [[70, 1500, 2999, 0], [63, 64, 0, 1], [0, 1, 2, 3]]
+    assert head_stats(*dense(logits), ban=(70, 63, 0)).token.tolist() == [1500, 64, 1]
+
+
+def test_more_candidates_than_there_are() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    stats = head_stats(*dense(logits), ban=(0,), topk=5)
+    assert stats.top_ids.tolist() == [[1, 2, -1, -1, -1]]
+    assert stats.top_values[0].tolist() == [3.0, 2.0, -np.inf, -np.inf, -np.inf]
+    alone = head_stats(*dense(logits), ban=(0, 2), entropy=True, topk=1)
+    assert (alone.token[0], alone.second[0], alone.norm[0], alone.entropy[0]) == (1, -np.inf, 3.0, 0.0)
+    none = head_stats(*dense(logits), ban=(0, 1, 2), entropy=True, topk=1)
+    assert (none.token[0], none.finite[0], none.top[0], none.norm[0]) == (-1, True, -np.inf, -np.inf)
+    assert none.top_ids.tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("ban", [(), (2, 1500)])
+def test_a_row_that_is_not_finite_is_told(value: float, ban: tuple[int, ...]) -> None:
+    logits = torch.randn(70, 2000)
+    logits[1, 1500] = value  # banned or not
+    logits[69, 1999] = value
+    x, weight = torch.eye(70), pack(QTensor("f32", logits.T.contiguous()))
+    stats = head_stats(x, weight, ban=ban, entropy=True, topk=3)
+    # An infinite weight makes NaN of every row of the product with it (0 * inf): all rows, as in `linear`.
+    agree(stats, stats_of(linear(x, weight), ban, True, 3))
+    one = head_stats(
+        torch.full((1, 1), value), pack(QTensor("f32", torch.ones(2000, 1))), ban=ban, entropy=True, topk=2
+    )
+    assert (one.token[0], one.finite[0]) == (-1, False)
+    assert np.isnan([one.top[0], one.second[0], one.norm[0], one.entropy[0]]).all()
+    assert one.top_ids.tolist() == [[-1, -1]]
+
+
+def test_one_bad_row_leaves_the_others_alone() -> None:
+    weight, x = pack(random_qtensor("w8g", 1200, 64)), torch.randn(5, 64)
+    clean = head_stats(x, weight, entropy=True, topk=3)
+    x[2, 5] = torch.nan
+    stats = head_stats(x, weight, entropy=True, topk=3)
+    assert stats.finite.tolist() == [True, True, False, True, True]
+    others = [0, 1, 3, 4]
+    for name in HeadStats.__slots__:
+        np.testing.assert_allclose(getattr(stats, name)[others], getattr(clean, name)[others], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 80.0, 1e4, 1e30, 1e38])
+def test_logits_of_every_size(size: float) -> None:
+    values = torch.randn(4, 1500, generator=torch.Generator().manual_seed(3)).clamp(-3, 3) / 3 * size
+    values[3] = torch.linspace(-size, size, 1500)
+    stats = head_stats(*dense(values), entropy=True, topk=2)
+    agree(stats, stats_of(values, (), True, 2))
+    assert np.isfinite(stats.norm).all()
+    assert (stats.entropy >= 0).all()
+    if size == 0:
+        np.testing.assert_allclose(stats.entropy, np.log(1500), rtol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["bf16", "w8g", "w4g"])
+def test_against_float64(format: str) -> None:
+    """A vocabulary of many chunks, of logits as a trained model gives them."""
+    tensor, x = random_qtensor(format, 20_011, 64, seed=1), torch.randn(3, 64) * 0.3
+    stats = head_stats(x, pack(tensor), entropy=True, topk=10)
+    logits = linear(x, pack(tensor)).double().numpy()
+    norm = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) + logits.max(axis=1)
+    p = np.exp(logits - norm[:, None])
+    np.testing.assert_allclose(stats.norm, norm, rtol=1e-6)
+    np.testing.assert_allclose(stats.entropy, -(p * (logits - norm[:, None])).sum(axis=1), rtol=1e-5)
+    assert np.array_equal(stats.top_ids, np.argsort(-logits, axis=1, kind="stable")[:, :10])
+
+
+def test_bad_input_is_named() -> None:
+    weight, x = pack(random_qtensor("w8g", 70, 64)), torch.randn(1, 64)
+    with pytest.raises(ValidationError, match="banned ids must be 0 to 69, got \\[70, -1\\]"):
+        head_stats(x, weight, ban=(3, 70, -1))
+    with pytest.raises(ValidationError, match="topk must not be negative"):
+        head_stats(x, weight, topk=-1)
+    with pytest.raises(ValidationError, match="must have 64 columns"):
+        head_stats(torch.randn(1, 32), weight)
+    assert head_stats(torch.randn(0, 64), weight, topk=2).top_ids.shape == (0, 2)
