@@ -36,11 +36,11 @@ def rope_store(
 ) -> None:
     """Norm and rotate q and k in place, then write K and V to the step's slots.
 
-    qkv float32 [rows, (heads + 2 kv_heads) * dim] (rows may be further apart); cos, sin float32 [rows, rotary / 2]: the
-    first `rotary` dims of a head rotate, in pairs (i, i + rotary / 2). q_norm, k_norm [dim]: RMSNorm of each head first,
-    x / sqrt(mean(x^2) + eps) * weight. K and V go to step.slot in `cache` and to step.own_slot in `own`, as the layer's
-    type: bfloat16 to the nearest, int8 as codes of -127 to 127 with scale max |x| / 127 per position and head (NaN if a
-    value is not finite). ValidationError says what does not fit.
+    qkv float32 [rows, (heads + 2 kv_heads) * dim], rows may be further apart; cos, sin float32 [rows, rotary / 2]: the
+    first `rotary` dims of a head rotate, in pairs (i, i + rotary / 2). q_norm, k_norm [dim]: RMSNorm of each head
+    first, x / sqrt(mean(x^2) + eps) * weight. K and V go to step.slot in `cache` and to step.own_slot in `own`, as the
+    layer's type: bfloat16 to the nearest, int8 as codes of -127 to 127 with scale max |x| / 127 per position and head
+    (NaN if a value is not finite). ValidationError says what does not fit.
     """
     kv_heads, dim = _check_layers(cache, own)
     rows = _check_rows("qkv", qkv, heads, kv_heads, (heads + 2 * kv_heads) * dim, exact=True)
@@ -154,8 +154,8 @@ def _check_rows(name: str, x: Tensor, heads: int, kv_heads: int, width: int, *, 
     fits = x.ndim == 2 and (x.shape[1] == width or (x.shape[1] > width and not exact))
     if not fits or x.dtype != torch.float32 or (x.numel() and x.stride(1) != 1):
         raise ValidationError(
-            f"{name} must be [rows, {width}{'' if exact else ' or more'}] of torch.float32 with columns side by side, got "
-            f"{list(x.shape)} of {x.dtype} with strides {list(x.stride())}.",
+            f"{name} must be [rows, {width}{'' if exact else ' or more'}] of torch.float32 with columns side by side, "
+            f"got {list(x.shape)} of {x.dtype} with strides {list(x.stride())}.",
             param=name,
         )
     return x.shape[0]

@@ -26,8 +26,8 @@ def rope_store(
     eps: float,
 ) -> None:
     kv_heads, dim = cache.k.shape[1], cache.k.shape[2]
-    rows = qkv.shape[0]
-    q, k, v = (part.unflatten(1, (-1, dim)) for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1))
+    by_head = qkv.unflatten(1, (-1, dim))  # [rows, heads + 2 kv_heads, dim], a view
+    q, k, v = by_head[:, :heads], by_head[:, heads : heads + kv_heads], by_head[:, heads + kv_heads :]
     for x, weight in ((q, q_norm), (k, k_norm)):
         if weight is not None:
             x.mul_(torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).mul_(weight)
@@ -37,7 +37,7 @@ def rope_store(
         x[..., :half] = a * c - b * s
         x[..., half : 2 * half] = b * c + a * s
     for slot, layer in ((step.slot, cache), (step.own_slot, own)):
-        kept = np.flatnonzero(slot[:rows] >= 0)
+        kept = np.flatnonzero(slot[: len(qkv)] >= 0)
         if layer is not None and len(kept):
             _write(layer, torch.from_numpy(slot[kept]).long(), k[kept], v[kept])
 
