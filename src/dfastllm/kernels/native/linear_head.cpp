@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -20,7 +19,6 @@ namespace {
 constexpr int64_t kChunk = 16;  // panels
 constexpr int64_t kRows = 64;   // rows of a task
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr int32_t kInfinity = 0x7f800000;
 
 // A chunk's or a row's candidates, best first.
 struct Best {
@@ -41,10 +39,10 @@ struct Best {
   }
 };
 
-// What a chunk says of a row.
+// What a chunk says of a row. sum is NaN if something is not finite.
 struct ChunkPart {
-  float shift, sum, weighted, best, second;
-  int32_t token, highest;
+  float sum, weighted, best, second;
+  int32_t token;
 };
 
 struct Head {
@@ -64,9 +62,7 @@ void exclude(const Head& head, int64_t first_id, int64_t channels, int64_t rows,
   const auto from = std::lower_bound(head.ban.begin(), head.ban.end(), static_cast<int32_t>(first_id));
   for (int64_t r = 0; r < rows; ++r, tile += kPanel) {
     for (int64_t c = 0; c < channels; ++c) {
-      int32_t raw;
-      std::memcpy(&raw, tile + c, sizeof raw);
-      parts[r].highest = std::max(parts[r].highest, raw & 0x7fffffff);
+      parts[r].sum[0] += tile[c] * 0.0f;  // NaN where it is not finite
     }
     for (auto id = from; id != head.ban.end() && *id < first_id + channels; ++id) tile[*id - first_id] = kNone;
     std::fill(tile + channels, tile + kPanel, kNone);
@@ -94,7 +90,7 @@ ChunkPart settle(const HeadPart& part) {
     sum += part.sum[i];
     weighted += part.weighted[i];
   }
-  return {part.shift, sum, weighted, part.best, part.second, part.token, part.highest};
+  return {sum, weighted, part.best, part.second, part.token};
 }
 
 // Rows [top, top + rows) of one chunk.
@@ -108,7 +104,7 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
   float maxima[kRows];
   Best best[kRows];
   for (int64_t r = 0; r < rows; ++r) {
-    parts[r] = {{}, {}, kNone, kNone, kNone, -1, 0};
+    parts[r] = {{}, {}, kNone, kNone, -1};
     const int64_t at = (chunk * head.x.rows + top + r) * head.topk;
     best[r] = {head.values.get() + at, head.ids.get() + at, head.topk, 0};
   }
@@ -120,7 +116,8 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
     const auto banned = std::lower_bound(head.ban.begin(), head.ban.end(), static_cast<int32_t>(first_id));
     const bool whole = channels == kPanel && (banned == head.ban.end() || *banned >= first_id + kPanel);
     if (!whole) exclude(head, first_id, channels, rows, tile, parts);
-    ops.head_rows(tile, rows, static_cast<int32_t>(first_id), whole, head.entropy, parts, maxima);
+    ops.head_rows(tile, rows, static_cast<int32_t>(first_id), whole, head.entropy, parts,
+                  head.topk > 0 ? maxima : nullptr);
     for (int64_t r = 0; head.topk > 0 && r < rows; ++r) {
       offer_panel(head, top + r, maxima[r], tile + r * kPanel, first_id, best[r]);
     }
@@ -137,7 +134,7 @@ RowStats merge(const Head& head, int64_t row) {
   RowStats out{-1, 1, kNone, kNone, kNone, 0.0f};
   for (int64_t c = 0; c < head.chunks; ++c) {
     const ChunkPart& part = part_of(c);
-    if (part.highest >= kInfinity) out.finite = 0;
+    if (std::isnan(part.sum)) out.finite = 0;
     if (part.best > out.top) {
       out.second = std::max(out.top, part.second);
       out.top = part.best;
@@ -154,8 +151,8 @@ RowStats merge(const Head& head, int64_t row) {
   double sum = 0, weighted = 0;
   for (int64_t c = 0; c < head.chunks; ++c) {
     const ChunkPart& part = part_of(c);
-    if (part.shift == kNone) continue;
-    const double lower = static_cast<double>(part.shift) - out.top, factor = std::exp(lower);
+    if (part.token < 0) continue;
+    const double lower = static_cast<double>(part.best) - out.top, factor = std::exp(lower);
     if (factor == 0) continue;
     sum += factor * part.sum;
     weighted += factor * (part.weighted + lower * part.sum);

@@ -6,12 +6,10 @@
 namespace dfk {
 
 struct HeadPart {
-  float sum[16];       // lane sums of exp(logit - shift)
-  float weighted[16];  // lane sums of exp(logit - shift) * (logit - shift), where the entropy is asked for
-  float shift;         // the best logit of the panels so far; -inf before the first
-  float best, second;
+  float sum[16];       // lane sums of exp(logit - best); a NaN among them: the row is not finite
+  float weighted[16];  // lane sums of exp(logit - best) * (logit - best), where the entropy is asked for
+  float best, second;  // so far; -inf before the first
   int32_t token;       // of best, -1 before the first
-  int32_t highest;     // |logit| as an integer, the highest so far: from 0x7f800000 on the row is not finite
 };
 
 }  // namespace dfk

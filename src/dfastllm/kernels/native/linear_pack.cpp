@@ -28,20 +28,19 @@ uint8_t zero_code(Format f, bool mins) {
   return f == Format::w8 || f == Format::w8g ? 128 : mins ? 0 : f == Format::w4g ? 8 : f == Format::w6g ? 32 : 0;
 }
 
-// Elements [k][channels..64] in steps: `step` neighbouring inputs of a channel stay together.
-template <class T, int step>
-void interleave(const T* from, int64_t channels, int64_t k, T* to) {
-  for (int64_t i = 0; i < k; i += step) {
+// Codes of four bytes a unit (4 of w8, 2 of bf16, 1 of f32): channels' rows of `bytes` -> [units][64]. Each unit is
+// changed by `flip`; what does not exist is zero before that. A cache line of every channel at a time.
+void interleave(const uint8_t* from, int64_t channels, int64_t bytes, uint32_t flip, uint8_t* to) {
+  constexpr int64_t line = 64;
+  for (int64_t start = 0; start < bytes; start += line) {
+    const int64_t end = start + line < bytes ? start + line : bytes;
     for (int64_t c = 0; c < kPanel; ++c) {
-      for (int64_t j = 0; j < step; ++j, ++to) *to = c < channels && i + j < k ? from[c * k + i + j] : T{};
-    }
-  }
-}
-
-void pack_w8(const uint8_t* from, int64_t channels, int64_t k, uint8_t* to) {
-  for (int64_t i = 0; i < k; i += 4) {
-    for (int64_t c = 0; c < kPanel; ++c) {
-      for (int64_t j = 0; j < 4; ++j, ++to) *to = c < channels && i + j < k ? from[c * k + i + j] ^ 0x80 : 0x80;
+      for (int64_t i = start; i < end; i += 4) {
+        uint32_t unit = 0;
+        if (c < channels) std::memcpy(&unit, from + c * bytes + i, static_cast<size_t>(end - i < 4 ? end - i : 4));
+        unit ^= flip;
+        std::memcpy(to + (i / 4 * kPanel + c) * 4, &unit, sizeof unit);
+      }
     }
   }
 }
@@ -81,7 +80,9 @@ void pack_w6(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uin
 // [channels][groups] -> [groups][64], zeros beyond.
 template <class T>
 void pack_side(const T* from, int64_t channels, int64_t groups, T* to) {
-  interleave<T, 1>(from, channels, groups, to);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t c = 0; c < kPanel; ++c) *to++ = c < channels ? from[c * groups + g] : T{};
+  }
 }
 
 // Value i of a channel of a panel, codes only.
@@ -140,31 +141,27 @@ void weight_row(const Linear& w, int64_t id, float* out) {
 
 void pack(Format format, int64_t n, int64_t k, const void* codes, const void* scales, const uint16_t* mins, void* data,
           void* panel_scales, uint16_t* panel_mins) {
+  const bool floats = format == Format::f32 || format == Format::bf16;
   const bool eight = format == Format::w8 || format == Format::w8g;
+  const int64_t row = k * (format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1);  // bytes
   const int64_t groups = format == Format::w8 ? 1 : k / group_of(format);
   const uint8_t zero = zero_code(format, mins != nullptr);
-  const size_t bytes = panel_bytes(format, k);
   parallel((n + kPanel - 1) / kPanel, [&](int64_t panel, int) {
-    const int64_t first = panel * kPanel, channels = n - first < kPanel ? n - first : kPanel, at = panel * groups * kPanel;
-    uint8_t* to = static_cast<uint8_t*>(data) + static_cast<size_t>(panel) * bytes;
-    const uint8_t* from = static_cast<const uint8_t*>(codes) + first * k * (format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1);
-    if (format == Format::f32) {
-      interleave<float, 1>(reinterpret_cast<const float*>(from), channels, k, reinterpret_cast<float*>(to));
-      return;
-    }
-    if (format == Format::bf16) {
-      interleave<uint16_t, 2>(reinterpret_cast<const uint16_t*>(from), channels, k, reinterpret_cast<uint16_t*>(to));
-      return;
-    }
-    if (eight) pack_w8(from, channels, k, to);
+    const int64_t first = panel * kPanel, channels = n - first < kPanel ? n - first : kPanel;
+    const int64_t from_side = first * groups, to_side = panel * groups * kPanel;
+    const uint8_t* from = static_cast<const uint8_t*>(codes) + first * row;
+    uint8_t* to = static_cast<uint8_t*>(data) + static_cast<size_t>(panel) * panel_bytes(format, k);
+    if (floats || eight) interleave(from, channels, row, eight ? 0x80808080u : 0u, to);
     else if (format == Format::w4g) pack_w4(from, channels, k, zero, to);
     else pack_w6(from, channels, k, zero, to);
+    if (floats) return;
     if (format == Format::w8) {
-      pack_side(static_cast<const float*>(scales) + first, channels, 1, static_cast<float*>(panel_scales) + at);
+      pack_side(static_cast<const float*>(scales) + from_side, channels, 1, static_cast<float*>(panel_scales) + to_side);
     } else {
-      pack_side(static_cast<const uint16_t*>(scales) + first * groups, channels, groups, static_cast<uint16_t*>(panel_scales) + at);
+      pack_side(static_cast<const uint16_t*>(scales) + from_side, channels, groups,
+                static_cast<uint16_t*>(panel_scales) + to_side);
     }
-    if (mins) pack_side(mins + first * groups, channels, groups, panel_mins + at);
+    if (mins) pack_side(mins + from_side, channels, groups, panel_mins + to_side);
   });
 }
 

@@ -2,8 +2,8 @@
 // 256, or an array that the compiler vectorises for its baseline. Include it INSIDE the unit's own namespace, after
 // <immintrin.h> (x86), <cmath>, <cstdint> and <cstring>: what it defines must not be shared between instruction sets.
 //
-// Nothing here fuses a multiply with an add, and every operation is exact or rounds once: code written on these types
-// gives the same bits on every instruction set.
+// Every operation is exact or rounds once, so code written on these types gives the same bits on every instruction set,
+// but for fma() and what uses it (exp): it rounds once where the hardware has it, else twice.
 
 #if defined(__AVX512F__)
 
@@ -39,9 +39,9 @@ template <int count> inline I16 shift_right(I16 a) { return {_mm512_srli_epi32(a
 inline I16 where_greater(I16 a, I16 b, I16 x, I16 y) {
   return {_mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a.v, b.v), y.v, x.v)};
 }
-inline F16 where_less(F16 a, F16 b, F16 x, F16 y) {
-  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
-}
+// Of any lane; a NaN is not greater.
+inline bool any_greater(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline I16 to_int(F16 a) { return {_mm512_cvttps_epi32(a.v)}; }
 inline int32_t highest(I16 a) { return _mm512_reduce_max_epi32(a.v); }
 inline float highest(F16 a) {
@@ -99,10 +99,10 @@ inline I16 where_greater(I16 a, I16 b, I16 x, I16 y) {
   return {_mm256_blendv_epi8(y.a, x.a, _mm256_cmpgt_epi32(a.a, b.a)),
           _mm256_blendv_epi8(y.b, x.b, _mm256_cmpgt_epi32(a.b, b.b))};
 }
-inline F16 where_less(F16 a, F16 b, F16 x, F16 y) {
-  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
-          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ))};
+inline bool any_greater(F16 x, F16 y) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))) != 0;
 }
+inline F16 fma(F16 x, F16 y, F16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline I16 to_int(F16 x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
 inline int32_t highest(I16 x) {
   const __m256i h = _mm256_max_epi32(x.a, x.b);
@@ -179,9 +179,12 @@ template <int count> inline I16 shift_right(I16 a) {
 inline I16 where_greater(I16 a, I16 b, I16 x, I16 y) {
   return each<I16>([&](int i) { return a.v[i] > b.v[i] ? x.v[i] : y.v[i]; });
 }
-inline F16 where_less(F16 a, F16 b, F16 x, F16 y) {
-  return each<F16>([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+inline bool any_greater(F16 a, F16 b) {
+  int found = 0;
+  for (int i = 0; i < 16; ++i) found |= a.v[i] > b.v[i];
+  return found != 0;
 }
+inline F16 fma(F16 a, F16 b, F16 c) { return each<F16>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 inline I16 to_int(F16 a) {  // out of range as on x86, where C++ leaves it undefined
   return each<I16>([&](int i) {
     return a.v[i] > -2147483648.0f && a.v[i] < 2147483648.0f ? static_cast<int32_t>(a.v[i]) : INT32_MIN;
@@ -217,18 +220,24 @@ inline float total(F16 x) {
   return v[0];
 }
 
-// e^x within 2 ulp for x in [-87.3, 88.3]; 0 below, e^88.3 above (so that no infinity arises), some number for NaN.
-inline F16 exp(F16 x) {
-  const F16 clamped = max(min(x, f16(88.37626f)), f16(-87.33654f));
-  const F16 n = round_even(clamped * f16(1.44269504f));
-  // ln 2 in two parts: n * high is exact (high has 15 significant bits, n at most 8).
-  const F16 r = (clamped - n * f16(0.693145752f)) - n * f16(1.42860677e-6f);
+// e^x within 2 ulp for x in [-86.6, 88.3]; outside of it, and for NaN, some number.
+inline F16 exp_inside(F16 x) {
+  const F16 shift = f16(12582912.0f);  // 1.5 * 2^23: after the addition the integer part is in the low bits
+  const F16 shifted = fma(x, f16(1.44269504f), shift);
+  const F16 n = shifted - shift;
+  // ln 2 in two parts: n * the first is exact (it has 15 significant bits, n at most 8).
+  const F16 r = fma(n, f16(-1.42860677e-6f), fma(n, f16(-0.693145752f), x));
   F16 p = f16(1.3888889e-3f);
-  p = p * r + f16(8.3333333e-3f);
-  p = p * r + f16(4.1666667e-2f);
-  p = p * r + f16(1.6666667e-1f);
-  p = p * r + f16(0.5f);
-  p = (p * r) * r + r;
-  const F16 scale = floats(shift_left<23>(to_int(n) + i16(127)));  // 2^n, n in [-126, 127]
-  return where_less(x, f16(-87.33654f), f16(0.0f), p * scale + scale);
+  p = fma(p, r, f16(8.3333333e-3f));
+  p = fma(p, r, f16(4.1666667e-2f));
+  p = fma(p, r, f16(1.6666667e-1f));
+  p = fma(p, r, f16(0.5f));
+  p = fma(p, r, f16(1.0f));
+  p = fma(p, r, f16(1.0f));
+  return floats(bits(p) + shift_left<23>(bits(shifted)));  // times 2^n
 }
+
+constexpr float kLowestExponent = -86.6f;
+
+// e^x; below -86.6 e^-86.6 (2.5e-38), above 88.3 e^88.3 (2.2e38).
+inline F16 exp(F16 x) { return exp_inside(max(min(x, f16(88.3f)), f16(kLowestExponent))); }
