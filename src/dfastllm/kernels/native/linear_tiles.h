@@ -14,9 +14,10 @@
 //   with minima, after each group: y = fma(-min[g, n], act_scale[m, g] * float(code_sum[m, g]), y), each half of w6g
 // w8 sums fit 32 bits for k up to 133,152 (2^31 / 127^2), past any model's.
 //
-// The panel is walked in slices of 256 inputs (at most 16 KB, half of the L1 cache); all row blocks of the call pass
-// over a slice while the slice after it is prefetched a little at a time. Panels lie one after another, so the prefetch
-// runs on into the next one; at the end of the matrix it runs past it, which is allowed (prefetches never fault).
+// The panel is walked in slices of 256 inputs (at most 16 KB, half of the L1 cache) and all row blocks of the call pass
+// over a slice. With more than one row block the slice after it is prefetched meanwhile, a little at a time. Panels lie
+// one after another, so the prefetch runs on into the next one; at the end of the matrix it runs past it, which is
+// allowed (prefetches never fault).
 namespace tiles {
 
 constexpr int kSlice = 8;  // groups of 32 inputs

@@ -42,42 +42,59 @@ inline __m512i four_codes(const int8_t* p) {
   return _mm512_set1_epi32(v);
 }
 
-// Weight codes of one register of channels: inputs [0, 32) as 8 registers, made one at a time. p: the group's data at
-// the first of these channels.
-template <Format format> struct Codes;
-
-template <> struct Codes<Format::w8g> {
-  static constexpr int offset = 128;
+// Where weight codes come from: at() is inputs [4 i, 4 i + 4) of a group of 32 for 16 channels; p: the group's data at
+// the first of these channels. parts: how many scales a group has.
+struct Bytes {  // w8g
+  using Unpacked = Bytes;
+  static constexpr int offset = 128, parts = 1, bytes = 2048;
   static inline __m512i at(const uint8_t* p, int i) { return _mm512_loadu_si512(p + 256 * i); }
 };
 
-template <> struct Codes<Format::w4g> {
-  static constexpr int offset = 8;
+struct Nibbles {  // w4g
+  using Unpacked = Nibbles;
+  static constexpr int offset = 8, parts = 1, bytes = 1024;
   static inline __m512i at(const uint8_t* p, int i) {
     const __m512i both = _mm512_loadu_si512(p + 256 * (i / 2));
     return _mm512_and_si512(i % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
   }
 };
 
-template <> struct Codes<Format::w6g> {
-  static constexpr int offset = 32;
+// w6g after unpack_sixes: a byte a code. Two instructions a register are saved on every row block.
+struct UnpackedSixes {
+  static constexpr int offset = 32, parts = 2, bytes = 2048;
+  static inline __m512i at(const uint8_t* p, int i) { return Bytes::at(p, i); }
+};
+
+struct Sixes {  // w6g
+  using Unpacked = UnpackedSixes;
+  static constexpr int offset = 32, parts = 2, bytes = 1536;
   static inline __m512i at(const uint8_t* p, int i) {
     p += 768 * (i / 4);
     const __m512i both = _mm512_loadu_si512(p + 256 * (i % 4 / 2));
-    const __m512i high = _mm512_loadu_si512(p + 512);
     const __m512i low = i % 2 ? _mm512_srli_epi16(both, 4) : both;
-    __m512i h = high;
-    if (i % 4 == 0) h = _mm512_slli_epi16(high, 4);
-    if (i % 4 == 1) h = _mm512_slli_epi16(high, 2);
-    if (i % 4 == 3) h = _mm512_srli_epi16(high, 2);
-    h = _mm512_and_si512(h, _mm512_set1_epi8(0x30));
-    return _mm512_ternarylogic_epi64(low, _mm512_set1_epi8(15), h, 0xEA);  // (low & 15) | h
+    __m512i high = _mm512_loadu_si512(p + 512);
+    if (i % 4 == 0) high = _mm512_slli_epi16(high, 4);
+    if (i % 4 == 1) high = _mm512_slli_epi16(high, 2);
+    if (i % 4 == 3) high = _mm512_srli_epi16(high, 2);
+    high = _mm512_and_si512(high, _mm512_set1_epi8(0x30));
+    return _mm512_ternarylogic_epi64(low, _mm512_set1_epi8(15), high, 0xEA);  // (low & 15) | high
   }
 };
 
-// Where the integer sums start, and what minima are multiplied with, for the slice. Per group of 32; w6g: per half.
-template <Format format, bool mins, int R> struct Starts {
-  static constexpr int parts = format == Format::w6g ? 2 : 1;
+inline const uint8_t* unpack_sixes(const uint8_t* data, int64_t groups, void* scratch) {
+  uint8_t* out = static_cast<uint8_t*>(scratch);
+  for (int64_t g = 0; g < groups; ++g, data += Sixes::bytes, out += UnpackedSixes::bytes) {
+    for (int c = 0; c < 4; ++c) {
+      DFK_UNROLL
+      for (int i = 0; i < 8; ++i) _mm512_store_si512(out + 256 * i + 64 * c, Sixes::at(data + 64 * c, i));
+    }
+  }
+  return static_cast<const uint8_t*>(scratch);
+}
+
+// Where the integer sums start, and what minima are multiplied with, for the slice. Per part of a group.
+template <class Codes, bool mins, int R> struct Starts {
+  static constexpr int parts = Codes::parts;
   alignas(64) int32_t sum[mins ? 1 : R][parts * kSlice];
   alignas(64) float weighted[mins ? R : 1][parts * kSlice];
 
@@ -99,7 +116,7 @@ template <Format format, bool mins, int R> struct Starts {
         if (parts == 2) _mm512_store_ps(weighted[r], product);
         else _mm256_store_ps(weighted[r], _mm512_castps512_ps256(product));
       } else {
-        const __m512i start = _mm512_mullo_epi32(sums, _mm512_set1_epi32(-Codes<format>::offset));
+        const __m512i start = _mm512_mullo_epi32(sums, _mm512_set1_epi32(-Codes::offset));
         if (parts == 2) _mm512_store_si512(sum[r], start);
         else _mm256_store_si256(reinterpret_cast<__m256i*>(sum[r]), _mm512_castsi512_si256(start));
       }
@@ -112,14 +129,14 @@ template <int R, int C> struct Sums { __m512i at[R][C]; };
 template <int R, int C> struct Floats { __m512 at[R][C]; };
 
 // Integer sums of part `p` of a group.
-template <Format format, bool mins, int R, int C>
-inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride, const Starts<format, mins, R>& starts, int g, int p) {
-  constexpr int steps = 8 / Starts<format, mins, R>::parts;  // registers of weights that share a scale
+template <class Codes, bool mins, int R, int C>
+inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride, const Starts<Codes, mins, R>& starts, int g, int p) {
+  constexpr int steps = 8 / Codes::parts;  // registers of weights that share a scale
   Sums<R, C> sum;
   DFK_UNROLL
   for (int r = 0; r < R; ++r) {
     const __m512i start =
-        mins ? _mm512_setzero_si512() : _mm512_set1_epi32(starts.sum[r][g * Starts<format, mins, R>::parts + p]);
+        mins ? _mm512_setzero_si512() : _mm512_set1_epi32(starts.sum[r][g * Codes::parts + p]);
     DFK_UNROLL
     for (int c = 0; c < C; ++c) sum.at[r][c] = start;
   }
@@ -127,7 +144,7 @@ inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride
   for (int i = 0; i < steps; ++i) {
     __m512i w[C];
     DFK_UNROLL
-    for (int c = 0; c < C; ++c) w[c] = Codes<format>::at(data + 64 * c, p * steps + i);
+    for (int c = 0; c < C; ++c) w[c] = Codes::at(data + 64 * c, p * steps + i);
     DFK_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m512i codes = four_codes(x + r * stride + 4 * (p * steps + i));
@@ -139,13 +156,13 @@ inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride
 }
 
 // Floats of a whole group, activation scales still to come.
-template <Format format, bool mins, int R, int C>
+template <class Codes, bool mins, int R, int C>
 inline Floats<R, C> group_floats(const uint8_t* data, const uint16_t* scales, const int8_t* x, int64_t stride,
-                                 const Starts<format, mins, R>& starts, int g) {
+                                 const Starts<Codes, mins, R>& starts, int g) {
   Floats<R, C> out;
   DFK_UNROLL
-  for (int p = 0; p < Starts<format, mins, R>::parts; ++p) {
-    const Sums<R, C> sum = part_sums<format, mins, R, C>(data, x, stride, starts, g, p);
+  for (int p = 0; p < Codes::parts; ++p) {
+    const Sums<R, C> sum = part_sums<Codes, mins, R, C>(data, x, stride, starts, g, p);
     __m512 scale[C];
     DFK_UNROLL
     for (int c = 0; c < C; ++c) scale[c] = half16(scales + p * kPanel + 16 * c);
@@ -161,90 +178,130 @@ inline Floats<R, C> group_floats(const uint8_t* data, const uint16_t* scales, co
   return out;
 }
 
-// R rows x C registers of channels from `channel` on, over the slice.
-template <Format format, bool mins, int R, int C>
-inline void group_columns(const Block& b, const Starts<format, mins, R>& starts, int channel, Ahead& ahead) {
-  constexpr int parts = Starts<format, mins, R>::parts;
+// y += group * activation scale (- minima * weighted sums), for one group.
+template <class Codes, bool mins, int R, int C>
+inline void add_group(const Floats<R, C>& group, const float* x_scales, int64_t x_scales_stride,
+                      const uint16_t* minima, const Starts<Codes, mins, R>& starts, int g, Floats<R, C>& y) {
+  DFK_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const __m512 x_scale = _mm512_set1_ps(x_scales[r * x_scales_stride]);
+    DFK_UNROLL
+    for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fmadd_ps(group.at[r][c], x_scale, y.at[r][c]);
+  }
+  if (!mins) return;
+  DFK_UNROLL
+  for (int p = 0; p < Codes::parts; ++p, minima += kPanel) {
+    __m512 low[C];
+    DFK_UNROLL
+    for (int c = 0; c < C; ++c) low[c] = half16(minima + 16 * c);
+    DFK_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const __m512 weighted = _mm512_set1_ps(starts.weighted[r][g * Codes::parts + p]);
+      DFK_UNROLL
+      for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fnmadd_ps(low[c], weighted, y.at[r][c]);
+    }
+  }
+}
+
+template <int R, int C> inline Floats<R, C> load_tile(const float* tile, bool zero) {
   Floats<R, C> y;
   DFK_UNROLL
   for (int r = 0; r < R; ++r) {
     DFK_UNROLL
-    for (int c = 0; c < C; ++c) {
-      y.at[r][c] = b.first ? _mm512_setzero_ps() : _mm512_loadu_ps(b.tile + r * kPanel + channel + 16 * c);
-    }
+    for (int c = 0; c < C; ++c) y.at[r][c] = zero ? _mm512_setzero_ps() : _mm512_loadu_ps(tile + r * kPanel + 16 * c);
   }
-  const uint8_t* data = b.data + channel * 4;
-  const int8_t* x = b.x;
-  const uint16_t* scales = b.scales + channel;
-  const uint16_t* minima = b.mins + (mins ? channel : 0);
-  for (int g = 0; g < b.groups; ++g, data += group_bytes(format), x += 32, scales += parts * kPanel) {
-    ahead.turn();
-    const Floats<R, C> group = group_floats<format, mins, R, C>(data, scales, x, b.stride, starts, g);
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const __m512 x_scale = _mm512_set1_ps(b.x_scales[r * b.x_scales_stride + g]);
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fmadd_ps(group.at[r][c], x_scale, y.at[r][c]);
-    }
-    if (!mins) continue;
-    DFK_UNROLL
-    for (int p = 0; p < parts; ++p, minima += kPanel) {
-      __m512 low[C];
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) low[c] = half16(minima + 16 * c);
-      DFK_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const __m512 weighted = _mm512_set1_ps(starts.weighted[r][g * parts + p]);
-        DFK_UNROLL
-        for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fnmadd_ps(low[c], weighted, y.at[r][c]);
-      }
-    }
-  }
+  return y;
+}
+
+template <int R, int C> inline void store_tile(float* tile, const Floats<R, C>& y) {
   DFK_UNROLL
   for (int r = 0; r < R; ++r) {
     DFK_UNROLL
-    for (int c = 0; c < C; ++c) _mm512_storeu_ps(b.tile + r * kPanel + channel + 16 * c, y.at[r][c]);
+    for (int c = 0; c < C; ++c) _mm512_storeu_ps(tile + r * kPanel + 16 * c, y.at[r][c]);
   }
 }
 
-template <Format format, bool mins, int R> void group_rows(const Block& b, Ahead& ahead) {
-  constexpr int C = R <= 2 ? 4 : 2;
-  const Starts<format, mins, R> starts(b);
-  for (int channel = 0; channel < kPanel; channel += 16 * C) group_columns<format, mins, R, C>(b, starts, channel, ahead);
+// R rows x C registers of channels from `channel` on, over the slice.
+template <class Codes, bool mins, int R, int C>
+inline void group_columns(const Block& b, const Starts<Codes, mins, R>& starts, int channel, Ahead& ahead) {
+  constexpr bool held = R * C * (Codes::parts + 1) <= 24;  // y fits the registers too; else it stays in the tile (L1)
+  constexpr int side = Codes::parts * kPanel;
+  float* tile = b.tile + channel;
+  const uint8_t* data = b.data + channel * 4;
+  const uint16_t* scales = b.scales + channel;
+  const uint16_t* minima = mins ? b.mins + channel : nullptr;
+  const int8_t* x = b.x;
+  const float* x_scales = b.x_scales;
+  const int64_t stride = b.stride, x_scales_stride = b.x_scales_stride;
+  const int groups = b.groups;
+  Floats<R, C> y;
+  if (held) y = load_tile<R, C>(tile, b.first);
+  for (int g = 0; g < groups; ++g) {
+    ahead.turn();
+    const Floats<R, C> group = group_floats<Codes, mins, R, C>(data, scales, x, stride, starts, g);
+    if (!held) y = load_tile<R, C>(tile, b.first && g == 0);
+    add_group<Codes, mins, R, C>(group, x_scales, x_scales_stride, minima, starts, g, y);
+    data += Codes::bytes;
+    scales += side;
+    if (mins) minima += side;
+    x += 32;
+    ++x_scales;
+    if (!held) store_tile<R, C>(tile, y);
+  }
+  if (held) store_tile<R, C>(tile, y);
 }
 
-template <Format format, bool mins> void group_block(int rows, const Block& b, Ahead& ahead) {
+// Registers of channels for R rows: what measured best of what fits. Up to 4 rows wait for weights from memory (single:
+// there is no other row block) and walk them in one sequential pass: the hardware prefetchers then bring 25 to 31 GB/s
+// to a core (Zen 4), prefetch instructions 20, and passes over 32 channels without them 12.
+template <class Codes> constexpr int width(int rows, bool single) {
+  return single || rows <= 2 ? 4 : Codes::parts == 1 || rows <= 4 ? 2 : 1;
+}
+
+template <class Codes, bool mins, int R, bool single> void group_rows(const Block& b, Ahead& ahead) {
+  constexpr int C = width<Codes>(R, single);
+  const Starts<Codes, mins, R> starts(b);
+  for (int channel = 0; channel < kPanel; channel += 16 * C) group_columns<Codes, mins, R, C>(b, starts, channel, ahead);
+}
+
+template <class Codes, bool mins, bool single> void group_block(int rows, const Block& b, Ahead& ahead) {
   switch (rows) {
-    case 1: return group_rows<format, mins, 1>(b, ahead);
-    case 2: return group_rows<format, mins, 2>(b, ahead);
-    case 3: return group_rows<format, mins, 3>(b, ahead);
-    case 4: return group_rows<format, mins, 4>(b, ahead);
-    case 5: return group_rows<format, mins, 5>(b, ahead);
-    default: return group_rows<format, mins, 6>(b, ahead);
+    case 1: return group_rows<Codes, mins, 1, true>(b, ahead);
+    case 2: return group_rows<Codes, mins, 2, true>(b, ahead);
+    case 3: return group_rows<Codes, mins, 3, single>(b, ahead);
+    case 4: return group_rows<Codes, mins, 4, single>(b, ahead);
+    case 5: return group_rows<Codes, mins, 5, false>(b, ahead);
+    default: return group_rows<Codes, mins, 6, false>(b, ahead);
   }
 }
 
-template <Format format, bool mins>
-void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile) {
-  constexpr int64_t bytes = group_bytes(format);
-  constexpr int64_t side = (format == Format::w6g ? 2 : 1) * kPanel;  // scales of 32 inputs
+// What comes after `here` groups of a slice, to prefetch: the panel's next slice or the first of the next panel.
+inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here) {
+  const int64_t left = groups - g - here, most = left > 0 ? left : groups;
+  return most < kSlice ? most : kSlice;
+}
+
+template <class Codes, bool mins>
+void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
+  constexpr int64_t side = Codes::parts * kPanel;  // scales of 32 inputs
   const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + 5) / 6;
+  const bool single = rows <= 4, unpack = Codes::parts == 2 && blocks > 2;
   Block b;
   b.stride = x.stride;
   b.x_scales_stride = x_groups;
   for (int64_t g = 0; g < groups; g += kSlice) {
     const int64_t here = groups - g < kSlice ? groups - g : kSlice, at = panel * groups + g;
+    const int64_t fetch = single ? 0 : groups_ahead(groups, g, here);
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + at * Codes::bytes;
     b.groups = static_cast<int>(here);
     b.first = g == 0;
-    b.data = static_cast<const uint8_t*>(w.data) + at * bytes;
+    b.data = unpack ? unpack_sixes(data, here, scratch) : data;
     b.scales = static_cast<const uint16_t*>(w.scales) + at * side;
     b.mins = mins ? w.mins + at * side : nullptr;
-    // The next slice is of another length only at a panel's end.
-    const int64_t next = groups - g - here, fetch = next == 0 || next > kSlice ? (groups < kSlice ? groups : kSlice) : next;
     Ahead(b.scales + here * side, fetch * side * 2, 1).turn();
     if (mins) Ahead(b.mins + here * side, fetch * side * 2, 1).turn();
-    const int64_t turns = here * (rows <= 2 ? 1 : 2 * blocks);
-    Ahead ahead(b.data + here * bytes, fetch * bytes, turns);
+    Ahead ahead(data + here * Codes::bytes, fetch * Codes::bytes,
+                here * blocks * (4 / width<Codes>(static_cast<int>(rows / blocks), single)));
     for (int64_t i = 0; i < blocks; ++i) {
       const RowBlock block = row_block(rows, blocks, i);
       const int64_t row = row0 + block.first;
@@ -252,27 +309,25 @@ void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
       b.x_scales = x.scales + row * x_groups + g;
       b.x_sums = x.sums + 2 * (row * x_groups + g);
       b.tile = tile + block.first * kPanel;
-      group_block<format, mins>(block.rows, b, ahead);
+      if (single) group_block<Codes, mins, true>(block.rows, b, ahead);
+      else if (unpack) group_block<typename Codes::Unpacked, mins, false>(block.rows, b, ahead);
+      else group_block<Codes, mins, false>(block.rows, b, ahead);
     }
   }
 }
 
-template <Format format>
-void group(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
-  if (format != Format::w8g && w.mins) group_tile<format, format != Format::w8g>(w, x, panel, row0, rows, tile);
-  else group_tile<format, false>(w, x, panel, row0, rows, tile);
-}
-
 inline void w8g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  group<Format::w8g>(w, x, panel, row0, rows, tile, scratch);
+  group_tile<Bytes, false>(w, x, panel, row0, rows, tile, scratch);
 }
 
 inline void w4g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  group<Format::w4g>(w, x, panel, row0, rows, tile, scratch);
+  if (w.mins) group_tile<Nibbles, true>(w, x, panel, row0, rows, tile, scratch);
+  else group_tile<Nibbles, false>(w, x, panel, row0, rows, tile, scratch);
 }
 
 inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  group<Format::w6g>(w, x, panel, row0, rows, tile, scratch);
+  if (w.mins) group_tile<Sixes, true>(w, x, panel, row0, rows, tile, scratch);
+  else group_tile<Sixes, false>(w, x, panel, row0, rows, tile, scratch);
 }
 
 // Per-channel weights: R rows x 64 channels over `steps` registers of 4 inputs. The int32 sums wait in the tile's
@@ -312,7 +367,7 @@ inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int6
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
   for (int64_t s = 0; s < steps; s += 8 * kSlice) {
     const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
-    Ahead ahead(data + (s + here) * 256, 8 * kSlice * 256, (here + 7) / 8 * blocks);
+    Ahead ahead(data + (s + here) * 256, blocks == 1 ? 0 : 8 * kSlice * 256, (here + 7) / 8 * blocks);
     for (int64_t i = 0; i < blocks; ++i) {
       const RowBlock block = row_block(rows, blocks, i);
       const int64_t row = row0 + block.first;
