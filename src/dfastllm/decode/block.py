@@ -130,5 +130,5 @@ class BlockDiffusion:
         return commits
 
     def _choose(self, request: Request, model: ModelInfo) -> tuple[Choice, Layout]:
-        choice = choose(request.decode or DecodeParams(), model.block)
+        choice = choose(request.decode or DecodeParams(), request.sampling, model.block)
         return choice, lay_out(request, choice, align=model.block)

@@ -20,7 +20,7 @@ from dfastllm.core import SequenceState, value
 from dfastllm.decode.canvas import CanvasState
 from dfastllm.decode.evidence import Scorer, add_credit, agreement, drift
 from dfastllm.decode.rows import Rows, RowStats, probabilities
-from dfastllm.decode.sampling import Draw, draw, edits, log_normaliser, penalised, spread
+from dfastllm.decode.sampling import Draw, draw, log_normaliser, penalised, spread
 from dfastllm.decode.unmask import RULES, Rule
 
 __all__ = ["Active", "Candidates", "active_rows", "by_logits", "by_stats", "route"]
@@ -86,18 +86,8 @@ class Candidates:
 def route(a: Active) -> tuple[bool, ...]:
     """(whether the rows need logits; if not: whether they need records, entropy and margin). Sequences of one route
     are looked at together."""
-    s = a.seq.sampling
-    early = s.min_tokens and min(a.positions, default=0) < a.seq.canvas_start + s.min_tokens
-    if s.temperature > 0 or early or edits(s) or not a.rule.needs <= {"spread"}:
-        return (True,)
-    return False, s.logprobs is not None, _spreads(a.state)
-
-
-def _spreads(state: CanvasState) -> bool:
-    """Whether the rule looks at entropy or margin."""
-    options = state.choice.options
-    order = options.get("remasking") or options.get("ordering")
-    return "spread" in RULES[state.choice.rule].needs or order in ("entropy", "margin", "topk_margin")
+    choice = a.state.choice
+    return (True,) if choice.logits else (False, a.seq.sampling.logprobs is not None, choice.spreads)
 
 
 def _banned(group: Sequence[Active]) -> tuple[int, ...]:
@@ -107,7 +97,7 @@ def _banned(group: Sequence[Active]) -> tuple[int, ...]:
 
 def by_stats(group: Sequence[Active], rows: Rows) -> Candidates:
     """Greedy rows without edits, of one route."""
-    spreads = _spreads(group[0].state)
+    spreads = group[0].state.choice.spreads
     top = max(a.seq.sampling.logprobs or 0 for a in group)
     stats = rows.stats(ban=_banned(group), norm=True, spread=spreads, top=top)
     planes: dict[str, NDArray[Any]] = {"entropy": stats.entropy, "margin": stats.margin} if spreads else {}
@@ -183,7 +173,7 @@ def _spread_planes(
     group: Sequence[Active], rows: Sequence[slice], used: Tensor, norm: Tensor
 ) -> dict[str, NDArray[Any]]:
     """Entropy and margin, of the rows whose rule looks at them."""
-    wanted = [i for a, r in zip(group, rows, strict=True) if _spreads(a.state) for i in range(r.start, r.stop)]
+    wanted = [i for a, r in zip(group, rows, strict=True) if a.state.choice.spreads for i in range(r.start, r.stop)]
     if not wanted:
         return {}
     at = torch.tensor(wanted, dtype=torch.long, device=used.device)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SequenceState, value
+from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, SequenceState, value
 from dfastllm.decode.ar import check_prompt, enders
-from dfastllm.decode.sampling import check_sampling
+from dfastllm.decode.sampling import check_sampling, edits
 from dfastllm.decode.unmask import RULES, Option, Rule
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
@@ -45,7 +45,12 @@ CACHES: dict[str, dict[str, Option]] = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Decoder options of one request, complete and checked. steps: over the canvas, None: one per token."""
+    """Decoder options of one request, complete and checked, and what follows from them for every step.
+
+    steps    over the canvas, None: one per token.
+    logits   the request's rows are edited, drawn from or compared: their statistics alone do not do.
+    spreads  the rule looks at entropy or margin. noisy: it draws positions.
+    """
 
     rule: str
     cache: str
@@ -54,6 +59,9 @@ class Choice:
     early_stop: bool
     provisional: bool
     options: Mapping[str, Any] = field(default_factory=dict)
+    logits: bool = False
+    spreads: bool = False
+    noisy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +143,7 @@ def _option(name: str, value: Any, option: Option) -> Any:
     return int(value) if whole else float(value)
 
 
-def choose(decode: DecodeParams, default_length: int) -> Choice:
+def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) -> Choice:
     """The complete choice of a request. Raises UnsupportedError for an unknown or unusable name, ValidationError for a
     bad value."""
     rule = _rule_of(decode)
@@ -159,6 +167,8 @@ def choose(decode: DecodeParams, default_length: int) -> Choice:
                 param=name,
                 hint=f"Known: {', '.join(sorted(known))}.",
             )
+    options = {name: _option(name, given.get(name, o.default), o) for name, o in known.items()}
+    order = options.get("remasking") or options.get("ordering")
     return Choice(
         rule=rule.name,
         cache=cache,
@@ -166,7 +176,10 @@ def choose(decode: DecodeParams, default_length: int) -> Choice:
         steps=decode.steps,
         early_stop=decode.early_stop,
         provisional=decode.provisional,
-        options={name: _option(name, given.get(name, o.default), o) for name, o in known.items()},
+        options=options,
+        logits=sampling.temperature > 0 or sampling.min_tokens > 0 or edits(sampling) or not rule.needs <= {"spread"},
+        spreads="spread" in rule.needs or order in ("entropy", "margin", "topk_margin"),
+        noisy=order in ("random", "origin") or options.get("alg_temp", 0) > 0,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from dfastllm.core import Commit, TokenLogprob, value
 from dfastllm.decode.candidates import Active, Candidates, by_logits, by_stats, route
 from dfastllm.decode.canvas import CanvasState, ending, fill_id
 from dfastllm.decode.evidence import Scorer
-from dfastllm.decode.rows import DenseRows, Rows, token_logprob
+from dfastllm.decode.rows import DenseRows, Rows, int64s, token_logprob
 from dfastllm.decode.sampling import row_keys
 from dfastllm.decode.unmask import RULES, Field, Revision, Rule, decide
 
@@ -91,8 +91,7 @@ def _decide(rule: Rule, group: Sequence[Active], found: Candidates, at: Ints | N
     """Decisions of the sequences that share a rule. at: their rows in `found.stats` or `logits`; None: all."""
     counts = [len(a.positions) for a in group]
     width = max([a.stop - a.start for a in group])
-    places = chain.from_iterable([a.positions for a in group])
-    position = np.fromiter(places, dtype=np.int64, count=len(found.token))
+    position = int64s([a.positions for a in group])
     cells = position + np.repeat([i * width - a.start for i, a in enumerate(group)], counts)  # in [sequences, block]
     f = _field(group, found, position, cells, width)
     accept = decide(rule, f)
@@ -154,14 +153,16 @@ def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: In
     def given(name: str, absent: NDArray[Any]) -> Any:
         return plane(found.planes[name], absent.dtype) if name in found.planes else absent
 
+    numbers = [(a.stop - a.start, a.state.block_step, a.state.layout.share(a.state.block)) for a in group]
+    size, step, steps = np.array(numbers, dtype=np.int64).T
     free: Any = True
     if any(a.masked is not None for a in group):
         free = np.asarray([m for a in group for m in a.masked or (True,) * len(a.positions)], dtype=np.bool_)
-    keys: Any = None
-    if any(_noisy(a.state) for a in group):
-        counts = [len(a.positions) for a in group]
-        seeds, steps = ([x for x, n in zip(one, counts, strict=True) for _ in range(n)] for one in _keyed(group))
-        keys = plane(row_keys(seeds, steps, position.tolist(), salt=1), np.uint64)
+    keys = None
+    if any(a.state.choice.noisy for a in group):
+        seeds = [a.seq.seed for a in group for _ in a.positions]
+        rounds = [a.state.step for a in group for _ in a.positions]
+        keys = plane(row_keys(seeds, rounds, position.tolist(), salt=1), np.uint64)
     return Field(
         masked=plane(free, np.bool_),
         held=no if free is True else plane(~free, np.bool_),
@@ -172,22 +173,12 @@ def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: In
         differs=given("differs", no),
         ready=given("ready", no),
         keys=np.zeros(shape, dtype=np.uint64) if keys is None else keys,
-        size=np.array([a.stop - a.start for a in group], dtype=np.int64),
-        step=np.array([a.state.block_step for a in group], dtype=np.int64),
-        steps=np.array([a.state.layout.share(a.state.block) for a in group], dtype=np.int64),
+        size=size,
+        step=step,
+        steps=steps,
         options=[a.state.choice.options for a in group],
         memory=found.memory,
     )
-
-
-def _noisy(state: CanvasState) -> bool:
-    """Whether the rule draws positions."""
-    options = state.choice.options
-    return options.get("remasking") == "random" or options.get("ordering") == "origin" or options.get("alg_temp", 0) > 0
-
-
-def _keyed(group: Sequence[Active]) -> tuple[list[int], list[int]]:
-    return [a.seq.seed for a in group], [a.state.step for a in group]
 
 
 def _records(a: Active, fixed: Mapping[int, int], found: Candidates, rows: Sequence[int]) -> dict[int, TokenLogprob]:

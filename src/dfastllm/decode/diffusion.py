@@ -112,7 +112,7 @@ class MaskedDiffusion:
         default = DEFAULT_BLOCK
         if decode.rule in RULES and RULES[decode.rule].paced:
             default = request.sampling.max_tokens  # Dream's schedule runs over the whole canvas
-        choice = choose(decode, default)
+        choice = choose(decode, request.sampling, default)
         return choice, lay_out(request, choice)
 
 

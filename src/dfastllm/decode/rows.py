@@ -10,8 +10,9 @@ a row has the same bits whichever rows and whichever other numbers are asked for
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from dfastllm.core import TokenLogprob
 from dfastllm.decode.sampling import best_tokens, log_normaliser, on_capable_device, spread
 
-__all__ = ["DenseRows", "RowStats", "Rows", "probabilities", "token_logprob"]
+__all__ = ["DenseRows", "RowStats", "Rows", "int64s", "probabilities", "token_logprob"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -190,3 +191,14 @@ def token_logprob(stats: RowStats, row: int, token: int, logit: float, top: int)
         pairs = zip(stats.ids[row, :top].tolist(), (stats.logits[row, :top] - norm).tolist(), strict=True)
         best = tuple((i, v) for i, v in pairs if v != float("-inf"))
     return TokenLogprob(token, float(np.float32(logit) - norm), best)
+
+
+def int64s(parts: Iterable[Sequence[int]], pad: int = 0) -> Ints:
+    """int64 [sum of the lengths + pad]: the parts end to end, then zeros. By `struct`, which reads Python ints four
+    times as fast as numpy does."""
+    flat: list[int] = []
+    for part in parts:
+        flat += part
+    out = np.zeros(len(flat) + pad, dtype=np.int64)
+    struct.pack_into(f"{len(flat)}q", out.data, 0, *flat)
+    return out

@@ -129,9 +129,14 @@ def decide(rule: Rule, f: Field) -> Bools:
     verdict = rule.decide(f)
     rank = _rank(verdict.score, f.masked)
     floor = np.ones_like(f.size) if rule.paced else _due(f)
-    cap = np.asarray([o["max_parallel_tokens"] or f.masked.shape[1] for o in f.options], dtype=np.int64)
-    accept = verdict.accept | (rank < floor[:, None]) | _all_sure(f)
-    return accept & f.masked & (rank < cap[:, None])
+    accept = verdict.accept | (rank < floor[:, None])
+    enough = [o["early_stop_confidence"] for o in f.options]
+    if any(enough):
+        accept |= _all_sure(f, np.asarray(enough)[:, None])
+    most = [o["max_parallel_tokens"] for o in f.options]
+    if any(most):
+        accept &= rank < np.asarray([m or f.masked.shape[1] for m in most], dtype=np.int64)[:, None]
+    return accept & f.masked
 
 
 def _due(f: Field) -> Ints:
@@ -141,9 +146,9 @@ def _due(f: Field) -> Ints:
     return out
 
 
-def _all_sure(f: Field) -> Bools:
-    """bool [S, 1]: every masked position reaches `early_stop_confidence`, so the block need not be refined further."""
-    enough = f.option("early_stop_confidence")
+def _all_sure(f: Field, enough: Floats) -> Bools:
+    """bool [S, 1]: every masked position reaches `early_stop_confidence` (`enough`, 0: never), so the block need not be
+    refined further."""
     least = np.where(f.masked, f.confidence, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     out: Bools = (enough > 0) & (least >= enough)
     return out
@@ -158,7 +163,7 @@ def _rank(score: Floats, masked: Bools) -> Ints:
     """int [S, M]: 0 for the best masked position."""
     order = _order(score, masked)
     rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
+    rank[np.arange(len(order))[:, None], order] = np.arange(order.shape[1])
     return rank
 
 
@@ -187,6 +192,8 @@ def _schedule(f: Field) -> Verdict:
     score = f.confidence.copy()
     for i, options in enumerate(f.options):
         match options["remasking"]:
+            case "low_confidence":
+                continue
             case "random":
                 score[i] = uniform(f.keys[i])
             case "entropy":

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dfastllm.core import Span
+from dfastllm.decode.rows import int64s
 from dfastllm.engine.kv import PageTable
 
 __all__ = ["Packed", "PackedRows", "SpanKeys", "pack", "pack_rows", "visibility"]
@@ -72,7 +72,7 @@ def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
     owner = np.repeat(np.arange(len(items)), counts)
     within = np.arange(total) - row0[owner]
     padded = max(total, min_rows)
-    ids, positions, limits = np.zeros((3, padded), dtype=np.int64)
+    positions, limits = np.zeros((2, padded), dtype=np.int64)
     positions[:total] = start[owner] + within
     shadowed = [i for i, (span, _, _) in enumerate(items) if span.shadows]
     tokens = [span.ids for span, _, _ in items]
@@ -81,16 +81,16 @@ def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
         places, extra = zip(*span.shadows, strict=True)
         tokens[i] = span.ids + extra
         positions[row1[i] - len(places) : row1[i]] = places
-    ids[:total] = np.fromiter(chain.from_iterable(tokens), dtype=np.int64, count=total)
+    ids = int64s(tokens, padded - total)
 
     held = -(-cached // size)
     page0 = np.cumsum(held) - held
-    lists = [table.pages[:n] for (_, table, _), n in zip(items, held.tolist(), strict=True)]
-    pages = np.fromiter(chain.from_iterable(lists), dtype=np.int64)
+    pages = int64s([table.pages[:n] for (_, table, _), n in zip(items, held.tolist(), strict=True)])
     slots = np.full(padded, -1, dtype=np.int64)
     written = np.flatnonzero(within < own0[owner])
     at = positions[written]
-    slots[written] = pages[page0[owner[written]] + at // size] * size + at % size
+    page = at // size
+    slots[written] = (pages[page0[owner[written]] + page] - page) * size + at
 
     keys, reach = cached + counts - own0, block[owner]
     limits[:total] = np.minimum((positions[:total] // reach + 1) * reach - offset[owner], keys[owner])
@@ -98,7 +98,7 @@ def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
 
     asked = [len(span.want) for span, _, _ in items]
     wanted = sum(asked)
-    want = np.fromiter(chain.from_iterable([span.want for span, _, _ in items]), dtype=np.int64, count=wanted)
+    want = int64s([span.want for span, _, _ in items])
     want += np.repeat(row0, asked)
     if 0 < wanted < min_rows:
         want = np.concatenate([want, np.full(min_rows - wanted, want[0])])

@@ -62,13 +62,15 @@ class Scheduler:
         """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""
         # Chunks are cut the same whatever else runs: how a prompt is cut must not depend on the neighbours.
         span = live.policy.plan(live.state, min(self.config.prefill_chunk, self.config.max_batch_rows))
-        if span.rows > rows and chosen:
+        size = span.rows
+        if size > rows and chosen:
             return 0  # first in line next step, since it ran longest ago
-        if not self._make_room(live, span.stored, chosen):
-            return 0
-        live.table.grow(span.stored)
+        if span.stored > live.table.capacity:
+            if not self._make_room(live, span.stored, chosen):
+                return 0
+            live.table.grow(span.stored)
         chosen.append((live, span))
-        return span.rows
+        return size
 
     def _make_room(self, live: Live, positions: int, chosen: list[tuple[Live, Span]]) -> bool:
         """Free pages for `live` by preempting running sequences of lower rank that are not in the batch yet."""

@@ -31,6 +31,7 @@ class Live:
     """A request between `add` and its Finish. `held` is true while it has a place among the running sequences.
 
     shown      absolute position up to which tokens have been emitted.
+    masked     positions of the canvas that are masked.
     ended      the end token or stop string already emitted up to; later tokens are not output.
     enqueued   engine step at which it began to wait (for ageing); ran: engine step that last ran it.
     rank       the priority it was admitted with, ageing included; protects it from preemption by what it overtook.
@@ -48,6 +49,7 @@ class Live:
     ran: int = -1
     shown: int = 0
     completion: int = 0
+    masked: int = 0
     ended: int | str | None = None
     first_scheduled: float | None = None
     first_token: float | None = None
@@ -55,6 +57,7 @@ class Live:
 
     def __post_init__(self) -> None:
         self.shown = self.state.canvas_start
+        self.masked = 0 if self.state.model.mask_id is None else self.state.tokens.count(self.state.model.mask_id)
 
     @property
     def request(self) -> Request:
@@ -63,16 +66,11 @@ class Live:
     def apply(self, span: Span, commit: Commit) -> CanvasUpdate | None:
         """Write a commit into the state. Returns what a live display would show (canvas models only)."""
         state = self.state
-        length = len(state.tokens)
-        before = {p: state.tokens[p] for p in commit.fixed if p < length}
-        for position in sorted(commit.fixed):
-            if position == len(state.tokens):
-                state.tokens.append(commit.fixed[position])
-            else:
-                state.tokens[position] = commit.fixed[position]
-        for position in commit.masked:
-            assert state.model.mask_id is not None, "only a canvas can be re-masked"
-            state.tokens[position] = state.model.mask_id
+        canvas = None
+        if state.model.kind == "ar":
+            state.tokens += [commit.fixed[position] for position in sorted(commit.fixed)]
+        else:
+            canvas = self._write(commit)
         if span.store == "keep":
             state.kv_len = span.stop
         if commit.kv_len is not None:
@@ -82,30 +80,39 @@ class Live:
         state.policy = commit.state
         assert commit.stable >= state.stable, "stable went backwards"
         state.stable = commit.stable
-        self.logprobs.update(commit.logprobs)
-        return self._canvas(before, commit) if state.model.kind != "ar" else None
+        if commit.logprobs:
+            self.logprobs.update(commit.logprobs)
+        return canvas
 
-    def _canvas(self, before: Mapping[int, int], commit: Commit) -> CanvasUpdate:
-        """before: what stood at the positions that `commit` fixes."""
-        start, mask = self.state.canvas_start, self.state.model.mask_id
+    def _write(self, commit: Commit) -> CanvasUpdate:
+        """Write a commit into the canvas; what changed."""
+        tokens, start, mask = self.state.tokens, self.state.canvas_start, self.state.model.mask_id
         new: dict[int, int] = {}
         revise: dict[int, int | None] = {}
-        for position, token in commit.fixed.items():
-            was = before.get(position, mask)
+        for position in sorted(commit.fixed):
+            token = commit.fixed[position]
+            if position == len(tokens):
+                tokens.append(token)
+                new[position - start] = token
+                continue
+            was, tokens[position] = tokens[position], token
             if was == mask:
                 new[position - start] = token
+                self.masked -= 1
             elif was != token:
                 revise[position - start] = token
         for position in commit.masked:
+            assert mask is not None, "only a canvas can be re-masked"
+            self.masked += tokens[position] != mask
+            tokens[position] = mask
             revise[position - start] = None
-        stop = self.state.canvas_stop
         return CanvasUpdate(
             commit=new,
-            provisional={p - start: t for p, t in commit.provisional.items()},
+            provisional={p - start: t for p, t in commit.provisional.items()} if commit.provisional else {},
             revise=revise,
             block_done=commit.block_done,
-            length=stop - start,
-            masked=self.state.tokens.count(mask) if mask is not None else 0,
+            length=self.state.canvas_stop - start,
+            masked=self.masked,
         )
 
     def emit(self, now: float, canvas: CanvasUpdate | None, finish: FinishReason | None) -> StepEvent | None:
