@@ -4,10 +4,10 @@ One function per type: blocks uint8 [m, bytes] -> codes [m, elements], scales [m
 scales and minima as float32 products. Which format (w4g, w6g, w8g) they are for is in `DECODERS`. Layouts are those of
 ggml-common.h.
 
-Codes are exact. Scales that are one float16 number in the block (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, TQ1_0, TQ2_0,
-NVFP4) stay exact, those of MXFP4 (powers of two) from 2^-24 up. In super-block types (Q2_K to Q6_K, IQ4_XS) a scale is
-a float16 times an integer of 4 to 8 bits; the packed formats hold that product in float16, which moves it by at most
-2^-11 of itself (2^-25 where it is below 2^-14), so a weight code * scale - min by at most
+Codes are exact. Scales that are one small float in the block (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, TQ1_0, TQ2_0, Q1_0,
+Q2_0, NVFP4) stay exact, those of MXFP4 (powers of two) from 2^-24 up. In super-block types (Q2_K to Q6_K, IQ4_XS) a
+scale is a float16 times an integer of 4 to 8 bits; the packed formats hold that product in float16, which moves it by
+at most 2^-11 of itself (2^-25 where it is below 2^-14), so a weight code * scale - min by at most
 2^-11 * (|code * scale| + |min|).
 """
 
@@ -54,7 +54,8 @@ def _fields(data: Array, width: int, run: int) -> Array:
     """Bit fields of `width` bits: [m, run * j] -> [m, j, 8 / width, run], lowest field first."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     fields: Array = data.reshape(len(data), -1, 1, run) >> shifts
-    return fields & np.uint8((1 << width) - 1)
+    fields &= np.uint8((1 << width) - 1)
+    return fields
 
 
 def _q8_0(b: Array) -> Parts:
@@ -139,6 +140,17 @@ def _tq2_0(b: Array) -> Parts:
     return _fields(b[:, :64], 2, 32).reshape(-1, SUPER) + np.uint8(7), _half(b, 64), None
 
 
+def _q1_0(b: Array) -> Parts:
+    bits = np.unpackbits(b[:, 2:], axis=-1, bitorder="little")
+    return (bits << 1) + np.uint8(7), _half(b, 0), None  # bit 1: d, bit 0: -d
+
+
+def _q2_0(b: Array) -> Parts:
+    """Four elements a byte, lowest first: -1, 0, 1 or 2."""
+    fields = (b[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    return fields.reshape(len(b), -1) + np.uint8(7), _half(b, 0), None
+
+
 def _iq4_nl(b: Array) -> Parts:
     return NON_LINEAR[_nibbles(b[:, 2:])], _half(b, 0), None
 
@@ -174,6 +186,8 @@ DECODERS = {
     "Q4_1": Decoder("w4g", 32, True, _q4_1),
     "Q5_0": Decoder("w6g", 32, True, _q5_0),
     "Q5_1": Decoder("w6g", 32, True, _q5_1),
+    "Q1_0": Decoder("w4g", 128, True, _q1_0),
+    "Q2_0": Decoder("w4g", 64, True, _q2_0),
     "Q2_K": Decoder("w6g", 16, False, _q2_k),
     "Q3_K": Decoder("w6g", 16, False, _q3_k),
     "Q4_K": Decoder("w4g", 32, False, _q4_k),

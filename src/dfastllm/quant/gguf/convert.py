@@ -8,6 +8,7 @@ again to w8g, with a note. Scales that are not finite, and weights that are not,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -47,6 +48,9 @@ def to_float(file: GgufFile, tensor: GgufTensor) -> Tensor:
     CheckpointError for values that are not finite."""
     if tensor.type.name in FLOATS:
         return _floats(file, tensor)[0].float()
+    if tensor.type.name in DECODERS:
+        matrix = replace(tensor, shape=(tensor.rows, tensor.shape[-1]))
+        return _regroup(file, matrix)[0].dequantise().view(tensor.shape)
     out = torch.empty(tensor.rows, tensor.shape[-1])
     for start, stop in _chunks(tensor):
         out[start:stop] = torch.from_numpy(_decoded(file, tensor, start, stop))

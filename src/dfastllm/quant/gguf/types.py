@@ -51,6 +51,8 @@ _TYPES = (
     GgmlType("TQ2_0", 35, 256, 66),
     GgmlType("MXFP4", 39, 32, 17),
     GgmlType("NVFP4", 40, 64, 36),
+    GgmlType("Q1_0", 41, 128, 18),
+    GgmlType("Q2_0", 42, 64, 18),
 )
 
 BY_NUMBER = {entry.number: entry for entry in _TYPES}

@@ -50,12 +50,14 @@ def type_for(shape: tuple[int, ...], wanted: str) -> str:
 
 
 def encode(values: Tensor, kind: GgmlType) -> np.ndarray:
-    """Float values [n, k] -> the bytes of their blocks, uint8 [n, bytes of a row]. X ValidationError for NaN or infinite values, and beyond float16 where that is the type."""
+    """Float values [n, k] -> the bytes of their blocks, uint8 [n, bytes of a row]. Bit for bit what ggml's reference
+    quantisation gives (blocks below 2^-40, zero either way, have zero codes). Raises ValidationError for values that
+    are NaN, infinite or, but for F32 and BF16, beyond float16."""
     if not torch.isfinite(values).all():
         raise ValidationError("weights are NaN or infinite.", param="weights")
     wide = values.float().contiguous().numpy()
     largest = float(np.abs(wide).max(initial=0))
-    # The scale of a block is about its largest value over the number of steps; only F16 and Q4_x could overflow.
+    # Scales and minima of blocks are float16; a minimum is as large as the largest weight can be.
     if kind.name not in ("F32", "BF16") and largest > 65504.0:
         raise ValidationError(f"weights reach {largest:g}, which {kind.name} cannot hold.", param="weights")
     if kind.block > 1:

@@ -1,0 +1,170 @@
+"""Metadata of a GGUF file -> Tokenizer: byte-level BPE ("gpt2") and SentencePiece ("llama"), chat templates, ids.
+
+The same ids as llama.cpp gives, by the `tokenizers` library. A file that carries the whole tokenizer.json
+(tokenizer.huggingface.json, as in the GGUF specification) is read from that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from dfastllm.errors import TokenizerError
+from dfastllm.quant.gguf import SpecialIds, special_ids, tokens_of
+from dfastllm.quant.gguf.ids import CONTROL, UNKNOWN, USER_DEFINED
+from dfastllm.text.chat import ChatTemplates
+from dfastllm.text.gguf.splits import SPLITS
+from dfastllm.text.tokenizer import Tokenizer
+
+__all__ = ["read_tokenizer"]
+
+LONGEST = 512  # characters; longer tokens (a hostile file) are never the result of a merge
+SPACE = "\u2581"  # SentencePiece's mark of a space
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "pad", "mask_token": "mask"}
+
+
+def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a GGUF file's metadata. Raises TokenizerError for a kind of tokenizer or a `pre` that is not
+    supported (listing those that are), and for lists that are absent, damaged or disagree."""
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens, kinds = tokens_of(metadata)
+    if len(set(tokens)) != len(tokens):
+        twice = Counter(tokens).most_common(1)[0][0]
+        raise TokenizerError(f"tokenizer.ggml.tokens has {twice!r:.80} more than once.", hint="The file is damaged.")
+    ids = special_ids(metadata, len(tokens))
+    whole = metadata.get("tokenizer.huggingface.json")
+    try:
+        if isinstance(whole, str):
+            backend = tokenizers.Tokenizer.from_str(whole)
+        elif kind == "gpt2":
+            backend = _byte_level(metadata, tokens, ids)
+        elif kind == "llama":
+            backend = _sentencepiece(metadata, tokens, kinds, ids)
+        else:
+            raise TokenizerError(
+                f"tokenizer.ggml.model is {kind!r:.40}; supported: gpt2 (byte-level BPE), llama (SentencePiece).",
+                param="tokenizer.ggml.model",
+            )
+        if not isinstance(whole, str):
+            _add(backend, tokens, kinds)
+    except TokenizerError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(f"The tokenizer in this GGUF file is unusable: {error}.") from error
+    special = {role: tokens[found] for role, name in _ROLES.items() if (found := getattr(ids, name)) is not None}
+    return Tokenizer(backend, special_tokens=special, eos_ids=ids.ends, templates=ChatTemplates(_templates(metadata)))
+
+
+def _add(backend: tokenizers.Tokenizer, tokens: list[str], kinds: list[int]) -> None:
+    """Control, unknown and user-defined tokens are found in the text before anything else, as written."""
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
+    )
+    backend.add_tokens(
+        [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    )
+
+
+def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"tokenizer.ggml.{name} is {value!r:.40}, wanted true or false.")
+    return value
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], ids: SpecialIds) -> tokenizers.Tokenizer:
+    pre = metadata.get("tokenizer.ggml.pre", "default")  # llama.cpp's choice for old files, with a warning
+    if pre not in SPLITS:
+        raise TokenizerError(
+            f"tokenizer.ggml.pre is {pre!r:.40}, which is not known; known: {', '.join(sorted(SPLITS))}.",
+            hint="Use the safetensors checkpoint, whose tokenizer.json says how text is cut.",
+            param="tokenizer.ggml.pre",
+        )
+    split = SPLITS[pre]
+    raw = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(raw, list) or not all(isinstance(merge, str) for merge in raw):
+        raise TokenizerError("tokenizer.ggml.merges of this GGUF file is no list of merges.")
+    merges = []
+    for merge in raw:
+        cut = merge.find(" ", 1)
+        if cut < 0:
+            raise TokenizerError(f"tokenizer.ggml.merges has {merge!r:.40}, wanted two tokens with a space between.")
+        merges.append((merge[:cut], merge[cut + 1 :]))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.whole))
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, level])
+    backend.decoder = decoders.ByteLevel()
+    _surround(backend, metadata, ids, bos=split.bos)
+    return backend
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: list[str], kinds: list[int], ids: SpecialIds
+) -> tokenizers.Tokenizer:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, np.ndarray) or scores.dtype.kind not in "fi" or len(scores) < len(tokens):
+        raise TokenizerError(f"tokenizer.ggml.scores of this GGUF file is no list of {len(tokens)} numbers.")
+    if not np.isfinite(scores).all():
+        raise TokenizerError("tokenizer.ggml.scores of this GGUF file has numbers that are NaN or infinite.")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    unknown = next((t for t, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
+    if unknown is None and ids.unknown is not None:
+        unknown = tokens[ids.unknown]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges(tokens, scores, vocabulary),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = _flag(metadata, "add_space_prefix", True)
+    marks = normalizers.Replace(" ", SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), marks]) if prefix else marks
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    _surround(backend, metadata, ids, bos=True)
+    return backend
+
+
+def _merges(tokens: list[str], scores: np.ndarray, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """SentencePiece's BPE joins the neighbours whose joint token has the best score; as a list of merges, that is every
+    way to cut a token into two others, in order of the token's score (equal scores: in order of id; llama.cpp takes the
+    leftmost in the text then, which no list of merges can say)."""
+    merges = []
+    for token in sorted(range(len(tokens)), key=lambda i: (-float(scores[i]), i)):
+        text = tokens[token]
+        merges += [
+            (text[:cut], text[cut:])
+            for cut in range(1, len(text) if len(text) <= LONGEST else 0)
+            if text[:cut] in vocabulary and text[cut:] in vocabulary
+        ]
+    return merges
+
+
+def _surround(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], ids: SpecialIds, bos: bool) -> None:
+    """What `encode(add_special=True)` puts around a text."""
+    before = ids.bos if _flag(metadata, "add_bos_token", bos) else None
+    after = ids.eos if _flag(metadata, "add_eos_token", False) else None
+    named = [(name, i) for name, i in (("bos", before), ("eos", after)) if i is not None]
+    if named:
+        text = ["bos"] * (before is not None) + ["$A"] + ["eos"] * (after is not None)
+        backend.post_processor = processors.TemplateProcessing(single=" ".join(text), special_tokens=named)
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    found = {"default": metadata.get("tokenizer.chat_template")}
+    prefix = "tokenizer.chat_template."
+    found |= {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    for name, value in found.items():
+        if value is not None and not isinstance(value, str):
+            raise TokenizerError(f"The chat template {name!r:.40} of this GGUF file is no text.")
+    return {name: value for name, value in found.items() if isinstance(value, str)}
