@@ -1,4 +1,5 @@
-"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders, formats."""
+"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders, formats,
+and cpu (a group of its own)."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dfastllm.bench.cpu.commands import app as cpu
 from dfastllm.bench.measure import write_record
 
 app = typer.Typer(add_completion=False, help=__doc__)
+app.add_typer(cpu, name="cpu")
 console = Console(stderr=True)
 Out = Annotated[Path, typer.Option(help="Directory of the records.")]
 

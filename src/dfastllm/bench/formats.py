@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dfastllm.convert.quantise import Calibration, Options, quantised
-from dfastllm.convert.report import mean_loss
+from dfastllm.convert.report import divergence, log_probabilities, mean_loss
 from dfastllm.convert.samples import task_examples
 from dfastllm.convert.simulate import ACTIVATIONS, Activations, simulate
 from dfastllm.convert.source import Source
@@ -31,7 +31,8 @@ __all__ = ["CASES", "Case", "Outcome", "as_record", "as_row", "compare_format"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """format "float": the weights as they are. activations None: as the kernels of the format round them."""
+    """format "float": the weights as they are. activations None: as the kernels of the format round them. answers:
+    accuracy is measured too, which takes most of the time."""
 
     format: str
     calibration: Calibration = "none"
@@ -39,11 +40,13 @@ class Case:
     head: str = ""
     search: bool = True
     act_order: bool = True
+    answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One line. loss: see `report.mean_loss`; total: share of right answers, None where it was not asked for."""
+    """One line. loss, divergence and agreement: see `convert.report`; total: share of right answers, None where it was
+    not asked for."""
 
     model: str
     case: Case
@@ -51,35 +54,41 @@ class Outcome:
     head: str
     bits_per_weight: float
     loss: float
+    divergence: float
+    agreement: float
     accuracy: dict[str, float] | None
     total: float | None
     seconds: float
 
 
 CASES = (
-    Case("float"),
+    Case("float", answers=True),
     Case("float", activations="row"),
     Case("float", activations="group"),
-    Case("w8"),
+    Case("w8", answers=True),
     Case("w8", activations="none"),
     Case("w8", activations="group"),
     Case("w8", "aware"),
-    Case("w8g"),
+    Case("w8g", answers=True),
+    Case("w8g", activations="none"),
     Case("w8g", activations="row"),
     Case("w6"),
+    Case("w6", activations="none"),
     Case("w4m", search=False),
-    Case("w4m"),
+    Case("w4m", answers=True),
     Case("w4m", "aware"),
     Case("w4m", "gptq", act_order=False),
     Case("w4m", "gptq"),
     Case("w4", search=False),
-    Case("w4"),
+    Case("w4", answers=True),
+    Case("w4", activations="none"),
     Case("w4", activations="row"),
+    Case("w4", head="float"),
     Case("w4", head="w4"),
     Case("w4", "aware"),
-    Case("w4", "aware", head="w4"),
-    Case("w4", "gptq", act_order=False),
+    Case("w4", "gptq", act_order=False, answers=True),
     Case("w4", "gptq"),
+    Case("w4", "gptq", act_order=False, head="w4"),
 )
 
 
@@ -89,7 +98,9 @@ def compare_format(model: str | Path, case: Case, *, per_task: int = 100, losses
     begun = time.monotonic()
     source = Source(model)
     tokenizer = Tokenizer.load(source.directory)
+    examples = task_examples(tokenizer, "test", losses, seed)
     decoder = load(source.directory, dtype=torch.float32)
+    reference = log_probabilities(decoder, examples)
     if case.format == "float":
         head, nbytes = "float", source.nbytes
         how = case.activations or "none"
@@ -106,9 +117,9 @@ def compare_format(model: str | Path, case: Case, *, per_task: int = 100, losses
             if isinstance(weight, QTensor):
                 weights.append((name, weight))
     rounded = simulate(decoder, weights, activations=case.activations)
-    value = mean_loss(rounded, task_examples(tokenizer, "test", losses, seed))
+    distance, agreement = divergence(reference, log_probabilities(rounded, examples))
     result = None
-    if per_task:
+    if per_task and case.answers:
         with LLM(engine=Engine(rounded, tokenizer)) as llm:
             result = evaluate(llm, per_task=per_task, seed=seed)
     return Outcome(
@@ -117,7 +128,9 @@ def compare_format(model: str | Path, case: Case, *, per_task: int = 100, losses
         activations=how,
         head=head,
         bits_per_weight=8 * nbytes / source.parameters,
-        loss=value,
+        loss=mean_loss(rounded, examples),
+        divergence=distance,
+        agreement=agreement,
         accuracy=None if result is None else result.accuracy,
         total=None if result is None else result.total,
         seconds=round(time.monotonic() - begun, 1),
@@ -137,6 +150,8 @@ def as_row(found: Outcome) -> dict[str, Any]:
         "activations": found.activations,
         "bits per weight": found.bits_per_weight,
         "loss": found.loss,
+        "KL": found.divergence,
+        "same best": found.agreement,
         "right": "" if found.total is None else found.total,
     }
 

@@ -45,15 +45,15 @@ def quantize(
     settings = Settings.load({"threads": threads})
 
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    columns = (TextColumn("quantising"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("quantising"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[name]}"), console=console(stderr=True)) as bar:
         task = bar.add_task("", total=None, name="")
 
-        def progress(done: int, total: int, name: str) -> None:
+        def progress(done: int, total: int, name: str = "") -> None:
             bar.update(task, completed=done, total=total, name=name)
 
         if format.startswith("gguf-"):
@@ -63,7 +63,7 @@ def quantize(
                 )
             from dfastllm.convert import quantise_gguf
 
-            typer.echo(quantise_gguf(source, out, format, force=force, progress=lambda *at: progress(*at, "")))
+            typer.echo(quantise_gguf(source, out, format, force=force, progress=progress))
             return
         from dfastllm.convert import Options, measure, quantise_model
 
@@ -103,6 +103,8 @@ def _print(report: Report) -> None:
     changes = Table("held-out task mix", "before", "after", title=f"{quality.samples} samples of every task")
     changes.add_row("loss, nats a token", f"{quality.loss_before:.5f}", f"{quality.loss_after:.5f}")
     changes.add_row("perplexity", f"{quality.perplexity_before:.5f}", f"{quality.perplexity_after:.5f}")
+    changes.add_row("KL from before, nats a token", "", f"{quality.divergence:.6f}")
+    changes.add_row("same best token", "", f"{quality.agreement:.2%}")
     rows: list[Any] = [
         (task, quality.accuracy_before[task], quality.accuracy_after[task]) for task in quality.accuracy_before
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from dfastllm.convert.source import Source
 from dfastllm.errors import ValidationError
 from dfastllm.models.gguf.export import write_gguf
+from dfastllm.text.gguf.export import tokenizer_metadata
 
 __all__ = ["GGUF_FORMATS", "quantise_gguf"]
 
@@ -22,10 +23,11 @@ def quantise_gguf(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write `out`, a .gguf file, with the tokenizer inside; returns its path. progress: bytes done, bytes in all.
+    """Write `out`, a .gguf file, with the source's tokenizer inside if it has one; returns its path. progress: bytes
+    done, bytes in all.
 
     Raises ValidationError for another format, an `out` that is a directory, or one that exists when `force` is not
-    given; and as the source and `models.gguf.export.write_gguf` do.
+    given; and as the source, `models.gguf.export.write_gguf` and the tokenizer's export do.
     """
     if format not in GGUF_FORMATS:
         raise ValidationError(f"format must be {', '.join(GGUF_FORMATS)}, got {format!r}.", param="format")
@@ -35,5 +37,15 @@ def quantise_gguf(
     if path.exists() and not force:
         raise ValidationError(f"{path} exists.", param="out", hint="Give --force to write over it, or another name.")
     source = Source(model)
+    tokenizer = None
+    if (source.directory / "tokenizer.json").is_file():
+        tokenizer = tokenizer_metadata(source.directory, source.config.vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_gguf(source.directory, path, GGUF_FORMATS[format], name=source.info.name, progress=progress)
+    return write_gguf(
+        source.directory,
+        path,
+        GGUF_FORMATS[format],
+        tokenizer=tokenizer,
+        name=source.info.name,
+        progress=progress,
+    )

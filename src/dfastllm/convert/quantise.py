@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from dfastllm.convert.layers import walk
-from dfastllm.convert.report import Quality, Report, WeightReport, mean_loss, weight_report
+from dfastllm.convert.report import (
+    Quality,
+    Report,
+    WeightReport,
+    divergence,
+    log_probabilities,
+    mean_loss,
+    weight_report,
+)
 from dfastllm.convert.samples import file_examples, rows_of, task_examples
 from dfastllm.convert.simulate import simulate
 from dfastllm.convert.source import Source
@@ -220,14 +228,18 @@ def measure(model: str | Path, out: str | Path, report: Report, *, per_task: int
     source.require_tokenizer("measuring quality")
     examples = task_examples(Tokenizer.load(source.directory), "test", 6 * per_task, seed)
     float_model = load(source.directory, dtype=torch.float32)
-    before = mean_loss(float_model, examples)
+    before, reference = mean_loss(float_model, examples), log_probabilities(float_model, examples)
     family, _, _ = read_model(Path(out))
     weights: Sequence[tuple[str, QTensor | Tensor]] = list(read_weights(Path(out), family, float_model))
-    after = mean_loss(simulate(float_model, weights), examples)
-    del float_model, weights
+    rounded = simulate(float_model, weights)
+    after, found = mean_loss(rounded, examples), log_probabilities(rounded, examples)
+    distance, agreement = divergence(reference, found)
+    del float_model, rounded, weights, reference, found
     accuracy = [evaluate(path, per_task=per_task, seed=seed) for path in (source.directory, Path(out))]
     quality = Quality(
         samples=per_task,
+        divergence=distance,
+        agreement=agreement,
         loss_before=before,
         loss_after=after,
         accuracy_before=accuracy[0].accuracy,
@@ -235,6 +247,6 @@ def measure(model: str | Path, out: str | Path, report: Report, *, per_task: int
         total_before=accuracy[0].total,
         total_after=accuracy[1].total,
     )
-    found = replace(report, quality=quality)
-    found.write(Path(out))
-    return found
+    measured = replace(report, quality=quality)
+    measured.write(Path(out))
+    return measured

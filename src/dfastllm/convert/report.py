@@ -15,9 +15,17 @@ from dfastllm.convert.samples import rows_of
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.decoder import Decoder
 from dfastllm.train.data import Example
-from dfastllm.train.objectives import loss
+from dfastllm.train.objectives import loss, short_attention
 
-__all__ = ["Quality", "Report", "WeightReport", "mean_loss", "weight_report"]
+__all__ = [
+    "Quality",
+    "Report",
+    "WeightReport",
+    "divergence",
+    "log_probabilities",
+    "mean_loss",
+    "weight_report",
+]
 
 REPORT_FILE = "quantization_report.json"
 
@@ -37,10 +45,13 @@ class WeightReport:
 @dataclass(frozen=True, slots=True)
 class Quality:
     """Before and after. loss: mean nats per answer token, held-out (autoregressive: exp of it is the perplexity;
-    canvas models: the likelihood bound per canvas token). accuracy: share of right answers per task, through the
-    engine."""
+    canvas models: the likelihood bound per canvas token). divergence: mean KL of the quantised model's distribution
+    from the float model's, nats a token; agreement: share of rows where both like the same token best. accuracy: share
+    of right answers per task, through the engine."""
 
     samples: int
+    divergence: float
+    agreement: float
     loss_before: float
     loss_after: float
     accuracy_before: dict[str, float]
@@ -118,3 +129,30 @@ def mean_loss(model: Decoder, examples: Sequence[Example], *, seed: int = 0) -> 
     losses = [float(loss(model, rows)) for rows in batches]
     found = sum(value * size for value, size in zip(losses, sizes, strict=True)) / sum(sizes)
     return found if math.isfinite(found) else math.inf
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Decoder, examples: Sequence[Example], *, seed: int = 0, most_bytes: int = 1 << 28
+) -> list[Tensor]:
+    """log p [rows, vocab] float32 of the answer rows of the first batches, as many as `most_bytes` hold (at least one);
+    the same rows for the same seed."""
+    found: list[Tensor] = []
+    size = 0
+    for rows in rows_of(model, examples, seed=seed):
+        if found and size + 4 * len(rows.wanted) * model.info.vocab_size > most_bytes:
+            break
+        hidden = model(rows.ids, rows.positions, short_attention(rows))
+        found.append(model.head(hidden[rows.wanted]).float().log_softmax(-1))
+        size += found[-1].nbytes
+    return found
+
+
+def divergence(reference: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean KL(reference || found) in nats, and the share of rows with the same best token."""
+    kl = agreeing = rows = 0.0
+    for p, q in zip(reference, found, strict=True):
+        kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        agreeing += float((p.argmax(-1) == q.argmax(-1)).sum())
+        rows += len(p)
+    return kl / rows, agreeing / rows
