@@ -1,0 +1,184 @@
+"""`python -m dfastllm.bench cpu NAME`: CPU records against peers, each with the environment it needs. See
+benchmarks/cpu/README.md."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dfastllm.bench.cpu.environment import PEERS, default_cache
+
+if TYPE_CHECKING:
+    from dfastllm.bench.cpu.compare import Row
+    from dfastllm.bench.cpu.records import Plan
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+console = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option(help="Directory of the records.")]
+Cache = Annotated[Path, typer.Option(help="Environments of the peers and model files.", envvar="BENCH_CACHE")]
+Threads = Annotated[int, typer.Option(help="Of both sides; 0: the physical cores this process may use.", min=0)]
+Formats = Annotated[list[str] | None, typer.Option("--format", help="Repeatable; default: all.")]
+Cases = Annotated[list[str] | None, typer.Option("--case", help="Beginning of a case's name; repeatable.")]
+Rounds = Annotated[int, typer.Option(help="Turns per case.", min=1)]
+Seconds = Annotated[float, typer.Option(help="Of one side's burst in a turn.")]
+Resume = Annotated[bool, typer.Option(help="Keep the cases an earlier run of this record finished.")]
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+def _threads(asked: int) -> int:
+    from dfastllm.kernels.extension import set_threads, threads
+
+    set_threads(asked or None)
+    return threads()
+
+
+def _record(
+    peer: str,
+    rows_of: Callable[[Plan], Iterator[Row | dict[str, Any]]],
+    shape: str,
+    formats: Sequence[str],
+    cases: list[str] | None,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    resume: bool,
+    out: Path,
+    cache: Path,
+) -> None:
+    """Run one record against a peer, written anew after each case so that nothing measured is lost."""
+    from dfastllm.bench.cpu.ceilings import measure_ceilings
+    from dfastllm.bench.cpu.compare import finished
+    from dfastllm.bench.cpu.records import Plan, named_cases
+    from dfastllm.bench.cpu.report import table
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.measure import write_record
+    from dfastllm.kernels.extension import describe
+
+    path = out / f"{peer}-{shape}.json"
+    chosen = named_cases(cases)
+    found: list[dict[str, Any]] = []
+    versions: dict[str, Any] = {}
+    if resume and path.exists():
+        before = json.loads(path.read_text())
+        found, versions = before["results"], before["versions"]
+    count = _threads(threads)
+    ceilings = measure_ceilings(count)
+    plan = Plan(
+        find_shape(shape),
+        formats,
+        chosen,
+        count,
+        ceilings,
+        cache,
+        rounds,
+        seconds=seconds,
+        done=frozenset(finished(found)),
+    )
+    left = sum(len(plan.left(peer, form)) for form in formats)
+    with _progress() as progress:
+        task = progress.add_task(f"{peer}, {shape}", total=left)
+        for item in rows_of(plan):
+            if isinstance(item, dict):
+                versions |= item
+                continue
+            found.append(asdict(item))
+            write_record(
+                path,
+                f"cpu {peer}",
+                found,
+                shape=shape,
+                threads=count,
+                kernels=describe(),
+                versions=versions,
+                ceilings=asdict(ceilings),
+            )
+            progress.advance(task)
+    Console(width=None if sys.stdout.isatty() else 200).print(table(found, f"{peer}, {shape}, {count} threads"))
+
+
+@app.command()
+def setup(cache: Cache = default_cache()) -> None:
+    """Make the peers' environments (llama.cpp is compiled: about ten minutes). Records do it themselves when needed."""
+    for peer in PEERS.values():
+        console.print(f"{peer.name}: {peer.ensure(cache)}")
+
+
+@app.command("llama.cpp")
+def llamacpp(
+    shape: str = "qwen2.5-0.5b",
+    formats: Formats = None,
+    cases: Cases = None,
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Seconds = 0.6,
+    resume: Resume = False,
+    out: Out = Path("benchmarks/cpu"),
+    cache: Cache = default_cache(),
+) -> None:
+    """Against llama-cpp-python built from source, on the same GGUF files: Q8_0, Q4_0, Q4_K_M."""
+    from dfastllm.bench.cpu.records import against_llamacpp
+
+    chosen = formats or ["Q8_0", "Q4_0", "Q4_K_M"]
+    _record("llama.cpp", against_llamacpp, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
+
+
+@app.command()
+def openvino(
+    shape: str = "qwen2.5-0.5b",
+    formats: Formats = None,
+    cases: Cases = None,
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Seconds = 0.6,
+    resume: Resume = False,
+    out: Out = Path("benchmarks/cpu"),
+    cache: Cache = default_cache(),
+) -> None:
+    """Against openvino-genai and its continuous batching: int8, int4."""
+    from dfastllm.bench.cpu.records import against_openvino
+
+    chosen = formats or ["int8", "int4"]
+    _record("openvino-genai", against_openvino, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
+
+
+@app.command()
+def pytorch(
+    shape: str = "qwen2.5-0.5b",
+    formats: Annotated[list[str] | None, typer.Option("--format", help="Of ours: bf16, w8, w8g, w6, w4m, w4.")] = None,
+    cases: Cases = None,
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Seconds = 0.6,
+    resume: Resume = False,
+    out: Out = Path("benchmarks/cpu"),
+    cache: Cache = default_cache(),
+) -> None:
+    """Against the plain torch decoder in bfloat16 under the same engine."""
+    from dfastllm.bench.cpu.records import against_torch
+
+    chosen = formats or ["bf16", "w8", "w4"]
+    _record("pytorch", against_torch, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
+
+
+@app.command()
+def report(out: Out = Path("benchmarks/cpu")) -> None:
+    """Write RESULTS.md from the records that are there."""
+    from dfastllm.bench.cpu.report import write_results
+
+    console.print(f"written: {write_results(out)}")

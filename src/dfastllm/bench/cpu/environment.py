@@ -1,0 +1,89 @@
+"""The peers' own environments and files, made once under a cache directory.
+
+Nothing of a peer is installed into the environment dfastllm runs in. llama-cpp-python is compiled from source for this
+very processor (`GGML_NATIVE`), which takes about ten minutes on two cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dfastllm.bench.cpu.wire import PeerError
+
+__all__ = ["PEERS", "Environment", "default_cache"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """steps: arguments of `pip install`, in order. variables: added to the environment of pip. check: a program the
+    finished environment must run."""
+
+    name: str
+    steps: tuple[tuple[str, ...], ...]
+    check: str
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def ensure(self, cache: Path) -> Path:
+        """The environment's interpreter; makes what is missing. Raises PeerError with the end of pip's output, which
+        is kept whole in `<cache>/<name>/install.txt`."""
+        root = cache / self.name
+        python = root / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        stamp = root / "steps"
+        wanted = repr((self.steps, sorted(self.variables.items())))
+        if stamp.exists() and stamp.read_text() == wanted and python.exists():
+            return python
+        root.mkdir(parents=True, exist_ok=True)
+        log = root / "install.txt"
+        print(f"{self.name}: making its environment in {root} (output in {log})", file=sys.stderr)
+        venv.create(root / "venv", with_pip=True)
+        log.write_bytes(b"")
+        for step in self.steps:
+            self._run(python, ["-m", "pip", "install", *step], log)
+        self._run(python, ["-c", self.check], log)
+        stamp.write_text(wanted)
+        return python
+
+    def _run(self, python: Path, arguments: Sequence[str], log: Path) -> None:
+        with log.open("ab") as out:
+            done = subprocess.run(
+                [str(python), *arguments], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **self.variables}
+            )
+        if done.returncode:
+            tail = log.read_bytes()[-1500:].decode(errors="replace")
+            raise PeerError(f"{self.name}: '{' '.join(arguments)}' failed; see {log}:\n{tail}")
+
+
+PEERS: Mapping[str, Environment] = {
+    peer.name: peer
+    for peer in (
+        Environment(
+            "llama.cpp",
+            (("--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3", "gguf>=0.19"),),
+            "import llama_cpp, gguf",
+            {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        ),
+        Environment(
+            "openvino-genai",
+            (
+                # torch first and exactly, and optimum without its dependencies: both would pull a CUDA torch otherwise.
+                ("torch==2.13.0",),
+                ("openvino", "openvino-genai", "openvino-tokenizers", "nncf", "transformers>=5.0,<5.6", "requests"),
+                ("--no-deps", "optimum==2.3.0", "optimum-intel==2.2.0"),
+            ),
+            "import openvino_genai, optimum.intel.openvino",
+        ),
+    )
+}
+
+
+def default_cache() -> Path:
+    """BENCH_CACHE, or `dfastllm-bench` in the user's cache directory (XDG_CACHE_HOME, ~/.cache)."""
+    given = os.environ.get("BENCH_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfastllm-bench"

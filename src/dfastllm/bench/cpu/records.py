@@ -1,0 +1,144 @@
+"""The records against peers: files made, both sides loaded, the cases measured in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfastllm import assemble
+from dfastllm.bench.cpu.cases import CASES, Case
+from dfastllm.bench.cpu.ceilings import Ceilings
+from dfastllm.bench.cpu.compare import Contest, Row, pending
+from dfastllm.bench.cpu.environment import PEERS
+from dfastllm.bench.cpu.ours import Ours
+from dfastllm.bench.cpu.shapes import Shape
+from dfastllm.bench.cpu.turns import peer_burst
+from dfastllm.bench.cpu.wire import Peer
+from dfastllm.models import Decoder, build
+
+__all__ = ["Plan", "against_llamacpp", "against_openvino", "against_torch", "ensure_gguf"]
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a record measures and how. done: rows of an earlier, unfinished run of the same record."""
+
+    shape: Shape
+    formats: Sequence[str]
+    cases: Sequence[Case]
+    threads: int
+    ceilings: Ceilings
+    cache: Path
+    rounds: int = 7
+    spare: int = 7
+    seconds: float = 0.6
+    done: frozenset[tuple[str, str, str, str]] = frozenset()
+
+    def contest(self, peer: str, form: str, ours: str, ours_bytes: int, peer_bytes: int) -> Contest:
+        return Contest(
+            self.shape,
+            peer,
+            form,
+            ours,
+            ours_bytes,
+            peer_bytes,
+            self.ceilings,
+            self.rounds,
+            self.spare,
+            self.seconds,
+        )
+
+    def left(self, peer: str, form: str) -> list[Case]:
+        return list(pending(self.cases, set(self.done), self.shape.name, peer, form))
+
+
+@contextlib.contextmanager
+def _worker(peer: str, module: str, cache: Path, threads: int) -> Iterator[Peer]:
+    python = PEERS[peer].ensure(cache)
+    with Peer(python, module, environment={"OMP_NUM_THREADS": str(threads)}) as worker:
+        yield worker
+
+
+def ensure_gguf(worker: Peer, shape: Shape, formats: Sequence[str], cache: Path, threads: int) -> dict[str, Path]:
+    """Paths of random-weights GGUF files of the shape, made by llama.cpp's own quantiser where missing."""
+    directory = cache / "models" / f"gguf-{shape.name}"
+    published = shape.published() | {"architecture": "qwen2" if shape.family == "qwen2" else "llada"}
+    worker.call(
+        "make", shape=published, directory=str(directory), formats=list(formats), seed=SEED, threads=threads
+    )
+    return {name: directory / f"{name}.gguf" for name in formats}
+
+
+def against_llamacpp(plan: Plan) -> Iterator[Row | dict[str, Any]]:
+    """The same GGUF file and threads on both sides. Yields the peer's versions once, then a Row per format and case."""
+    with _worker("llama.cpp", "llamacpp", plan.cache, plan.threads) as worker:
+        files = ensure_gguf(worker, plan.shape, plan.formats, plan.cache, plan.threads)
+        for form, path in files.items():
+            cases = plan.left("llama.cpp", form)
+            if not cases:
+                continue
+            yield worker.call("load", path=str(path), threads=plan.threads)
+            ours = Ours(assemble.load(path).model, plan.threads)
+            size = path.stat().st_size
+            contest = plan.contest("llama.cpp", form, form, size, size)
+            for case in cases:
+                yield contest.run(case, ours, peer_burst(worker, case), [worker.pid])
+            del ours
+            gc.collect()
+
+
+def against_openvino(plan: Plan) -> Iterator[Row | dict[str, Any]]:
+    """The same shape on both sides: int8 against w8 (both one scale per channel), int4 (groups of 128) against w4
+    (groups of 32), head and embedding of 8 bits on both sides."""
+    config, info = plan.shape.own()
+    with _worker("openvino-genai", "openvino_genai", plan.cache, plan.threads) as worker:
+        directory = plan.cache / "models" / f"openvino-{plan.shape.name}"
+        sizes = worker.call(
+            "make", shape=plan.shape.published(), directory=str(directory), formats=list(plan.formats), seed=SEED
+        )
+        for form in plan.formats:
+            cases = plan.left("openvino-genai", form)
+            if not cases:
+                continue
+            own = {"int8": "w8", "int4": "w4"}[form]
+            yield worker.call("load", directory=str(directory / form), threads=plan.threads)
+            model = assemble.pack(build(config, info, seed=SEED, dtype=torch.bfloat16), own)
+            contest = plan.contest("openvino-genai", form, own, model.nbytes, sizes[form])
+            ours = Ours(model, plan.threads)
+            for case in cases:
+                yield contest.run(case, ours, peer_burst(worker, case), [worker.pid])
+            del ours, model
+            gc.collect()
+
+
+def against_torch(plan: Plan) -> Iterator[Row | dict[str, Any]]:
+    """The plain torch decoder in bfloat16 under the same runner protocol, in this process; formats are ours."""
+    config, info = plan.shape.own()
+    plain: Decoder = build(config, info, seed=SEED, dtype=torch.bfloat16)
+    theirs = Ours(plain, plan.threads, "pytorch")
+    yield {"torch": torch.__version__}
+    peer_bytes = sum(p.nbytes for p in plain.parameters())
+    for own in plan.formats:
+        cases = plan.left("pytorch", own)
+        if not cases:
+            continue
+        model = assemble.pack(plain, None if own == "bf16" else own)
+        contest = plan.contest("pytorch", own, own, model.nbytes, peer_bytes)
+        ours = Ours(model, plan.threads)
+        for case in cases:
+            yield contest.run(case, ours, lambda n, case=case: theirs.measure(case, n, "logits"), [])
+        del ours, model
+        gc.collect()
+
+
+def named_cases(names: Sequence[str] | None) -> list[Case]:
+    """Cases by the beginnings of their names; None: all."""
+    return [case for case in CASES.values() if names is None or any(case.name.startswith(name) for name in names)]

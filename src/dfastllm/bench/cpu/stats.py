@@ -1,0 +1,55 @@
+"""Statistics of interleaved measurements: medians with their quartiles, paired ratios with a bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dfastllm.errors import ValidationError
+
+__all__ = ["Ratio", "Summary", "paired_ratio", "summarise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Median, quartiles (their distance is the spread, IQR) and least of `n` values."""
+
+    median: float
+    q1: float
+    q3: float
+    least: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Median of paired ratios and a 95 % percentile-bootstrap interval of that median over `n` pairs."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Raises ValidationError for no values."""
+    if not values:
+        raise ValidationError("a summary needs at least one value, got none.", param="values")
+    q1, median, q3 = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75))
+    return Summary(float(median), float(q1), float(q3), float(min(values)), len(values))
+
+
+def paired_ratio(over: Sequence[float], under: Sequence[float], *, draws: int = 4000, seed: int = 0) -> Ratio:
+    """The median of over[i] / under[i]; pair i was measured one right after the other, so a slow moment of the machine
+    hits both. The interval resamples whole pairs (Efron 1979). Raises ValidationError unless there are equally many
+    positive values of both."""
+    if len(over) != len(under) or not over or min(*over, *under) <= 0:
+        raise ValidationError(
+            f"paired ratios need equally many positive values, got {len(over)} and {len(under)}.", param="over"
+        )
+    ratios = np.asarray(over, dtype=np.float64) / np.asarray(under, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(ratios), (draws, len(ratios)))
+    low, high = np.quantile(np.median(ratios[picks], axis=1), (0.025, 0.975))
+    return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios))
