@@ -35,6 +35,13 @@ struct Ahead {
   }
 };
 
+// Register arrays stay in registers only when the loops over them are unrolled before GCC looks at arrays.
+#if defined(__clang__)
+#define DFK_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define DFK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // Row block `i` of `count` blocks as even as possible over `rows`: [first, first + rows).
 struct RowBlock {
   int64_t first;
@@ -45,13 +52,86 @@ inline RowBlock row_block(int64_t rows, int64_t count, int64_t i) {
   return {first, static_cast<int>(rows * (i + 1) / count - first)};
 }
 
-// Bytes of 32 inputs of a panel.
-constexpr int64_t group_bytes(Format f) { return f == Format::w4g ? 1024 : f == Format::w6g ? 1536 : 2048; }
+// One row block's walk over one slice.
+struct Block {
+  const uint8_t* data;      // panel, at the slice
+  const uint16_t* scales;   // [groups][64] float16 bits, at the slice
+  const uint16_t* mins;
+  const int8_t* x;          // codes, at the block's first row and the slice
+  int64_t stride;
+  const float* x_scales;    // at the block's first row and the slice
+  int64_t x_scales_stride;
+  const int32_t* x_sums;    // the same, [..][2 * groups]
+  int groups;
+  bool first;               // of the panel: the tile starts at zero
+  float* tile;
+};
 
 #if defined(__AVX512VNNI__)
 #include "linear_tiles_avx512.h"
+#elif defined(__AVX2__)
+#include "linear_tiles_avx2.h"
 #else
 #include "linear_tiles_scalar.h"
+#endif
+
+#if defined(__AVX2__)  // the walk over a panel's groups with the kernels above
+
+// Groups of the slice after [g, g + here): the panel's next or the first of the next panel.
+inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here) {
+  const int64_t left = groups - g - here, most = left > 0 ? left : groups;
+  return most < kSlice ? most : kSlice;
+}
+
+template <class Codes, bool mins>
+void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
+  constexpr int64_t side = Codes::parts * kPanel;  // scales of 32 inputs
+  const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const bool single = rows <= kSingleRows, unpack = Codes::parts == 2 && blocks > 2;
+  Block b;
+  b.stride = x.stride;
+  b.x_scales_stride = x_groups;
+  for (int64_t g = 0; g < groups; g += kSlice) {
+    const int64_t here = groups - g < kSlice ? groups - g : kSlice, at = panel * groups + g;
+    const int64_t fetch = single ? 0 : groups_ahead(groups, g, here);
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + at * Codes::bytes;
+    b.groups = static_cast<int>(here);
+    b.first = g == 0;
+    b.data = unpack ? unpack_sixes(data, here, scratch) : data;
+    b.scales = static_cast<const uint16_t*>(w.scales) + at * side;
+    b.mins = mins ? w.mins + at * side : nullptr;
+    Ahead(b.scales + here * side, fetch * side * 2, 1).turn();
+    if (mins) Ahead(b.mins + here * side, fetch * side * 2, 1).turn();
+    Ahead ahead(data + here * Codes::bytes, fetch * Codes::bytes,
+                here * blocks * passes<Codes>(static_cast<int>(rows / blocks), single));
+    for (int64_t i = 0; i < blocks; ++i) {
+      const RowBlock block = row_block(rows, blocks, i);
+      const int64_t row = row0 + block.first;
+      b.x = static_cast<const int8_t*>(x.data) + row * x.stride + g * 32;
+      b.x_scales = x.scales + row * x_groups + g;
+      b.x_sums = x.sums + 2 * (row * x_groups + g);
+      b.tile = tile + block.first * kPanel;
+      if (single) group_block<Codes, mins, true>(block.rows, b, ahead);
+      else if (unpack) group_block<typename Codes::Unpacked, mins, false>(block.rows, b, ahead);
+      else group_block<Codes, mins, false>(block.rows, b, ahead);
+    }
+  }
+}
+
+inline void w8g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
+  group_tile<Bytes, false>(w, x, panel, row0, rows, tile, scratch);
+}
+
+inline void w4g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
+  if (w.mins) group_tile<Nibbles, true>(w, x, panel, row0, rows, tile, scratch);
+  else group_tile<Nibbles, false>(w, x, panel, row0, rows, tile, scratch);
+}
+
+inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
+  if (w.mins) group_tile<Sixes, true>(w, x, panel, row0, rows, tile, scratch);
+  else group_tile<Sixes, false>(w, x, panel, row0, rows, tile, scratch);
+}
+
 #endif
 
 }  // namespace tiles

@@ -12,29 +12,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-// Register arrays stay in registers only when the loops over them are unrolled before GCC looks at arrays.
-#if defined(__clang__)
-#define DFK_UNROLL _Pragma("unroll")
-#else
-#define DFK_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// One row block's walk over one slice.
-struct Block {
-  const uint8_t* data;      // panel, at the slice
-  const uint16_t* scales;   // [groups][64] float16 bits, at the slice
-  const uint16_t* mins;
-  const int8_t* x;          // codes, at the block's first row and the slice
-  int64_t stride;
-  const float* x_scales;    // at the block's first row and the slice
-  int64_t x_scales_stride;
-  const int32_t* x_sums;    // the same, [..][2 * groups]
-  int groups;
-  bool first;               // of the panel: the tile starts at zero
-  float* tile;
-};
-
-inline __m512 half16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline __m512 half16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 inline __m512i four_codes(const int8_t* p) {
   int32_t v;
@@ -130,7 +110,8 @@ template <int R, int C> struct Floats { __m512 at[R][C]; };
 
 // Integer sums of part `p` of a group.
 template <class Codes, bool mins, int R, int C>
-inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride, const Starts<Codes, mins, R>& starts, int g, int p) {
+inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride, const Starts<Codes, mins, R>& starts,
+                            int g, int p) {
   constexpr int steps = 8 / Codes::parts;  // registers of weights that share a scale
   Sums<R, C> sum;
   DFK_UNROLL
@@ -251,17 +232,23 @@ inline void group_columns(const Block& b, const Starts<Codes, mins, R>& starts, 
   if (held) store_tile<R, C>(tile, y);
 }
 
-// Registers of channels for R rows: what measured best of what fits. Up to 4 rows wait for weights from memory (single:
-// there is no other row block) and walk them in one sequential pass: the hardware prefetchers then bring 25 to 31 GB/s
-// to a core (Zen 4), prefetch instructions 20, and passes over 32 channels without them 12.
+constexpr int kBlockRows = 6;   // at most
+constexpr int kSingleRows = 4;  // up to so many rows (then there is no other row block) wait for weights from memory
+
+// Registers of channels for R rows: what measured best of what fits. `single` walks weights in one sequential pass: the
+// hardware prefetchers then bring 25 to 31 GB/s to a core (Zen 4), prefetch instructions 20, and passes over 32 channels
+// without them 12.
 template <class Codes> constexpr int width(int rows, bool single) {
   return single || rows <= 2 ? 4 : Codes::parts == 1 || rows <= 4 ? 2 : 1;
 }
+template <class Codes> constexpr int passes(int rows, bool single) { return 4 / width<Codes>(rows, single); }
 
 template <class Codes, bool mins, int R, bool single> void group_rows(const Block& b, Ahead& ahead) {
   constexpr int C = width<Codes>(R, single);
   const Starts<Codes, mins, R> starts(b);
-  for (int channel = 0; channel < kPanel; channel += 16 * C) group_columns<Codes, mins, R, C>(b, starts, channel, ahead);
+  for (int channel = 0; channel < kPanel; channel += 16 * C) {
+    group_columns<Codes, mins, R, C>(b, starts, channel, ahead);
+  }
 }
 
 template <class Codes, bool mins, bool single> void group_block(int rows, const Block& b, Ahead& ahead) {
@@ -273,61 +260,6 @@ template <class Codes, bool mins, bool single> void group_block(int rows, const 
     case 5: return group_rows<Codes, mins, 5, false>(b, ahead);
     default: return group_rows<Codes, mins, 6, false>(b, ahead);
   }
-}
-
-// What comes after `here` groups of a slice, to prefetch: the panel's next slice or the first of the next panel.
-inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here) {
-  const int64_t left = groups - g - here, most = left > 0 ? left : groups;
-  return most < kSlice ? most : kSlice;
-}
-
-template <class Codes, bool mins>
-void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  constexpr int64_t side = Codes::parts * kPanel;  // scales of 32 inputs
-  const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + 5) / 6;
-  const bool single = rows <= 4, unpack = Codes::parts == 2 && blocks > 2;
-  Block b;
-  b.stride = x.stride;
-  b.x_scales_stride = x_groups;
-  for (int64_t g = 0; g < groups; g += kSlice) {
-    const int64_t here = groups - g < kSlice ? groups - g : kSlice, at = panel * groups + g;
-    const int64_t fetch = single ? 0 : groups_ahead(groups, g, here);
-    const uint8_t* data = static_cast<const uint8_t*>(w.data) + at * Codes::bytes;
-    b.groups = static_cast<int>(here);
-    b.first = g == 0;
-    b.data = unpack ? unpack_sixes(data, here, scratch) : data;
-    b.scales = static_cast<const uint16_t*>(w.scales) + at * side;
-    b.mins = mins ? w.mins + at * side : nullptr;
-    Ahead(b.scales + here * side, fetch * side * 2, 1).turn();
-    if (mins) Ahead(b.mins + here * side, fetch * side * 2, 1).turn();
-    Ahead ahead(data + here * Codes::bytes, fetch * Codes::bytes,
-                here * blocks * (4 / width<Codes>(static_cast<int>(rows / blocks), single)));
-    for (int64_t i = 0; i < blocks; ++i) {
-      const RowBlock block = row_block(rows, blocks, i);
-      const int64_t row = row0 + block.first;
-      b.x = static_cast<const int8_t*>(x.data) + row * x.stride + g * 32;
-      b.x_scales = x.scales + row * x_groups + g;
-      b.x_sums = x.sums + 2 * (row * x_groups + g);
-      b.tile = tile + block.first * kPanel;
-      if (single) group_block<Codes, mins, true>(block.rows, b, ahead);
-      else if (unpack) group_block<typename Codes::Unpacked, mins, false>(block.rows, b, ahead);
-      else group_block<Codes, mins, false>(block.rows, b, ahead);
-    }
-  }
-}
-
-inline void w8g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  group_tile<Bytes, false>(w, x, panel, row0, rows, tile, scratch);
-}
-
-inline void w4g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  if (w.mins) group_tile<Nibbles, true>(w, x, panel, row0, rows, tile, scratch);
-  else group_tile<Nibbles, false>(w, x, panel, row0, rows, tile, scratch);
-}
-
-inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  if (w.mins) group_tile<Sixes, true>(w, x, panel, row0, rows, tile, scratch);
-  else group_tile<Sixes, false>(w, x, panel, row0, rows, tile, scratch);
 }
 
 // Per-channel weights: R rows x 64 channels over `steps` registers of 4 inputs. The int32 sums wait in the tile's

@@ -1,6 +1,9 @@
 // Tiles in portable C++; see linear_tiles.h. 32 inputs of the panel at a time are unpacked to signed 16-bit codes
 // [32][64], which compilers turn into widening vector multiplications; all rows of the call then pass over them.
 
+// Bytes of 32 inputs of a panel.
+constexpr int64_t group_bytes(Format f) { return f == Format::w4g ? 1024 : f == Format::w6g ? 1536 : 2048; }
+
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
   uint32_t bits;
@@ -70,7 +73,8 @@ inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int6
   }
 }
 
-template <Format format> void group(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
+template <Format format>
+void group(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
   constexpr int parts = format == Format::w6g ? 2 : 1, inputs = 32 / parts;
   const int offset = format == Format::w8g ? 128 : w.mins ? 0 : format == Format::w4g ? 8 : 32;
   const int64_t groups = w.k / 32, x_groups = x.stride / 32;
