@@ -1,10 +1,12 @@
 """`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders, formats,
-and cpu (a group of its own)."""
+kernels, and cpu (a group of its own)."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,21 @@ def overhead(out: Out = Path("benchmarks"), steps: int = 60) -> None:
     rows = [step_overhead(kind, n, steps) for kind, n in track(cases, "loop overhead", console=console)]
     write_record(out / "overhead.json", "overhead", rows, steps=steps)
     _table("engine step with a null model, µs: median (low–high)", rows)
+
+
+@app.command()
+def kernels(out: Out = Path("benchmarks"), threads: int = 0, seconds: float = 0.25) -> None:
+    """Each kernel alone on `threads` (0: all cores) against the ceilings and torch. Wants an idle machine."""
+    from dfastllm.bench.cpu.ceilings import measure_ceilings
+    from dfastllm.bench.kernels import measure, works
+    from dfastllm.kernels.extension import describe, set_threads
+
+    threads = threads or os.cpu_count() or 1
+    set_threads(threads)
+    ceilings = measure_ceilings(threads)
+    rows = [measure(work, ceilings, seconds) for work in track(works(), "kernels", console=console)]
+    write_record(out / "kernels.json", "kernels", rows, kernels=describe(), threads=threads, ceilings=asdict(ceilings))
+    _table("kernels, µs: median (low–high)", rows)
 
 
 @app.command()

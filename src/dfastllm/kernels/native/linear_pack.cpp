@@ -28,18 +28,28 @@ uint8_t zero_code(Format f, bool mins) {
   return f == Format::w8 || f == Format::w8g ? 128 : mins ? 0 : f == Format::w4g ? 8 : f == Format::w6g ? 32 : 0;
 }
 
-// Codes of four bytes a unit (4 of w8, 2 of bf16, 1 of f32): channels' rows of `bytes` -> [units][64]. Each unit is
-// changed by `flip`; what does not exist is zero before that. A cache line of every channel at a time.
+// One unit of four bytes (4 codes of w8, 2 of bf16, 1 of f32), changed by `flip`; `count` of its bytes exist.
+inline void put_unit(const uint8_t* from, int64_t count, uint32_t flip, uint8_t* to) {
+  uint32_t unit = 0;
+  if (count >= 4) {
+    std::memcpy(&unit, from, 4);
+  } else {
+    for (int64_t i = 0; i < count; ++i) reinterpret_cast<uint8_t*>(&unit)[i] = from[i];
+  }
+  unit ^= flip;
+  std::memcpy(to, &unit, 4);
+}
+
+// Channels' rows of `bytes` -> [units][64], zero codes where a channel or input does not exist. A cache line of every
+// channel at a time.
 void interleave(const uint8_t* from, int64_t channels, int64_t bytes, uint32_t flip, uint8_t* to) {
-  constexpr int64_t line = 64;
-  for (int64_t start = 0; start < bytes; start += line) {
-    const int64_t end = start + line < bytes ? start + line : bytes;
+  for (int64_t start = 0; start < bytes; start += 64) {
+    const int64_t end = start + 64 < bytes ? start + 64 : bytes;
     for (int64_t c = 0; c < kPanel; ++c) {
+      const uint8_t* row = from + c * bytes;
+      if (c < channels && end < bytes) __builtin_prefetch(row + end);  // 64 rows are too many for the hardware to follow
       for (int64_t i = start; i < end; i += 4) {
-        uint32_t unit = 0;
-        if (c < channels) std::memcpy(&unit, from + c * bytes + i, static_cast<size_t>(end - i < 4 ? end - i : 4));
-        unit ^= flip;
-        std::memcpy(to + (i / 4 * kPanel + c) * 4, &unit, sizeof unit);
+        put_unit(row + i, c < channels ? bytes - i : 0, flip, to + (i / 4 * kPanel + c) * 4);
       }
     }
   }
