@@ -115,39 +115,51 @@ uint32_t visible(const Keys<T>& keys, int64_t row, int64_t base) {
   return bits;
 }
 
-// One tile of keys from `base` on, for folded rows [f0, f0 + rows).
 template <class T>
-void tile_step(const Attention& a, const Keys<T>& keys, const Folded& folded, int64_t f0, int rows, int64_t base,
-               const Scratch& s) {
-  int64_t most = 0;  // keys of this tile that any of the rows may see
-  for (int r = 0; r < rows; ++r) {
-    const int64_t n = keys.limit[folded.row(f0 + r)] - base;
-    most = n > most ? n : most;
-  }
-  if (most <= 0) return;
-  const int blocks = static_cast<int>(((most < kTile ? most : kTile) + kBlock - 1) / kBlock);
-
+TileKeys<T> tile_at(const Keys<T>& keys, int64_t base, int blocks) {
   TileKeys<T> tile;
-  uint32_t bits[Vec::max_rows * kTileBlocks];
-  int64_t common = blocks * kBlock;  // leading keys that all of the rows see
   for (int b = 0; b < blocks; ++b) {
     const int64_t block = keys.blocks[base / kBlock + b];
     tile.k[b] = keys.k + block * keys.stride;
     tile.v[b] = keys.v + block * keys.stride;
     tile.ks[b] = sizeof(T) == 1 ? keys.ks + block * keys.scale_stride : nullptr;
     tile.vs[b] = sizeof(T) == 1 ? keys.vs + block * keys.scale_stride : nullptr;
-    for (int r = 0; r < rows; ++r) {
+  }
+  return tile;
+}
+
+// One tile of keys from `base` on, for folded rows [f0, f0 + rows).
+template <class T>
+void tile_step(const Attention& a, const Keys<T>& keys, const Folded& folded, int64_t f0, int rows, int64_t base,
+               const Scratch& s) {
+  int64_t most = 0, least = kTile;  // keys of this tile that any, and that every one of the rows may see
+  for (int64_t row = folded.row(f0); row <= folded.row(f0 + rows - 1); ++row) {
+    const int64_t n = keys.limit[row] - base;
+    most = n > most ? n : most;
+    least = n < least ? n : least;
+  }
+  if (most <= 0) return;
+  const int64_t dim = a.shape.dim;
+  const int blocks = static_cast<int>(((most < kTile ? most : kTile) + kBlock - 1) / kBlock);
+  const TileKeys<T> tile = tile_at(keys, base, blocks);
+  float* mix = s.range.mix + f0 * padded(dim);
+  float scale[16];
+  scores(rows, s.q + f0 * dim, tile, blocks, dim, s.scores);
+  if (least == kTile && keys.mask == nullptr) {
+    soften<true>(rows, tile, blocks, nullptr, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
+    return weigh(rows, tile, kTile, s.scores, scale, dim, mix);
+  }
+  uint32_t bits[Vec::max_rows * kTileBlocks];
+  int64_t common = blocks * kBlock;  // leading keys that all of the rows see
+  for (int r = 0; r < rows; ++r) {
+    for (int b = 0; b < blocks; ++b) {
       const uint32_t seen = visible(keys, folded.row(f0 + r), base + b * kBlock);
       bits[r * kTileBlocks + b] = seen;
       const int64_t first_hidden = b * kBlock + (seen == 0xffffu ? kTile : __builtin_ctz(~seen));
       common = first_hidden < common ? first_hidden : common;
     }
   }
-  const int64_t dim = a.shape.dim;
-  float* mix = s.range.mix + f0 * padded(dim);
-  float scale[16];
-  scores(rows, s.q + f0 * dim, tile, blocks, dim, s.scores);
-  soften(rows, tile, blocks, bits, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
+  soften<false>(rows, tile, blocks, bits, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
   weigh(rows, tile, common, s.scores, scale, dim, mix);
   for (int r = 0; r < rows; ++r) {
     weigh_rest(tile, common, blocks, bits + r * kTileBlocks, s.scores + r * kTile, dim, mix + r * padded(dim));

@@ -159,8 +159,9 @@ void weigh(int rows, const TileKeys<T>& tile, int64_t keys, const float* s, cons
 
 // Scores -> weights 2^(score - maximum), in place; maxima and lane sums brought up to date. scale [16]: what the rows'
 // weighted V so far must be multiplied by. bits [rows][kTileBlocks]: the visible keys; the weights of others are 0.
+// All: every row sees every key, and bits is not read.
 // int8: scores are multiplied by the keys' scales first, and the weights by those of V (not in the sums).
-template <class T>
+template <bool All, class T>
 void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits, float* s, float* top, float* lanes,
             float* scale) {
   const Vec none = set1(kNone);
@@ -169,14 +170,14 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
   for (int r = 0; r < rows; ++r) {
     Vec most = none;
     for (int b = 0; b < blocks; ++b) {
-      const uint32_t seen = bits[r * kTileBlocks + b];
+      const uint32_t seen = All ? 0xffffu : bits[r * kTileBlocks + b];
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         float* at = s + r * kTile + b * kBlock + j * Vec::width;
         Vec x = load(at);
         if constexpr (sizeof(T) == 1) x = mul(x, load(tile.ks[b] + j * Vec::width));
-        x = select(seen >> (j * Vec::width), x, none);
-        store(at, x);
+        if constexpr (!All) x = select(seen >> (j * Vec::width), x, none);
+        if constexpr (!All || sizeof(T) == 1) store(at, x);
         most = max(most, x);
       }
     }
@@ -193,11 +194,12 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) sum[j] = set1(0.0f);
     for (int b = 0; b < blocks; ++b) {
-      const uint32_t seen = bits[r * kTileBlocks + b];
+      const uint32_t seen = All ? 0xffffu : bits[r * kTileBlocks + b];
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         float* at = s + r * kTile + b * kBlock + j * Vec::width;
-        Vec p = select(seen >> (j * Vec::width), power2(sub(load(at), high)), set1(0.0f));
+        Vec p = power2(sub(load(at), high));
+        if constexpr (!All) p = select(seen >> (j * Vec::width), p, set1(0.0f));
         sum[j] = add(sum[j], p);
         if constexpr (sizeof(T) == 1) p = mul(p, load(tile.vs[b] + j * Vec::width));
         store(at, p);
