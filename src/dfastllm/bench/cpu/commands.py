@@ -3,6 +3,7 @@ benchmarks/cpu/README.md."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ __all__ = ["app"]
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 console = Console(stderr=True)
+CACHE = default_cache()
 
 Out = Annotated[Path, typer.Option(help="Directory of the records.")]
 Cache = Annotated[Path, typer.Option(help="Environments of the peers and model files.", envvar="BENCH_CACHE")]
@@ -63,7 +65,7 @@ def _record(
 ) -> None:
     """Run one record against a peer, written anew after each case so that nothing measured is lost."""
     from dfastllm.bench.cpu.ceilings import measure_ceilings
-    from dfastllm.bench.cpu.compare import finished
+    from dfastllm.bench.cpu.compare import Pace, finished
     from dfastllm.bench.cpu.records import Plan, named_cases
     from dfastllm.bench.cpu.report import table
     from dfastllm.bench.cpu.shapes import find_shape
@@ -79,17 +81,8 @@ def _record(
         found, versions = before["results"], before["versions"]
     count = _threads(threads)
     ceilings = measure_ceilings(count)
-    plan = Plan(
-        find_shape(shape),
-        formats,
-        chosen,
-        count,
-        ceilings,
-        cache,
-        rounds,
-        seconds=seconds,
-        done=frozenset(finished(found)),
-    )
+    pace = Pace(rounds, rounds, seconds)
+    plan = Plan(find_shape(shape), formats, chosen, count, cache, pace, finished(found))
     left = sum(len(plan.left(peer, form)) for form in formats)
     with _progress() as progress:
         task = progress.add_task(f"{peer}, {shape}", total=left)
@@ -98,6 +91,7 @@ def _record(
                 versions |= item
                 continue
             found.append(asdict(item))
+            ceilings = ceilings.best(measure_ceilings(count))  # between cases: over the whole run, not one moment of it
             write_record(
                 path,
                 f"cpu {peer}",
@@ -109,11 +103,19 @@ def _record(
                 ceilings=asdict(ceilings),
             )
             progress.advance(task)
-    Console(width=None if sys.stdout.isatty() else 200).print(table(found, f"{peer}, {shape}, {count} threads"))
+    Console(width=None if sys.stdout.isatty() else 200).print(
+        table(found, ceilings, f"{peer}, {shape}, {count} threads")
+    )
+
+
+def _print(rows: Sequence[dict[str, Any]], title: str) -> None:
+    from dfastllm.bench.cpu.report import plain_table
+
+    Console(width=None if sys.stdout.isatty() else 200).print(plain_table(rows, title))
 
 
 @app.command()
-def setup(cache: Cache = default_cache()) -> None:
+def setup(cache: Cache = CACHE) -> None:
     """Make the peers' environments (llama.cpp is compiled: about ten minutes). Records do it themselves when needed."""
     for peer in PEERS.values():
         console.print(f"{peer.name}: {peer.ensure(cache)}")
@@ -129,7 +131,7 @@ def llamacpp(
     seconds: Seconds = 0.6,
     resume: Resume = False,
     out: Out = Path("benchmarks/cpu"),
-    cache: Cache = default_cache(),
+    cache: Cache = CACHE,
 ) -> None:
     """Against llama-cpp-python built from source, on the same GGUF files: Q8_0, Q4_0, Q4_K_M."""
     from dfastllm.bench.cpu.records import against_llamacpp
@@ -148,7 +150,7 @@ def openvino(
     seconds: Seconds = 0.6,
     resume: Resume = False,
     out: Out = Path("benchmarks/cpu"),
-    cache: Cache = default_cache(),
+    cache: Cache = CACHE,
 ) -> None:
     """Against openvino-genai and its continuous batching: int8, int4."""
     from dfastllm.bench.cpu.records import against_openvino
@@ -167,7 +169,7 @@ def pytorch(
     seconds: Seconds = 0.6,
     resume: Resume = False,
     out: Out = Path("benchmarks/cpu"),
-    cache: Cache = default_cache(),
+    cache: Cache = CACHE,
 ) -> None:
     """Against the plain torch decoder in bfloat16 under the same engine."""
     from dfastllm.bench.cpu.records import against_torch
@@ -182,3 +184,101 @@ def report(out: Out = Path("benchmarks/cpu")) -> None:
     from dfastllm.bench.cpu.report import write_results
 
     console.print(f"written: {write_results(out)}")
+
+
+@app.command()
+def diffusion(
+    shape: str = "llada-0.5b",
+    quantization: Annotated[str, typer.Option("--format", help="Of the native weights: w8, w8g, w6, w4m, w4.")] = "w8",
+    side: Annotated[list[str] | None, typer.Option(help='Repeatable, as "native, dual"; default: all four.')] = None,
+    prompt: int = 128,
+    canvas: int = 128,
+    block: int = 32,
+    per_step: Annotated[int, typer.Option(help="Tokens committed a step.", min=1)] = 2,
+    threads: Threads = 0,
+    rounds: Rounds = 3,
+    out: Out = Path("benchmarks/cpu"),
+) -> None:
+    """Diffusion end to end: the dual cache on native kernels against the plain torch loop without cache."""
+    from dfastllm.bench.cpu.diffusion import Job, end_to_end, side_names, summary
+    from dfastllm.bench.cpu.report import as_json
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.measure import write_record
+    from dfastllm.kernels.extension import describe
+
+    found, job, count = find_shape(shape, "llada"), Job(prompt, canvas, block, per_step), _threads(threads)
+    sides = side or side_names()
+    unknown = set(sides) - set(side_names())
+    if unknown:
+        raise typer.BadParameter(f"unknown side {min(unknown)!r}; known: {', '.join(side_names())}.")
+    runs = []
+    with _progress() as progress:
+        task = progress.add_task(f"diffusion, {shape}", total=rounds * len(sides))
+        for one in end_to_end(found, count, quantization, job, rounds, sides):
+            runs.append(one)
+            progress.advance(task)
+    rows = summary(runs)
+    write_record(
+        out / f"diffusion-{shape}.json",
+        "cpu diffusion",
+        [as_json(row) for row in rows],
+        shape=shape,
+        threads=count,
+        kernels=describe(),
+        format=quantization,
+        job=asdict(job),
+        runs=[asdict(one) for one in runs],
+    )
+    _print(rows, f"diffusion end to end, {shape}, native {quantization}, {count} threads")
+
+
+@app.command()
+def neutral(
+    samples: Annotated[int, typer.Option(help="Held-out samples for the accuracy.", min=9)] = 240,
+    alone: Annotated[int, typer.Option(help="Samples answered one by one in a turn.", min=1)] = 18,
+    together: Annotated[int, typer.Option(help="Samples in flight at once in a turn.", min=1)] = 36,
+    canvas: int = 64,
+    quantization: Annotated[str | None, typer.Option("--format", help="Default: as stored, bfloat16.")] = None,
+    threads: Threads = 0,
+    rounds: Rounds = 5,
+    out: Out = Path("benchmarks/cpu"),
+) -> None:
+    """Diffusion against autoregression at equal size on the task mix: accuracy, committed tok/s, the plot."""
+    from dfastllm.bench.cpu.neutral import contenders, measure_accuracy, measure_speed, open_models, plot, winners
+    from dfastllm.bench.cpu.report import as_json
+    from dfastllm.bench.measure import write_record
+    from dfastllm.kernels.extension import describe
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("the plot needs matplotlib: ./run setup dev, or pip install 'dfastllm[plots]'.")
+    count, field, accuracy, passes = _threads(threads), contenders(canvas), [], []
+    models = open_models(together, quantization)
+    try:
+        with _progress() as progress:
+            task = progress.add_task("accuracy", total=len(field))
+            for right in measure_accuracy(models, field, samples, canvas):
+                accuracy.append(right)
+                progress.advance(task)
+            task = progress.add_task("speed", total=2 * len(field) * rounds)
+            for one in measure_speed(models, field, alone, together, canvas, rounds):
+                passes.append(one)
+                progress.advance(task)
+    finally:
+        for model in models.values():
+            model.close()
+    rows = winners(field, accuracy, passes)
+    write_record(
+        out / "neutral.json",
+        "cpu neutral",
+        [as_json(row) for row in rows],
+        threads=count,
+        kernels=describe(),
+        format=quantization,
+        canvas=canvas,
+        alone=alone,
+        together=together,
+        accuracy=[{name: v for name, v in asdict(a).items() if name != "marks"} for a in accuracy],
+        passes=[asdict(one) for one in passes],
+    )
+    plot(field, accuracy, passes, out / "neutral.png", f"Shipped models of 1.5 M weights, {count} CPU threads")
+    _print(rows, f"fastest setting as accurate as autoregression, {count} threads")

@@ -26,10 +26,12 @@ Answer = Literal["stats", "logits"]
 
 
 class Ours:
-    """A built model at `threads` threads. answer "stats": each wanted row's token and confidence, which is what a greedy
-    policy needs; "logits": the whole float32 [rows, vocab] array, which is what the peers make."""
+    """A built model at `threads` threads. answer "stats": each wanted row's token and confidence, which is what a
+    greedy policy needs; "logits": the whole float32 [rows, vocab] array, which is what the peers make."""
 
-    def __init__(self, model: Decoder | PackedDecoder, threads: int, name: str = "dfastllm", positions: int = 8192) -> None:
+    def __init__(
+        self, model: Decoder | PackedDecoder, threads: int, name: str = "dfastllm", positions: int = 8192
+    ) -> None:
         set_threads(threads)
         config = EngineConfig()
         self.name = name
@@ -88,5 +90,5 @@ class Ours:
         rows = self._runner.run(items)
         if answer == "logits":
             logits = rows.logits()
-            return logits.argmax(dim=-1).tolist() if case.grow else [0] * len(logits)
-        return rows.stats(norm=not case.grow).token.tolist()
+            return [int(token) for token in logits.argmax(dim=-1)] if case.grow else [0] * len(logits)
+        return [int(token) for token in rows.stats(norm=not case.grow).token]

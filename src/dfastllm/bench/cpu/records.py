@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 
 from dfastllm import assemble
 from dfastllm.bench.cpu.cases import CASES, Case
-from dfastllm.bench.cpu.ceilings import Ceilings
-from dfastllm.bench.cpu.compare import Contest, Row, pending
+from dfastllm.bench.cpu.compare import Contest, Done, Pace, Row
 from dfastllm.bench.cpu.environment import PEERS
 from dfastllm.bench.cpu.ours import Ours
 from dfastllm.bench.cpu.shapes import Shape
@@ -35,29 +35,13 @@ class Plan:
     formats: Sequence[str]
     cases: Sequence[Case]
     threads: int
-    ceilings: Ceilings
     cache: Path
-    rounds: int = 7
-    spare: int = 7
-    seconds: float = 0.6
-    done: frozenset[tuple[str, str, str, str]] = frozenset()
-
-    def contest(self, peer: str, form: str, ours: str, ours_bytes: int, peer_bytes: int) -> Contest:
-        return Contest(
-            self.shape,
-            peer,
-            form,
-            ours,
-            ours_bytes,
-            peer_bytes,
-            self.ceilings,
-            self.rounds,
-            self.spare,
-            self.seconds,
-        )
+    pace: Pace
+    done: Done = frozenset()
 
     def left(self, peer: str, form: str) -> list[Case]:
-        return list(pending(self.cases, set(self.done), self.shape.name, peer, form))
+        """Cases of this peer's format that are not done."""
+        return [c for c in self.cases if (self.shape.name, peer, form, c.name) not in self.done]
 
 
 @contextlib.contextmanager
@@ -71,9 +55,7 @@ def ensure_gguf(worker: Peer, shape: Shape, formats: Sequence[str], cache: Path,
     """Paths of random-weights GGUF files of the shape, made by llama.cpp's own quantiser where missing."""
     directory = cache / "models" / f"gguf-{shape.name}"
     published = shape.published() | {"architecture": "qwen2" if shape.family == "qwen2" else "llada"}
-    worker.call(
-        "make", shape=published, directory=str(directory), formats=list(formats), seed=SEED, threads=threads
-    )
+    worker.call("make", shape=published, directory=str(directory), formats=list(formats), seed=SEED, threads=threads)
     return {name: directory / f"{name}.gguf" for name in formats}
 
 
@@ -88,7 +70,7 @@ def against_llamacpp(plan: Plan) -> Iterator[Row | dict[str, Any]]:
             yield worker.call("load", path=str(path), threads=plan.threads)
             ours = Ours(assemble.load(path).model, plan.threads)
             size = path.stat().st_size
-            contest = plan.contest("llama.cpp", form, form, size, size)
+            contest = Contest(plan.shape, "llama.cpp", form, form, size, size, plan.pace)
             for case in cases:
                 yield contest.run(case, ours, peer_burst(worker, case), [worker.pid])
             del ours
@@ -111,7 +93,7 @@ def against_openvino(plan: Plan) -> Iterator[Row | dict[str, Any]]:
             own = {"int8": "w8", "int4": "w4"}[form]
             yield worker.call("load", directory=str(directory / form), threads=plan.threads)
             model = assemble.pack(build(config, info, seed=SEED, dtype=torch.bfloat16), own)
-            contest = plan.contest("openvino-genai", form, own, model.nbytes, sizes[form])
+            contest = Contest(plan.shape, "openvino-genai", form, own, model.nbytes, sizes[form], plan.pace)
             ours = Ours(model, plan.threads)
             for case in cases:
                 yield contest.run(case, ours, peer_burst(worker, case), [worker.pid])
@@ -131,10 +113,10 @@ def against_torch(plan: Plan) -> Iterator[Row | dict[str, Any]]:
         if not cases:
             continue
         model = assemble.pack(plain, None if own == "bf16" else own)
-        contest = plan.contest("pytorch", own, own, model.nbytes, peer_bytes)
+        contest = Contest(plan.shape, "pytorch", own, own, model.nbytes, peer_bytes, plan.pace)
         ours = Ours(model, plan.threads)
         for case in cases:
-            yield contest.run(case, ours, lambda n, case=case: theirs.measure(case, n, "logits"), [])
+            yield contest.run(case, ours, partial(theirs.measure, case, answer="logits"), [])
         del ours, model
         gc.collect()
 

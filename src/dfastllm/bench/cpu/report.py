@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-__all__ = ["markdown", "table", "write_results"]
+from dfastllm.bench.cpu.ceilings import Ceilings, floor_seconds
+
+__all__ = ["as_json", "markdown", "plain_table", "table", "write_results"]
 
 COLUMNS = (
     "format",
@@ -17,47 +20,72 @@ COLUMNS = (
     "ours ms",
     "peer ms",
     "tok/s",
-    "peer tok/s",
-    "ratio",
+    "times faster",
     "with logits",
     "aim",
-    "GB/s",
+    "GB/s of weights",
     "GFLOP/s",
     "of the floor",
 )
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(row: Mapping[str, Any], ceilings: Ceilings) -> list[str]:
     def spread(summary: Mapping[str, float]) -> str:
         return f"{1e3 * summary['median']:.1f} ({1e3 * summary['q1']:.1f}–{1e3 * summary['q3']:.1f})"
 
     def times(ratio: Mapping[str, float]) -> str:
         return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
-    form = row["format"] if row["format"] == row["ours"] else f"{row['format']}, ours {row['ours']}"
+    ours, peer = row["ours_seconds"]["median"], row["peer_seconds"]["median"]
+    floor, bound = floor_seconds(ceilings, row["ours_streamed"], row["flops"])
     return [
-        form,
+        row["format"] if row["format"] == row["ours"] else f"{row['format']}, ours {row['ours']}",
         row["case"],
         spread(row["ours_seconds"]),
         spread(row["peer_seconds"]),
-        f"{row['ours_tokens_per_s']:,.0f}",
-        f"{row['peer_tokens_per_s']:,.0f}",
+        f"{row['tokens'] / ours:,.0f} / {row['tokens'] / peer:,.0f}",
         times(row["ratio"]),
         times(row["made_ratio"]),
         "" if row["aim"] is None else f"{row['aim']:g} {row['verdict']}",
-        f"{row['ours_gb_per_s']:.1f} / {row['peer_gb_per_s']:.1f}",
-        f"{row['ours_gflop_per_s']:,.0f} / {row['peer_gflop_per_s']:,.0f}",
-        f"{row['reached']:.0%} ({row['bound']})",
+        f"{row['ours_streamed'] / ours / 1e9:.1f} / {row['peer_streamed'] / peer / 1e9:.1f}",
+        f"{row['flops'] / ours / 1e9:,.0f} / {row['flops'] / peer / 1e9:,.0f}",
+        f"{floor / ours:.0%} ({bound})",
     ]
 
 
-def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+def table(rows: Sequence[Mapping[str, Any]], ceilings: Ceilings, title: str) -> Table:
+    """For the terminal; `Row`s as dicts."""
     out = Table(title=title)
     for name in COLUMNS:
         out.add_column(name, justify="left" if name in ("format", "case") else "right")
     for row in rows:
-        out.add_row(*_cells(row))
+        out.add_row(*_cells(row, ceilings))
     return out
+
+
+def plain_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Rows of any record, a column per key of any row; a Summary or a Ratio as its median with its range."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = Table(title=title)
+    for name in names:
+        out.add_column(name.replace("_", " "))
+    for row in map(as_json, rows):
+        out.add_row(*(_plain(row.get(name)) for name in names))
+    return out
+
+
+def as_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its Summaries and Ratios as dicts."""
+    return {name: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for name, v in row.items()}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        low, high = (value["low"], value["high"]) if "low" in value else (value["q1"], value["q3"])
+        return f"{value['median']:,.4g} ({low:,.4g}–{high:,.4g})"
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -69,25 +97,34 @@ def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(record: Mapping[str, Any]) -> list[str]:
-    """One record against a peer as a section."""
-    ceilings, machine = record["ceilings"], record["machine"]
+    """One record as a section."""
+    machine, rows = record["machine"], record["results"]
+    title = record["name"] + (f", {record['shape']}" if "shape" in record else "")
+    where = (
+        f"{record['utc']}, {machine['cpu']}, {record['threads']} threads, dfastllm {machine['commit']}, "
+        f"kernels {record['kernels']}."
+    )
+    if "ceilings" not in record:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        body = _lines([n.replace("_", " ") for n in names], [[_plain(row.get(n)) for n in names] for row in rows])
+        return [f"## {title}", "", where, "", *body, ""]
+    ceilings = Ceilings(**record["ceilings"])
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if name != "compiled")
-    loads = [row["foreign"] for row in record["results"] if row["foreign"] is not None]
-    busy = f"; others used at most {max(loads):.0%} of it" if loads else ""
+    loads = [row["foreign_most"] for row in rows if row["foreign_most"] is not None]
+    busy = f" Other processes used at most {max(loads):.0%} of the machine in any turn." if loads else ""
     return [
-        f"## {record['name']}, {record['shape']}",
+        f"## {title}",
         "",
-        f"{record['utc']}, {machine['cpu']}, {record['threads']} threads, dfastllm {machine['commit']}, {versions}"
-        f"{busy}. Ceilings: {ceilings['stream']:.1f} GB/s; f32 {ceilings['f32']:,.0f}, bf16 {ceilings['bf16']:,.0f}, "
-        f"int8 {ceilings['int8']:,.0f} GFLOP/s.",
+        f"{where} {versions}.{busy} Ceilings: {ceilings.stream:.1f} GB/s; f32 {ceilings.f32:,.0f}, bf16 "
+        f"{ceilings.bf16:,.0f}, int8 {ceilings.int8:,.0f} GFLOP/s.",
         "",
-        *_lines(COLUMNS, [_cells(row) for row in record["results"]]),
+        *_lines(COLUMNS, [_cells(row, ceilings) for row in rows]),
         "",
     ]
 
 
 def write_results(directory: Path) -> Path:
-    """RESULTS.md beside the records of `directory`; records of a kind this function does not know are left out."""
+    """RESULTS.md beside the `cpu` records of `directory`."""
     lines = [
         "# CPU records",
         "",
@@ -96,7 +133,7 @@ def write_results(directory: Path) -> Path:
     ]
     for path in sorted(directory.glob("*.json")):
         record = json.loads(path.read_text())
-        if "ceilings" in record and "versions" in record:
+        if record["name"].startswith("cpu "):
             lines += markdown(record)
     target = directory / "RESULTS.md"
     target.write_text("\n".join(lines).rstrip() + "\n")

@@ -1,4 +1,4 @@
-"""Interleaving: every side measures a short burst of one case, in turns, and a turn's medians are compared as a pair."""
+"""Interleaving: every side measures a short burst of one case, in turns; a turn's medians are compared as a pair."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def take_turns(
     quiet: float = 0.05,
     most: int = 24,
 ) -> list[Turn]:
-    """`rounds` turns, each with one burst of about `seconds` per side (at most `most` repeats), the order reversed every
-    other turn. While fewer than `rounds` turns were quiet (others used at most `quiet` of the machine), up to `spare` more are
-    taken; the quietest are returned, in the order they were measured. Selection looks at the load alone, never at the
-    times. pids: of all sides' processes. Raises ValidationError for fewer than one round."""
+    """`rounds` turns, each with one burst of about `seconds` per side (at most `most` repeats), the order reversed
+    every other turn. While fewer than `rounds` turns were quiet (others used at most `quiet` of the machine), up to `spare`
+    more are taken; the quietest are returned, in the order they were measured. Selection looks at the load alone, never
+    at the times. pids: of all sides' processes. Raises ValidationError for fewer than one round."""
     if rounds < 1:
         raise ValidationError(f"rounds must be at least 1, got {rounds}.", param="rounds")
     repeats = {}

@@ -34,7 +34,7 @@ class Peer:
             # Appended, so that nothing here shadows a module of the peer's environment.
             start = f"import sys; sys.path.append({str(HERE)!r}); from peers.{module} import main; main()"
             arguments = ["-c", start]
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYTHONHOME"))}
         self._process = subprocess.Popen(
             [str(python), *arguments],

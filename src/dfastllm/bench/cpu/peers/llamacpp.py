@@ -3,6 +3,7 @@
 Low-level calls of llama-cpp-python only, so that a sample is one forward of exactly the rows asked for. The library's
 defaults hold for everything but sizes and threads (f16 K,V, flash attention where the library chooses it)."""
 
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call"
 from __future__ import annotations
 
 import ctypes
@@ -202,9 +203,9 @@ class Session:
         return [(int(token), at, sequence, at == length - 1) for at, token in enumerate(ids)]
 
     def forward(self, rows: int, cached: int, repeats: int, every_row: bool, grow: bool) -> list[float]:
-        """Seconds of `repeats` forwards of `rows` tokens after `cached` positions. grow: causal and their K,V stay, each
-        is the next decode step, fed its own argmax; else every row sees the whole block (unless nothing is cached: a
-        causal prefill) and the K,V of the block are removed again outside the clock."""
+        """Seconds of `repeats` forwards of `rows` tokens after `cached` positions. grow: causal and their K,V stay,
+        each is the next decode step, fed its own argmax; else every row sees the whole block (unless nothing is
+        cached: a causal prefill) and the K,V of the block are removed again outside the clock."""
         import llama_cpp
 
         context = self._cached(1, cached, rows * (repeats if grow else 1))

@@ -2,9 +2,10 @@
 
 The IR is optimum-intel's export with NNCF weight compression, the usual road of an OpenVINO user. Single-sequence
 measures infer the stateful IR itself (K,V in its states, any rows' logits); concurrent decodes go through
-openvino-genai's ContinuousBatchingPipeline, one `step` per sample. K,V precision, dynamic quantisation and the inference
-precision are OpenVINO's own defaults for the processor."""
+openvino-genai's ContinuousBatchingPipeline, one `step` per sample. K,V precision, dynamic quantisation and the
+inference precision are OpenVINO's own defaults for the processor."""
 
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, arg-type"
 from __future__ import annotations
 
 import gc
@@ -29,7 +30,7 @@ def make(shape: dict[str, Any], directory: str, formats: list[str], seed: int) -
 
     root = Path(directory)
     source = root / "source"
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "int8": {"bits": 8},
         "int4": {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0},
     }
