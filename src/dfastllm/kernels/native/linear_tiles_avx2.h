@@ -6,6 +6,13 @@
 //
 // Row blocks are R rows x C registers of channels; outputs wait in the tile (L1).
 
+// GCC regroups the additions of an unrolled sum into a tree that does not fit the registers.
+#if defined(__clang__)
+#define DFK_ROLLED
+#else
+#define DFK_ROLLED _Pragma("GCC unroll 1")
+#endif
+
 inline __m256 half8(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline __m256i load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
@@ -59,8 +66,8 @@ template <int R, int C> inline void add_bytes(const uint8_t* data, const int8_t*
     const __m256i x_even = broadcast4(x + r * stride), x_odd = broadcast4(x + r * stride + 32);
     DFK_UNROLL
     for (int c = 0; c < C; ++c) {
-      sum.at[r][c] = _mm256_add_epi32(sum.at[r][c], _mm256_madd_epi16(even[c], x_even));
-      sum.at[r][c] = _mm256_add_epi32(sum.at[r][c], _mm256_madd_epi16(odd[c], x_odd));
+      const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[c], x_even), _mm256_madd_epi16(odd[c], x_odd));
+      sum.at[r][c] = _mm256_add_epi32(sum.at[r][c], both);
     }
   }
 }
@@ -72,7 +79,7 @@ struct Bytes {  // w8g
   template <int R, int C> static inline Sums<R, C> sums(const uint8_t* data, const int8_t* x, int64_t stride, int) {
     Sums<R, C> sum;
     zero(sum);
-    DFK_UNROLL
+    DFK_ROLLED
     for (int i = 0; i < 8; ++i) add_bytes<R, C>(data + 256 * i, x + 4 * i, stride, sum);
     return sum;
   }
@@ -95,15 +102,17 @@ struct Nibbles {  // w4g
   template <int R, int C> static inline Sums<R, C> sums(const uint8_t* data, const int8_t* x, int64_t stride, int) {
     Sums<R, C> sum16;
     zero(sum16);
-    DFK_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      __m256i w[C];
+    DFK_ROLLED
+    for (int i = 0; i < 4; ++i) {
+      __m256i low[C], high[C];
       DFK_UNROLL
       for (int c = 0; c < C; ++c) {
-        const __m256i both = load_codes(data + 256 * (i / 2) + 32 * c);
-        w[c] = _mm256_and_si256(i % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+        const __m256i both = load_codes(data + 256 * i + 32 * c);
+        low[c] = _mm256_and_si256(both, _mm256_set1_epi8(15));
+        high[c] = _mm256_and_si256(_mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
       }
-      add_step<R, C>(w, x + 4 * i, stride, sum16);
+      add_step<R, C>(low, x + 8 * i, stride, sum16);
+      add_step<R, C>(high, x + 8 * i + 4, stride, sum16);
     }
     return widened(sum16);
   }
@@ -200,6 +209,7 @@ inline Floats<R, C> group_floats(const uint8_t* data, const uint16_t* scales, co
 template <class Codes, bool mins, int R, int C>
 inline void group_columns(const Block& b, const int8_t* x, int64_t stride, int channel, Ahead& ahead) {
   constexpr int side = Codes::parts * kPanel;
+  const bool first = b.first;
   for (int g = 0; g < b.groups; ++g) {
     ahead.turn();
     const uint16_t* scales = b.scales + channel + g * side;
@@ -214,7 +224,7 @@ inline void group_columns(const Block& b, const int8_t* x, int64_t stride, int c
       DFK_UNROLL
       for (int c = 0; c < C; ++c) {
         float* at = b.tile + r * kPanel + channel + 8 * c;
-        __m256 y = b.first && g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(at);
+        __m256 y = first && g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(at);
         y = _mm256_fmadd_ps(group.at[r][c], _mm256_set1_ps(x_scale), y);
         DFK_UNROLL
         for (int p = 0; p < (mins ? Codes::parts : 0); ++p) {

@@ -236,8 +236,8 @@ constexpr int kBlockRows = 6;   // at most
 constexpr int kSingleRows = 4;  // up to so many rows (then there is no other row block) wait for weights from memory
 
 // Registers of channels for R rows: what measured best of what fits. `single` walks weights in one sequential pass: the
-// hardware prefetchers then bring 25 to 31 GB/s to a core (Zen 4), prefetch instructions 20, and passes over 32 channels
-// without them 12.
+// hardware prefetchers then bring 25 to 31 GB/s to a core (Zen 4), prefetch instructions 20, and two passes over
+// 32 channels without them 12.
 template <class Codes> constexpr int width(int rows, bool single) {
   return single || rows <= 2 ? 4 : Codes::parts == 1 || rows <= 4 ? 2 : 1;
 }
