@@ -43,6 +43,17 @@ def test_overhead_counts_steady_steps(kind: str, rows: int) -> None:
     assert record["sequences"] == 3
     assert record["rows_per_step"] >= 3 * rows
     assert record["step_us"].low >= record["outside_forward_us"].low > 0
+    assert record["torch_step_us"].low > 0
+    assert record["torch_copies"] < record["torch_operations"]
+    assert record["peak_kib"] > 0
+
+
+@pytest.mark.parametrize(("kind", "base", "each"), [("ar", 260, 95), ("diffusion", 420, 135), ("block", 430, 140)])
+def test_a_step_calls_few_functions(kind: str, base: int, each: int) -> None:
+    """Counted, not timed, so that a busy machine changes nothing: functions called by a step of 1 and of 9."""
+    one, nine = (step_overhead(kind, n, steps=1)["calls"] for n in (1, 9))
+    assert one <= base + each
+    assert (nine - one) / 8 <= each
 
 
 def test_grid_covers_every_rule_and_cache() -> None:

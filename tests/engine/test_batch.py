@@ -63,7 +63,7 @@ def test_packed_rows_are_what_spans_say(cases: list[tuple[Span, int]], min_rows:
         pool.alloc(i % 2)  # some tables are scattered
         table.grow(max(cached, span.stop))
         items.append((span, table, cached if span.store == "replace" else span.start))
-    packed = pack_rows(items, min_rows)
+    packed, tensors = pack_rows(items, min_rows), pack(items, "cpu", min_rows)
     want: list[int] = []
     for i, ((span, table, _), (_, cached)) in enumerate(zip(items, cases, strict=True)):
         row0, row1, held, own0, page0 = packed.spans[i].tolist()
@@ -76,8 +76,12 @@ def test_packed_rows_are_what_spans_say(cases: list[tuple[Span, int]], min_rows:
         pages = packed.pages[page0 : page0 + -(-cached // 4)]
         assert [int(p) * 4 + o for p in pages for o in range(4)][:cached] == list(table.slots(0, cached))
         expected = brute(span, cached)
-        got = packed.mask(i)
-        assert expected.all() if got is None else (got == expected).all()
+        assert (packed.mask(i) == expected).all()
+        keys = tensors.spans[i]
+        assert (keys.mask is None) == bool(expected.all())
+        assert keys.mask is None or (keys.mask.numpy() == expected).all()
+        slots = np.arange(pool.count * 4)[keys.cached] if keys.cached is not None else []
+        assert list(slots) == list(table.slots(0, cached))
         if not span.shadows:
             assert (packed.limits[row0:row1] == expected.sum(axis=1)).all()
         want += [row0 + r for r in span.want]

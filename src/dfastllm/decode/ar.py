@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
-
 from dfastllm.core import Commit, FinishReason, ModelInfo, Request, SequenceState, Span, TokenLogprob
 from dfastllm.decode.rows import DenseRows, Rows, token_logprob
 from dfastllm.decode.sampling import Draw, check_sampling, draw, edits, penalised
@@ -67,7 +65,6 @@ class Autoregressive:
         last = (stop - start - 1,) if stop == len(seq.tokens) else ()
         return Span(start=start, ids=tuple(seq.tokens[start:stop]), attend="causal", store="keep", want=last)
 
-    @torch.inference_mode()
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
         deciding = [seq for seq, span in items if span.want]
         tokens, records = _choose(deciding, rows)

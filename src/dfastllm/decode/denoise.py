@@ -40,7 +40,6 @@ class Decision:
     closed: bool | None = None
 
 
-@torch.inference_mode()
 def denoise(group: Sequence[Active], rows: Rows, scorer: Scorer | None = None) -> list[Decision]:
     """One Decision per block, of sequences of one model. rows: those of the blocks, in order. The mask is never a
     candidate, nor part of any distribution."""

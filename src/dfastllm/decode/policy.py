@@ -54,5 +54,6 @@ class Policy(Protocol):
         ...
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
-        """One Commit per item, all of one model. rows: sum of len(span.want), in the order of items and want."""
+        """One Commit per item, all of one model. rows: sum of len(span.want), in the order of items and want.
+        Called in inference mode."""
         ...

@@ -13,14 +13,14 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dfastllm.core import TokenLogprob
+from dfastllm.core import TokenLogprob, value
 from dfastllm.decode.sampling import best_tokens, log_normaliser, on_capable_device, spread
 
 __all__ = ["DenseRows", "RowStats", "Rows", "int64s", "probabilities", "token_logprob"]
@@ -29,16 +29,19 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+_FLOATS: Floats = np.empty(0, dtype=np.float32)
+_INTS: Ints = np.empty(0, dtype=np.int64)
+
 
 def _no_floats() -> Floats:
-    return np.empty(0, dtype=np.float32)
+    return _FLOATS
 
 
 def _no_ints() -> Ints:
-    return np.empty(0, dtype=np.int64)
+    return _INTS
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class RowStats:
     """Statistics of `count` rows over the vocabulary without the banned ids. What was not asked for has length 0.
 
@@ -133,7 +136,6 @@ class DenseRows(Rows):
     def _logits(self) -> tuple[Tensor, Bools]:
         return self._values, self._finite()
 
-    @torch.inference_mode()
     def _stats(self, ban: tuple[int, ...], norm: bool, spread: bool, top: int) -> RowStats:
         finite, values, banned = self._finite(), self._values, list(ban)
         held = values[:, banned] if banned else None

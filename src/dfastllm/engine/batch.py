@@ -12,13 +12,12 @@ so one number a row, `limits`, says it all; a span with shadows has a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfastllm.core import Span
+from dfastllm.core import Span, value
 from dfastllm.decode.rows import int64s
 from dfastllm.engine.kv import PageTable
 
@@ -28,7 +27,7 @@ Ints = NDArray[np.int64]
 Items = Sequence[tuple[Span, PageTable, int]]  # a span, its sequence's pages, its kv_len
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class PackedRows:
     """One forward pass. All arrays int64, contiguous; rows of a span are consecutive, shadows after the ordinary ones.
 
@@ -52,14 +51,13 @@ class PackedRows:
     page_size: int
     masks: dict[int, NDArray[np.bool_]]
 
-    def mask(self, number: int) -> NDArray[np.bool_] | None:
-        """Bool [rows, keys] of a span, True where visible; None when every row sees every key."""
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """Bool [rows, keys] of a span, True where visible."""
         if number in self.masks:
             return self.masks[number]
         row0, row1, cached, own0, _ = self.spans[number].tolist()
-        keys = cached + row1 - row0 - own0
-        limits = self.limits[row0:row1]
-        return None if (limits >= keys).all() else np.arange(keys) < limits[:, None]
+        keys = np.arange(cached + row1 - row0 - own0)
+        return keys < self.limits[row0:row1, None]
 
 
 def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
@@ -102,7 +100,9 @@ def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
     want += np.repeat(row0, asked)
     if 0 < wanted < min_rows:
         want = np.concatenate([want, np.full(min_rows - wanted, want[0])])
-    spans = np.stack([row0, row1, cached, own0, page0], axis=1)
+    spans = np.empty((len(items), 5), dtype=np.int64)
+    for column, values in enumerate((row0, row1, cached, own0, page0)):
+        spans[:, column] = values
     return PackedRows(ids, positions, slots, limits, want, wanted, spans, pages, size, masks)
 
 
@@ -144,7 +144,7 @@ def visibility(span: Span, cached: int) -> NDArray[np.bool_]:
     return seen
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class SpanKeys:
     """Where the rows [row0, row1) of one span find their keys: cached slots first, then the span's own rows from `own0`
     (relative to row0) on.
@@ -160,7 +160,7 @@ class SpanKeys:
     mask: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Packed:
     """The torch form: ids, positions [rows]; write_rows, write_slots [stored]; want [wanted]; all int64.
 
@@ -183,19 +183,25 @@ def pack(items: Items, device: torch.device | str, min_rows: int = 1) -> Packed:
     def tensor(values: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values).to(device)
 
+    row0, row1, cached, own0, page0 = rows.spans.T
+    held = -(-cached // rows.page_size)
+    gaps = np.concatenate([[0], np.cumsum(np.diff(rows.pages) != 1)])  # before each page
+    last = np.maximum(page0 + held - 1, page0)
+    whole = (held > 0) & (gaps[np.minimum(last, len(gaps) - 1)] == gaps[np.minimum(page0, len(gaps) - 1)])
+    partial = np.minimum.reduceat(rows.limits[: row1[-1]], row0) < cached + row1 - row0 - own0
     spans = []
-    for number, (row0, row1, cached, own0, page0) in enumerate(rows.spans.tolist()):
-        keys: slice | torch.Tensor | None = None
-        if cached:
-            pages = rows.pages[page0 : page0 - (-cached // rows.page_size)]
-            first = int(pages[0])
-            if int(pages[-1]) - first == len(pages) - 1 and (np.diff(pages) == 1).all():
-                keys = slice(first * rows.page_size, first * rows.page_size + cached)
-            else:
-                slots = (pages[:, None] * rows.page_size + np.arange(rows.page_size)).ravel()[:cached]
-                keys = tensor(slots)
-        mask = rows.mask(number)
-        spans.append(SpanKeys(row0, row1, keys, own0, None if mask is None else tensor(mask)))
+    facts = zip(rows.spans.tolist(), held.tolist(), whole.tolist(), partial.tolist(), strict=True)
+    for number, (bounds, count, consecutive, masked) in enumerate(facts):
+        start, stop, keys, own, page = bounds
+        slots: slice | torch.Tensor | None = None
+        if consecutive:
+            first = int(rows.pages[page]) * rows.page_size
+            slots = slice(first, first + keys)
+        elif count:
+            pages = rows.pages[page : page + count, None]
+            slots = tensor((pages * rows.page_size + np.arange(rows.page_size)).ravel()[:keys])
+        mask = tensor(rows.mask(number)) if masked or number in rows.masks else None
+        spans.append(SpanKeys(start, stop, slots, own, mask))
     written = np.flatnonzero(rows.slots >= 0)
     return Packed(
         tensor(rows.ids),

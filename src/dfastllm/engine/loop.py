@@ -175,8 +175,9 @@ class Engine:
         self._expire(began)
         preempted = self.scheduler.preempted
         chosen = self.scheduler.schedule(self.steps)
-        rows, seconds = self._run(chosen)
-        commits = self._absorb(chosen, rows)
+        with torch.inference_mode():
+            rows, seconds = self._run(chosen)
+            commits = self._absorb(chosen, rows)
         canvases = self._commit(chosen, commits)
         events = self._emit(chosen, commits, canvases)
         self.steps += 1
