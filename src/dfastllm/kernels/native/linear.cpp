@@ -20,25 +20,21 @@ constexpr size_t kTaskBytes = kTileScratch + kRows * kPanel * sizeof(float);
 
 int64_t panels_of(const Linear& w) { return (w.n + kPanel - 1) / kPanel; }
 
-// How a product is cut: tasks of `panels` neighbouring panels (one stretch of memory) by `rows` rows.
+// How a product is cut into tasks: `across` stretches of neighbouring panels (as even as possible; each one stretch of
+// memory, which the hardware prefetchers like) by `down` blocks of `rows` rows.
 struct Cut {
-  int64_t panels, rows, across, down;  // across: tasks along n; down: along m
+  int64_t across, down, rows;
 };
 
 // A few tasks per thread, so that a thread that loses its core does not hold up the rest; rows are divided (and panels
 // read again) only where there are too few panels to go round.
 Cut cut(int64_t panels, int64_t rows) {
   const int64_t threads = thread_count();
-  if (threads == 1) return {panels, rows, 1, 1};
-  Cut c{1, rows, panels, 1};
-  if (panels >= 16 * threads) c.panels = panels / (8 * threads);
-  c.across = (panels + c.panels - 1) / c.panels;
-  if (panels < 4 * threads && rows > 32) {
-    const int64_t parts = (4 * threads + panels - 1) / panels;
-    c.rows = round_up((rows + parts - 1) / parts, 32);
-    c.down = (rows + c.rows - 1) / c.rows;
-  }
-  return c;
+  if (threads == 1) return {1, 1, rows};
+  if (panels >= 16 * threads) return {8 * threads, 1, rows};
+  if (panels >= 4 * threads || rows <= 32) return {panels < 4 * threads ? panels : 4 * threads, 1, rows};
+  const int64_t parts = (4 * threads + panels - 1) / panels, block = round_up((rows + parts - 1) / parts, 32);
+  return {panels, (rows + block - 1) / block, block};
 }
 
 // finish(panel, row0, rows, tile) for every panel and block of rows, on the pool.
@@ -50,10 +46,9 @@ void each_tile(const Linear& w, const Acts& x, Finish&& finish) {
   parallel(c.across * c.down, [&](int64_t task, int) {
     char* memory = thread_scratch(kTaskBytes);
     float* tile = reinterpret_cast<float*>(memory + kTileScratch);
-    const int64_t first = task / c.down * c.panels, top = task % c.down * c.rows;
-    const int64_t last = first + c.panels < panels ? first + c.panels : panels;
-    const int64_t end = top + c.rows < x.rows ? top + c.rows : x.rows;
-    for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t part = task / c.down, top = task % c.down * c.rows;
+    const int64_t last = panels * (part + 1) / c.across, end = top + c.rows < x.rows ? top + c.rows : x.rows;
+    for (int64_t panel = panels * part / c.across; panel < last; ++panel) {
       for (int64_t row = top; row < end; row += kRows) {
         const int64_t rows = end - row < kRows ? end - row : kRows;
         tile_of(w, x, panel, row, rows, tile, memory);
