@@ -1,13 +1,13 @@
 """From a path to a model that can serve: the one place where read > quantise > pack meet. Models know none of it.
 
-On a CPU a dense model becomes a `PackedDecoder` (kernels of our own, quantised or not); on another device, for a mixture
-of experts, or where asked, it stays the plain torch `Decoder`.
+On a CPU a dense model becomes a `PackedDecoder` (kernels of our own, quantised or not); on another device, for a
+mixture of experts, or where asked, it stays the plain torch `Decoder`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models import Decoder, DecoderConfig, build
-from dfastllm.models.packed import PackedDecoder, pack_decoder
+from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, build, pack_decoder
 from dfastllm.models import load as load_decoder
 from dfastllm.models.checkpoint import (
     named_dtype,
@@ -30,10 +29,11 @@ from dfastllm.models.checkpoint import (
     skeleton,
     stored_dtype,
 )
+from dfastllm.models.gguf import GgufModel, open_gguf
 from dfastllm.models.headers import inventory
 from dfastllm.quant import FORMATS, find_format, quantise
-from dfastllm.models.gguf import GgufModel, open_gguf
 from dfastllm.text import Tokenizer
+from dfastllm.text.gguf import read_tokenizer
 
 __all__ = ["BACKENDS", "Backend", "Loaded", "is_gguf", "load", "model_info", "pack"]
 
@@ -92,11 +92,15 @@ def load(
     """
     if backend not in BACKENDS:
         raise ValidationError(f"backend must be {', '.join(BACKENDS)}, got {backend!r}.", param="backend")
+    if dtype is not None:
+        named_dtype(dtype)
+    if quantization is not None:
+        find_format(quantization, "quantization")
     path = Path(path)
     gguf = open_gguf(path, name=name) if is_gguf(path) else None
     if gguf is not None:
         config, info, quantised = gguf.config, gguf.info, True
-        tokenizer = gguf.tokenizer()
+        tokenizer = read_tokenizer(gguf.file.metadata)
     else:
         _, config, info = read_model(path, name)
         quantised = quant_config(path) is not None
@@ -132,21 +136,24 @@ def _packed_is_right(
     config: DecoderConfig, info: ModelInfo, device: str | torch.device, backend: Backend, quantised: bool
 ) -> bool:
     """Whether the packed decoder is to be built. Raises UnsupportedError where it must and cannot be."""
-    why = None
+    problem = None
     if torch.device(device).type != "cpu":
-        why = f"on a CPU only, not on {device}"
+        problem = ("device", f"on a CPU, not on {device}")
     elif config.moe is not None:
-        why = f"dense models only; {info.name} is a mixture of experts"
-    if why is None and backend != "torch":
+        problem = ("model", f"dense models; {info.name} is a mixture of experts")
+    elif backend == "torch":
+        problem = ("backend", "with backend native or auto, not torch")
+    if problem is None:
         return quantised or backend == "native" or native() is not None
+    param, serves = problem
     if quantised:
         raise UnsupportedError(
-            f"quantised weights are computed by the native backend, which serves {why or 'with backend native or auto'}.",
-            param="backend" if why is None else "device",
+            f"quantised weights are computed by the native backend, which serves {serves}.",
+            param=param,
             hint="Load the float checkpoint.",
         )
     if backend == "native":
-        raise UnsupportedError(f"backend native serves {why}.", param="backend", hint="Use backend torch.")
+        raise UnsupportedError(f"backend native serves {serves}.", param=param, hint="Use backend torch.")
     return False
 
 
@@ -174,8 +181,6 @@ def _from_gguf(gguf: GgufModel, dtype: torch.dtype | str | None) -> _Source:
 
 def _assemble(source: _Source, quantization: str | None) -> PackedDecoder:
     """Packs a source's weights, quantising float matrices first where asked."""
-    if quantization is not None:
-        find_format(quantization, "quantization")
     matrices = set(quantisable(skeleton(source.config, source.info, torch.float32)))
     dtype = source.dtype
     if dtype == torch.float16:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dfastllm import assemble
+from dfastllm.assemble import Backend, is_gguf
 from dfastllm.core import (
     DecodeParams,
     FinishReason,
@@ -33,12 +35,22 @@ from dfastllm.decode.scorer import ModelScorer
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
 from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.models import load
-from dfastllm.models.checkpoint import read_model
+from dfastllm.settings import Settings
 from dfastllm.text import Tokenizer
 
-__all__ = ["LLM", "Completion", "RequestOutput", "load_engine", "model_kind", "resolve", "shipped_models"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "RequestOutput",
+    "load_engine",
+    "model_kind",
+    "model_options",
+    "resolve",
+    "shipped_models",
+]
 
 SHIPPED = Path(__file__).parent / "shipped"
+KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 DEFAULT_SAMPLING = SamplingParams(temperature=0.0, max_tokens=128)
 
 Prompt = str | Sequence[int]
@@ -50,22 +62,34 @@ def shipped_models() -> list[str]:
 
 
 def resolve(model: str | Path) -> Path:
-    """Directory of a model: a shipped model's name, or a path. Raises ModelNotFoundError naming what there is."""
+    """Where a model lies: a shipped model's name, a directory or a GGUF file. Raises ModelNotFoundError naming what
+    there is."""
     if str(model) in shipped_models():
         return SHIPPED / str(model)
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     raise ModelNotFoundError(
-        f"no model {str(model)!r}: it is neither a directory nor a shipped model ({', '.join(shipped_models())}).",
+        f"no model {str(model)!r}: it is neither a directory nor a GGUF file nor a shipped model"
+        f" ({', '.join(shipped_models())}).",
         param="model",
     )
 
 
 def model_kind(model: str | Path) -> Kind:
     """ar, diffusion or block, from the model's config alone. Raises ModelNotFoundError, ModelLoadError."""
-    path = resolve(model)
-    return read_model(path, path.name)[2].kind
+    return assemble.model_info(resolve(model)).kind
+
+
+def model_options(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of `load_engine` and LLM: how settings say a model is loaded."""
+    return {
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "backend": settings.backend,
+        "quantization": settings.quantization,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+    }
 
 
 def load_engine(
@@ -74,24 +98,32 @@ def load_engine(
     name: str | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
+    backend: Backend = "auto",
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
     config: EngineConfig | None = None,
     draft: str | Path | None = None,
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
+    backend, quantization: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native backend) or auto.
     draft: a small autoregressive model of the same vocabulary, the second opinion of rule
-    `apd` (canvas models only). Raises UnsupportedError for a draft that does not fit, ModelNotFoundError,
-    ModelLoadError, CheckpointError, TokenizerError."""
+    `apd` (canvas models only). Raises UnsupportedError for a draft that does not fit or a combination that cannot be,
+    ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
     path = resolve(model)
     if dtype == "auto":
         dtype = None
-    built = load(path, device=device, dtype=dtype)
-    built.info = dataclasses.replace(built.info, name=name or path.name)
-    tokenizer = Tokenizer.load(path)
-    tokenizer.check_fits(built.info.vocab_size, built.info.mask_id)
+    if kv_cache_dtype not in KV_DTYPES:
+        raise ValidationError(
+            f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, got {kv_cache_dtype!r}.", param="kv_cache_dtype"
+        )
+    loaded = assemble.load(path, device=device, dtype=dtype, backend=backend, quantization=quantization)
+    built, tokenizer = loaded.model, loaded.tokenizer
+    own_name = path.stem if path.is_file() else path.name
+    built.info = dataclasses.replace(built.info, name=name or own_name)
     choose: Callable[..., Policy] = policy_for
     if draft is not None:
         choose = functools.partial(policy_for, scorer=_scorer(draft, built.info, device, dtype))
-    return Engine(built, tokenizer, config, device=device, choose=choose)
+    return Engine(built, tokenizer, config, dtype=KV_DTYPES[kv_cache_dtype], device=device, choose=choose)
 
 
 def _scorer(draft: str | Path, info: ModelInfo, device: str, dtype: str | torch.dtype | None) -> ModelScorer:
@@ -148,11 +180,23 @@ class LLM:
         *,
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
+        backend: Backend = "auto",
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         engine: EngineConfig | Engine | None = None,
         draft: str | Path | None = None,
     ) -> None:
         if not isinstance(engine, Engine):
-            engine = load_engine(model, device=device, dtype=dtype, config=engine, draft=draft)
+            engine = load_engine(
+                model,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                quantization=quantization,
+                kv_cache_dtype=kv_cache_dtype,
+                config=engine,
+                draft=draft,
+            )
         self.engine = engine
         self.info = self.engine.info
         self.worker = Worker({self.info.name: self.engine}).start()

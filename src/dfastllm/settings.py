@@ -102,7 +102,7 @@ class Settings:
 
     model: tuple[str, ...] = _field(
         (),
-        "Model to serve: the name of a shipped demo model or a Hugging Face directory; repeatable."
+        "Model to serve: a shipped demo model's name, a Hugging Face directory or a GGUF file; repeatable."
         " None given: every shipped model.",
         group="model",
     )
@@ -131,7 +131,34 @@ class Settings:
         alone=True,
     )
     threads: int | None = _field(
-        None, "CPU threads of a forward pass; default: torch's own choice.", group="model", minimum=1, alone=True
+        None,
+        "CPU threads of a forward pass; default: the physical cores this process may use.",
+        group="model",
+        minimum=1,
+        maximum=1024,
+        alone=True,
+    )
+    backend: str = _field(
+        "auto",
+        "What computes on a CPU: native (packed weights, our own kernels) or torch; auto: native where it can be.",
+        group="model",
+        choices=("auto", "native", "torch"),
+        alone=True,
+    )
+    quantization: str | None = _field(
+        None,
+        "Quantise a float checkpoint's matrices while loading, embedding and head to 8 bits at least; default: as"
+        " stored. Better and faster to start: `dfastllm quantize` once.",
+        group="model",
+        choices=("w8", "w8g", "w6", "w4m", "w4"),
+        alone=True,
+    )
+    kv_cache_dtype: str = _field(
+        "auto",
+        "Number format of K,V: auto is the weights' (bfloat16 for quantised ones); int8 needs the native backend.",
+        group="model",
+        choices=("auto", "float32", "bfloat16", "int8"),
+        alone=True,
     )
     max_model_len: int | None = _field(
         None,
@@ -156,7 +183,7 @@ class Settings:
     )
     min_num_batched_tokens: int | None = _field(
         None,
-        "A smaller forward pass is padded to this many rows, so that a request's numbers do not depend on its"
+        "Backend torch pads a smaller forward pass to this many rows, so that a request's numbers do not depend on its"
         " neighbours; default: 8 per CPU thread, at least 16. 1: no padding, and no such promise.",
         group="engine",
         minimum=1,

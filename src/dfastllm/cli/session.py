@@ -25,15 +25,13 @@ __all__ = ["cancelled_by_interrupt", "open_model", "run"]
 def open_model(model: str, settings: Settings, draft: str | None = None) -> LLM:
     """The model, and the draft model of rule apd if one is named, loaded as the settings say."""
     with working(f"loading {model}"):
-        import torch
-
         from dfastllm.engine import EngineConfig
-        from dfastllm.llm import LLM
+        from dfastllm.kernels import set_threads
+        from dfastllm.llm import LLM, model_options
 
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        set_threads(settings.threads)
         config = EngineConfig(**settings.engine_options())
-        return LLM(model, device=settings.device, dtype=settings.dtype, engine=config, draft=draft)
+        return LLM(model, **model_options(settings), engine=config, draft=draft)
 
 
 @contextmanager

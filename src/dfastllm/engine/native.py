@@ -22,7 +22,7 @@ from dfastllm.kernels import linear
 from dfastllm.kernels.acts import Acts, act_kind
 from dfastllm.kernels.kv import KvCache
 from dfastllm.kernels.step import BLOCK, Step
-from dfastllm.models.packed import PackedDecoder
+from dfastllm.models import PackedDecoder
 
 __all__ = ["HeadRows", "NativeRunner", "step_of"]
 

@@ -11,6 +11,7 @@ from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import FAMILIES, Family, Ids, describe, find_family
+from dfastllm.models.packed import PackedDecoder, pack_decoder
 from dfastllm.models.parts import Attend, dense_attention
 from dfastllm.models.tiny import random_like, tiny, tiny_config
 
@@ -23,6 +24,7 @@ __all__ = [
     "Family",
     "Ids",
     "MoEConfig",
+    "PackedDecoder",
     "Problem",
     "RopeScaling",
     "build",
@@ -31,6 +33,7 @@ __all__ = [
     "describe",
     "find_family",
     "load",
+    "pack_decoder",
     "random_like",
     "save",
     "tiny",

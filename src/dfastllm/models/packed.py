@@ -122,7 +122,7 @@ class PackedDecoder:
             qkv = torch.cat([linear.linear(self._in(x, w, layer.attn_norm), w.packed, w.bias) for w in layer.qkv], 1)
             kv = cache.layer(i), own.layer(0)
             norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm, "eps": config.norm_eps}
-            attention.rope_store(qkv, step, cos, sin, *kv, heads=config.heads, **norms)
+            attention.rope_store(qkv, cos, sin, step, *kv, heads=config.heads, **norms)
             mixed = attention.attention(qkv, step, *kv, heads=config.heads)
             if layer is self.layers[-1]:  # what follows is only looked at in the wanted rows
                 x, mixed = x[want], mixed[want]

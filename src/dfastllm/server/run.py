@@ -192,14 +192,12 @@ class Loading:
             self.server.should_exit = True
 
     def _load(self) -> dict[str, Engine]:
-        import torch
-
         from dfastllm.engine import EngineConfig
-        from dfastllm.llm import load_engine, model_kind, shipped_models
+        from dfastllm.kernels import set_threads
+        from dfastllm.llm import load_engine, model_kind, model_options, shipped_models
 
         settings = self.settings
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        set_threads(settings.threads)
         wanted = settings.model or tuple(shipped_models())
         if not wanted:
             raise ValidationError("There is no model to serve.", param="model", hint="Name one with --model.")
@@ -216,8 +214,7 @@ class Loading:
             engines[name] = load_engine(
                 model,
                 name=name,
-                device=settings.device,
-                dtype=settings.dtype,
+                **model_options(settings),
                 config=EngineConfig(**settings.engine_options()),
                 draft=settings.draft_model if model_kind(model) != "ar" else None,
             )

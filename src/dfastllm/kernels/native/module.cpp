@@ -12,6 +12,7 @@ __attribute__((weak)) void bind_attention(nb::module_& m);
 void bind_forward(nb::module_& m);
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // an engine thread may outlive the interpreter's own cleaning up
   dfk::isa();  // a wrong DFASTLLM_ISA fails here, at import, not in the first forward
   m.def("isa", &dfk::isa_name);
   m.def("isa_reason", &dfk::isa_reason);

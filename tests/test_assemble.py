@@ -1,0 +1,103 @@
+"""From a path to a model: which backend it gets, quantising while loading, and what cannot go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfastllm import assemble
+from dfastllm.core import SamplingParams
+from dfastllm.errors import CheckpointError, ModelNotFoundError, UnsupportedError, ValidationError
+from dfastllm.kernels import native
+from dfastllm.llm import LLM, SHIPPED, load_engine, resolve
+from dfastllm.models import Decoder, PackedDecoder, pack_decoder, save, tiny
+
+DEMO = SHIPPED / "demo-ar"
+
+
+def test_backend_auto_takes_the_kernels_where_they_are_built() -> None:
+    model = assemble.load(DEMO).model
+    assert isinstance(model, PackedDecoder if native() is not None else Decoder)
+    assert isinstance(assemble.load(DEMO, backend="torch").model, Decoder)
+    forced = assemble.load(DEMO, backend="native").model
+    assert isinstance(forced, PackedDecoder)
+    assert forced.formats == {"bf16": sum(forced.formats.values())}
+
+
+@pytest.mark.parametrize("weights", ["w8", "w8g", "w6", "w4m", "w4"])
+def test_a_shipped_model_quantised_while_loading_still_answers(weights: str) -> None:
+    with LLM("demo-ar", quantization=weights, kv_cache_dtype="int8") as llm:
+        model = llm.engine.runner.model
+        assert isinstance(model, PackedDecoder)
+        assert set(model.formats) <= {"w8", "w8g", "w6g", "w4g"}
+        text = llm.chat([{"role": "user", "content": "What is 12 + 30?"}], SamplingParams(max_tokens=32)).text
+    assert "42" in text
+
+
+def test_packed_and_plain_give_the_same_greedy_tokens() -> None:
+    prompts = ["The", "Once upon a time", "What is 7 + 5?"]
+    answers = []
+    for backend in ("torch", "native"):
+        with LLM("demo-ar", dtype="float32", backend=backend) as llm:  # type: ignore[arg-type]
+            out = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24))
+            answers.append([o.outputs[0].token_ids for o in out])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "fast"}, ValidationError, "backend must be"),
+        ({"quantization": "w5"}, ValidationError, "quantization must be"),
+        ({"dtype": "int7"}, ValidationError, "dtype must be"),
+        ({"quantization": "w8", "backend": "torch"}, UnsupportedError, "native backend"),
+        ({"quantization": "w8", "device": "meta"}, UnsupportedError, "on a CPU, not on meta"),
+        ({"backend": "native", "device": "meta"}, UnsupportedError, "on a CPU, not on meta"),
+    ],
+)
+def test_what_cannot_go_together_is_named(options: dict[str, str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        assemble.load(DEMO, **options)  # type: ignore[arg-type]
+
+
+def test_engine_options_are_checked() -> None:
+    with pytest.raises(ValidationError, match="kv_cache_dtype must be"):
+        load_engine("demo-ar", kv_cache_dtype="int3")
+    with pytest.raises(UnsupportedError, match="native backend"):
+        load_engine("demo-ar", backend="torch", kv_cache_dtype="int8")
+
+
+def test_a_file_that_is_not_gguf_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGML")
+    with pytest.raises(ModelNotFoundError, match="neither a directory nor a GGUF file"):
+        resolve(path)
+
+
+def test_parameters_that_do_not_fit_are_named() -> None:
+    model = tiny("qwen2")
+    parts = dict(model.named_parameters())
+
+    def build(changed: dict[str, torch.Tensor]) -> None:
+        pack_decoder(model.config, model.info, changed.items(), torch.float32)
+
+    build(parts)
+    with pytest.raises(CheckpointError, match="missing parameter.*q_proj.bias"):
+        build({k: v for k, v in parts.items() if not k.endswith("q_proj.bias")})
+    with pytest.raises(CheckpointError, match="unexpected parameter layers.9"):
+        build({**parts, "layers.9.attn_norm.weight": parts["norm.weight"]})
+    with pytest.raises(CheckpointError, match="norm.weight has shape"):
+        build({**parts, "norm.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="embed.weight holds NaN or infinity"):
+        build({**parts, "embed.weight": torch.full_like(parts["embed.weight"], torch.nan)})
+
+
+def test_float16_weights_are_held_as_float32_and_it_says_so(tmp_path: Path) -> None:
+    files = [DEMO / "tokenizer.json", DEMO / "tokenizer_config.json"]
+    save(tiny("llama", vocab_size=assemble.model_info(DEMO).vocab_size).half(), tmp_path, files=files)
+    model = assemble.load(tmp_path, backend="native").model
+    assert isinstance(model, PackedDecoder)
+    assert set(model.formats) == {"f32"}
+    assert any("float16" in note for note in model.notes)
