@@ -280,5 +280,5 @@ def neutral(
         accuracy=[{name: v for name, v in asdict(a).items() if name != "marks"} for a in accuracy],
         passes=[asdict(one) for one in passes],
     )
-    plot(field, accuracy, passes, out / "neutral.png", f"Shipped models of 1.5 M weights, {count} CPU threads")
+    plot(field, accuracy, passes, out / "neutral.png", f"Shipped models of equal size, CPU, threads: {count}")
     _print(rows, f"fastest setting as accurate as autoregression, {count} threads")

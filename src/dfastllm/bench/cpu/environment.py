@@ -40,7 +40,7 @@ class Environment:
         root.mkdir(parents=True, exist_ok=True)
         log = root / "install.txt"
         print(f"{self.name}: making its environment in {root} (output in {log})", file=sys.stderr)
-        venv.create(root / "venv", with_pip=True)
+        venv.create(root / "venv", with_pip=bool(self.steps))
         log.write_bytes(b"")
         for step in self.steps:
             self._run(python, ["-m", "pip", "install", *step], log)

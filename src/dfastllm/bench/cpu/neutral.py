@@ -187,20 +187,25 @@ def plot(
     import matplotlib.pyplot as plt
 
     found, rate = {a.name: a for a in accuracy}, speeds(passes)
-    markers = "osD^vP*Xph"
+    markers = "osD^vPXphd"
     figure, panels = plt.subplots(1, 2, figsize=(13.5, 5.6), sharey=True)
     for panel, flight in zip(panels, FLIGHTS, strict=True):
         for colour, family in enumerate(dict.fromkeys(one.family for one in field)):
             for marker, one in zip(markers, (o for o in field if o.family == family), strict=False):
                 speed: Summary = summarise(rate[one.name, flight])
+                is_reference = family == AR
+                if is_reference:  # what the others are compared with: right of and above the lines is better
+                    panel.axvline(speed.median, color="black", linewidth=0.6, linestyle=":")
+                    panel.axhline(100 * found[one.name].accuracy, color="black", linewidth=0.6, linestyle=":")
                 panel.errorbar(
                     speed.median,
                     100 * found[one.name].accuracy,
                     xerr=[[speed.median - speed.q1], [speed.q3 - speed.median]],
                     yerr=100 * found[one.name].error,
-                    marker=marker,
-                    color=f"C{colour}",
-                    markersize=8,
+                    marker="*" if is_reference else marker,
+                    color="black" if is_reference else f"C{colour}",
+                    markersize=13 if is_reference else 8,
+                    zorder=3 if is_reference else 2,
                     linewidth=0.8,
                     linestyle="",
                     label=one.name,

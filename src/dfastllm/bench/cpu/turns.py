@@ -57,9 +57,11 @@ def take_turns(
     most: int = 24,
 ) -> list[Turn]:
     """`rounds` turns, each with one burst of about `seconds` per side (at most `most` repeats), the order reversed
-    every other turn. While fewer than `rounds` turns were quiet (others used at most `quiet` of the machine), up to `spare`
-    more are taken; the quietest are returned, in the order they were measured. Selection looks at the load alone, never
-    at the times. pids: of all sides' processes. Raises ValidationError for fewer than one round."""
+    every other turn.
+
+    While fewer than `rounds` turns were quiet (others used at most `quiet` of the machine), up to `spare` more are
+    taken; the quietest are returned, in the order they were measured. Selection looks at the load alone, never at the
+    times. pids: of all sides' processes. Raises ValidationError for fewer than one round."""
     if rounds < 1:
         raise ValidationError(f"rounds must be at least 1, got {rounds}.", param="rounds")
     repeats = {}
