@@ -121,8 +121,10 @@ class PackedDecoder:
         for i, layer in enumerate(self.layers):
             qkv = torch.cat([linear.linear(self._in(x, w, layer.attn_norm), w.packed, w.bias) for w in layer.qkv], 1)
             kv = cache.layer(i), own.layer(0)
-            norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm, "eps": config.norm_eps}
-            attention.rope_store(qkv, cos, sin, step, *kv, heads=config.heads, **norms)
+            attention.rope_store(
+                qkv, cos, sin, step, *kv,
+                heads=config.heads, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=config.norm_eps,
+            )  # fmt: skip
             mixed = attention.attention(qkv, step, *kv, heads=config.heads)
             if layer is self.layers[-1]:  # what follows is only looked at in the wanted rows
                 x, mixed = x[want], mixed[want]
