@@ -36,7 +36,7 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 struct Acts {
   ActKind kind;
   int64_t rows, k;
-  int64_t stride;   // elements from row to row: k rounded up to 32; what lies beyond k is zero
+  int64_t stride;   // elements from row to row: k rounded up to 32 (f32: or anything from k on); zero beyond k
   void* data;       // [rows][stride] float, bf16 bits, or int8
   float* scales;    // row8: [rows]; group8: [rows][stride / 32]; x ~ code * scale
   int32_t* sums;    // row8: [rows], sum of a row's codes; group8: [rows][stride / 16], sums of 16 codes

@@ -106,6 +106,15 @@ inline void prepare_32(const float* x, const Acts& out, int64_t row, int64_t col
 
 inline void prepare_row(const float* x, const float* norm, float eps, const Acts& out, int64_t row) {
   const NormedRow in{x, norm, norm ? rms_factor(x, out.k, eps) : 1.0f, out.k};
+  if (out.kind == ActKind::f32) {  // a plain matrix will do too: any stride from k on
+    float* to = static_cast<float*>(out.data) + row * out.stride;
+    for (int64_t i = 0; i < out.stride; i += 16) {
+      const int64_t left = out.stride - i;
+      if (left >= 16) store(to + i, in.at(i));
+      else store(to + i, in.at(i), left);
+    }
+    return;
+  }
   if (out.kind != ActKind::row8) {
     for (int64_t i = 0; i < out.stride; i += 32) put_32(in.at(i), in.at(i + 16), out, row, i);
     return;
