@@ -34,7 +34,7 @@ class Environment:
         root = cache / self.name
         python = root / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         stamp = root / "steps"
-        wanted = repr((self.steps, sorted(self.variables.items())))
+        wanted = repr((self.steps, sorted(self.variables.items()), self.check))
         if stamp.exists() and stamp.read_text() == wanted and python.exists():
             return python
         root.mkdir(parents=True, exist_ok=True)

@@ -52,9 +52,12 @@ def _worker(peer: str, module: str, cache: Path, threads: int) -> Iterator[Peer]
 
 
 def ensure_gguf(worker: Peer, shape: Shape, formats: Sequence[str], cache: Path, threads: int) -> dict[str, Path]:
-    """Paths of random-weights GGUF files of the shape, made by llama.cpp's own quantiser where missing."""
+    """Paths of random-weights GGUF files of the shape, made by llama.cpp's own quantiser where missing.
+
+    A LLaDA shape is written as the Llama model of the same sizes: llama.cpp runs its `llada` architecture without any
+    K,V cache, so a block on a cache can only be asked of the other."""
     directory = cache / "models" / f"gguf-{shape.name}"
-    published = shape.published() | {"architecture": "qwen2" if shape.family == "qwen2" else "llada"}
+    published = shape.published() | {"architecture": "qwen2" if shape.family == "qwen2" else "llama"}
     worker.call("make", shape=published, directory=str(directory), formats=list(formats), seed=SEED, threads=threads)
     return {name: directory / f"{name}.gguf" for name in formats}
 
