@@ -73,6 +73,8 @@ def attention(
     q float32 [rows, heads * dim or more] (qkv as rope_store leaves it); the keys are those of step.spans, each row's
     limits and the masks. heads is a multiple of the layer's kv_heads, neighbours share one. scale: dim ** -0.5 unless
     given. Rows that see no key, or are in no span, give zeros. ValidationError says what does not fit.
+
+    Sums are float32. The native AVX-512 kernels round q and the softmax weights to bfloat16 where K and V are that.
     """
     kv_heads, dim = _check_layers(cache, own)
     rows = _check_rows("q", q, heads, kv_heads, heads * dim)

@@ -26,7 +26,7 @@ def rope_store(
     eps: float,
 ) -> None:
     kv_heads, dim = cache.k.shape[1], cache.k.shape[2]
-    by_head = qkv.unflatten(1, (-1, dim))  # [rows, heads + 2 kv_heads, dim], a view
+    by_head = qkv.view(len(qkv), heads + 2 * kv_heads, dim)  # [rows, heads + 2 kv_heads, dim], a view
     q, k, v = by_head[:, :heads], by_head[:, heads : heads + kv_heads], by_head[:, heads + kv_heads :]
     for x, weight in ((q, q_norm), (k, k_norm)):
         if weight is not None:

@@ -33,6 +33,7 @@ namespace {
 
 constexpr int64_t kFolded = 64;      // query rows x heads of a task: enough that K,V come from the near cache
 constexpr int64_t kLeastFolded = 8;  // fewer would not fill a register tile
+constexpr int64_t kInline = 200000;  // products that the calling thread does sooner than it wakes another
 
 // Memory that a calling thread keeps between calls; 64-byte aligned.
 class Arena {
@@ -78,6 +79,16 @@ int64_t rows_of_task(const Attention& a, int threads) {
     rows = (rows + 1) / 2;
   }
   return rows;
+}
+
+// At most so many products of q and K: an upper bound is enough.
+int64_t products(const Attention& a) {
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < a.span_count; ++i) {
+    const SpanKeys& span = a.spans[i];
+    pairs += (span.row1 - span.row0) * (static_cast<int64_t>(span.cached) + span.own);
+  }
+  return pairs * a.heads * a.shape.dim;
 }
 
 void plan_tasks(const Attention& a, int64_t rows, std::vector<AttendTask>& out) {
@@ -153,20 +164,24 @@ void attention(const Attention& a) {
   static thread_local Arena scratch_memory, partial_memory;
 
   const AttentionOps& ops = attention_ops();
-  const int threads = thread_count();
+  const int threads = products(a) <= kInline ? 1 : thread_count();
   const int64_t rows = rows_of_task(a, threads), group = a.heads / a.shape.kv_heads;
   clear_padding(a);
   plan_tasks(a, rows, tasks);
   if (tasks.empty()) return;
   const size_t stride = (ops.scratch_bytes(rows * group, a.shape.dim) + 63) / 64 * 64;
   char* const scratch = static_cast<char*>(scratch_memory.bytes(stride * static_cast<size_t>(threads)));
+  if (threads == 1) {
+    for (const AttendTask& task : tasks) ops.attend(a, task, scratch);
+    return;
+  }
   const auto run = [&](const std::vector<AttendTask>& list, auto op) {
     parallel(static_cast<int64_t>(list.size()), [&](int64_t i, int worker) {
       op(a, list[static_cast<size_t>(i)], scratch + static_cast<size_t>(worker) * stride);
     });
   };
   // Too few tasks for the threads: long contexts are shared out by ranges of keys.
-  if (threads == 1 || static_cast<int64_t>(tasks.size()) >= 2 * threads) return run(tasks, ops.attend);
+  if (static_cast<int64_t>(tasks.size()) >= 2 * threads) return run(tasks, ops.attend);
   split_ranges(a, tasks, split);
   if (split.whole.empty()) return run(tasks, ops.attend);
   float* const partial = static_cast<float*>(partial_memory.bytes(static_cast<size_t>(split.floats) * sizeof(float)));

@@ -4,6 +4,8 @@
 #endif
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "attention.h"
 
 namespace dfk {
@@ -51,9 +53,44 @@ inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAR
 // The greater; a NaN stays a NaN.
 inline Vec at_least(Vec a, float low) { return {_mm512_max_ps(_mm512_set1_ps(low), a.v)}; }
 
+// Two bfloat16 in each lane.
+struct Pairs {
+  __m512i v;
+};
+
+inline Pairs set1_pair(const char* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return {_mm512_set1_epi32(bits)};
+}
+// (a[i], b[i]) for i < n <= 16, the other lanes 0.
+inline Pairs zip(const uint16_t* a, const uint16_t* b, int64_t n) {
+  const __mmask16 lanes = first_lanes(n);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, a));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, b));
+  return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+}
+// (p[i], p[16 + i])
+inline Pairs zip_halves(const uint16_t* p) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(p))};
+}
+// sum + a.first * b.first + a.second * b.second, in float32
+inline Vec dot(Vec sum, Pairs a, Pairs b) {
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+// Writes x rounded to bfloat16 and returns that.
+inline Vec store_rounded(char* p, Vec x) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16))};
+}
+
 }  // namespace
 }  // namespace dfk
 
+#define DFK_PAIRS
 #include "attention_impl.h"
 
 namespace dfk {

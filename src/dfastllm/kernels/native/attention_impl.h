@@ -159,6 +159,7 @@ void tile_step(const Attention& a, const Keys<T>& keys, const Folded& folded, in
       common = first_hidden < common ? first_hidden : common;
     }
   }
+  if (paired<T>()) common &= ~int64_t{1};
   soften<false>(rows, tile, blocks, bits, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
   weigh(rows, tile, common, s.scores, scale, dim, mix);
   for (int r = 0; r < rows; ++r) {
@@ -234,7 +235,8 @@ void finish(const Attention& a, const AttendTask& task, const Folded& folded, co
   }
 }
 
-// q * scale * log2(e), per register tile [dim][rows].
+// q * scale * log2(e), per register tile [dim][rows]; paired: [dim / 2][rows] bfloat16 pairs, the last of an odd dim with 0.
+template <class T>
 void pack_queries(const Attention& a, const AttendTask& task, const Folded& folded, float* to) {
   const int64_t dim = a.shape.dim;
   const float factor = a.scale * 1.44269504088896340736f;
@@ -243,7 +245,14 @@ void pack_queries(const Attention& a, const AttendTask& task, const Folded& fold
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = task.kv_head * folded.group + (f0 + r) % folded.group;
       const float* q = a.q + (task.span->row0 + folded.row(f0 + r)) * a.stride + head * dim;
-      for (int64_t d = 0; d < dim; ++d) to[f0 * dim + d * rows + r] = q[d] * factor;
+      if constexpr (paired<T>()) {
+        for (int64_t d = 0; d < dim; d += 2) {
+          const uint16_t pair[2] = {to_bf16(q[d] * factor), d + 1 < dim ? to_bf16(q[d + 1] * factor) : uint16_t{0}};
+          memcpy(to + f0 * dim + d / 2 * rows + r, pair, sizeof(pair));
+        }
+      } else {
+        for (int64_t d = 0; d < dim; ++d) to[f0 * dim + d * rows + r] = q[d] * factor;
+      }
     }
   }
 }
@@ -253,7 +262,7 @@ void attend_as(const Attention& a, const AttendTask& task, void* scratch) {
   const int64_t dim = a.shape.dim;
   const Folded folded = fold(a, task);
   const Scratch s = carve(scratch, folded.count, dim);
-  pack_queries(a, task, folded, s.q);
+  pack_queries<T>(a, task, folded, s.q);
   clear(s.total, folded.count);
   for (int64_t range = task.range0; range < task.range1; ++range) {
     Scratch here = s;

@@ -33,14 +33,6 @@ void rotate(float* x, const float* cos, const float* sin, int64_t rotary) {
   }
 }
 
-// Nearest, ties to even; a NaN stays a NaN.
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 void put(const float* x, int64_t dim, int64_t step, float* to, float*) {
   for (int64_t d = 0; d < dim; ++d) to[d * step] = x[d];
 }

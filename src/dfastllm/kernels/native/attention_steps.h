@@ -15,6 +15,24 @@ constexpr int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 constexpr int kVecs = 16 / Vec::width;  // registers of a block's 16 keys
 
+// Whether the products of K,V of type T are of bfloat16 pairs (attention_pairs.h).
+template <class T>
+constexpr bool paired() {
+#if defined(DFK_PAIRS)
+  return sizeof(T) == 2;
+#else
+  return false;
+#endif
+}
+
+// Nearest, ties to even; a NaN stays a NaN.
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // Where the blocks of a tile lie.
 template <class T>
 struct TileKeys {
@@ -78,14 +96,6 @@ inline void scores_of(const float* q, const T* const* k, int64_t dim, float* s) 
   }
 }
 
-template <int R, class T>
-void scores_rows(const float* q, const TileKeys<T>& tile, int blocks, int64_t dim, float* s) {
-  constexpr int B = clamp_tile(Vec::accumulators / (R * kVecs));
-  int b = 0;
-  for (; b + B <= blocks; b += B) scores_of<R, B>(q, tile.k + b, dim, s + b * kBlock);
-  for (; b < blocks; ++b) scores_of<R, 1>(q, tile.k + b, dim, s + b * kBlock);
-}
-
 // out[r][i] = out[r][i] * scale[r] + sum over keys of s[r][key] * v[key][i], for C registers of dims from `column` on.
 // part: dims in the last of them, if not all.
 template <int R, int C, bool Part, class T>
@@ -120,6 +130,58 @@ inline void weigh_of(const TileKeys<T>& tile, int64_t keys, const float* s, cons
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(out + r * padded(dim) + column + c * Vec::width, sum[r][c]);
   }
+}
+
+// The visible keys from `from` on of one row, whose weighted V has been scaled already.
+template <class T>
+void weigh_rest(const TileKeys<T>& tile, int64_t from, int blocks, const uint32_t* bits, const float* s, int64_t dim,
+                float* out) {
+  constexpr int C = 4, W = Vec::width;
+  for (int64_t b = from / kBlock; b < blocks; ++b) {
+    uint32_t seen = bits[b];
+    if (b == from / kBlock) seen &= ~0u << (from % kBlock);
+    if (seen == 0) continue;
+    for (int64_t column = 0; column < dim; column += C * W) {
+      Vec sum[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        sum[c] = column + c * W < dim ? load(out + column + c * W) : set1(0.0f);
+      }
+      for (uint32_t left = seen; left != 0; left &= left - 1) {
+        const int i = __builtin_ctz(left);
+        const T* v = tile.v[b] + i * dim + column;
+        const Vec x = set1(s[b * kBlock + i]);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          const int64_t n = dim - column - c * W;
+          if (n >= W) sum[c] = fma(x, load(v + c * W), sum[c]);
+          else if (n > 0) sum[c] = fma(x, load_part(v + c * W, n), sum[c]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        if (column + c * W < dim) store(out + column + c * W, sum[c]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dfk
+
+#if defined(DFK_PAIRS)
+#include "attention_pairs.h"  // overloads for bfloat16
+#endif
+
+namespace dfk {
+namespace {
+
+template <int R, class T>
+void scores_rows(const float* q, const TileKeys<T>& tile, int blocks, int64_t dim, float* s) {
+  constexpr int B = clamp_tile(Vec::accumulators / (R * kVecs));
+  int b = 0;
+  for (; b + B <= blocks; b += B) scores_of<R, B>(q, tile.k + b, dim, s + b * kBlock);
+  for (; b < blocks; ++b) scores_of<R, 1>(q, tile.k + b, dim, s + b * kBlock);
 }
 
 template <int R, class T>
@@ -160,6 +222,7 @@ void weigh(int rows, const TileKeys<T>& tile, int64_t keys, const float* s, cons
 // Scores -> weights 2^(score - maximum), in place; maxima and lane sums brought up to date. scale [16]: what the rows'
 // weighted V so far must be multiplied by. bits [rows][kTileBlocks]: the visible keys; the weights of others are 0.
 // All: every row sees every key, and bits is not read.
+// Paired: the weights are rounded to bfloat16 and stored as such, [kTile] in the first half of the row's memory.
 // int8: scores are multiplied by the keys' scales first, and the weights by those of V (not in the sums).
 template <bool All, class T>
 void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits, float* s, float* top, float* lanes,
@@ -200,6 +263,12 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
         float* at = s + r * kTile + b * kBlock + j * Vec::width;
         Vec p = power2(sub(load(at), high));
         if constexpr (!All) p = select(seen >> (j * Vec::width), p, set1(0.0f));
+#if defined(DFK_PAIRS)
+        if constexpr (paired<T>()) {
+          sum[j] = add(sum[j], store_rounded(reinterpret_cast<char*>(s + r * kTile) + b * kBlock * 2, p));
+          continue;
+        }
+#endif
         sum[j] = add(sum[j], p);
         if constexpr (sizeof(T) == 1) p = mul(p, load(tile.vs[b] + j * Vec::width));
         store(at, p);
@@ -209,40 +278,6 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
     for (int j = 0; j < kVecs; ++j) {
       float* at = lanes + r * kBlock + j * Vec::width;
       store(at, fma(load(at), set1(scale[r]), sum[j]));
-    }
-  }
-}
-
-// The visible keys from `from` on of one row, whose weighted V has been scaled already.
-template <class T>
-void weigh_rest(const TileKeys<T>& tile, int64_t from, int blocks, const uint32_t* bits, const float* s, int64_t dim,
-                float* out) {
-  constexpr int C = 4, W = Vec::width;
-  for (int64_t b = from / kBlock; b < blocks; ++b) {
-    uint32_t seen = bits[b];
-    if (b == from / kBlock) seen &= ~0u << (from % kBlock);
-    if (seen == 0) continue;
-    for (int64_t column = 0; column < dim; column += C * W) {
-      Vec sum[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        sum[c] = column + c * W < dim ? load(out + column + c * W) : set1(0.0f);
-      }
-      for (uint32_t left = seen; left != 0; left &= left - 1) {
-        const int i = __builtin_ctz(left);
-        const T* v = tile.v[b] + i * dim + column;
-        const Vec x = set1(s[b * kBlock + i]);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          const int64_t n = dim - column - c * W;
-          if (n >= W) sum[c] = fma(x, load(v + c * W), sum[c]);
-          else if (n > 0) sum[c] = fma(x, load_part(v + c * W, n), sum[c]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        if (column + c * W < dim) store(out + column + c * W, sum[c]);
-      }
     }
   }
 }
