@@ -33,13 +33,11 @@ class SequenceState:
     policy: Any = None
     stable: int = 0
     canvas_start: int = field(init=False)
+    sampling: SamplingParams = field(init=False)
 
     def __post_init__(self) -> None:
         self.canvas_start = len(self.request.prompt)
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.request.sampling
+        self.sampling = self.request.sampling
 
     @property
     def decode(self) -> DecodeParams:

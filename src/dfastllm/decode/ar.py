@@ -60,9 +60,10 @@ class Autoregressive:
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
         """The rest of the known tokens, at most `limit` of them; logits of the last one only."""
-        start = min(seq.kv_len, len(seq.tokens) - 1)
-        stop = min(len(seq.tokens), start + max(1, limit))
-        last = (stop - start - 1,) if stop == len(seq.tokens) else ()
+        known = len(seq.tokens)
+        start = min(seq.kv_len, known - 1)
+        stop = min(known, start + max(1, limit))
+        last = (stop - start - 1,) if stop == known else ()
         return Span(start=start, ids=tuple(seq.tokens[start:stop]), attend="causal", store="keep", want=last)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
@@ -147,7 +148,8 @@ def _commit(seq: SequenceState, token: int, record: TokenLogprob | None) -> Comm
     n, s = len(seq.tokens), seq.sampling
     made = n + 1 - seq.canvas_start
     finish = None
-    if token in enders(s.stop_token_ids, s.ignore_eos, seq.model) and made > s.min_tokens:
+    ends = token in s.stop_token_ids or (not s.ignore_eos and token in seq.model.eos_ids)
+    if ends and made > s.min_tokens:
         finish = FinishReason.STOP
     elif made >= s.max_tokens or n + 1 >= seq.model.max_len:
         finish = FinishReason.LENGTH

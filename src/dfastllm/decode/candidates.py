@@ -54,7 +54,7 @@ def active_rows(seq: SequenceState, start: int, stop: int) -> Active:
     """The rows a step on the block [start, stop) has: its masked positions; for a rule that edits, the committed ones
     among them in order; for one that verifies, a shadow of each committed one after them."""
     state: CanvasState = seq.policy
-    mask, needs = seq.model.mask_id, RULES[state.choice.rule].needs
+    mask, needs = seq.model.mask_id, state.choice.needs
     block = seq.tokens[start:stop]
     if "held" in needs:
         return Active(seq, state, start, stop, tuple(range(start, stop)), tuple([t == mask for t in block]))

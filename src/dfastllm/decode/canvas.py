@@ -48,6 +48,7 @@ class Choice:
     """Decoder options of one request, complete and checked, and what follows from them for every step.
 
     steps    over the canvas, None: one per token.
+    needs    of the rule.
     logits   the request's rows are edited, drawn from or compared: their statistics alone do not do.
     spreads  the rule looks at entropy or margin. noisy: it draws positions.
     """
@@ -59,6 +60,7 @@ class Choice:
     early_stop: bool
     provisional: bool
     options: Mapping[str, Any] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
     logits: bool = False
     spreads: bool = False
     noisy: bool = False
@@ -177,6 +179,7 @@ def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) 
         early_stop=decode.early_stop,
         provisional=decode.provisional,
         options=options,
+        needs=rule.needs,
         logits=sampling.temperature > 0 or sampling.min_tokens > 0 or edits(sampling) or not rule.needs <= {"spread"},
         spreads="spread" in rule.needs or order in ("entropy", "margin", "topk_margin"),
         noisy=order in ("random", "origin") or options.get("alg_temp", 0) > 0,
@@ -275,6 +278,8 @@ def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], f
     ending token or max_tokens is never shown."""
     layout, tokens, end = state.layout, seq.tokens, state.end
     visible = min(layout.stop, layout.start + seq.sampling.max_tokens)
+    if end is None and firm <= seq.stable and firm < visible:
+        return Ending(seq.stable, None, None)  # most steps: nothing became stable
     fresh = range(max(seq.stable, layout.start), min(firm, visible))
     if end is None and fresh:
         stops = enders(seq.sampling.stop_token_ids, seq.sampling.ignore_eos, seq.model)

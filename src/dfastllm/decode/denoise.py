@@ -249,7 +249,7 @@ def _first_open(tokens: list[int], mask: int, a: Active, d: Decision) -> int:
 def span_rows(a: Active, low: int, count: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """(want, shadows) of a span over [low, low + count) that serves this block: the row that predicts each position
     (the one before it on shifted models), and the shadow rows after the ordinary ones."""
-    if a.masked is None or "shadow" not in a.rule.needs:
+    if a.masked is None or "shadow" not in a.state.choice.needs:
         first = low + a.seq.model.shift
         return tuple([p - first for p in a.positions]), ()
     mask = a.seq.model.mask_id

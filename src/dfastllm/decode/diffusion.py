@@ -85,12 +85,12 @@ class MaskedDiffusion:
             behind = [seq.model.mask_id] * (state.layout.stop - stop)
             ids = (*seq.tokens[:start], *state.snapshot, *behind, *seq.request.suffix)
             return Span(0, ids, "full", "keep")
-        high = total
-        if cache != "prefix":
-            window = state.choice.options.get("window", 0)
+        store: Store = "scratch" if cache == "prefix" else "replace"
+        high = total if cache == "prefix" else stop
+        if cache == "windowed":
+            window = state.choice.options["window"]
             low, high = max(0, min(low, start - window)), min(total, stop + window)
         want, shadows = span_rows(active, low, high - low)
-        store: Store = "scratch" if cache == "prefix" else "replace"
         return Span(low, tuple(seq.tokens[low:high]), "full", store, want, shadows=shadows, plan=active)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:

@@ -127,13 +127,17 @@ def quota(size: int, steps: int, step: int) -> int:
 def decide(rule: Rule, f: Field) -> Bools:
     """bool [S, M]: the masked positions to commit; at least one of a sequence that has a mask."""
     verdict = rule.decide(f)
-    rank = _rank(verdict.score, f.masked)
+    most = [o["max_parallel_tokens"] for o in f.options]
     floor = np.ones_like(f.size) if rule.paced else _due(f)
-    accept = verdict.accept | (rank < floor[:, None])
+    if any(most) or floor.max(initial=0) > 1:
+        rank = _rank(verdict.score, f.masked)
+        accept = verdict.accept | (rank < floor[:, None])
+    else:  # the best of each alone: no order needed
+        accept = verdict.accept.copy()
+        accept[np.arange(len(accept)), np.where(f.masked, verdict.score, -np.inf).argmax(axis=1)] = True
     enough = [o["early_stop_confidence"] for o in f.options]
     if any(enough):
         accept |= _all_sure(f, np.asarray(enough)[:, None])
-    most = [o["max_parallel_tokens"] for o in f.options]
     if any(most):
         accept &= rank < np.asarray([m or f.masked.shape[1] for m in most], dtype=np.int64)[:, None]
     return accept & f.masked

@@ -90,8 +90,12 @@ def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
     page = at // size
     slots[written] = (pages[page0[owner[written]] + page] - page) * size + at
 
-    keys, reach = cached + counts - own0, block[owner]
-    limits[:total] = np.minimum((positions[:total] // reach + 1) * reach - offset[owner], keys[owner])
+    keys = cached + counts - own0
+    limits[:total] = keys[owner]
+    if (block != _ALL).any():
+        reach = block[owner]
+        seen = (positions[:total] // reach + 1) * reach - offset[owner]
+        limits[:total] = np.minimum(seen, limits[:total])
     masks = {i: visibility(items[i][0], int(cached[i])) for i in shadowed}
 
     asked = [len(span.want) for span, _, _ in items]

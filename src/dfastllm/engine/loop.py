@@ -7,6 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -211,17 +212,12 @@ class Engine:
         if rows is None:
             return [GenerationError("the model failed on this step; see the server's log.") for _ in chosen]
         groups: dict[int, list[int]] = {}
-        ends = []
-        offset = 0
-        for i, (live, span) in enumerate(chosen):
-            offset += len(span.want)
-            ends.append(offset)
+        for i, (live, _) in enumerate(chosen):
             groups.setdefault(id(live.policy), []).append(i)
+        spots = _spots(chosen) if len(groups) > 1 else []
         out: list[Commit | Exception] = [GenerationError("the decoder gave no answer.")] * len(chosen)
         for members in groups.values():
-            part = rows
-            if len(groups) > 1:
-                part = rows.select([r for i in members for r in range(ends[i] - len(chosen[i][1].want), ends[i])])
+            part = rows if len(groups) == 1 else rows.select([r for i in members for r in spots[i]])
             policy = chosen[members[0]][0].policy
             answers: Sequence[Commit | Exception]
             try:
@@ -233,8 +229,8 @@ class Engine:
                 out[i] = answer
         finite = rows.finite()  # of what the policies looked at: asking before would run the head for nobody
         if not finite.all():
-            for i, (_, span) in enumerate(chosen):
-                if not finite[ends[i] - len(span.want) : ends[i]].all():
+            for i, spot in enumerate(_spots(chosen)):
+                if not finite[spot.start : spot.stop].all():
                     out[i] = GenerationError("the model gave logits that are not finite.")
         return out
 
@@ -292,6 +288,12 @@ class Engine:
         )
         for fn in self._subscribers:
             fn(stats)
+
+
+def _spots(chosen: Chosen) -> list[range]:
+    """The wanted rows of each."""
+    ends = accumulate([len(span.want) for _, span in chosen])
+    return [range(end - len(span.want), end) for end, (_, span) in zip(ends, chosen, strict=True)]
 
 
 def _decided(commit: Commit) -> int:

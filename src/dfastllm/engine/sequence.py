@@ -118,7 +118,10 @@ class Live:
     def emit(self, now: float, canvas: CanvasUpdate | None, finish: FinishReason | None) -> StepEvent | None:
         """The event of this step, if there is anything to tell. A stop string found in the text finishes the
         request."""
-        tokens, text = self._release(now)
+        tokens: Mapping[int, int] = {}
+        text = ""
+        if self.shown < self.state.stable and self.ended is None:
+            tokens, text = self._release(now)
         if finish is None and isinstance(self.ended, str):
             finish = FinishReason.STOP
         done = None
@@ -129,13 +132,17 @@ class Live:
             done = self._finish(now, finish)
         if not tokens and not text and canvas is None and done is None:
             return None
-        logprobs = tuple(self.logprobs.pop(p) for p in tokens if p in self.logprobs)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self.logprobs:
+            logprobs = tuple([self.logprobs.pop(p) for p in tokens if p in self.logprobs])
         return StepEvent(self.request.request_id, tuple(tokens.values()), text, logprobs, canvas, done)
 
     def _release(self, now: float) -> tuple[Mapping[int, int], str]:
         """Newly stable output tokens by position, and their text."""
         state, out, text = self.state, {}, ""
-        stop = min(state.stable, state.canvas_stop, state.canvas_start + state.sampling.max_tokens)
+        stop = min(state.stable, state.canvas_start + state.sampling.max_tokens)
+        if state.request.suffix:
+            stop = min(stop, state.canvas_stop)
         while self.shown < stop and self.ended is None:
             token = state.tokens[self.shown]
             if token in self.end_ids:
