@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "linear.h"
@@ -20,22 +21,41 @@ constexpr int64_t kChunk = 16;  // panels
 constexpr int64_t kRows = 64;   // rows of a task
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// A chunk's or a row's candidates, best first.
+// A row's best logits so far: descending, of equal ones the lowest id first. That order is total, so what remains in the
+// end does not depend on the order in which threads offer theirs.
 struct Best {
-  float* values;
-  int32_t* ids;
-  int64_t room, count;
+  float* values = nullptr;
+  int32_t* ids = nullptr;
+  int64_t room = 0, count = 0;
+  std::atomic<float> least{kNone};  // once it is full: the last one
+  std::mutex guard;
 
-  // Ids come in ascending order, so a tie goes behind.
   void offer(float value, int32_t id) {
-    if (count == room && !(value > values[room - 1])) return;
+    const auto before = [&](int64_t at) { return value > values[at] || (value == values[at] && id < ids[at]); };
+    if (count == room && !before(room - 1)) return;
     int64_t at = count < room ? count++ : room - 1;
-    for (; at > 0 && value > values[at - 1]; --at) {
+    for (; at > 0 && before(at - 1); --at) {
       values[at] = values[at - 1];
       ids[at] = ids[at - 1];
     }
     values[at] = value;
     ids[at] = id;
+    if (count == room) least.store(values[room - 1], std::memory_order_relaxed);
+  }
+
+  // One panel's logits, the highest of which is known.
+  void offer_panel(float highest, const float* logits, int64_t first_id) {
+    if (!(highest >= least.load(std::memory_order_relaxed)) || highest == kNone) return;
+    std::lock_guard<std::mutex> lock(guard);
+    for (int64_t c = 0; c < kPanel; ++c) {
+      if (logits[c] > kNone) offer(logits[c], static_cast<int32_t>(first_id + c));
+    }
+  }
+
+  void finish(bool finite) {
+    if (!finite) count = 0;
+    std::fill(values + count, values + room, finite ? kNone : std::numeric_limits<float>::quiet_NaN());
+    std::fill(ids + count, ids + room, -1);
   }
 };
 
@@ -51,10 +71,8 @@ struct Head {
   std::vector<int32_t> ban;  // ascending
   bool entropy;
   int64_t topk, chunks;
-  std::unique_ptr<ChunkPart[]> parts;           // [chunks][rows]
-  std::unique_ptr<float[]> values;              // [chunks][rows][topk]
-  std::unique_ptr<int32_t[]> ids, counts;       // [chunks][rows][topk], [chunks][rows]
-  std::unique_ptr<std::atomic<float>[]> least;  // [rows]: at least topk logits of the row are no lower than this
+  std::unique_ptr<ChunkPart[]> parts;  // [chunks][rows]
+  std::unique_ptr<Best[]> best;        // [rows], if topk > 0
 };
 
 // Sets what does not take part (banned, beyond n) to -inf, after looking whether what is banned is finite.
@@ -66,21 +84,6 @@ void exclude(const Head& head, int64_t first_id, int64_t channels, int64_t rows,
     }
     for (auto id = from; id != head.ban.end() && *id < first_id + channels; ++id) tile[*id - first_id] = kNone;
     std::fill(tile + channels, tile + kPanel, kNone);
-  }
-}
-
-void offer_panel(Head& head, int64_t row, float highest, const float* logits, int64_t first_id, Best& best) {
-  const float least = head.least[row].load(std::memory_order_relaxed);
-  if (!(highest >= least) || highest == kNone) return;
-  if (best.count == best.room && !(highest > best.values[best.room - 1])) return;
-  for (int64_t c = 0; c < kPanel; ++c) {
-    if (logits[c] >= least && logits[c] > kNone) best.offer(logits[c], static_cast<int32_t>(first_id + c));
-  }
-  if (best.count < best.room) return;
-  // Other chunks need not look at what is lower than this one's last. Which of them still did changes nothing.
-  float seen = head.least[row].load(std::memory_order_relaxed);
-  const float last = best.values[best.room - 1];
-  while (last > seen && !head.least[row].compare_exchange_weak(seen, last, std::memory_order_relaxed)) {
   }
 }
 
@@ -102,12 +105,7 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
   float* tile = reinterpret_cast<float*>(memory + kTileScratch);
   HeadPart* parts = reinterpret_cast<HeadPart*>(memory + kTileScratch + tile_bytes);
   float maxima[kRows];
-  Best best[kRows];
-  for (int64_t r = 0; r < rows; ++r) {
-    parts[r] = {{}, {}, kNone, kNone, -1};
-    const int64_t at = (chunk * head.x.rows + top + r) * head.topk;
-    best[r] = {head.values.get() + at, head.ids.get() + at, head.topk, 0};
-  }
+  for (int64_t r = 0; r < rows; ++r) parts[r] = {{}, {}, kNone, kNone, -1};
   const int64_t panels = (w.n + kPanel - 1) / kPanel, last = std::min((chunk + 1) * kChunk, panels);
   for (int64_t panel = chunk * kChunk; panel < last; ++panel) {
     const int64_t first_id = panel * kPanel, channels = std::min(kPanel, w.n - first_id);
@@ -119,14 +117,10 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
     ops.head_rows(tile, rows, static_cast<int32_t>(first_id), whole, head.entropy, parts,
                   head.topk > 0 ? maxima : nullptr);
     for (int64_t r = 0; head.topk > 0 && r < rows; ++r) {
-      offer_panel(head, top + r, maxima[r], tile + r * kPanel, first_id, best[r]);
+      head.best[top + r].offer_panel(maxima[r], tile + r * kPanel, first_id);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = chunk * head.x.rows + top + r;
-    head.parts[at] = settle(parts[r]);
-    if (head.topk > 0) head.counts[at] = static_cast<int32_t>(best[r].count);
-  }
+  for (int64_t r = 0; r < rows; ++r) head.parts[chunk * head.x.rows + top + r] = settle(parts[r]);
 }
 
 RowStats merge(const Head& head, int64_t row) {
@@ -163,33 +157,20 @@ RowStats merge(const Head& head, int64_t row) {
   return out;
 }
 
-void merge_best(const Head& head, int64_t row, bool finite, float* values, int32_t* ids) {
-  Best best{values, ids, head.topk, 0};
-  for (int64_t c = 0; finite && c < head.chunks; ++c) {
-    const int64_t at = c * head.x.rows + row;
-    for (int32_t i = 0; i < head.counts[at]; ++i) {
-      best.offer(head.values[at * head.topk + i], head.ids[at * head.topk + i]);
-    }
-  }
-  std::fill(values + best.count, values + head.topk, finite ? kNone : std::numeric_limits<float>::quiet_NaN());
-  std::fill(ids + best.count, ids + head.topk, -1);
-}
-
 }  // namespace
 
 void head_stats(const Linear& w, const Acts& x, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
                 RowStats* out, float* top_values, int32_t* top_ids) {
   const int64_t rows = x.rows, panels = (w.n + kPanel - 1) / kPanel, chunks = (panels + kChunk - 1) / kChunk;
   if (rows <= 0) return;
-  Head head{w, x, std::vector<int32_t>(ban, ban + bans), entropy, topk, chunks, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Head head{w, x, std::vector<int32_t>(ban, ban + bans), entropy, topk, chunks, nullptr, nullptr};
   std::sort(head.ban.begin(), head.ban.end());
   head.parts.reset(new ChunkPart[static_cast<size_t>(chunks * rows)]);
-  if (topk > 0) {
-    head.values.reset(new float[static_cast<size_t>(chunks * rows * topk)]);
-    head.ids.reset(new int32_t[static_cast<size_t>(chunks * rows * topk)]);
-    head.counts.reset(new int32_t[static_cast<size_t>(chunks * rows)]);
-    head.least.reset(new std::atomic<float>[static_cast<size_t>(rows)]);
-    for (int64_t r = 0; r < rows; ++r) head.least[r].store(kNone, std::memory_order_relaxed);
+  if (topk > 0) head.best.reset(new Best[static_cast<size_t>(rows)]);
+  for (int64_t r = 0; topk > 0 && r < rows; ++r) {
+    head.best[r].values = top_values + r * topk;
+    head.best[r].ids = top_ids + r * topk;
+    head.best[r].room = topk;
   }
   const int64_t down = (rows + kRows - 1) / kRows;  // the tasks of a chunk are neighbours: its weights stay in the cache
   parallel(chunks * down, [&](int64_t task, int) {
@@ -198,9 +179,9 @@ void head_stats(const Linear& w, const Acts& x, const int32_t* ban, int64_t bans
   });
   auto finish = [&](int64_t row, int) {
     out[row] = merge(head, row);
-    if (topk > 0) merge_best(head, row, out[row].finite, top_values + row * topk, top_ids + row * topk);
+    if (topk > 0) head.best[row].finish(out[row].finite);
   };
-  if (rows * chunks * (1 + topk) < 4096) {
+  if (rows * chunks < 4096) {
     for (int64_t row = 0; row < rows; ++row) finish(row, 0);
   } else {
     parallel(rows, finish);
