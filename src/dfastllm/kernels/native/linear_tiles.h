@@ -87,7 +87,7 @@ template <class Codes, bool mins>
 void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
   constexpr int64_t side = Codes::parts * kPanel;  // scales of 32 inputs
   const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const bool single = rows <= kSingleRows, unpack = Codes::parts == 2 && blocks > 2;
+  const bool single = is_single<Codes>(rows), unpack = Codes::parts == 2 && blocks > 2;
   Block b;
   b.stride = x.stride;
   b.x_scales_stride = x_groups;

@@ -130,7 +130,7 @@ inline __m256i six_codes(const uint8_t* p, int i) {
   return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
 }
 
-// w6g: at(p, i) gives the codes of step i.
+// Part p of a group of w6g. Codes::at gives the codes of a step.
 template <class Codes, int R, int C>
 inline Sums<R, C> six_sums(const uint8_t* data, const int8_t* x, int64_t stride, int p) {
   Sums<R, C> pairs[2];
@@ -239,7 +239,8 @@ inline void group_columns(const Block& b, const int8_t* x, int64_t stride, int c
 }
 
 constexpr int kBlockRows = 4;   // at most
-constexpr int kSingleRows = 1;  // see linear_tiles_avx512.h
+// One row of w8g and w4g walks all 64 channels in one pass, see linear_tiles_avx512.h.
+template <class Codes> constexpr bool is_single(int64_t rows) { return rows == 1 && Codes::parts == 1; }
 
 template <class Codes> constexpr int width(int rows) { return rows > 2 ? 2 : rows == 2 || Codes::parts == 2 ? 4 : 8; }
 template <class Codes> constexpr int passes(int rows, bool) { return 8 / width<Codes>(rows); }
@@ -310,7 +311,7 @@ inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int6
   for (int64_t s = 0; s < steps; s += 8 * kSlice) {
     const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
     const int64_t turns = (here + 7) / 8 * blocks * passes<Bytes>(static_cast<int>(rows / blocks), false);
-    Ahead ahead(data + (s + here) * 256, rows <= kSingleRows ? 0 : 8 * kSlice * 256, turns);
+    Ahead ahead(data + (s + here) * 256, is_single<Bytes>(rows) ? 0 : 8 * kSlice * 256, turns);
     for (int64_t i = 0; i < blocks; ++i) {
       const RowBlock block = row_block(rows, blocks, i);
       const int64_t row = row0 + block.first;

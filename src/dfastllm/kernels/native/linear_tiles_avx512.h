@@ -233,7 +233,8 @@ inline void group_columns(const Block& b, const Starts<Codes, mins, R>& starts, 
 }
 
 constexpr int kBlockRows = 6;   // at most
-constexpr int kSingleRows = 4;  // up to so many rows (then there is no other row block) wait for weights from memory
+// Few rows (then there is no other row block) wait for weights from memory.
+template <class Codes> constexpr bool is_single(int64_t rows) { return rows <= 4; }
 
 // Registers of channels for R rows: what measured best of what fits. `single` walks weights in one sequential pass: the
 // hardware prefetchers then bring 25 to 31 GB/s to a core (Zen 4), prefetch instructions 20, and two passes over
