@@ -74,6 +74,8 @@ class Session:
         self.pipeline = None
         gc.collect()
         self.directory, self.threads = Path(directory), threads
+        described = openvino.Core().read_model(self.directory / "openvino_model.xml")
+        self.vocab = int(described.output("logits").partial_shape[-1].get_length())
         return {"openvino": openvino.get_version(), "openvino_genai": openvino_genai.__version__}
 
     def _request(self, every_row: bool) -> Any:
@@ -86,7 +88,6 @@ class Session:
         core = openvino.Core()
         model = core.read_model(self.directory / "openvino_model.xml")
         head = model.output("logits").node.input_value(0).node  # the head's MatMul, behind Result
-        self.vocab = int(model.output("logits").partial_shape[-1].get_length())
         if not every_row:
             hidden = head.input_value(0)
             last = ops.gather(hidden, np.array([-1], dtype=np.int64), np.array(1, dtype=np.int64))
@@ -152,13 +153,13 @@ class Session:
             scheduler = openvino_genai.SchedulerConfig()
             scheduler.cache_size = 1
             scheduler.max_num_seqs = 64
+            scheduler.max_num_batched_tokens = 4096  # all prompts in one step: the sequences then decode in step
             scheduler.enable_prefix_caching = True  # the same prompts every time: only the first pays for them
             self.pipeline = openvino_genai.ContinuousBatchingPipeline(
                 str(self.directory), scheduler, "CPU", {"INFERENCE_NUM_THREADS": self.threads}
             )
-        self._request(True)
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens = repeats + 3
+        config.max_new_tokens = repeats + 8
         config.eos_token_id = self.vocab - 1
         config.stop_token_ids = {self.vocab - 1}
         config.ignore_eos = True
@@ -166,8 +167,10 @@ class Session:
         for i in range(sequences):
             ids = np.random.default_rng(i).integers(0, self.vocab, (1, cached), dtype=np.int64)
             handles.append(self.pipeline.add_request(i, openvino.Tensor(ids), config))
-        self.pipeline.step()  # prefill
-        self.pipeline.step()
+        waiting = handles
+        while waiting:  # until every prompt is in the cache and has its first token
+            self.pipeline.step()
+            waiting = [handle for handle in waiting if not handle.can_read()]
         seconds = timed(self.pipeline.step, repeats)
         while self.pipeline.has_non_finished_requests():
             self.pipeline.step()
