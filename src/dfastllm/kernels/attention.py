@@ -66,19 +66,29 @@ def rope_store(
 
 
 def attention(
-    q: Tensor, step: Step, cache: KvLayer, own: KvLayer | None = None, *, heads: int, scale: float | None = None
+    q: Tensor,
+    step: Step,
+    cache: KvLayer,
+    own: KvLayer | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    check: bool = True,
 ) -> Tensor:
     """softmax(scale * q k^T) v of every span over the keys that each row sees -> float32 [rows, heads * dim].
 
     q float32 [rows, heads * dim or more] (qkv as rope_store leaves it); the keys are those of step.spans, each row's
     limits and the masks. heads is a multiple of the layer's kv_heads, neighbours share one. scale: dim ** -0.5 unless
-    given. Rows that see no key, or are in no span, give zeros. ValidationError says what does not fit.
+    given. Rows that see no key, or are in no span, give zeros. ValidationError says what does not fit;
+    check=False leaves that out where the same step was checked before (out-of-range blocks then crash the process).
 
     Sums are float32. The native AVX-512 kernels round q and the softmax weights to bfloat16 where K and V are that.
     """
-    kv_heads, dim = _check_layers(cache, own)
-    rows = _check_rows("q", q, heads, kv_heads, heads * dim)
-    _check_spans(step, rows, cache, own)
+    rows, dim = q.shape[0], cache.k.shape[2]
+    if check:
+        kv_heads, _ = _check_layers(cache, own)
+        _check_rows("q", q, heads, kv_heads, heads * dim)
+        _check_spans(step, rows, cache, own)
     scale = dim**-0.5 if scale is None else scale
     module = native()
     if module is None:

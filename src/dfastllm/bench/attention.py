@@ -1,0 +1,157 @@
+"""Attention alone: one layer's call of the shapes that serving is made of, beside torch's on K,V it need not gather."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfastllm.bench.measure import spread
+from dfastllm.kernels.attention import attention, span_attention
+from dfastllm.kernels.attention_plain import read_keys
+from dfastllm.kernels.kv import KV_TYPES, KvCache
+from dfastllm.kernels.step import BLOCK, Step
+
+__all__ = ["CASES", "Case", "measure_attention"]
+
+STREAMED = 96e6  # bytes of different K,V a measurement goes through: three times the machine's last cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """`spans` sequences of `rows` rows each over `keys` cached keys (the rows' own among them)."""
+
+    op: str
+    spans: int
+    rows: int
+    keys: int
+    causal: bool
+    heads: int = 14
+    kv_heads: int = 2
+    dim: int = 64
+
+    @property
+    def pairs(self) -> int:
+        """Visible (row, key) pairs."""
+        hidden = self.rows * (self.rows - 1) // 2 if self.causal else 0
+        return self.spans * (self.rows * self.keys - hidden)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.spans} x {self.rows} rows, {self.keys} keys, {self.heads}/{self.kv_heads} heads of {self.dim}"
+
+    def step(self) -> Step:
+        blocks = -(-self.keys // BLOCK)
+        rows = self.spans * self.rows
+        limit = np.full(self.rows, self.keys) - (np.arange(self.rows)[::-1] if self.causal else 0)
+        first = np.arange(self.spans)
+        spans = [
+            first * self.rows,
+            (first + 1) * self.rows,
+            0 * first + self.keys,
+            0 * first,
+            first * blocks,
+            0 * first,
+        ]
+        none = np.full(rows, -1, dtype=np.int32)
+        return Step(
+            ids=np.zeros(rows, dtype=np.int64),
+            positions=np.zeros(rows, dtype=np.int64),
+            slot=none,
+            own_slot=none,
+            spans=np.ascontiguousarray(np.stack(spans, axis=1), dtype=np.int32),
+            blocks=np.arange(self.spans * blocks, dtype=np.int32),
+            own_blocks=np.empty(0, dtype=np.int32),
+            cached_limit=np.tile(limit, self.spans).astype(np.int32),
+            own_limit=np.zeros(rows, dtype=np.int32),
+            want=np.empty(0, dtype=np.int64),
+        )
+
+
+CASES = (
+    Case("decode", spans=1, rows=1, keys=256, causal=True),
+    Case("decode", spans=16, rows=1, keys=256, causal=True),
+    Case("decode", spans=1, rows=1, keys=8192, causal=True),
+    Case("diffusion block", spans=1, rows=32, keys=288, causal=False),
+    Case("diffusion block", spans=8, rows=32, keys=288, causal=False),
+    Case("prefill", spans=1, rows=512, keys=512, causal=True),
+    Case("prefill", spans=1, rows=512, keys=2048, causal=True),
+)
+
+
+def measure_attention(seconds: float = 0.25, types: tuple[str, ...] = tuple(KV_TYPES)) -> list[dict[str, Any]]:
+    """Every case with every K,V type: ours and torch's in turn for `seconds` each (at least 5 rounds), on whatever
+    threads are set. `seconds` of a row is of one layer; gflops and gbps (K,V read once per span) are at the median."""
+    return [_measure(case, type, seconds) for case, type in itertools.product(CASES, types)]
+
+
+def _measure(case: Case, type: str, seconds: float) -> dict[str, Any]:
+    ours, theirs, size = _calls(case, type)
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.inference_mode():
+        ours(0), theirs(0)
+        end = time.perf_counter() + seconds
+        for i in itertools.count(1):
+            if time.perf_counter() > end and i > 5:
+                break
+            for call, into in zip((ours, theirs), times, strict=True):
+                began = time.perf_counter()
+                call(i)
+                into.append(time.perf_counter() - began)
+    mine, other = spread(times[0]), spread(times[1])
+    flops = 4.0 * case.pairs * case.heads * case.dim
+    return {
+        "op": case.op,
+        "kv": type,
+        "shape": case.shape,
+        "seconds": mine,
+        "gflops": flops / mine.median / 1e9,
+        "gbps": size / mine.median / 1e9,
+        "torch_seconds": other,
+        "times_torch": other.median / mine.median,
+    }
+
+
+def _calls(case: Case, type: str) -> tuple[Callable[[int], object], Callable[[int], object], int]:
+    """Ours, torch's (scaled_dot_product_attention per span, float32, K and V already side by side) and the bytes of one
+    layer's K,V. The argument picks one of several layers."""
+    step, draw = case.step(), torch.Generator().manual_seed(0)
+    blocks = len(step.blocks)
+    size = KvCache(1, blocks, case.kv_heads, case.dim, type).nbytes
+    layers = min(24, max(1, round(STREAMED / size)))
+    cache = KvCache(layers, blocks, case.kv_heads, case.dim, type)
+    for tensor in (cache.k, cache.v):
+        values = torch.randn(tensor.shape, generator=draw)
+        tensor.copy_((values * 40).clamp(-127, 127) if type == "int8" else values)
+    for scales in (cache.k_scales, cache.v_scales):
+        if scales is not None:
+            scales.fill_(1 / 40)
+    q = torch.randn(len(step.ids), case.heads * case.dim, generator=draw)
+    each = [cache.layer(i) for i in range(layers)]
+    attention(q, step, each[0], heads=case.heads)  # checks the step
+    gathered = [list(_gathered(case, cache, i)) for i in range(layers)]
+    limits = torch.from_numpy(step.cached_limit[: case.rows])
+    mask = torch.arange(case.keys) < limits[:, None] if case.causal and case.rows > 1 else None
+    by_span = q.view(case.spans, case.rows, case.heads, case.dim)
+
+    def ours(i: int) -> object:
+        return attention(q, step, each[i % layers], heads=case.heads, check=False)
+
+    def theirs(i: int) -> object:
+        return [span_attention(x, k, v, mask) for x, (k, v) in zip(by_span, gathered[i % layers], strict=True)]
+
+    return ours, theirs, size
+
+
+def _gathered(case: Case, cache: KvCache, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+    blocks = -(-case.keys // BLOCK)
+    for span in range(case.spans):
+        k, v = read_keys(cache.layer(layer), torch.arange(span * blocks, (span + 1) * blocks), case.keys)
+        # [keys, kv_heads, dim] of which each head lies in one piece
+        yield k.transpose(0, 1).contiguous().transpose(0, 1), v.transpose(0, 1).contiguous().transpose(0, 1)
