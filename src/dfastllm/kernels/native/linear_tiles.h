@@ -22,16 +22,17 @@ namespace tiles {
 
 constexpr int kSlice = 8;  // groups of 32 inputs
 
-// Lines to fetch ahead while a slice is worked on, shared out evenly over the `turns` (groups x row blocks) of it.
+// Lines to fetch ahead while a slice is worked on, shared out evenly over the `turns` (groups x passes) of it. Numbers,
+// not pointers: they may leave the array.
 struct Ahead {
-  const char* at;
-  const char* end;
-  int64_t step;  // bytes a turn, a multiple of 64
+  uintptr_t at, end, step;  // step: bytes a turn, a multiple of 64
   Ahead(const void* from, int64_t bytes, int64_t turns)
-      : at(static_cast<const char*>(from)), end(at + bytes), step(round_up((bytes + turns - 1) / turns, 64)) {}
+      : at(reinterpret_cast<uintptr_t>(from)),
+        end(at + static_cast<uintptr_t>(bytes)),
+        step(static_cast<uintptr_t>(round_up((bytes + turns - 1) / turns, 64))) {}
   inline void turn() {
-    const char* const stop = at + step < end ? at + step : end;
-    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+    const uintptr_t stop = at + step < end ? at + step : end;
+    for (; at < stop; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
   }
 };
 
