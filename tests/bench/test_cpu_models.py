@@ -25,6 +25,7 @@ from dfastllm.bench.cpu.neutral import (
 )
 from dfastllm.bench.cpu.ours import Ours
 from dfastllm.bench.cpu.shapes import Shape
+from dfastllm.bench.cpu.weights import packed
 from dfastllm.core import Span
 from dfastllm.llm import LLM
 from dfastllm.models import build
@@ -33,12 +34,12 @@ QWEN = Shape("tiny-qwen", "qwen2", 64, 2, 4, 2, 96, 300, False, 1e4)
 LLADA = Shape("tiny-llada", "llada", 64, 2, 2, 2, 96, 300, False, 1e4)
 
 
-def ours(packed: bool) -> Ours:
+def ours(native: bool) -> Ours:
     plain = build(*QWEN.own(), deviation=0.5, dtype=torch.float32)
-    return Ours(assemble.pack(plain, "w8g") if packed else plain, threads=1)
+    return Ours(assemble.pack(plain, "w8g") if native else plain, threads=1)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize(
     ("case", "attend", "store", "want", "starts"),
     [
@@ -50,9 +51,9 @@ def ours(packed: bool) -> Ours:
     ],
 )
 def test_our_forwards_are_the_spans_a_case_describes(
-    packed: bool, case: Case, attend: str, store: str, want: tuple[int, ...], starts: list[int]
+    native: bool, case: Case, attend: str, store: str, want: tuple[int, ...], starts: list[int]
 ) -> None:
-    side, seen = ours(packed), []
+    side, seen = ours(native), []
     runner = side._runner
     run = runner.run
 
@@ -173,3 +174,16 @@ def test_contenders_are_settings_their_models_take() -> None:
         (turn, one.name) for turn, order in ((0, chosen), (1, chosen[::-1])) for one in order
     ]
     assert min(p.tokens_per_s for p in speed) > 0
+
+
+@pytest.mark.parametrize("form", [None, "w8", "w8g", "w4"])
+def test_packed_random_weights_have_the_format_of_assembled_ones(form: str | None) -> None:
+    plain = build(*LLADA.own(), dtype=torch.bfloat16)
+    quick, usual = packed(plain, form), assemble.pack(plain, form)
+    assert quick.nbytes == usual.nbytes
+    assert quick.dtype == usual.dtype
+    for ours, theirs in zip(quick.layers, usual.layers, strict=True):
+        assert [w.packed.format for w in ours.linears] == [w.packed.format for w in theirs.linears]
+    assert quick.head is not None
+    assert usual.head is not None
+    assert (quick.embed.format, quick.head.format) == (usual.embed.format, usual.head.format)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfastllm import assemble
 from dfastllm.bench.cpu.compare import verdict
 from dfastllm.bench.cpu.load import Foreign
 from dfastllm.bench.cpu.shapes import Shape
 from dfastllm.bench.cpu.stats import paired_ratio, summarise
+from dfastllm.bench.cpu.weights import packed
 from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.kernels.extension import set_threads
@@ -71,7 +71,7 @@ def end_to_end(
     set_threads(threads)
     config, info = shape.own()
     plain = build(config, info, dtype=torch.bfloat16)
-    models = {"torch bf16": plain, "native": assemble.pack(plain, quantization)}
+    models = {"torch bf16": plain, "native": packed(plain, quantization)}
     limits = EngineConfig(max_sequences=1, kv_tokens=2 * (job.prompt + job.canvas))
     prompt = tuple(np.random.default_rng(0).integers(0, shape.vocab - 2, job.prompt).tolist())
     facades = {name: LLM(engine=Engine(model, config=limits)) for name, model in models.items()}  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from dfastllm.bench.cpu.environment import PEERS
 from dfastllm.bench.cpu.ours import Ours
 from dfastllm.bench.cpu.shapes import Shape
 from dfastllm.bench.cpu.turns import peer_burst
+from dfastllm.bench.cpu.weights import packed
 from dfastllm.bench.cpu.wire import Peer
 from dfastllm.models import Decoder, build
 
@@ -95,7 +96,7 @@ def against_openvino(plan: Plan) -> Iterator[Row | dict[str, Any]]:
                 continue
             own = {"int8": "w8", "int4": "w4"}[form]
             yield worker.call("load", directory=str(directory / form), threads=plan.threads)
-            model = assemble.pack(build(config, info, seed=SEED, dtype=torch.bfloat16), own)
+            model = packed(build(config, info, seed=SEED, dtype=torch.bfloat16), own)
             contest = Contest(plan.shape, "openvino-genai", form, own, model.nbytes, sizes[form], plan.pace)
             ours = Ours(model, plan.threads)
             for case in cases:
@@ -115,7 +116,7 @@ def against_torch(plan: Plan) -> Iterator[Row | dict[str, Any]]:
         cases = plan.left("pytorch", own)
         if not cases:
             continue
-        model = assemble.pack(plain, None if own == "bf16" else own)
+        model = packed(plain, None if own == "bf16" else own)
         contest = Contest(plan.shape, "pytorch", own, own, model.nbytes, peer_bytes, plan.pace)
         ours = Ours(model, plan.threads)
         for case in cases:
