@@ -1,0 +1,103 @@
+"""Calibration data: users' files, the task mix, and rows as each kind of model sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dfastllm.convert import Options, quantise_model
+from dfastllm.convert.samples import file_examples, rows_of, task_examples
+from dfastllm.convert.source import Source
+from dfastllm.errors import (
+    ModelLoadError,
+    UnsupportedError,
+    ValidationError,
+)
+from dfastllm.models import load, save
+from dfastllm.models.checkpoint import skeleton
+from dfastllm.text import Tokenizer
+from dfastllm.train.objectives import loss
+from tests.convert.models import write_tiny
+
+
+def test_files_to_calibrate_on(llama: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(llama)
+    plain = tmp_path / "text.txt"
+    plain.write_text("A short line.\n" * 60)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(
+        "\n".join(
+            json.dumps(value)
+            for value in (
+                {"text": "plain text"},
+                {"prompt": "Q", "response": "answer"},
+                {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]},
+            )
+        )
+        + "\n\n"
+    )
+    pieces = file_examples(tokenizer, plain, 100)
+    assert sum(e.length for e in pieces) == len("A short line.\n") * 60
+    assert bytes(t for e in pieces[:1] for t in (*e.prompt, *e.response)) is not None
+    assert tokenizer.decode([*pieces[0].prompt, *pieces[0].response]).startswith("A short line.\nA short")
+    assert len(file_examples(tokenizer, plain, 2)) == 2
+    found = file_examples(tokenizer, lines, 10)
+    assert [tokenizer.decode(list(e.response[:-1])) for e in found[1:]] == ["answer", "yes"]
+    assert tokenizer.decode(list(found[2].prompt)) == "[user]hello[assistant]"
+    for file in (plain, lines):
+        quantise_model(llama, tmp_path / "out", Options("w4", calibration="gptq", text=file), force=True)
+    one = load_file(tmp_path / "out" / "model.safetensors")
+    quantise_model(llama, tmp_path / "out", Options("w4", calibration="gptq", samples=8), force=True)
+    two = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(not one[name].equal(two[name]) for name in one), "the file was not read"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.txt", None, "does not exist"),
+        ("x.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("x.txt", b"a", "holds no text of two tokens"),
+        ("x.jsonl", b'{"text": "hello"}\n{oops', "x.jsonl:2 is not JSON"),
+        ("x.jsonl", b'{"text": 5}', "x.jsonl:1 must be an object with text, prompt and response"),
+        ("x.jsonl", b"[1]", "x.jsonl:1 must be an object"),
+        ("x.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', "messages that end with the assistant's"),
+    ],
+)
+def test_bad_calibration_files(llama: Path, tmp_path: Path, name: str, text: bytes | None, said: str) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(ValidationError, match=said):
+        quantise_model(llama, tmp_path / "out", Options("w4", calibration="aware", text=path))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_calibration_needs_a_tokenizer_and_room(llama: Path, tmp_path: Path) -> None:
+    bare = save(load(llama), tmp_path / "bare")
+    quantise_model(bare, tmp_path / "out", Options("w4"))
+    with pytest.raises(ModelLoadError, match=r"calibration needs a tokenizer.*no tokenizer\.json"):
+        quantise_model(bare, tmp_path / "out2", Options("w4", calibration="aware"))
+    narrow = write_tiny(tmp_path / "narrow", max_len=66)
+    with pytest.raises(UnsupportedError, match="no example is short enough for the context of 66"):
+        quantise_model(narrow, tmp_path / "out3", Options("w4", calibration="aware", samples=3))
+
+
+def test_rows_are_the_models_own_kind() -> None:
+    """Canvas models see masks in random shares, autoregressive ones none; the same seed gives the same rows."""
+    for name in ("demo-ar", "demo-diffusion", "demo-block"):
+        source = Source(name)
+        model = skeleton(source.config, source.info, torch.float32)
+        examples = task_examples(Tokenizer.load(source.directory), "train", 40)
+        rows = rows_of(model, examples)
+        masked = [float((r.ids == source.info.mask_id).float().mean()) for r in rows]
+        assert max(masked) == 0 if source.info.kind == "ar" else min(masked) > 0.02 and max(masked) > 0.1
+        assert sum(r.batch for r in rows) == 40
+        again = rows_of(model, examples)
+        assert all(a.ids.equal(b.ids) for a, b in zip(rows, again, strict=True))
+        for r in rows[:1]:
+            assert float(loss(load(source.directory, dtype=torch.float32), r)) < 0.5, "not what it was trained on"
