@@ -31,8 +31,8 @@ STREAMED = 96e6  # bytes of different weights a measurement goes through: three 
 
 @dataclass(frozen=True)
 class Work:
-    """One line of the record. flops and weight_bytes of one call; `ours` and `theirs` are called in turn with a running
-    number, which picks one of several equal weights; `against` says what `theirs` is."""
+    """One line of the record. flops and weight_bytes of one call; `ours` and `theirs` are called with a running number,
+    which picks one of several equal weights; `against` says what `theirs` is."""
 
     op: str
     format: str
@@ -160,21 +160,30 @@ def _head(format: str, rows: Sequence[int]) -> Iterator[Work]:
         )
 
 
+def _burst(call: Callable[[int], object], seconds: float) -> list[float]:
+    """Seconds of each call, at least 2. Before it: a pause, in which the other side's threads stop waiting for work and
+    free their cores, and a call that is not counted and wakes this side's."""
+    time.sleep(0.01)
+    call(0)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 2:
+        began = time.perf_counter()
+        call(len(times) + 1)
+        times.append(time.perf_counter() - began)
+    return times
+
+
 def measure(work: Work, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
-    """Ours and torch's in turn for `seconds` (at least 5 rounds). `of_bound`: the share of the ceiling that bounds the
-    op, memory or the format's arithmetic, at the median."""
+    """Ours and torch's in bursts, in turn, for `seconds` (at least 5 calls). `of_bound`: the share of the ceiling that
+    bounds the op, memory or the format's arithmetic, at the median."""
     ours: list[float] = []
     theirs: list[float] = []
     with torch.inference_mode():
-        work.ours(0), work.theirs(0)
         end = time.perf_counter() + seconds
-        for i in itertools.count(1):
-            if time.perf_counter() > end and len(ours) >= 5:
-                break
-            for call, times in ((work.ours, ours), (work.theirs, theirs)):
-                began = time.perf_counter()
-                call(i)
-                times.append(time.perf_counter() - began)
+        while time.perf_counter() < end or len(ours) < 5:
+            ours += _burst(work.ours, seconds / 10)
+            theirs += _burst(work.theirs, seconds / 10)
     mine, other = spread(ours), spread(theirs)
     peak = {"f32": ceilings.f32, "bf16": ceilings.bf16}.get(work.format, ceilings.int8)
     memory, compute = work.weight_bytes / ceilings.stream / 1e9, work.flops / peak / 1e9
