@@ -77,6 +77,7 @@ struct Keys {
   int64_t stride;        // elements from block to block, K and V alike
   int64_t scale_stride;
   const int32_t* blocks;
+  int64_t block_count;
   const int32_t* limit;  // [rows of the span]
   const uint8_t* mask;   // of the span's row 0, or null
   int64_t mask_stride;
@@ -95,6 +96,7 @@ Keys<T> keys_of(const Attention& a, const AttendTask& task, bool own) {
   out.stride = a.shape.kv_heads * dim * kBlock;
   out.scale_stride = a.shape.kv_heads * kBlock;
   out.blocks = own ? span.own_blocks : span.blocks;
+  out.block_count = ((own ? span.own : span.cached) + kBlock - 1) / kBlock;
   out.limit = (own ? a.own_limit : a.cached_limit) + span.row0;
   out.mask = span.mask == nullptr ? nullptr : span.mask + (own ? span.cached : 0);
   out.mask_stride = static_cast<int64_t>(span.cached) + span.own;
@@ -118,10 +120,12 @@ uint32_t visible(const Keys<T>& keys, int64_t row, int64_t base) {
 template <class T>
 TileKeys<T> tile_at(const Keys<T>& keys, int64_t base, int blocks) {
   TileKeys<T> tile;
-  for (int b = 0; b < blocks; ++b) {
-    const int64_t block = keys.blocks[base / kBlock + b];
+  for (int b = 0; b < blocks + kAhead; ++b) {
+    const int64_t at = base / kBlock + b, last = keys.block_count - 1;
+    const int64_t block = keys.blocks[at < last ? at : last];
     tile.k[b] = keys.k + block * keys.stride;
     tile.v[b] = keys.v + block * keys.stride;
+    if (b >= blocks) continue;
     tile.ks[b] = sizeof(T) == 1 ? keys.ks + block * keys.scale_stride : nullptr;
     tile.vs[b] = sizeof(T) == 1 ? keys.vs + block * keys.scale_stride : nullptr;
   }

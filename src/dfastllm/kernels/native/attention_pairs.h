@@ -32,7 +32,10 @@ inline void scores_of(const float* q, const uint16_t* const* k, int64_t dim, flo
   for (; d + 2 <= dim; d += 2, pairs += 4 * R) {
     Pairs key[B];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) key[b] = zip_halves(k[b] + d * kBlock);
+    for (int b = 0; b < B; ++b) {
+      key[b] = zip_halves(k[b] + d * kBlock);
+      __builtin_prefetch(k[b + B] + d * kBlock);
+    }
     add_products(key, pairs);
   }
   if (d < dim) {
@@ -61,12 +64,15 @@ inline void weigh_of(const TileKeys<uint16_t>& tile, int64_t keys, const float* 
   }
   for (int64_t first = 0; first < keys; first += kBlock) {
     const uint16_t* v = tile.v[first / kBlock] + column;
+    const uint16_t* next = tile.v[first / kBlock + 1] + column;
     const int64_t count = keys - first < kBlock ? keys - first : kBlock;
-    for (int64_t i = 0; i < count; i += 2, v += 2 * dim, weights += 4) {
+    for (int64_t i = 0; i < count; i += 2, v += 2 * dim, next += 2 * dim, weights += 4) {
       Pairs value[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         value[c] = zip(v + c * Vec::width, v + dim + c * Vec::width, Part && c == C - 1 ? part : Vec::width);
+        __builtin_prefetch(next + c * Vec::width);
+        __builtin_prefetch(next + dim + c * Vec::width);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {

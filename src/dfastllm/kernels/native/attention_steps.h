@@ -33,10 +33,12 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Where the blocks of a tile lie.
+constexpr int kAhead = 4;  // blocks fetched from memory ahead of use: the CPU's own prefetching ends at pages
+
+// Where the blocks of a tile lie, and for K and V the next ones (the last one again where there are none).
 template <class T>
 struct TileKeys {
-  const T *k[kTileBlocks], *v[kTileBlocks];
+  const T *k[kTileBlocks + kAhead], *v[kTileBlocks + kAhead];
   const float *ks[kTileBlocks], *vs[kTileBlocks];
 };
 
@@ -82,6 +84,8 @@ inline void scores_of(const float* q, const T* const* k, int64_t dim, float* s) 
     Vec key[B * kVecs];
 #pragma GCC unroll 16
     for (int j = 0; j < B * kVecs; ++j) key[j] = load(k[j / kVecs] + d * kBlock + j % kVecs * Vec::width);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) __builtin_prefetch(k[b + B] + d * kBlock);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec x = set1(q[d * R + r]);
@@ -110,12 +114,14 @@ inline void weigh_of(const TileKeys<T>& tile, int64_t keys, const float* s, cons
   }
   for (int64_t first = 0; first < keys; first += kBlock) {
     const T* v = tile.v[first / kBlock] + column;
+    const T* next = tile.v[first / kBlock + 1] + column;
     const int64_t count = keys - first < kBlock ? keys - first : kBlock;
-    for (int64_t i = 0; i < count; ++i, v += dim) {
+    for (int64_t i = 0; i < count; ++i, v += dim, next += dim) {
       Vec value[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         value[c] = Part && c == C - 1 ? load_part(v + c * Vec::width, part) : load(v + c * Vec::width);
+        __builtin_prefetch(next + c * Vec::width);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
