@@ -98,7 +98,7 @@ def _banned(group: Sequence[Active]) -> tuple[int, ...]:
 def by_stats(group: Sequence[Active], rows: Rows) -> Candidates:
     """Greedy rows without edits, of one route."""
     spreads = group[0].state.choice.spreads
-    top = max(a.seq.sampling.logprobs or 0 for a in group)
+    top = max([a.seq.sampling.logprobs or 0 for a in group])
     stats = rows.stats(ban=_banned(group), norm=True, spread=spreads, top=top)
     planes: dict[str, NDArray[Any]] = {"entropy": stats.entropy, "margin": stats.margin} if spreads else {}
     confidence = probabilities(stats.best, stats.norm)

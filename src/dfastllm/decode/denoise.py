@@ -101,17 +101,13 @@ def _decide(rule: Rule, group: Sequence[Active], found: Candidates, at: Ints | N
     fixed: list[dict[int, int]] = [{} for _ in group]
     for i, p, t in zip(owners, position[picked].tolist(), found.token[picked].tolist(), strict=True):
         fixed[i][p] = t
-    if revision is None and not any(_tells(a) for a in group):
+    more = any(a.state.choice.provisional or a.seq.sampling.logprobs is not None for a in group)
+    if revision is None and not more:
         return [Decision(chosen, memory=memory) for chosen, memory in zip(fixed, found.memory, strict=True)]
     return [
         _decision(a, i, fixed[i], spot, found, at, revision)
         for i, (a, spot) in enumerate(zip(group, _spots(group), strict=True))
     ]
-
-
-def _tells(a: Active) -> bool:
-    """Whether the request asks for more than tokens."""
-    return a.state.choice.provisional or a.seq.sampling.logprobs is not None
 
 
 def _decision(
@@ -152,7 +148,7 @@ def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: In
     def given(name: str, absent: NDArray[Any]) -> Any:
         return plane(found.planes[name], absent.dtype) if name in found.planes else absent
 
-    numbers = [(a.stop - a.start, a.state.block_step, a.state.layout.share(a.state.block)) for a in group]
+    numbers = [(a.stop - a.start, a.state.block_step, _steps(a)) for a in group]
     size, step, steps = np.array(numbers, dtype=np.int64).T
     free: Any = True
     if any(a.masked is not None for a in group):
@@ -178,6 +174,11 @@ def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: In
         options=[a.state.choice.options for a in group],
         memory=found.memory,
     )
+
+
+def _steps(a: Active) -> int:
+    """Denoise steps the block may take."""
+    return a.stop - a.start if a.state.layout.steps is None else a.state.layout.share(a.state.block)
 
 
 def _records(a: Active, fixed: Mapping[int, int], found: Candidates, rows: Sequence[int]) -> dict[int, TokenLogprob]:

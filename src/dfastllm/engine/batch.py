@@ -11,6 +11,7 @@ so one number a row, `limits`, says it all; a span with shadows has a mask.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -184,27 +185,27 @@ def pack(items: Items, device: torch.device | str, min_rows: int = 1) -> Packed:
     """`pack_rows` as tensors on a device."""
     rows = pack_rows(items, min_rows)
 
-    def tensor(values: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(device)
+    home = torch.device(device).type == "cpu"
 
-    row0, row1, cached, own0, page0 = rows.spans.T
-    held = -(-cached // rows.page_size)
-    gaps = np.concatenate([[0], np.cumsum(np.diff(rows.pages) != 1)])  # before each page
-    last = np.maximum(page0 + held - 1, page0)
-    whole = (held > 0) & (gaps[np.minimum(last, len(gaps) - 1)] == gaps[np.minimum(page0, len(gaps) - 1)])
-    partial = np.minimum.reduceat(rows.limits[: row1[-1]], row0) < cached + row1 - row0 - own0
+    def tensor(values: NDArray[np.generic]) -> torch.Tensor:
+        made = torch.from_numpy(values)
+        return made if home else made.to(device)
+
+    breaks = np.flatnonzero(rows.pages[1:] != rows.pages[:-1] + 1).tolist()  # pages that the next one does not follow
+    row0, row1, cached, own0, _ = rows.spans.T
+    least = np.minimum.reduceat(rows.limits[: row1[-1]], row0)
+    partial = (least < cached + row1 - row0 - own0).tolist()
     spans = []
-    facts = zip(rows.spans.tolist(), held.tolist(), whole.tolist(), partial.tolist(), strict=True)
-    for number, (bounds, count, consecutive, masked) in enumerate(facts):
-        start, stop, keys, own, page = bounds
+    for number, (start, stop, keys, own, page) in enumerate(rows.spans.tolist()):
         slots: slice | torch.Tensor | None = None
-        if consecutive:
+        end = page - (-keys // rows.page_size)
+        if keys and bisect_left(breaks, page) == bisect_left(breaks, end - 1):
             first = int(rows.pages[page]) * rows.page_size
             slots = slice(first, first + keys)
-        elif count:
-            pages = rows.pages[page : page + count, None]
+        elif keys:
+            pages = rows.pages[page:end, None]
             slots = tensor((pages * rows.page_size + np.arange(rows.page_size)).ravel()[:keys])
-        mask = tensor(rows.mask(number)) if masked or number in rows.masks else None
+        mask = tensor(rows.mask(number)) if partial[number] or number in rows.masks else None
         spans.append(SpanKeys(start, stop, slots, own, mask))
     written = np.flatnonzero(rows.slots >= 0)
     return Packed(
