@@ -191,7 +191,7 @@ def diffusion(
     shape: str = "llada-0.5b",
     quantization: Annotated[str, typer.Option("--format", help="Of the native weights: w8, w8g, w6, w4m, w4.")] = "w8",
     side: Annotated[list[str] | None, typer.Option(help='Repeatable, as "native, dual"; default: all four.')] = None,
-    prompt: int = 128,
+    prompt: int = 256,
     canvas: int = 128,
     block: int = 32,
     per_step: Annotated[int, typer.Option(help="Tokens committed a step.", min=1)] = 2,

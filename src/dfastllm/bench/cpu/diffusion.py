@@ -34,7 +34,7 @@ class Job:
     """One request: `prompt` random ids, a canvas of `canvas` tokens in blocks of `block`, the fixed schedule with
     `per_step` tokens a step; EOS does not end it, so that both sides commit the same number of tokens."""
 
-    prompt: int = 128
+    prompt: int = 256
     canvas: int = 128
     block: int = 32
     per_step: int = 2
