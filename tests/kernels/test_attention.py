@@ -130,7 +130,8 @@ def poisoned(shape: Shape, blocks: int) -> KvLayer:
     for tensor in (cache.k, cache.v) if shape.type != "int8" else (cache.k_scales, cache.v_scales):
         assert tensor is not None
         tensor.fill_(torch.nan)
-    return cache.layer(0)
+    # clones: memory that ends where the blocks do, for the address sanitizer
+    return KvLayer(*(None if t is None else t.clone() for t in cache.layer(0)))
 
 
 def fill(layer: KvLayer, blocks: np.ndarray, k: Tensor, v: Tensor) -> None:

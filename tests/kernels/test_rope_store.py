@@ -60,7 +60,9 @@ class Case:
 
     def run(self, function: Callable[..., None] = rope_store) -> tuple[Tensor, KvLayer, KvLayer]:
         qkv = self.qkv.clone()
-        cache, own = (KvCache(1, self.blocks, self.kv_heads, self.dim, self.type).layer(0) for _ in range(2))
+        empty = KvCache(1, self.blocks, self.kv_heads, self.dim, self.type).layer(0)
+        # clones: memory that ends where the blocks do, for the address sanitizer
+        cache, own = (KvLayer(*(None if t is None else t.clone() for t in empty)) for _ in range(2))
         q_norm, k_norm = self.norms
         function(
             qkv, self.cos, self.sin, self.step, cache, own, heads=self.heads, q_norm=q_norm, k_norm=k_norm, eps=1e-6
