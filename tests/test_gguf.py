@@ -144,7 +144,7 @@ print(json.dumps([resident() - before, model.nbytes]))
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny file, and one of some 40 MB whose time is spent in many layers, as real ones'."""
+    """A tiny file, and one of 43 MB with many layers, as real ones have."""
     directory = tmp_path_factory.mktemp("large")
     config = tiny_config("llama", hidden_size=512, heads=8, intermediate_size=1536, vocab_size=4096, layers=12)
     model = build(config, describe("llama", config, Ids()))

@@ -24,9 +24,11 @@ from dfastllm.models.family import Family, Fields, Ids, describe, find_family
 from dfastllm.models.gguf.names import FAMILY_OF, HARMLESS, INTERLEAVED, NAMES, separate
 from dfastllm.models.gguf.rope import read_scaling, scaling_from_factors
 from dfastllm.quant.gguf import GgufFile, GgufTensor, special_ids, to_float, to_qtensor
+from dfastllm.quant.gguf.memory import return_freed
 
 __all__ = ["GgufModel", "Source", "open_gguf"]
 
+RETURN_EVERY = 1 << 26  # bytes of the file converted between two times that freed memory is given back
 _EXPERTS = ("expert_count", "expert_used_count", "expert_shared_count")
 _ONLY = {  # settings that change what is computed, with the values this decoder computes
     "attention.scale": 0.0,
@@ -72,9 +74,16 @@ class GgufModel:
     def tensors(self) -> Iterator[tuple[str, QTensor | Tensor, str | None]]:
         """(own parameter name, value, note) one by one: matrices as QTensor, vectors as float32. note: what changed
         where the format of the file is not held exactly. A tensor's pages leave resident memory once it is converted.
-        Raises CheckpointError for weights that are NaN or infinite."""
+        What the caller frees between two of them is given back to the system now and then, and at the end. Raises
+        CheckpointError for weights that are NaN or infinite."""
+        since = 0
         for name, source in self.sources.items():
             yield name, *self.read(source)
+            since += source.tensor.nbytes
+            if since >= RETURN_EVERY:
+                return_freed()
+                since = 0
+        return_freed()
 
     def read(self, source: Source) -> tuple[QTensor | Tensor, str | None]:
         """One parameter, its rows in this decoder's order; see `tensors`."""

@@ -56,7 +56,9 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         raise
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"The tokenizer in this GGUF file is unusable: {error}.") from error
-    special = {role: tokens[found] for role, name in _ROLES.items() if (found := getattr(ids, name)) is not None}
+    found = {role: getattr(ids, name) for role, name in _ROLES.items()}
+    # An id beyond the tokenizer's own vocabulary (padding of the embedding) has no text to speak of.
+    special = {role: tokens[i] for role, i in found.items() if i is not None and backend.token_to_id(tokens[i]) == i}
     return Tokenizer(backend, special_tokens=special, eos_ids=ids.ends, templates=ChatTemplates(_templates(metadata)))
 
 
