@@ -97,7 +97,13 @@ class GgufModel:
         return value if source.order is None else value.rows(source.order), note
 
     def close(self) -> None:
+        """Unmap the file; what conversion freed goes back to the system."""
         self.file.close()
+        return_freed()
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):  # a model that was never made has nothing to close
+            self.close()
 
     def __enter__(self) -> GgufModel:
         return self

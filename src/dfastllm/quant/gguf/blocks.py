@@ -72,8 +72,9 @@ def _q4_1(b: Array) -> Parts:
 
 def _fifth(b: Array, at: int) -> Array:
     """Codes of the five-bit types: nibbles after four bytes of fifth bits."""
-    high = np.unpackbits(b[:, at : at + 4], axis=-1, bitorder="little")
-    return _nibbles(b[:, at + 4 :]) | high << 4
+    high: Array = np.unpackbits(b[:, at : at + 4], axis=-1, bitorder="little")
+    codes: Array = _nibbles(b[:, at + 4 :]) | high << 4
+    return codes
 
 
 def _q5_0(b: Array) -> Parts:
