@@ -335,6 +335,22 @@ def test_extreme_scores(function: Callable[..., Tensor], size: float, type: str)
     check(got, shape, span, function, scale=1.0, atol=3e-7 * size + 1e-5)
 
 
+@pytest.mark.parametrize("type", list(KV_TYPES))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("keys", [1, 5, 40, 300])
+@pytest.mark.parametrize("function", [attention, attention_plain.attention], ids=["dispatched", "twin"])
+def test_what_is_not_finite_is_not_lost(function: Callable[..., Tensor], keys: int, value: float, type: str) -> None:
+    """A row with such a q gives NaN, never zeros or numbers that look right; its neighbours are as before."""
+    shape = Shape(heads=1, kv_heads=1, dim=16, type=type)
+    span = random_span(shape, 9, keys, 0, "full", 0)
+    before = Packed(shape, [span]).run(function)[0]
+    span.q[4] = value
+    after = Packed(shape, [span]).run(function)[0]
+    assert after[4].isnan().all()
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(after[others], before[others])
+
+
 @pytest.mark.parametrize("function", [attention, attention_plain.attention], ids=["dispatched", "twin"])
 def test_rows_that_see_nothing_give_zeros(function: Callable[..., Tensor]) -> None:
     shape = Shape()
@@ -391,7 +407,7 @@ def test_lesser_instruction_sets(isa: str) -> None:
     names = {"scalar": 0, "avx2": 1, "avx512": 2}
     if names[isa] >= names[extension.native().isa()]:
         pytest.skip(f"{extension.native().isa()} is what runs here anyway")
-    chosen = "float64 or alone or decode or hidden or extreme or long"
+    chosen = "float64 or alone or decode or hidden or extreme or long or finite"
     command = [
         sys.executable,
         "-m",

@@ -9,6 +9,7 @@
 //   fixed order at the end. Lanes of hidden keys add +0.
 // - Weighted V is a sum over the visible keys in order; hidden ones are left out, not multiplied by 0 (memory behind them
 //   may hold anything, and 0 * NaN is NaN).
+// - Where the CPU multiplies bfloat16 pairs, pairs are of fixed dims and positions (attention_pairs.h).
 // - The register tile (rows x keys, rows x dims) only says which independent sums are interleaved.
 // Scores are in log2 units: log2(e) * scale is folded into q.
 #include "attention_steps.h"

@@ -238,8 +238,10 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
   for (int i = 0; i < 16; ++i) scale[i] = 0.0f;
   for (int r = 0; r < rows; ++r) {
     Vec most = none;
+    uint32_t any = All;
     for (int b = 0; b < blocks; ++b) {
       const uint32_t seen = All ? 0xffffu : bits[r * kTileBlocks + b];
+      any |= seen;
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         float* at = s + r * kTile + b * kBlock + j * Vec::width;
@@ -251,7 +253,9 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
       }
     }
     const float high = highest(most);
-    const float next = high > top[r] ? high : top[r];
+    // A row that sees keys but no score above -infinity (NaN ones are lost in a maximum) has met values that are not
+    // finite, and is NaN from here on: kNone is for rows that have seen nothing.
+    const float next = any == 0 ? top[r] : !(high > kNone) ? NAN : high > top[r] ? high : top[r];
     now[r] = next == kNone ? 0.0f : next;  // so that nothing is subtracted from itself at infinity
     scale[r] = top[r] - now[r];
     top[r] = next;
