@@ -78,6 +78,7 @@ def test_rows_and_stack() -> None:
         (lambda: QTensor("w5", torch.zeros(2, 32)), "format must be one of"),
         (lambda: QTensor("f32", torch.zeros(32)), "two dims"),
         (lambda: QTensor("w8", torch.zeros(2, 32), torch.ones(2)), "must be torch.int8"),
+        (lambda: QTensor("w8", torch.zeros(1, 2**17 + 1, dtype=torch.int8), torch.ones(1)), "at most 131072 inputs"),
         (lambda: QTensor("w8g", torch.zeros(2, 33, dtype=torch.int8), torch.ones(2, 1).half()), "do not divide 33"),
         (lambda: QTensor("w8g", torch.zeros(2, 32, dtype=torch.int8)), "scales of w8g must be"),
         (lambda: QTensor("w8g", torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1)), "scales of w8g must be"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfastllm.errors import ValidationError
 from dfastllm.kernels import linear_plain as plain
+from dfastllm.kernels import pages
 from dfastllm.kernels.acts import (
     ACT_KINDS,
     Acts,
@@ -28,7 +29,7 @@ from dfastllm.kernels.acts import (
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import FORMATS, GROUP, PANEL, Packed, QTensor, aligned, pack_panels
 
-__all__ = ["head_stats", "linear", "linear_swiglu", "pack", "prepare", "weight_rows"]
+__all__ = ["describe", "head_stats", "linear", "linear_swiglu", "pack", "prepare", "weight_rows"]
 
 _STATS = np.dtype(
     [("token", "i4"), ("finite", "i4"), ("top", "f4"), ("second", "f4"), ("norm", "f4"), ("entropy", "f4")]
@@ -68,7 +69,7 @@ def linear(
     if module is None or isinstance(weight, QTensor):
         return plain.linear(acts, weight, bias, accumulate=accumulate)
     y = torch.empty(acts.rows, n) if accumulate is None else accumulate
-    module.linear(_tuple(weight, bias), _acts_tuple(acts), y.data_ptr(), y.stride(0), accumulate is not None)
+    module.linear(describe(weight, bias), _acts_tuple(acts), y.data_ptr(), y.stride(0), accumulate is not None)
     return y
 
 
@@ -94,7 +95,7 @@ def linear_swiglu(
         return plain.linear_swiglu(acts, weight, bias, kind=kind, width=width)
     out = _acts(kind, acts.rows, width)
     h = torch.empty(acts.rows, width) if kind == "row8" else None
-    module.linear_swiglu(_tuple(weight, bias), _acts_tuple(acts), _address(h), _acts_tuple(out))
+    module.linear_swiglu(describe(weight, bias), _acts_tuple(acts), _address(h), _acts_tuple(out))
     return out
 
 
@@ -121,7 +122,7 @@ def head_stats(
     values, ids = np.empty((acts.rows, topk), dtype=np.float32), np.empty((acts.rows, topk), dtype=np.int32)
     banned = np.array(ban, dtype=np.int32)
     module.head_stats(
-        _tuple(weight, bias),
+        describe(weight, bias),
         _acts_tuple(acts),
         banned.ctypes.data,
         len(banned),
@@ -144,7 +145,7 @@ def weight_rows(weight: Packed | QTensor, ids: Tensor) -> Tensor:
     if module is None or isinstance(weight, QTensor):
         return plain.weight_rows(weight, ids)
     out = torch.empty(len(ids), k)
-    module.weight_rows(_tuple(weight, None), ids.data_ptr(), len(ids), out.data_ptr())
+    module.weight_rows(describe(weight, None), ids.data_ptr(), len(ids), out.data_ptr())
     return out
 
 
@@ -159,7 +160,7 @@ def pack(tensor: QTensor) -> Packed:
     )
     sizes = _sizes(tensor.format, n, k)
     dtype = tensor.codes.dtype if tensor.format in ("f32", "bf16") else torch.uint8
-    data = aligned(sizes[0], dtype)
+    data = pages.empty(sizes[0] * dtype.itemsize).view(dtype)
     sides = [None if t is None else aligned(sizes[1], t.dtype) for t in (scales, mins)]
     where = [_address(t) for t in (codes, scales, mins, data, *sides)]
     module.pack(FORMATS.index(tensor.format), n, k, *where)
@@ -192,8 +193,9 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _tuple(weight: Packed, bias: Tensor | None) -> tuple[int, ...]:
-    """The weight as the extension takes it. Raises ValidationError when its parts have the wrong size."""
+def describe(weight: Packed, bias: Tensor | None = None) -> tuple[int, ...]:
+    """The weight as the extension takes it: addresses, so the tensors must outlive the call. Raises ValidationError when
+    its parts have the wrong size."""
     sizes = _sizes(weight.format, weight.n, weight.k)
     parts = [weight.data.numel(), *(sizes[1] if t is None else t.numel() for t in (weight.scales, weight.mins))]
     if parts != [sizes[0], sizes[1], sizes[1]] or (weight.scales is None) != (sizes[1] == 0):

@@ -36,6 +36,7 @@ __all__ = ["FORMATS", "GROUP", "PANEL", "Packed", "QTensor", "pack_panels", "unp
 
 PANEL = 64  # output channels of a panel
 GROUP = {"w8g": 32, "w4g": 32, "w6g": 16}  # inputs that share a scale
+MOST_INPUTS = 2**17  # 128 * 127 times this fits into 32 bits (sums on the way there wrap, and come back)
 FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w6g")
 _ZERO = {"w4g": 8, "w6g": 32}  # the code of weight zero without minima
 _CODE = {"w8": torch.int8, "w8g": torch.int8, "w4g": torch.uint8, "w6g": torch.uint8}
@@ -63,6 +64,10 @@ class QTensor:
             raise ValidationError(f"codes of {self.format} must be {wanted}, got {self.codes.dtype}.", param="codes")
         n, k = self.codes.shape
         group = GROUP.get(self.format)
+        if self.format == "w8" and k > MOST_INPUTS:
+            raise ValidationError(
+                f"w8 sums at most {MOST_INPUTS} inputs in 32 bits, got {k}.", param="format", hint="Use w8g."
+            )
         if group and k % group:
             raise ValidationError(
                 f"{self.format} has groups of {group} inputs, which do not divide {k}.",

@@ -24,8 +24,8 @@ class Step:
     blocks, own_blocks  int32: block numbers, ceil(cached / 16) and ceil(own / 16) per span.
     cached_limit, own_limit  int32 [rows]: a row sees the first so many cached and the first so many own keys.
     want            int64 [wanted]: rows whose hidden states are needed.
-    mask, mask_at   uint8, nonzero: visible, [rows of the span, cached + own] of the spans that need one, end to end; and
-                    int64 [spans], where a span's mask begins, -1: none. Both None when no span has one.
+    mask, mask_at   uint8, nonzero: visible, [rows of the span, cached + own] of the spans that need one, end to end;
+                    and int64 [spans], where a span's mask begins, -1: none. Both None when no span has one.
     """
 
     ids: NDArray[np.int64]

@@ -182,7 +182,7 @@ class PackedDecoder:
             rope_factor=self._rope_factor,
             frequencies=self._frequencies.data_ptr(),
             kv_type=cache.layer(0).shape[0],
-            embed=linear._tuple(self.embed, None),
+            embed=linear.describe(self.embed),
             norm=self.norm.data_ptr(),
             layers=[
                 (
@@ -190,8 +190,8 @@ class PackedDecoder:
                     layer.mlp_norm.data_ptr(),
                     0 if layer.q_norm is None else layer.q_norm.data_ptr(),
                     0 if layer.k_norm is None else layer.k_norm.data_ptr(),
-                    [linear._tuple(w.packed, w.bias) for w in layer.qkv],
-                    *(linear._tuple(w.packed, w.bias) for w in (layer.o, layer.gate_up, layer.down)),
+                    [linear.describe(w.packed, w.bias) for w in layer.qkv],
+                    *(linear.describe(w.packed, w.bias) for w in (layer.o, layer.gate_up, layer.down)),
                 )
                 for layer in self.layers
             ],

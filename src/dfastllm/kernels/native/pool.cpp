@@ -56,12 +56,14 @@ class Pool {
     context_ = context;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    turn_.fetch_add(1, std::memory_order_seq_cst);  // publishes the region
+    open_.store(true, std::memory_order_seq_cst);   // publishes the region
+    turn_.fetch_add(1, std::memory_order_seq_cst);  // and tells the workers
     if (asleep_.load(std::memory_order_seq_cst) > 0) wake();
     take(0);
-    // A worker that was descheduled in the middle of a task must be waited for, and may need this core to finish.
-    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
+    // Nothing is left to take: workers that have not come yet (their core is someone else's just now) are not waited
+    // for. One that was descheduled in the middle of a task is, and may need this core to finish.
+    open_.store(false, std::memory_order_seq_cst);
+    for (int spins = 0; busy_.load(std::memory_order_seq_cst) > 0; ++spins) {
       if (spins < 2000) relax();
       else std::this_thread::yield();
     }
@@ -85,7 +87,10 @@ class Pool {
     for (;;) {
       if (!wait(seen)) return;
       seen = turn_.load(std::memory_order_acquire);
-      take(worker);
+      // Either this worker sees that the region is closed, or run() sees that it is busy (both in one total order): the
+      // region's task is read only while run() waits for it. It may be a later region than `seen`, which is as good.
+      busy_.fetch_add(1, std::memory_order_seq_cst);
+      if (open_.load(std::memory_order_seq_cst)) take(worker);
       busy_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -115,7 +120,8 @@ class Pool {
   int64_t count_ = 0;
   alignas(64) std::atomic<uint64_t> turn_{0};  // regions published so far
   alignas(64) std::atomic<int64_t> next_{0};   // next task of the region
-  alignas(64) std::atomic<int> busy_{0};       // workers that have not finished the region
+  alignas(64) std::atomic<int> busy_{0};       // workers in a region
+  std::atomic<bool> open_{false};              // a region may still be entered
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<bool> stop_{false};
   std::mutex sleep_;
