@@ -194,8 +194,8 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def describe(weight: Packed, bias: Tensor | None = None) -> tuple[int, ...]:
-    """The weight as the extension takes it: addresses, so the tensors must outlive the call. Raises ValidationError when
-    its parts have the wrong size."""
+    """The weight as the extension takes it: addresses, so the tensors must outlive the call. Raises ValidationError
+    when its parts have the wrong size."""
     sizes = _sizes(weight.format, weight.n, weight.k)
     parts = [weight.data.numel(), *(sizes[1] if t is None else t.numel() for t in (weight.scales, weight.mins))]
     if parts != [sizes[0], sizes[1], sizes[1]] or (weight.scales is None) != (sizes[1] == 0):
