@@ -90,6 +90,7 @@ def test_paired_ratio_refuses_what_is_not_paired(over: list[float], under: list[
 def test_verdict_says_when_the_interval_holds_the_aim(low: float, median: float, high: float, want: str) -> None:
     assert verdict(Ratio(median, low, high, 7), 4.0) == want
     assert verdict(Ratio(median, low, high, 7), None) == ""
+    assert verdict(Ratio(median, low, high, 3), 4.0) == want.rstrip("?") + "?", "three turns decide nothing"
 
 
 def test_shapes_have_the_sizes_they_are_named_after() -> None:
@@ -234,7 +235,7 @@ def test_a_row_holds_ratios_by_turn() -> None:
     row = contest().row(CASES["block of 32, all rows"], turns)
     assert asdict(row.ratio) == pytest.approx(asdict(Ratio(5, 5, 5, 3)))
     assert row.made_ratio.median == pytest.approx(2.5)
-    assert (row.aim, row.verdict) == (4.0, "met")
+    assert (row.aim, row.verdict) == (4.0, "met?")
     assert (row.ours_seconds.median, row.peer_seconds.least) == pytest.approx((0.02, 0.05))
     assert (row.foreign, row.foreign_most) == pytest.approx((0.02, 0.03))
     assert row.flops == find_shape("qwen2.5-0.5b").flops(32, 32, 288)
@@ -262,7 +263,7 @@ def test_results_are_generated_from_the_records(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps({"name": "overhead"}))
     text = write_results(tmp_path).read_text()
     assert "| Q8_0 | block of 32, all rows | 20.0 (20.0–20.0) | 100.0 (100.0–100.0) | 1,600 / 320 | 5.00" in text
-    assert "4 met" in text
+    assert "4 met?" in text
     assert "| native, dual | 128 | 12 (11–13) | 10 | met |" in text
     assert "overhead" not in text
     assert table([row], ceilings, "t").row_count == 1
@@ -293,3 +294,23 @@ def test_the_cache_directory_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.delenv("BENCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_cache() == Path("/somewhere/dfastllm-bench")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["llama.cpp", "--format", "Q9"], "unknown format 'Q9'"),
+        (["openvino", "--format", "Q8_0"], "known: int8, int4"),
+        (["pytorch", "--case", "sleep"], "no case begins with"),
+        (["diffusion", "--side", "none"], "unknown side 'none'"),
+    ],
+)
+def test_commands_refuse_what_they_do_not_know(arguments: list[str], said: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from dfastllm.bench.cpu.commands import app
+
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)], env={"COLUMNS": "300", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())

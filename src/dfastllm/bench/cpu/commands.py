@@ -37,6 +37,14 @@ Seconds = Annotated[float, typer.Option(help="Of one side's burst in a turn.")]
 Resume = Annotated[bool, typer.Option(help="Keep the cases an earlier run of this record finished.")]
 
 
+def _chosen(formats: list[str] | None, known: Sequence[str]) -> Sequence[str]:
+    """The formats asked for, or all. Raises BadParameter for one that is not known."""
+    unknown = set(formats or ()) - set(known)
+    if unknown:
+        raise typer.BadParameter(f"unknown format {min(unknown)!r}; known: {', '.join(known)}.", param_hint="--format")
+    return formats or known
+
+
 def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -64,6 +72,7 @@ def _record(
     cache: Path,
 ) -> None:
     """Run one record against a peer, written anew after each case so that nothing measured is lost."""
+    from dfastllm.bench.cpu.cases import CASES
     from dfastllm.bench.cpu.ceilings import measure_ceilings
     from dfastllm.bench.cpu.compare import Pace, finished
     from dfastllm.bench.cpu.records import Plan, named_cases
@@ -74,6 +83,8 @@ def _record(
 
     path = out / f"{peer}-{shape}.json"
     chosen = named_cases(cases)
+    if not chosen:
+        raise typer.BadParameter(f"no case begins with {cases}; cases: {', '.join(CASES)}.", param_hint="--case")
     found: list[dict[str, Any]] = []
     versions: dict[str, Any] = {}
     if resume and path.exists():
@@ -136,7 +147,7 @@ def llamacpp(
     """Against llama-cpp-python built from source, on the same GGUF files: Q8_0, Q4_0, Q4_K_M."""
     from dfastllm.bench.cpu.records import against_llamacpp
 
-    chosen = formats or ["Q8_0", "Q4_0", "Q4_K_M"]
+    chosen = _chosen(formats, ("Q8_0", "Q4_0", "Q4_K_M"))
     _record("llama.cpp", against_llamacpp, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
 
 
@@ -155,7 +166,7 @@ def openvino(
     """Against openvino-genai and its continuous batching: int8, int4."""
     from dfastllm.bench.cpu.records import against_openvino
 
-    chosen = formats or ["int8", "int4"]
+    chosen = _chosen(formats, ("int8", "int4"))
     _record("openvino-genai", against_openvino, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
 
 
@@ -173,8 +184,9 @@ def pytorch(
 ) -> None:
     """Against the plain torch decoder in bfloat16 under the same engine."""
     from dfastllm.bench.cpu.records import against_torch
+    from dfastllm.quant import FORMATS
 
-    chosen = formats or ["bf16", "w8", "w4"]
+    chosen = _chosen(formats, ("bf16", *FORMATS)) if formats else ("bf16", "w8", "w4")
     _record("pytorch", against_torch, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
 
 
@@ -196,7 +208,7 @@ def diffusion(
     block: int = 32,
     per_step: Annotated[int, typer.Option(help="Tokens committed a step.", min=1)] = 2,
     threads: Threads = 0,
-    rounds: Rounds = 3,
+    rounds: Rounds = 5,
     out: Out = Path("benchmarks/cpu"),
 ) -> None:
     """Diffusion end to end: the dual cache on native kernels against the plain torch loop without cache."""

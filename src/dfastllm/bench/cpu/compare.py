@@ -53,11 +53,13 @@ class Row:
 
 
 def verdict(ratio: Ratio, aim: float | None) -> str:
-    """met or missed by the median; "?" after it when the interval holds the aim, so that this run does not decide."""
+    """met or missed by the median; "?" after it when this run does not decide: the interval holds the aim, or fewer
+    than five turns make no interval."""
     if aim is None:
         return ""
     word = "met" if ratio.median >= aim else "missed"
-    return word if ratio.low >= aim or ratio.high < aim else word + "?"
+    decided = ratio.n >= 5 and (ratio.low >= aim or ratio.high < aim)
+    return word if decided else word + "?"
 
 
 @dataclass(frozen=True)
