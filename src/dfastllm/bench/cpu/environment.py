@@ -63,7 +63,8 @@ PEERS: Mapping[str, Environment] = {
     for peer in (
         Environment(
             "llama.cpp",
-            (("--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3", "gguf>=0.19"),),
+            # No cache: pip would take a wheel built earlier with other flags for the one asked for.
+            (("--no-cache-dir", "--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3", "gguf>=0.19"),),
             "import llama_cpp, gguf",
             {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
         ),
