@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,12 +222,13 @@ def test_groups_that_do_not_divide_are_refused_at_once(tmp_path: Path, calibrati
 
 @pytest.mark.parametrize("calibration", ["none", "aware"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(tmp_path: Path, calibration: Any, value: float) -> None:
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_weights_that_are_no_numbers(tmp_path: Path, calibration: Any, value: float, name: str) -> None:
     source = write_tiny(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    tensors[name][3] = value
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds"):
         quantise_model(source, tmp_path / "out", Options("w4", calibration=calibration, samples=2))
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -15,6 +15,7 @@ from dfastllm.kernels.packed import QTensor
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.decoder import Decoder
 from dfastllm.quant.calibrate import InputStatistics, recording
+from dfastllm.quant.formats import require_finite
 from dfastllm.train.objectives import Rows, short_attention
 
 __all__ = ["Quantise", "walk"]
@@ -30,9 +31,10 @@ def walk(
 ) -> Iterator[tuple[str, QTensor | Tensor]]:
     """(own name, weight as written) of every parameter, embedding and head last."""
     model = skeleton(source.config, source.info, torch.float32)
-    source.fill(model.embed, "embed.")
-    hidden = [model.embed(r.ids) for r in rows]
-    model.embed.to_empty(device="meta")
+    embedding = source.tensor("embed.weight")  # as stored: often the largest tensor there is
+    require_finite(embedding, source.published("embed.weight"))
+    hidden = [embedding[r.ids].float() for r in rows]
+    del embedding
     for i, layer in enumerate(model.layers):
         prefix = f"layers.{i}."
         source.fill(layer, prefix)
