@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from dfastllm.kernels.attention_plain import read_keys
 from dfastllm.kernels.kv import KV_TYPES, KvCache
 from dfastllm.kernels.step import BLOCK, Step
 
-__all__ = ["CASES", "Case", "measure_attention"]
+__all__ = ["CASES", "Case", "calls", "measure_attention"]
 
 STREAMED = 96e6  # bytes of different K,V a measurement goes through: three times the machine's last cache
 
@@ -85,14 +85,16 @@ CASES = (
 )
 
 
-def measure_attention(seconds: float = 0.25, types: tuple[str, ...] = tuple(KV_TYPES)) -> list[dict[str, Any]]:
+def measure_attention(
+    seconds: float = 0.25, cases: Sequence[Case] = CASES, types: Sequence[str] = tuple(KV_TYPES)
+) -> list[dict[str, Any]]:
     """Every case with every K,V type: ours and torch's in turn for `seconds` each (at least 5 rounds), on whatever
     threads are set. `seconds` of a row is of one layer; gflops and gbps (K,V read once per span) are at the median."""
-    return [_measure(case, type, seconds) for case, type in itertools.product(CASES, types)]
+    return [_measure(case, type, seconds) for case, type in itertools.product(cases, types)]
 
 
 def _measure(case: Case, type: str, seconds: float) -> dict[str, Any]:
-    ours, theirs, size = _calls(case, type)
+    ours, theirs, size = calls(case, type)
     times: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
         ours(0), theirs(0)
@@ -118,9 +120,9 @@ def _measure(case: Case, type: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def _calls(case: Case, type: str) -> tuple[Callable[[int], object], Callable[[int], object], int]:
-    """Ours, torch's (scaled_dot_product_attention per span, float32, K and V already side by side) and the bytes of one
-    layer's K,V. The argument picks one of several layers."""
+def calls(case: Case, type: str) -> tuple[Callable[[int], object], Callable[[int], object], int]:
+    """What is measured: ours, torch's (scaled_dot_product_attention per span, float32, K and V side by side) and
+    the bytes of one layer's K,V. The argument of the calls picks one of several layers."""
     step, draw = case.step(), torch.Generator().manual_seed(0)
     blocks = len(step.blocks)
     size = KvCache(1, blocks, case.kv_heads, case.dim, type).nbytes
