@@ -18,7 +18,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, build, pack_decoder
+from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, pack_decoder
 from dfastllm.models import load as load_decoder
 from dfastllm.models.checkpoint import (
     named_dtype,
@@ -97,20 +97,19 @@ def load(
     if quantization is not None:
         find_format(quantization, "quantization")
     path = Path(path)
-    gguf = open_gguf(path, name=name) if is_gguf(path) else None
-    if gguf is not None:
-        config, info, quantised = gguf.config, gguf.info, True
-        tokenizer = read_tokenizer(gguf.file.metadata)
-    else:
-        _, config, info = read_model(path, name)
-        quantised = quant_config(path) is not None
-        tokenizer = Tokenizer.load(path)
+    if is_gguf(path):
+        with open_gguf(path, name=name) as gguf:
+            tokenizer = read_tokenizer(gguf.file.metadata)
+            tokenizer.check_fits(gguf.info.vocab_size, gguf.info.mask_id)
+            _packed_is_right(gguf.config, gguf.info, device, backend, quantised=True)
+            return Loaded(_assemble(_from_gguf(gguf, dtype), quantization), tokenizer)
+    _, config, info = read_model(path, name)
+    tokenizer = Tokenizer.load(path)
     tokenizer.check_fits(info.vocab_size, info.mask_id)
-    packed = _packed_is_right(config, info, device, backend, quantised or quantization is not None)
-    if not packed:
-        return Loaded(load_decoder(path, device=device, dtype=dtype, name=name), tokenizer)
-    source = _from_gguf(gguf, dtype) if gguf is not None else _from_directory(path, dtype, name)
-    return Loaded(_assemble(source, quantization), tokenizer)
+    quantised = quantization is not None or quant_config(path) is not None
+    if _packed_is_right(config, info, device, backend, quantised):
+        return Loaded(_assemble(_from_directory(path, dtype, name), quantization), tokenizer)
+    return Loaded(load_decoder(path, device=device, dtype=dtype, name=name), tokenizer)
 
 
 def pack(model: Decoder, quantization: str | None = None) -> PackedDecoder:
@@ -129,7 +128,10 @@ def pack(model: Decoder, quantization: str | None = None) -> PackedDecoder:
 def model_info(path: str | Path, name: str | None = None) -> ModelInfo:
     """What a checkpoint can do, from its small parts alone. Raises ModelLoadError."""
     path = Path(path)
-    return open_gguf(path, name=name).info if is_gguf(path) else read_model(path, name or path.name)[2]
+    if is_gguf(path):
+        with open_gguf(path, name=name) as gguf:
+            return gguf.info
+    return read_model(path, name or path.name)[2]
 
 
 def _packed_is_right(
@@ -200,10 +202,3 @@ def _assemble(source: _Source, quantization: str | None) -> PackedDecoder:
 
     kv = torch.bfloat16 if source.quantised or quantization is not None else dtype
     return pack_decoder(source.config, source.info, parts(), kv, notes=source.notes)
-
-
-def random_like(
-    config: DecoderConfig, info: ModelInfo, quantization: str | None, *, seed: int = 0, dtype: torch.dtype
-) -> PackedDecoder:
-    """Random weights of a real shape, packed. For measuring speed and memory: its texts mean nothing."""
-    return pack(build(config, info, seed=seed, dtype=dtype), quantization)
