@@ -47,7 +47,10 @@ def linear(
     x: Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, accumulate: Tensor | None = None
 ) -> Tensor:
     """float32 [rows, n], added to `accumulate` in place if given."""
-    y = F.linear(x.dequantise(), natural(weight).dequantise(), bias)
+    wide = x.dequantise()
+    # torch multiplies few rows with other kernels, which sum in another order: a row would depend on its neighbours
+    wide = F.pad(wide, (0, 0, 0, max(0, max(16, 8 * torch.get_num_threads()) - x.rows)))
+    y = F.linear(wide, natural(weight).dequantise(), bias)[: x.rows]
     return y if accumulate is None else accumulate.add_(y)
 
 
