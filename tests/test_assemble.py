@@ -28,12 +28,15 @@ def test_backend_auto_takes_the_kernels_where_they_are_built() -> None:
 
 @pytest.mark.parametrize("weights", ["w8", "w8g", "w6", "w4m", "w4"])
 def test_a_shipped_model_quantised_while_loading_still_answers(weights: str) -> None:
-    with LLM("demo-ar", quantization=weights, kv_cache_dtype="int8") as llm:
+    sums = [(3, 4), (12, 30), (21, 17), (40, 50), (8, 9), (33, 25)]
+    with LLM("demo-ar", quantization=weights) as llm:
         model = llm.engine.runner.model
         assert isinstance(model, PackedDecoder)
         assert set(model.formats) <= {"w8", "w8g", "w6g", "w4g"}
-        text = llm.chat([{"role": "user", "content": "What is 12 + 30?"}], SamplingParams(max_tokens=32)).text
-    assert "42" in text
+        prompts = [llm.render([{"role": "user", "content": f"What is {a} + {b}?"}]) for a, b in sums]
+        answers = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32))
+    right = sum(f"Answer: {a + b}" in answer.text for (a, b), answer in zip(sums, answers, strict=True))
+    assert right >= 4
 
 
 def test_packed_and_plain_give_the_same_greedy_tokens() -> None:

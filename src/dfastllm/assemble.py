@@ -32,6 +32,7 @@ from dfastllm.models.checkpoint import (
 from dfastllm.models.gguf import GgufModel, open_gguf
 from dfastllm.models.headers import inventory
 from dfastllm.quant import FORMATS, find_format, quantise
+from dfastllm.quant.gguf.memory import return_freed
 from dfastllm.text import Tokenizer
 from dfastllm.text.gguf import read_tokenizer
 
@@ -201,4 +202,6 @@ def _assemble(source: _Source, quantization: str | None) -> PackedDecoder:
                 yield own, value.to(dtype if value.dtype != torch.float32 or not source.quantised else value.dtype)
 
     kv = torch.bfloat16 if source.quantised or quantization is not None else dtype
-    return pack_decoder(source.config, source.info, parts(), kv, notes=source.notes)
+    packed = pack_decoder(source.config, source.info, parts(), kv, notes=source.notes)
+    return_freed()
+    return packed

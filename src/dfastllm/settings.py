@@ -398,7 +398,7 @@ def unknown_variables(env: Mapping[str, str] | None = None) -> list[str]:
     """Names of DFASTLLM_* variables that are no setting: mistyped, or put there by something else (Kubernetes does so
     for a service called dfastllm), so callers warn and go on."""
     env = os.environ if env is None else env
-    known = {setting.variable for setting in SETTINGS}
+    known = {setting.variable for setting in SETTINGS} | {f"{PREFIX}NATIVE", f"{PREFIX}ISA"}  # of the kernels
     return sorted(name for name in env if name.startswith(PREFIX) and name not in known)
 
 

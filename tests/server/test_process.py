@@ -155,7 +155,7 @@ def test_a_killed_server_breaks_the_connection_and_leaves_the_port_free(checkpoi
 
 def test_sigterm_while_loading(checkpoint: Path) -> None:
     slow_load = (
-        "import time, dfastllm.llm as m; load = m.load; m.load = lambda *a, **k: (time.sleep(60), load(*a, **k))"
+        "import time, dfastllm.assemble as m; load = m.load; m.load = lambda *a, **k: (time.sleep(60), load(*a, **k))"
     )
     command = [sys.executable, "-c", f"{slow_load}\n{MAIN[2]}", "serve", "--model", str(checkpoint), "--port", "0"]
     command += ["--shutdown-timeout", "0.2"]

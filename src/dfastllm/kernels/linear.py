@@ -29,7 +29,7 @@ from dfastllm.kernels.acts import (
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import FORMATS, GROUP, PANEL, Packed, QTensor, aligned, pack_panels
 
-__all__ = ["describe", "head_stats", "linear", "linear_swiglu", "pack", "prepare", "weight_rows"]
+__all__ = ["describe", "describe_acts", "head_stats", "linear", "linear_swiglu", "pack", "prepare", "weight_rows"]
 
 _STATS = np.dtype(
     [("token", "i4"), ("finite", "i4"), ("top", "f4"), ("second", "f4"), ("norm", "f4"), ("entropy", "f4")]
@@ -47,7 +47,7 @@ def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.
     if module is None:
         return plain.prepare(x, kind, norm=norm, eps=eps)
     out = _acts(kind, *x.shape)
-    module.prepare(x.data_ptr(), x.stride(0), _address(norm), eps, _acts_tuple(out))
+    module.prepare(x.data_ptr(), x.stride(0), _address(norm), eps, describe_acts(out))
     return out
 
 
@@ -69,7 +69,7 @@ def linear(
     if module is None or isinstance(weight, QTensor):
         return plain.linear(acts, weight, bias, accumulate=accumulate)
     y = torch.empty(acts.rows, n) if accumulate is None else accumulate
-    module.linear(describe(weight, bias), _acts_tuple(acts), y.data_ptr(), y.stride(0), accumulate is not None)
+    module.linear(describe(weight, bias), describe_acts(acts), y.data_ptr(), y.stride(0), accumulate is not None)
     return y
 
 
@@ -95,7 +95,7 @@ def linear_swiglu(
         return plain.linear_swiglu(acts, weight, bias, kind=kind, width=width)
     out = _acts(kind, acts.rows, width)
     h = torch.empty(acts.rows, width) if kind == "row8" else None
-    module.linear_swiglu(describe(weight, bias), _acts_tuple(acts), _address(h), _acts_tuple(out))
+    module.linear_swiglu(describe(weight, bias), describe_acts(acts), _address(h), describe_acts(out))
     return out
 
 
@@ -123,7 +123,7 @@ def head_stats(
     banned = np.array(ban, dtype=np.int32)
     module.head_stats(
         describe(weight, bias),
-        _acts_tuple(acts),
+        describe_acts(acts),
         banned.ctypes.data,
         len(banned),
         entropy,
@@ -222,6 +222,7 @@ def _acts(kind: str, rows: int, k: int) -> Acts:
     )
 
 
-def _acts_tuple(acts: Acts) -> tuple[int, ...]:
+def describe_acts(acts: Acts) -> tuple[int, ...]:
+    """Prepared rows as the extension takes them; see `describe`."""
     where = (_address(t) for t in (acts.data, acts.scales, acts.sums))
     return (ACT_KINDS.index(acts.kind), acts.rows, acts.k, *where)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
@@ -51,6 +52,11 @@ def serve(settings: Settings) -> None:
             loading.close()
     if loading.error is not None:
         raise loading.error
+    if loading.busy:
+        # A thread inside torch when the interpreter ends aborts the process ("terminate called without an active
+        # exception"); nothing is left to clean up but that thread's half-loaded model.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _log_to_stderr(level: str) -> None:
@@ -172,6 +178,10 @@ class Loading:
         self._thread.join(self.settings.shutdown_timeout)
         if self.worker is not None:
             self.worker.stop()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         try:

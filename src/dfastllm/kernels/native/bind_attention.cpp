@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "gil.h"
 #include "attention.h"
 
 namespace nb = nanobind;
@@ -31,7 +32,7 @@ KvShape shape_of(const ShapeTuple& t) { return {static_cast<KvType>(std::get<0>(
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  using release = nb::call_guard<nb::gil_scoped_release>;
+  using release = nb::call_guard<dfk::Unlocked>;
   m.def(
       "rope_store",
       [](Address qkv, int64_t rows, int64_t stride, int64_t heads, Address q_norm, Address k_norm, float eps,

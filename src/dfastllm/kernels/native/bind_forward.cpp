@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "gil.h"
 #include "forward.h"
 
 namespace nb = nanobind;
@@ -66,7 +67,7 @@ void bind_forward(nb::module_& m) {
              Address cached_limit, Address own_limit, int64_t wanted, Address want, Address k, Address v,
              Address k_scales, Address v_scales, int64_t stride, int64_t scale_stride, Address own_k, Address own_v,
              Address own_k_scales, Address own_v_scales, Address out) {
-            nb::gil_scoped_release release;
+            dfk::Unlocked unlocked;
             std::vector<SpanKeys> keys(static_cast<size_t>(span_count));
             for (int64_t i = 0; i < span_count; ++i) {
               const int32_t* s = at<int32_t>(spans) + 6 * i;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "gil.h"
 #include "linear.h"
 
 namespace nb = nanobind;
@@ -37,7 +38,7 @@ Acts acts_of(const ActsTuple& t) {
 }  // namespace
 
 void bind_linear(nb::module_& m) {
-  using release = nb::call_guard<nb::gil_scoped_release>;
+  using release = nb::call_guard<dfk::Unlocked>;
   m.def("prepare", [](Address x, int64_t ldx, Address norm, float eps, const ActsTuple& out) {
     prepare(at<float>(x), ldx, at<float>(norm), eps, acts_of(out));
   }, release());

@@ -2,13 +2,14 @@
 // shapes, dtypes and contiguity.
 #include <nanobind/nanobind.h>
 
+#include "gil.h"
 #include "cpu.h"
 #include "pool.h"
 
 namespace nb = nanobind;
 
-__attribute__((weak)) void bind_linear(nb::module_& m);
-__attribute__((weak)) void bind_attention(nb::module_& m);
+void bind_linear(nb::module_& m);
+void bind_attention(nb::module_& m);
 void bind_forward(nb::module_& m);
 
 NB_MODULE(_native, m) {
@@ -17,8 +18,9 @@ NB_MODULE(_native, m) {
   m.def("isa", &dfk::isa_name);
   m.def("isa_reason", &dfk::isa_reason);
   m.def("threads", &dfk::thread_count);
-  m.def("set_threads", &dfk::set_thread_count, nb::call_guard<nb::gil_scoped_release>());
-  if (bind_linear) bind_linear(m);
-  if (bind_attention) bind_attention(m);
+  m.def("set_threads", &dfk::set_thread_count, nb::call_guard<dfk::Unlocked>());
+  bind_linear(m);
+  bind_attention(m);
   bind_forward(m);
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&dfk::Unlocked::close));
 }
