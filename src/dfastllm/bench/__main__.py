@@ -53,6 +53,7 @@ def overhead(out: Out = Path("benchmarks"), steps: int = 60) -> None:
 @app.command()
 def kernels(out: Out = Path("benchmarks"), threads: int = 0, seconds: float = 0.25) -> None:
     """Each kernel alone on `threads` (0: all cores) against the ceilings and torch. Wants an idle machine."""
+    from dfastllm.bench.attention import measure_attention
     from dfastllm.bench.cpu.ceilings import measure_ceilings
     from dfastllm.bench.kernels import measure, works
     from dfastllm.kernels.extension import describe, set_threads
@@ -61,8 +62,11 @@ def kernels(out: Out = Path("benchmarks"), threads: int = 0, seconds: float = 0.
     set_threads(threads)
     ceilings = measure_ceilings(threads)
     rows = [measure(work, ceilings, seconds) for work in track(works(), "kernels", console=console)]
-    write_record(out / "kernels.json", "kernels", rows, kernels=describe(), threads=threads, ceilings=asdict(ceilings))
+    spans = measure_attention(seconds)
+    about = {"kernels": describe(), "threads": threads, "ceilings": asdict(ceilings), "attention": spans}
+    write_record(out / "kernels.json", "kernels", rows, **about)
     _table("kernels, µs: median (low–high)", rows)
+    _table("attention of one layer, against torch: seconds", spans)
 
 
 @app.command()

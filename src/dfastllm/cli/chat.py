@@ -26,7 +26,9 @@ Ctrl-C stops an answer, and keeps the conversation as it was before the question
 
 @takes(settings=from_settings(alone=True), sampling=SAMPLING, decode=DECODE)
 def chat(
-    model: Annotated[str, typer.Option(help="A shipped model's name or a Hugging Face directory.")] = "demo-diffusion",
+    model: Annotated[
+        str, typer.Option(help="A shipped model's name, a Hugging Face directory or a GGUF file.")
+    ] = "demo-diffusion",
     draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="No live canvas on a terminal.")] = False,

@@ -23,7 +23,9 @@ __all__ = ["generate"]
 @takes(settings=from_settings(alone=True), sampling=SAMPLING, decode=DECODE)
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
-    model: Annotated[str, typer.Option(help="A shipped model's name or a Hugging Face directory.")] = "demo-diffusion",
+    model: Annotated[
+        str, typer.Option(help="A shipped model's name, a Hugging Face directory or a GGUF file.")
+    ] = "demo-diffusion",
     draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands: no chat template.")] = False,
     system: Annotated[str, typer.Option(help="System message (with the chat template).")] = "",

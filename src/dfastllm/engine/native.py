@@ -40,6 +40,7 @@ class NativeRunner:
             )
         info = model.info
         self.model = model
+        self.device = torch.device("cpu")
         if dtype not in KV_TYPES:
             raise UnsupportedError(
                 f"K,V of the native backend are float32, bfloat16 or int8, got {dtype}.", param="kv_cache_dtype"

@@ -96,9 +96,10 @@ def runner_for(
     page_size: int,
 ) -> Runner | NativeRunner:
     """The runner of this kind of model. dtype: of the K,V; int8 only with packed models. Raises UnsupportedError."""
-    if hasattr(model, "head_weights"):
-        from dfastllm.engine.native import NativeRunner
+    from dfastllm.engine.native import NativeRunner
+    from dfastllm.models import PackedDecoder
 
+    if isinstance(model, PackedDecoder):
         return NativeRunner(model, slots, dtype, page_size)
     if not dtype.is_floating_point:
         raise UnsupportedError(

@@ -210,7 +210,9 @@ def plot(
                     linestyle="",
                     label=one.name,
                 )
-        panel.set_xscale("log")
+        panel.set_xscale("log", subs=[2, 5])
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.xaxis.set_minor_formatter("{x:,.0f}")
         panel.set_xlabel("committed tokens per second (end tokens not counted), log scale")
         panel.set_title(flight)
         panel.grid(alpha=0.3, which="both")
