@@ -19,7 +19,6 @@ from dfastllm.engine.native import NativeRunner
 from dfastllm.llm import LLM, SHIPPED
 from dfastllm.models import Ids, PackedDecoder, build, describe, pack_decoder, tiny, tiny_config
 from dfastllm.models.gguf import open_gguf, write_gguf
-from dfastllm.quant.gguf import GgufFile
 from dfastllm.text.gguf import tokenizer_metadata
 
 DEMO = SHIPPED / "demo-ar"
@@ -51,12 +50,6 @@ WRITTEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    pytest.importorskip("llama_cpp")
-    return pytest.importorskip("tests.quant.gguf.reference")
-
-
 def packed(path: Path) -> PackedDecoder:
     with open_gguf(path) as opened:
         parts = ((name, value) for name, value, _ in opened.tensors())
@@ -74,16 +67,6 @@ def logits(model: PackedDecoder, ids: list[int]) -> np.ndarray:
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """A float file whose rows 256-element super-blocks divide, and the columns of its matrices."""
-    config = tiny_config("llama", hidden_size=256, heads=4, kv_heads=2, intermediate_size=256, vocab_size=128, layers=1)
-    model = build(config, describe("llama", config, Ids()), deviation=0.12)
-    path = write_gguf(model, tmp_path_factory.mktemp("gguf") / "f32.gguf", "F32")
-    with GgufFile.open(path) as file:
-        return path, {tensor.name: tensor.shape[1] for tensor in file.tensors.values() if len(tensor.shape) == 2}
 
 
 @pytest.mark.parametrize("kind", WRITTEN)

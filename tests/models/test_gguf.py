@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfastllm.errors import CheckpointError, ModelLoadError, TokenizerError, ValidationError
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models import Decoder, Ids, RopeScaling, build, dense_attention, describe, load, save, tiny, tiny_config
+from dfastllm.models import Decoder, RopeScaling, dense_attention, load, save, tiny, tiny_config
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.gguf import open_gguf, write_gguf
 from dfastllm.models.gguf.names import interleave, separate
@@ -197,12 +197,6 @@ def test_strange_rope_factors_are_refused() -> None:
 
 
 @pytest.fixture
-def llama() -> Any:
-    pytest.importorskip("llama_cpp")
-    return pytest.importorskip("tests.quant.gguf.reference")
-
-
-@pytest.fixture
 def theirs(llama: Any) -> Iterator[Any]:
     opened = []
 
@@ -259,16 +253,6 @@ WRITTEN = {
 }
 # To write these llama.cpp first builds search tables, up to half a minute each; it reads random blocks as well.
 BY_HAND = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4"]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """A float file whose rows 256-element super-blocks divide, and the columns of its matrices."""
-    config = tiny_config("llama", hidden_size=256, heads=4, kv_heads=2, intermediate_size=256, vocab_size=128, layers=1)
-    model = build(config, describe("llama", config, Ids()), deviation=0.12)
-    path = write_gguf(model, tmp_path_factory.mktemp("gguf") / "f32.gguf", "F32")
-    with GgufFile.open(path) as file:
-        return path, {tensor.name: tensor.shape[1] for tensor in file.tensors.values() if len(tensor.shape) == 2}
 
 
 @pytest.mark.parametrize(("kind", "ftype"), WRITTEN.items())

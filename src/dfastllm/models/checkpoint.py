@@ -30,6 +30,7 @@ from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inven
 from dfastllm.models.ids import read_ids
 from dfastllm.quant.checkpoint import QuantConfig, Stored, read, stored
 from dfastllm.quant.formats import FORMATS
+from dfastllm.quant.stream import cut_shards
 
 __all__ = [
     "DTYPES",
@@ -256,7 +257,7 @@ def save(model: Decoder, path: str | Path, *, files: Iterable[str | Path] = (), 
         family.names.published(own): parameter.detach().to("cpu").contiguous()
         for own, parameter in model.named_parameters()
     }
-    shards = _shards(tensors, shard_bytes)
+    shards = cut_shards({name: tensor.nbytes for name, tensor in tensors.items()}, shard_bytes)
     for file, names in shards.items():
         with _replacing(directory / file) as temporary:
             save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
@@ -293,21 +294,6 @@ def config_json(model: Decoder) -> dict[str, Any]:
     if family.block:
         raw[family.block[0]] = info.block
     return raw
-
-
-def _shards(tensors: dict[str, torch.Tensor], limit: int) -> dict[str, list[str]]:
-    """File name -> tensors, in order, each file at most `limit` bytes unless one tensor alone is larger."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensor.nbytes
-    if len(groups) == 1:
-        return {WEIGHTS_FILE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
 def _drop_stale(directory: Path, current: set[str]) -> None:

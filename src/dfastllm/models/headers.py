@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm.errors import CheckpointError, ModelLoadError
+from dfastllm.quant.stream import INDEX_FILE, WEIGHTS_FILE
 
 __all__ = ["BYTES", "INDEX_FILE", "WEIGHTS_FILE", "TensorEntry", "inventory", "read_json"]
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),

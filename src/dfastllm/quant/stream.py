@@ -20,7 +20,16 @@ from torch import Tensor
 
 from dfastllm.errors import CheckpointError
 
-__all__ = ["DTYPES", "Entry", "Planned", "SafetensorsWriter", "read_tensor"]
+__all__ = [
+    "DTYPES",
+    "INDEX_FILE",
+    "WEIGHTS_FILE",
+    "Entry",
+    "Planned",
+    "SafetensorsWriter",
+    "cut_shards",
+    "read_tensor",
+]
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,6 +45,7 @@ DTYPES = {
 }
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
 
 
 class Entry(Protocol):
@@ -96,7 +106,7 @@ class SafetensorsWriter:
     def __init__(self, directory: Path, plan: Mapping[str, Planned], *, shard_bytes: int = 5 * 10**9) -> None:
         self.directory = directory
         self.plan = dict(plan)
-        self.shards = _cut(self.plan, shard_bytes)
+        self.shards = cut_shards({name: planned.nbytes for name, planned in self.plan.items()}, shard_bytes)
         self._offset: dict[str, tuple[str, int]] = {}
         self._left = set(self.plan)
         self._done = False
@@ -177,16 +187,17 @@ class SafetensorsWriter:
         os.replace(partial, index)
 
 
-def _cut(plan: Mapping[str, Planned], limit: int) -> dict[str, list[str]]:
-    """File name -> tensors."""
+def cut_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> tensors, in order, each file at most `limit` bytes unless one tensor alone is larger. sizes: tensor
+    name -> bytes."""
     groups: list[list[str]] = [[]]
-    size = 0
-    for name, planned in plan.items():
-        if groups[-1] and size + planned.nbytes > limit:
+    total = 0
+    for name, size in sizes.items():
+        if groups[-1] and total + size > limit:
             groups.append([])
-            size = 0
+            total = 0
         groups[-1].append(name)
-        size += planned.nbytes
+        total += size
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {WEIGHTS_FILE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}

@@ -7,13 +7,12 @@ defaults hold for everything but sizes and threads (f16 K,V, flash attention whe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .serve import serve, timed
+from .serve import serve_session, timed
 
 __all__ = ["main"]
 
@@ -242,14 +241,7 @@ class Session:
 
 
 def main() -> None:
-    session = Session()
-    operations: dict[str, Callable[..., Any]] = {
-        "make": make,
-        "load": session.load,
-        "forward": session.forward,
-        "concurrent": session.concurrent,
-    }
-    serve(operations)
+    serve_session(make, Session())
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .serve import serve, timed
+from .serve import serve_session, timed
 
 __all__ = ["main"]
 
@@ -178,14 +177,7 @@ class Session:
 
 
 def main() -> None:
-    session = Session()
-    operations: dict[str, Callable[..., Any]] = {
-        "make": make,
-        "load": session.load,
-        "forward": session.forward,
-        "concurrent": session.concurrent,
-    }
-    serve(operations)
+    serve_session(make, Session())
 
 
 if __name__ == "__main__":

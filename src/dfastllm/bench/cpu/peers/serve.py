@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["serve", "timed"]
+__all__ = ["serve", "serve_session", "timed"]
 
 
 def serve(operations: Mapping[str, Callable[..., Any]]) -> None:
@@ -30,6 +30,12 @@ def serve(operations: Mapping[str, Callable[..., Any]]) -> None:
             answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
         out.flush()
+
+
+def serve_session(make: Callable[..., Any], session: Any) -> None:
+    """Serve what every peer can do: `make` writes its model files; a session loads one and times forwards of a sequence
+    and decodes of several."""
+    serve({"make": make, **{name: getattr(session, name) for name in ("load", "forward", "concurrent")}})
 
 
 def timed(step: Callable[[], None], repeats: int, undo: Callable[[], None] | None = None) -> list[float]:
