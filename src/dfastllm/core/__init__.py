@@ -6,14 +6,17 @@ from dfastllm.core.model import Kind, ModelInfo
 from dfastllm.core.request import Cache, DecodeParams, Request, SamplingParams
 from dfastllm.core.sequence import SequenceState
 from dfastllm.core.span import Attend, Commit, FinishReason, Span, Store, TokenLogprob
+from dfastllm.core.speculative import Acceptance, Draft, SpeculativeMethod, SpeculativeParams
 from dfastllm.core.value import value
 
 __all__ = [
+    "Acceptance",
     "Attend",
     "Cache",
     "CanvasUpdate",
     "Commit",
     "DecodeParams",
+    "Draft",
     "Finish",
     "FinishReason",
     "Kind",
@@ -22,6 +25,8 @@ __all__ = [
     "SamplingParams",
     "SequenceState",
     "Span",
+    "SpeculativeMethod",
+    "SpeculativeParams",
     "StepEvent",
     "StepStats",
     "Store",

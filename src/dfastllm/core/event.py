@@ -44,10 +44,19 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     forwards: int  # nfe
-    exactness: str  # reference | exact-fast | approximate
+    exactness: str  # see `decode.policy.Policy.exactness`
     queue_s: float = 0.0
     first_token_s: float | None = None  # from arrival
     total_s: float = 0.0
+    drafts: int = 0  # forwards that verified a draft
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()  # [i]: drafts of which at least i + 1 tokens stood
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens a verifying forward gave, its own one included: 1 + accepted / drafts. None without drafts."""
+        return 1 + self.accepted_tokens / self.drafts if self.drafts else None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -95,4 +104,6 @@ class StepStats:
     preempted: int
     seconds: float
     run_seconds: float
+    draft_seconds: float = 0.0
+    drafts: tuple[tuple[int, int], ...] = ()  # (drafted, accepted) of each draft verified in this step
     finished: tuple[Finish, ...] = field(default_factory=tuple)

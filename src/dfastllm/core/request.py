@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from dfastllm.core.speculative import SpeculativeParams
 from dfastllm.errors import ValidationError
 
 __all__ = ["Cache", "DecodeParams", "Request", "SamplingParams"]
@@ -161,13 +162,14 @@ class Request:
     """One sequence to generate. `suffix` asks for infilling: prompt and suffix are fixed, the canvas lies between.
 
     priority: lower runs first. arrival: seconds on time.monotonic(). timeout: seconds from arrival, None for none.
-    decode None on a diffusion model means its defaults.
+    decode None on a diffusion model means its defaults. speculative None means the engine's default.
     """
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: DecodeParams | None = None
+    speculative: SpeculativeParams | None = None
     suffix: tuple[int, ...] = ()
     priority: int = 0
     arrival: float = field(default_factory=time.monotonic)

@@ -7,6 +7,7 @@ from typing import Any
 
 from dfastllm.core.model import ModelInfo
 from dfastllm.core.request import DecodeParams, Request, SamplingParams
+from dfastllm.core.speculative import Draft
 
 __all__ = ["SequenceState"]
 
@@ -22,6 +23,7 @@ class SequenceState:
     forwards  forward passes so far, prefill and rebuilding included (nfe). Randomness is keyed by (seed, decode
               step, position), the decode step being the policy's own count, never this one: rebuilding changes no draw.
     policy    the policy's own state, last returned by `begin` or in a Commit.
+    draft     what a drafter proposes to follow `tokens`, if one was asked; good for one deciding forward.
     """
 
     request: Request
@@ -32,6 +34,7 @@ class SequenceState:
     forwards: int = 0
     policy: Any = None
     stable: int = 0
+    draft: Draft | None = None
     canvas_start: int = field(init=False)
     sampling: SamplingParams = field(init=False)
 

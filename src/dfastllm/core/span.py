@@ -93,6 +93,7 @@ class Commit:
     logprobs     position -> logprob record, for positions in `fixed`, when the request asked for them.
     provisional  position -> best current guess for still-masked positions, for live display. Never part of the result.
     block_done   a block became final with this commit.
+    drafted, accepted  draft tokens this forward verified, and how many of them stand.
     """
 
     fixed: Mapping[int, int] = field(default_factory=dict)
@@ -104,3 +105,5 @@ class Commit:
     logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict)
     provisional: Mapping[int, int] = field(default_factory=dict)
     block_done: bool = False
+    drafted: int = 0
+    accepted: int = 0

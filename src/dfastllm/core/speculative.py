@@ -1,0 +1,89 @@
+"""Speculative decoding, as a caller asks for it and as a drafter answers: which drafter, how many tokens, judged how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from dfastllm.core.value import value
+from dfastllm.errors import ValidationError
+
+__all__ = ["Acceptance", "Draft", "SpeculativeMethod", "SpeculativeParams"]
+
+SpeculativeMethod = Literal["none", "ngram", "suffix", "draft_model", "diffusion", "self"]
+Acceptance = Literal["coupled", "rejection"]
+MOST_TOKENS = 64
+
+
+def _require(ok: bool, message: str, param: str) -> None:
+    if not ok:
+        raise ValidationError(message, param=param)
+
+
+@dataclass(frozen=True)
+class SpeculativeParams:
+    """Drafter x verifier of one request. Names are those of vLLM's `--speculative-config` where it has them.
+
+    method       none: no drafts. ngram: prompt lookup. suffix: a suffix tree over the text and past outputs.
+                 draft_model: a smaller autoregressive model. diffusion: a masked model drafts a block in one forward.
+                 self: the model's own bidirectional mode drafts for its causal one.
+    num_speculative_tokens  most tokens drafted per step, 1 to 64.
+    prompt_lookup_min/max   lengths of the n-gram that is looked up.
+    acceptance   coupled: the draft counts where it is the token that the request's own keyed draw gives, so the output
+                 is that of plain decoding, token for token, at any temperature. rejection: accept with min(1, p/q), else
+                 draw from the rest (Leviathan et al. 2023, Chen et al. 2023): accepts a little more where a draft model
+                 samples, keeps the distribution but not the tokens of a seed. Greedy, the two are the same.
+    adaptive     the length follows the measured acceptance and cost, down to no drafts at all; False: always
+                 num_speculative_tokens.
+    suffix_decoding_max_tree_depth, _max_cached_requests, _max_spec_factor, _min_token_prob: of the suffix tree: longest
+                 pattern; past outputs kept, 0 for the request's own text only; tokens drafted per matched token; least
+                 frequency of a drafted continuation.
+
+    Raises ValidationError naming the field.
+    """
+
+    method: SpeculativeMethod = "none"
+    num_speculative_tokens: int = 5
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 5
+    acceptance: Acceptance = "coupled"
+    adaptive: bool = True
+    suffix_decoding_max_tree_depth: int = 24
+    suffix_decoding_max_cached_requests: int = 1000
+    suffix_decoding_max_spec_factor: float = 2.0
+    suffix_decoding_min_token_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", SpeculativeMethod), ("acceptance", Acceptance)):
+            got = getattr(self, name)
+            _require(got in get_args(known), f"{name} must be one of {', '.join(get_args(known))}, got {got!r}.", name)
+        k = self.num_speculative_tokens
+        _require(
+            1 <= k <= MOST_TOKENS, f"num_speculative_tokens must be in [1, {MOST_TOKENS}], got {k}.",
+            "num_speculative_tokens",
+        )  # fmt: skip
+        low, high = self.prompt_lookup_min, self.prompt_lookup_max
+        _require(low >= 1, f"prompt_lookup_min must be at least 1, got {low}.", "prompt_lookup_min")
+        _require(
+            high >= low, f"prompt_lookup_max must be at least prompt_lookup_min {low}, got {high}.", "prompt_lookup_max"
+        )
+        for name, least in (("suffix_decoding_max_tree_depth", 1), ("suffix_decoding_max_cached_requests", 0)):
+            _require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}.", name)
+        factor, prob = self.suffix_decoding_max_spec_factor, self.suffix_decoding_min_token_prob
+        name = "suffix_decoding_max_spec_factor"
+        _require(0 < factor < float("inf"), f"{name} must be finite and above 0, got {factor}.", name)
+        name = "suffix_decoding_min_token_prob"
+        _require(0 <= prob <= 1, f"{name} must be in [0, 1], got {prob}.", name)
+
+
+@value(frozen=True, slots=True)
+class Draft:
+    """Tokens that a drafter proposes to follow those of a sequence, made for a text of `length` tokens.
+
+    probs  None: each token stands for itself with probability 1 (lookup, greedy drafts). Else the distributions that
+           the tokens were drawn from, after the request's own sampling options: a torch float32 [len(tokens), vocab].
+    """
+
+    tokens: tuple[int, ...]
+    length: int
+    probs: Any = field(default=None, compare=False, repr=False)
