@@ -1,4 +1,4 @@
-"""Speculative decoding, as a caller asks for it and as a drafter answers: which drafter, how many tokens, judged how."""
+"""Speculative decoding, as a caller asks for it and a drafter answers: which drafter, how many tokens, judged how."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class SpeculativeParams:
     num_speculative_tokens  most tokens drafted per step, 1 to 64.
     prompt_lookup_min/max   lengths of the n-gram that is looked up.
     acceptance   coupled: the draft counts where it is the token that the request's own keyed draw gives, so the output
-                 is that of plain decoding, token for token, at any temperature. rejection: accept with min(1, p/q), else
-                 draw from the rest (Leviathan et al. 2023, Chen et al. 2023): accepts a little more where a draft model
-                 samples, keeps the distribution but not the tokens of a seed. Greedy, the two are the same.
+                 is that of plain decoding, token for token, at any temperature. rejection: accept with min(1, p/q),
+                 else draw from the rest (Leviathan et al. 2023, Chen et al. 2023): accepts a little more where a draft
+                 model samples, keeps the distribution but not the tokens of a seed. Greedy, the two are the same.
     adaptive     the length follows the measured acceptance and cost, down to no drafts at all; False: always
                  num_speculative_tokens.
     suffix_decoding_max_tree_depth, _max_cached_requests, _max_spec_factor, _min_token_prob: of the suffix tree: longest
