@@ -169,11 +169,11 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: DecodeParams | None = None
-    speculative: SpeculativeParams | None = None
     suffix: tuple[int, ...] = ()
     priority: int = 0
     arrival: float = field(default_factory=time.monotonic)
     timeout: float | None = None
+    speculative: SpeculativeParams | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.prompt) > 0, "prompt must hold at least one token, got none.", "prompt")

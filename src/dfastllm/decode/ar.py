@@ -1,19 +1,23 @@
-"""Autoregressive decoding: prefill in chunks, then one token a step.
+"""Autoregressive decoding: prefill in chunks, then one token a step, or as many as a draft gets right.
 
-Rebuilding after a preemption is the same prefill over all tokens so far, so nothing but the tokens is state.
+A draft lengthens the span that decides: the text's last token and the draft's, all causal, each row judged (`verify`);
+K,V of what does not stand are cut off by the commit. Without one the span is the plain step, so speculation is a value
+of this policy and not another. Rebuilding after a preemption is the same prefill over all tokens so far, so nothing but
+the tokens is state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from dfastllm.core import Commit, FinishReason, ModelInfo, Request, SequenceState, Span, TokenLogprob
-from dfastllm.decode.rows import DenseRows, Rows, token_logprob
-from dfastllm.decode.sampling import Draw, check_sampling, draw, edits, penalised
+from dfastllm.core import Commit, Draft, FinishReason, ModelInfo, Request, SequenceState, Span
+from dfastllm.decode.rows import Rows
+from dfastllm.decode.sampling import check_sampling
+from dfastllm.decode.verify import Cell, Choice, cells_of, choose, standing
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
-__all__ = ["Autoregressive"]
+__all__ = ["Autoregressive", "draft_room"]
 
 
 class Autoregressive:
@@ -56,21 +60,50 @@ class Autoregressive:
         return request.sampling.max_tokens
 
     def exactness(self, request: Request) -> str:
-        return "reference"
+        asked = request.speculative
+        if asked is None or asked.method == "none":
+            return "reference"
+        hot = request.sampling.temperature > 0
+        return "exact-distribution" if asked.acceptance == "rejection" and hot else "exact-fast"
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
-        """The rest of the known tokens, at most `limit` of them; logits of the last one only."""
+        """The rest of the known tokens, at most `limit` of them; logits of the last one only, and of the draft's that
+        follow it (they may exceed the limit)."""
         known = len(seq.tokens)
         start = min(seq.kv_len, known - 1)
         stop = min(known, start + max(1, limit))
-        last = (stop - start - 1,) if stop == known else ()
-        return Span(start=start, ids=tuple(seq.tokens[start:stop]), attend="causal", store="keep", want=last)
+        if stop < known:
+            return Span(start=start, ids=tuple(seq.tokens[start:stop]), attend="causal", store="keep")
+        draft = seq.draft if seq.draft is not None and seq.draft.length == known and seq.draft.tokens else None
+        ids = tuple(seq.tokens[start:stop]) + (draft.tokens if draft else ())
+        want = tuple(range(stop - start - 1, len(ids)))
+        return Span(start=start, ids=ids, attend="causal", store="keep", want=want, plan=draft)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
-        deciding = [seq for seq, span in items if span.want]
-        tokens, records = _choose(deciding, rows)
-        chosen = zip(tokens, records, strict=True)
-        return [_commit(seq, *next(chosen)) if span.want else Commit(stable=len(seq.tokens)) for seq, span in items]
+        cells: list[Cell] = []
+        for seq, span in items:
+            if span.want:
+                cells += cells_of(seq, span.plan)
+        choices, at, commits = choose(cells, rows), 0, []
+        for seq, span in items:
+            commits.append(_commit(seq, span.plan, choices[at : at + len(span.want)]) if span.want else _waiting(seq))
+            at += len(span.want)
+        return commits
+
+
+def draft_room(seq: SequenceState, limit: int) -> int:
+    """Most draft tokens the next forward could use: 0 while the known tokens do not fit into one of `limit` rows, and
+    never beyond the last token that the request may still have but one (the forward gives one itself)."""
+    known = len(seq.tokens)
+    if known - min(seq.kv_len, known - 1) > max(1, limit):
+        return 0
+    stop = min(seq.canvas_start + seq.sampling.max_tokens, seq.model.max_len)
+    return max(0, stop - known - 1)
+
+
+def _waiting(seq: SequenceState) -> Commit:
+    """Prefill that decides nothing yet."""
+    return Commit(state=seq.policy, stable=len(seq.tokens))
 
 
 def check_prompt(request: Request, model: ModelInfo) -> None:
@@ -89,68 +122,29 @@ def enders(sampling_stop: tuple[int, ...], ignore_eos: bool, model: ModelInfo) -
     return tuple(dict.fromkeys((() if ignore_eos else model.eos_ids) + sampling_stop))
 
 
-def _choose(seqs: Sequence[SequenceState], rows: Rows) -> tuple[list[int], list[TokenLogprob | None]]:
-    """The next token of each sequence, and its record where asked for. Greedy rows without edits are best tokens;
-    logits are made of the others only."""
-    tokens, records = [0] * len(seqs), cast("list[TokenLogprob | None]", [None] * len(seqs))
-    parts: dict[str, list[int]] = {}
-    for row, seq in enumerate(seqs):
-        parts.setdefault(_route(seq), []).append(row)
-    for route, members in parts.items():
-        some = [seqs[r] for r in members]
-        ban = () if some[0].model.mask_id is None else (some[0].model.mask_id,)
-        part = rows if len(members) == len(seqs) else rows.select(members)
-        tops = [seq.sampling.logprobs for seq in some]
-        wanted = [top for top in tops if top is not None]
-        if route == "logits":
-            logits = part.logits()
-            logits[:, list(ban)] = float("-inf")
-            drawn = draw(logits, [_draw_of(seq) for seq in some])
-            picked, chosen = drawn.tolist(), logits.gather(1, drawn[:, None])[:, 0].tolist() if wanted else []
-            stats = DenseRows(logits).stats(norm=True, top=max(wanted)) if wanted else None
-        else:
-            stats = part.stats(ban=ban, norm=bool(wanted), top=max(wanted, default=0))
-            picked, chosen = stats.token.tolist(), stats.best.tolist() if wanted else []
-        for i, row in enumerate(members):
-            tokens[row] = picked[i]
-            top = tops[i]
-            if top is not None and stats is not None:
-                records[row] = token_logprob(stats, i, picked[i], chosen[i], top)
-    return tokens, records
-
-
-def _route(seq: SequenceState) -> str:
-    """logits: the row is edited or drawn from; best: its best token is all; records: and the statistics of that."""
-    s = seq.sampling
-    early = len(seq.tokens) < seq.canvas_start + s.min_tokens
-    if s.temperature > 0 or early or edits(s):
-        return "logits"
-    return "best" if s.logprobs is None else "records"
-
-
-def _draw_of(seq: SequenceState) -> Draw:
-    s, n = seq.sampling, len(seq.tokens)
-    counted = penalised(s)
-    return Draw(
-        sampling=s,
-        positions=(n,),
-        seed=seq.seed,
-        step=n - seq.canvas_start,
-        first=seq.canvas_start,
-        prompt=seq.request.prompt if counted else (),
-        output=seq.tokens[seq.canvas_start :] if counted else (),
-        # min_tokens bars EOS even when it would be ignored, as vLLM does
-        enders=tuple(dict.fromkeys(seq.model.eos_ids + s.stop_token_ids)),
-    )
-
-
-def _commit(seq: SequenceState, token: int, record: TokenLogprob | None) -> Commit:
+def _commit(seq: SequenceState, draft: Draft | None, choices: Sequence[Choice]) -> Commit:
+    """The draft tokens that stand and the one that the row after them gives; cut where the text ends."""
     n, s = len(seq.tokens), seq.sampling
-    made = n + 1 - seq.canvas_start
-    finish = None
-    ends = token in s.stop_token_ids or (not s.ignore_eos and token in seq.model.eos_ids)
-    if ends and made > s.min_tokens:
-        finish = FinishReason.STOP
-    elif made >= s.max_tokens or n + 1 >= seq.model.max_len:
-        finish = FinishReason.LENGTH
-    return Commit(fixed={n: token}, stable=n + 1, finish=finish, logprobs={n: record} if record else {})
+    accepted = standing(choices, draft)
+    fixed, finish = {}, None
+    for j, choice in enumerate(choices[: accepted + 1]):
+        token, made = choice.token, n + j + 1 - seq.canvas_start
+        fixed[n + j] = token
+        ends = token in s.stop_token_ids or (not s.ignore_eos and token in seq.model.eos_ids)
+        if ends and made > s.min_tokens:
+            finish = FinishReason.STOP
+        elif made >= s.max_tokens or n + j + 1 >= seq.model.max_len:
+            finish = FinishReason.LENGTH
+        if finish:
+            break
+    stop = n + len(fixed)
+    return Commit(
+        fixed=fixed,
+        kv_len=stop - 1 if draft else None,  # the last token's own K,V come with the next forward
+        state=seq.policy,
+        stable=stop,
+        finish=finish,
+        logprobs={n + j: c.record for j, c in enumerate(choices[: len(fixed)]) if c.record},
+        drafted=len(draft.tokens) if draft else 0,
+        accepted=min(accepted, len(fixed)),
+    )

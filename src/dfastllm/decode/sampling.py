@@ -23,6 +23,7 @@ __all__ = [
     "Draw",
     "best_tokens",
     "check_sampling",
+    "distribution",
     "draw",
     "edits",
     "gumbel",
@@ -31,6 +32,7 @@ __all__ = [
     "penalised",
     "row_keys",
     "spread",
+    "take",
     "uniform",
 ]
 
@@ -54,6 +56,7 @@ class Draw:
     output     generated ids so far: they count for all three penalties.
     first      absolute position of the first generated token; rows before first + min_tokens may not end the text.
     enders     ids that end a text (EOS unless ignored, and stop_token_ids).
+    salt       kind of draw, see `row_keys`.
     """
 
     sampling: SamplingParams
@@ -64,6 +67,7 @@ class Draw:
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
     enders: tuple[int, ...] = ()
+    salt: int = 0
 
     @property
     def edits(self) -> bool:
@@ -262,11 +266,9 @@ def _filter(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, m
     return torch.empty_like(logits).scatter_(1, order, ranked.masked_fill(~keep, float("-inf")))
 
 
-def _draw_hot(logits: Tensor, rows: Sequence[tuple[Draw, int]]) -> Tensor:
-    """Tokens int64 [rows] at temperature > 0. `rows` names (draw, index into its positions) per row; logits
-    [rows, vocab] are overwritten."""
+def _filtered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Logits [rows, vocab], overwritten: -inf outside top_k, top_p and min_p. Returns temperature float32 [rows]."""
     device = logits.device
-    params = [d.sampling for d, _ in rows]
     temperature = torch.tensor([s.temperature for s in params], dtype=torch.float32, device=device)
     filtered = [i for i, s in enumerate(params) if s.top_k > 0 or s.top_p < 1 or s.min_p > 0]
     if filtered:
@@ -279,9 +281,38 @@ def _draw_hot(logits: Tensor, rows: Sequence[tuple[Draw, int]]) -> Tensor:
             torch.tensor([s.top_p for s in few], dtype=torch.float64, device=device),
             torch.tensor([s.min_p for s in few], dtype=torch.float64, device=device),
         )
-    keys = row_keys([d.seed for d, _ in rows], [d.step for d, _ in rows], [d.positions[i] for d, i in rows])
+    return temperature
+
+
+def _draw_hot(logits: Tensor, rows: Sequence[tuple[Draw, int]]) -> Tensor:
+    """Tokens int64 [rows] at temperature > 0. `rows` names (draw, index into its positions) per row; logits
+    [rows, vocab] are overwritten."""
+    temperature = _filtered(logits, [d.sampling for d, _ in rows])
+    keys = np.empty(len(rows), dtype=_U64)
+    for salt in {d.salt for d, _ in rows}:
+        some = [i for i, (d, _) in enumerate(rows) if d.salt == salt]
+        of = [rows[i] for i in some]
+        keys[some] = row_keys([d.seed for d, _ in of], [d.step for d, _ in of], [d.positions[i] for d, i in of], salt)
     # argmax(logits / T + g) written as argmax(logits + T g): no overflow at tiny temperatures
-    return best_tokens(logits + temperature[:, None] * gumbel(keys, logits.shape[1], device))
+    return best_tokens(logits + temperature[:, None] * gumbel(keys, logits.shape[1], logits.device))
+
+
+@torch.inference_mode()
+def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """What `draw` draws from, float64 [rows, vocab], every draw at temperature > 0. logits float32, unchanged; rows in
+    the order of `draws`."""
+    rows = [(d, i) for d in draws for i in range(len(d.positions))]
+    edited = logits.clone()
+    _edit_all(edited, rows)
+    temperature = _filtered(edited, [d.sampling for d, _ in rows])
+    scaled = (edited - edited.amax(dim=-1, keepdim=True)).double() / temperature.double()[:, None]
+    return torch.softmax(scaled, dim=-1)
+
+
+def take(weights: Tensor, keys: np.ndarray) -> Tensor:
+    """One index per row with probability proportional to weights float64 [rows, vocab], int64 [rows]; keys uint64
+    [rows]. A row of zeros gives index 0."""
+    return best_tokens(weights.log() + gumbel(keys, weights.shape[1], weights.device))
 
 
 @torch.inference_mode()
