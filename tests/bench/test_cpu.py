@@ -23,10 +23,10 @@ from dfastllm.bench.cpu.load import Foreign
 from dfastllm.bench.cpu.records import Plan, named_cases
 from dfastllm.bench.cpu.report import table, write_results
 from dfastllm.bench.cpu.shapes import SHAPES, find_shape
-from dfastllm.bench.cpu.stats import Ratio, paired_ratio, summarise
 from dfastllm.bench.cpu.turns import Turn, peer_burst, take_turns
 from dfastllm.bench.cpu.wire import Peer, PeerError
 from dfastllm.bench.measure import write_record
+from dfastllm.bench.stats import Ratio, paired_ratio, summarise
 from dfastllm.errors import ValidationError
 
 FAKE = Path(__file__).with_name("fake_peer.py")

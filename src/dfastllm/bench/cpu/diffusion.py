@@ -15,8 +15,8 @@ import torch
 from dfastllm.bench.cpu.compare import verdict
 from dfastllm.bench.cpu.load import Foreign
 from dfastllm.bench.cpu.shapes import Shape
-from dfastllm.bench.cpu.stats import paired_ratio, summarise
 from dfastllm.bench.cpu.weights import packed
+from dfastllm.bench.stats import paired_ratio, summarise
 from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.kernels.extension import set_threads

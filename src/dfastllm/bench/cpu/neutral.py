@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm.bench.cpu.load import Foreign
-from dfastllm.bench.cpu.stats import Summary, paired_ratio, summarise
+from dfastllm.bench.stats import Summary, paired_ratio, summarise
 from dfastllm.bench.workload import gradable, run
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.engine import EngineConfig
