@@ -1,0 +1,116 @@
+"""Whether generated text holds a complete tool call, and whether the call fits the JSON Schema of the tool it names.
+
+`CallFinder` reads a text as it grows and answers once: with the first call that fits. It takes a call in the markup
+that `tools` parses and, because many templates use no markup, a text that is nothing but the call's JSON. The
+`jsonschema` library validates (drafts 4 to 2020-12, by the schema's `$schema`); references out of the schema are never fetched.
+
+Schemas are run as they are, regular expressions included: give this the schemas of people you trust.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dfastllm.errors import ValidationError
+from dfastllm.text.tools import ToolCall, ToolCallParser
+
+__all__ = ["CallFinder", "ToolSchemas", "is_valid_tool_json"]
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class ToolSchemas:
+    """The tools of one request in OpenAI's form ({"type": "function", "function": {name, parameters}}).
+
+    Raises ValidationError for a tool without a name and for parameters that are no JSON Schema."""
+
+    def __init__(self, tools: Tools) -> None:
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+
+        self._validators: dict[str, Any] = {}
+        nowhere: Registry[Any] = Registry()  # the library's own default would fetch http references
+        for i, tool in enumerate(tools):
+            function = tool.get("function", tool)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if not isinstance(name, str) or not name:
+                raise ValidationError(f"tools[{i}] has no function name.", param="tools")
+            schema = function.get("parameters")
+            schema = {"type": "object"} if schema is None else schema
+            kind = validator_for(schema, default=Draft202012Validator)
+            try:
+                kind.check_schema(schema)
+            except SchemaError as error:
+                raise ValidationError(
+                    f"the parameters of tool {name!r} are no JSON Schema: {error.message}.", param="tools"
+                ) from error
+            self._validators[name] = kind(schema, registry=nowhere)
+
+    def accepts(self, call: ToolCall) -> bool:
+        """The call names one of the tools and its arguments fit that tool's schema. Raises ValidationError for a schema
+        that refers to another one which is not inside it."""
+        from referencing.exceptions import Unresolvable
+
+        validator = self._validators.get(call.name)
+        if validator is None:
+            return False
+        try:
+            return bool(validator.is_valid(json.loads(call.arguments)))
+        except Unresolvable as error:
+            raise ValidationError(
+                f"the parameters of tool {call.name!r} refer to {error.ref!r}, which is not inside them.",  # type: ignore[attr-defined]
+                param="tools",
+            ) from error
+
+
+class CallFinder:
+    """The first call in a growing text. tools None: any well-formed call counts."""
+
+    def __init__(self, tools: Tools | ToolSchemas | None = None) -> None:
+        self._schemas = ToolSchemas(tools) if tools is not None and not isinstance(tools, ToolSchemas) else tools
+        self._parser = ToolCallParser()
+        self._text = ""
+        self._bare: bool | None = None  # the text is nothing but JSON so far; None: only whitespace came
+        self.found: ToolCall | None = None
+
+    def push(self, text: str) -> ToolCall | None:
+        """The first call that fits, once the text so far holds it; None before."""
+        if self.found is not None or not text:
+            return self.found
+        calls = [piece for piece in self._parser.push(text) if isinstance(piece, ToolCall)]
+        if self._bare is None and (start := text.lstrip()[:1]):
+            self._bare = start in "{["
+        if self._bare:
+            self._text += text
+            if text.rstrip()[-1:] in ("}", "]"):
+                calls += _bare_calls(self._text)
+        self.found = next((call for call in calls if self.fits(call)), None)
+        return self.found
+
+    def fits(self, call: ToolCall) -> bool:
+        return self._schemas is None or self._schemas.accepts(call)
+
+
+def is_valid_tool_json(text: str, tools: Tools | None = None) -> bool:
+    """Whether the text holds a complete tool call that fits the schema of one of the tools (None: any tool)."""
+    return CallFinder(tools).push(text) is not None
+
+
+def _bare_calls(text: str) -> list[ToolCall]:
+    """The calls that the text as a whole is: {"name", "arguments"} or a list of such. [] for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, dict) or not isinstance(item.get("arguments"), dict) or not item.get("name"):
+            return []
+        if not isinstance(item["name"], str):
+            return []
+        found.append(ToolCall(item["name"], json.dumps(item["arguments"], ensure_ascii=False)))
+    return found
