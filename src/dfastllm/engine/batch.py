@@ -6,7 +6,8 @@ tensors and boolean masks of the torch runner.
 
 The keys of a span are numbered: first the cached positions [0, cached), then its own rows from `own0` on (own rows
 before it are among the cached ones, written before attention reads). Without shadows every row sees a prefix of them,
-so one number a row, `limits`, says it all; a span with shadows has a mask.
+so one number a row, `limits`, says it all; a span with shadows has a mask. A branch of a span is packed as a span of
+its own after it: what it sees of the cache may have been written in this very pass.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfastllm.core import Span, value
+from dfastllm.core import Span, Store, value
 from dfastllm.decode.rows import int64s
 from dfastllm.engine.kv import PageTable
 
@@ -31,6 +32,7 @@ Items = Sequence[tuple[Span, PageTable, int]]  # a span, its sequence's pages, i
 @value(frozen=True, slots=True)
 class PackedRows:
     """One forward pass. All arrays int64, contiguous; rows of a span are consecutive, shadows after the ordinary ones.
+    Spans here are those asked for and, after each, its branches.
 
     ids, positions  [rows], padding at the end: token 0 at position 0, read by nobody, attending to nothing.
     slots           [rows]: where the row's K,V are written, page * page_size + offset; -1: nowhere.
@@ -64,6 +66,8 @@ class PackedRows:
 def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
     """Pack spans, at least one. The tables must already hold the pages that `span.stored` needs. The pass is padded to
     `min_rows` rows, and so are the wanted rows if there are any (with the first one)."""
+    if any(span.branches for span, _, _ in items):
+        items = [part for item in items for part in _unfolded(item)]
     size = items[0][1].pool.page_size
     start, counts, cached, own0, offset, block = _facts(items)
     row1 = np.cumsum(counts)
@@ -109,6 +113,15 @@ def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
     for column, values in enumerate((row0, row1, cached, own0, page0)):
         spans[:, column] = values
     return PackedRows(ids, positions, slots, limits, want, wanted, spans, pages, size, masks)
+
+
+def _unfolded(item: tuple[Span, PageTable, int]) -> Items:
+    """A span, and each of its branches as a span that stores nothing."""
+    span, table, kv_len = item
+    assert span.store != "replace" or not span.branches, "a branch would see what the span replaces"
+    store: Store = "none" if span.store == "none" else "scratch"
+    more = [Span(b.start, b.ids, span.attend, store, b.want, block=span.block) for b in span.branches]
+    return [item, *[(branch, table, kv_len) for branch in more]]
 
 
 _ALL = 1 << 40  # a block that holds every position

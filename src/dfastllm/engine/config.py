@@ -22,6 +22,7 @@ class EngineConfig:
                        fewer rows use other kernels with another order of summation, so without padding a request's last
                        bits would depend on its neighbours (measured: LOG.md). 1: no padding.
     max_len            positions a sequence may have; None: the model's own limit.
+    prefix_caching     requests share the K,V of a common beginning, where the model's can be shared (see `prefix`).
     """
 
     max_batch_rows: int = 2048
@@ -33,10 +34,11 @@ class EngineConfig:
     ageing_steps: int = 64
     min_rows: int | None = None
     max_len: int | None = None
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name == "ageing_steps" else 1
-            if value is not None and value < least:
+            if value is not None and not isinstance(value, bool) and value < least:
                 raise ValidationError(f"{f.name} must be at least {least}, got {value}.", param=f.name)

@@ -6,23 +6,43 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
-from dfastllm.core import CanvasUpdate, Commit, FinishReason, Request, SequenceState, Span, StepEvent, StepStats
+from dfastllm.core import (
+    CanvasUpdate,
+    Commit,
+    FinishReason,
+    Request,
+    SequenceState,
+    Span,
+    SpeculativeParams,
+    StepEvent,
+    StepStats,
+)
 from dfastllm.decode.registry import policy_for
 from dfastllm.engine.config import EngineConfig
+from dfastllm.engine.drafting import Drafting
 from dfastllm.engine.kv import Pages, PageTable
+from dfastllm.engine.prefix import PrefixCache, refusal
 from dfastllm.engine.runner import Runnable, runner_for
 from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
-from dfastllm.errors import ContextLengthError, GenerationError, QueueFullError, TimeoutError, ValidationError
+from dfastllm.errors import (
+    ContextLengthError,
+    GenerationError,
+    QueueFullError,
+    TimeoutError,
+    UnsupportedError,
+    ValidationError,
+)
 from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
+    from dfastllm.decode.draft import Drafter
     from dfastllm.decode.policy import Policy
     from dfastllm.decode.rows import Rows
     from dfastllm.models import PackedDecoder
@@ -40,6 +60,7 @@ class Engine:
 
     tokenizer None: requests and events carry token ids only, and stop strings are refused. `dtype` is that of the K,V
     pages (default: the model's). `choose` picks the policy of a request; tests and extensions may pass their own.
+    drafters: further ones by speculative method; speculative: for requests that name no method themselves.
     """
 
     def __init__(
@@ -51,6 +72,8 @@ class Engine:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         choose: Callable[..., Policy] = policy_for,
+        drafters: Mapping[str, Drafter] | None = None,
+        speculative: SpeculativeParams | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self.info = model.info
@@ -59,13 +82,26 @@ class Engine:
         slots = self.pages.count * self.pages.page_size
         min_rows = self.config.min_rows or max(16, 8 * torch.get_num_threads())
         self.runner = runner_for(model, slots, dtype or model.dtype, device, min_rows, self.config.page_size)
-        self.scheduler = Scheduler(self.config, self.pages)
+        self.prefix = self._prefix_cache()
+        self.scheduler = Scheduler(self.config, self.pages, self.prefix)
         self.max_len = min(self.config.max_len or self.info.max_len, self.info.max_len)
         self.steps = 0
         self.choose = choose
+        limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
+        self.drafting = Drafting(self.info, drafters or {}, speculative, limit)
         self._added = 0
         self._subscribers: list[Callable[[StepStats], None]] = []
         self._dead: list[tuple[Live, FinishReason]] = []
+
+    def _prefix_cache(self) -> PrefixCache | None:
+        if not self.config.prefix_caching:
+            return None
+        reason = refusal(self.info)
+        if reason is not None:
+            log.info("prefix caching: off for %s, because %s", self.info.name, reason)
+            return None
+        limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
+        return PrefixCache(self.pages, self.info, limit, cut_free=self.runner.cut_free)
 
     @property
     def has_work(self) -> bool:
@@ -83,6 +119,14 @@ class Engine:
         if request.sampling.stop and self.tokenizer is None:
             raise ValidationError("stop strings need a tokenizer; this engine has none.", param="stop")
         self._check_ids(request)
+        if request.cache_salt and (reason := refusal(self.info)) is not None:
+            raise UnsupportedError(
+                f"cache_salt asks for prefix caching, which {self.info.name} cannot have: {reason}.",
+                param="cache_salt",
+                hint="Leave it out: this model's requests share nothing.",
+            )
+        request = self.drafting.resolve(request)
+        self.drafting.check(request)
         policy = self.choose(request, self.info)
         policy.check(request, self.info)
         length = len(request.prompt) + len(request.suffix)
@@ -129,6 +173,7 @@ class Engine:
         if self.scheduler.find(request.request_id) is not None:
             raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
         self.check_room()
+        request = self.drafting.resolve(request)
         tokens, state = policy.begin(request, self.info)
         sampling = request.sampling
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
@@ -143,6 +188,8 @@ class Engine:
         end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else set(self.info.eos_ids))
         sequence = SequenceState(request, self.info, list(tokens), seed, policy=state)
         live = Live(sequence, policy, PageTable(self.pages), detokenizer, end_ids, self.steps, self._added)
+        if self.prefix is not None:
+            live.trail = self.prefix.trail(request.cache_salt)
         self._added += 1
         self.scheduler.add(live)
 
@@ -155,10 +202,12 @@ class Engine:
         """End every request with `error` and start afresh; for a caller whose `step` raised."""
         events = []
         for live in list(self.scheduler.everyone()):
-            self.scheduler.remove(live)
+            self._remove(live)
             events.append(live.fail(FinishReason.ERROR, error))
         events += [live.fail(reason, None) for live, reason in self._dead]
         self._dead = []
+        if self.prefix is not None:
+            self.prefix.clear()
         return events
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
@@ -166,23 +215,34 @@ class Engine:
         live = self.scheduler.find(request_id)
         if live is None:
             return False
-        self.scheduler.remove(live)
+        self._remove(live)
         self._dead.append((live, reason))
         return True
 
+    def _remove(self, live: Live) -> None:
+        self.scheduler.remove(live)
+        self.drafting.release(live)
+
     def step(self) -> list[StepEvent]:
-        """One turn of the loop: plan and schedule, run, absorb, commit, emit. At most one event per request."""
+        """One turn of the loop: draft, plan and schedule, run, absorb, commit, emit. At most one event per request."""
         began = time.monotonic()
         self._expire(began)
         preempted = self.scheduler.preempted
+        self.scheduler.admit(self.steps)
+        with torch.inference_mode():
+            draft_seconds = self.drafting.draft(self.scheduler.running)
         chosen = self.scheduler.schedule(self.steps)
         with torch.inference_mode():
             rows, seconds = self._run(chosen)
             commits = self._absorb(chosen, rows)
         canvases = self._commit(chosen, commits)
+        if self.prefix is not None:
+            for live, span in chosen:
+                self.prefix.record(live, span)
         events = self._emit(chosen, commits, canvases)
         self.steps += 1
-        self._report(began, seconds, chosen, commits, events, self.scheduler.preempted - preempted)
+        preempted = self.scheduler.preempted - preempted
+        self._report(began, seconds, draft_seconds, chosen, commits, events, preempted)
         return events
 
     def _expire(self, now: float) -> None:
@@ -257,25 +317,27 @@ class Engine:
             if event is not None:
                 events.append(event)
                 if event.finish is not None:
-                    self.scheduler.remove(live)
+                    self._remove(live)
         return events
 
     def _report(
         self,
         began: float,
         run_seconds: float,
+        draft_seconds: float,
         chosen: Chosen,
         commits: Sequence[Commit | Exception],
         events: Sequence[StepEvent],
         preempted: int,
     ) -> None:
+        queries, hits = self.prefix.counted() if self.prefix is not None else (0, 0)
         if not self._subscribers:
             return
         stats = StepStats(
             model=self.info.name,
             sequences=len(chosen),
             rows=sum(span.rows for _, span in chosen),
-            wanted=sum(len(span.want) for _, span in chosen),
+            wanted=sum(span.wanted for _, span in chosen),
             committed=sum(_decided(c) for c in commits if isinstance(c, Commit)),
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
@@ -284,6 +346,10 @@ class Engine:
             preempted=preempted,
             seconds=time.monotonic() - began,
             run_seconds=run_seconds,
+            draft_seconds=draft_seconds,
+            drafts=tuple((c.drafted, c.accepted) for c in commits if isinstance(c, Commit) and c.drafted),
+            prefix_queries=queries,
+            prefix_hits=hits,
             finished=tuple(e.finish for e in events if e.finish is not None),
         )
         for fn in self._subscribers:
@@ -292,8 +358,8 @@ class Engine:
 
 def _spots(chosen: Chosen) -> list[range]:
     """The wanted rows of each."""
-    ends = accumulate([len(span.want) for _, span in chosen])
-    return [range(end - len(span.want), end) for end, (_, span) in zip(ends, chosen, strict=True)]
+    ends = accumulate([span.wanted for _, span in chosen])
+    return [range(end - span.wanted, end) for end, (_, span) in zip(ends, chosen, strict=True)]
 
 
 def _decided(commit: Commit) -> int:

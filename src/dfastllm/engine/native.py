@@ -18,7 +18,7 @@ from dfastllm.decode.rows import Rows, RowStats
 from dfastllm.engine.batch import PackedRows, pack_rows
 from dfastllm.engine.kv import PageTable
 from dfastllm.errors import UnsupportedError
-from dfastllm.kernels import linear
+from dfastllm.kernels import linear, native
 from dfastllm.kernels.acts import Acts, act_kind
 from dfastllm.kernels.kv import KvCache
 from dfastllm.kernels.step import BLOCK, Step
@@ -45,12 +45,13 @@ class NativeRunner:
             raise UnsupportedError(
                 f"K,V of the native backend are float32, bfloat16 or int8, got {dtype}.", param="kv_cache_dtype"
             )
+        self.cut_free = native() is not None  # the plain twins are torch products, which sum by their height
         self.kv = KvCache(info.layers, -(-slots // BLOCK), info.kv_heads, info.head_dim, KV_TYPES[dtype])
         self._own = self._scratch(1)
 
     @torch.inference_mode()
     def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> Rows:
-        """Rows, sum of len(span.want) of them, in the order of items. Writes K,V of the spans that keep or replace.
+        """Rows, sum of `span.wanted`, in the order of items. Writes K,V of the spans that keep or replace.
         items: (span, pages, kv_len before the step)."""
         step = step_of(pack_rows(items))
         if step.own_keys > self._own.blocks * BLOCK:

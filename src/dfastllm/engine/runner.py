@@ -39,7 +39,11 @@ class Runnable(Protocol):
 
 
 class Runner:
-    """Owns the K,V tensors of one model. `run` writes them; nobody else does."""
+    """Owns the K,V tensors of one model. `run` writes them; nobody else does.
+
+    cut_free: whether a row's bits do not depend on how its sequence was cut into spans."""
+
+    cut_free = False
 
     def __init__(
         self, model: Runnable, slots: int, dtype: torch.dtype, device: torch.device | str, min_rows: int = 1
@@ -52,7 +56,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> Rows:
-        """Rows, sum of len(span.want) of them, in the order of items.
+        """Rows, sum of `span.wanted`, in the order of items.
 
         Writes K,V of the spans that keep or replace. items: (span, pages, kv_len before the step)."""
         packed = pack(items, self.device, self.min_rows)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dfastllm.core import Span
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.kv import Pages
+from dfastllm.engine.prefix import PrefixCache
 from dfastllm.engine.sequence import Live
 
 __all__ = ["Scheduler"]
@@ -21,9 +22,10 @@ __all__ = ["Scheduler"]
 class Scheduler:
     """Holds the waiting and the running sequences of one engine."""
 
-    def __init__(self, config: EngineConfig, pages: Pages) -> None:
+    def __init__(self, config: EngineConfig, pages: Pages, prefix: PrefixCache | None = None) -> None:
         self.config = config
         self.pages = pages
+        self.prefix = prefix
         self.waiting: list[Live] = []
         self.running: list[Live] = []
         self.preempted = 0  # total
@@ -46,13 +48,18 @@ class Scheduler:
         age = (step - since) // self.config.ageing_steps if self.config.ageing_steps else 0
         return (live.rank if live.held else live.request.priority) - age
 
-    def schedule(self, step: int) -> list[tuple[Live, Span]]:
-        """The batch of this step: each chosen sequence with its planned span, pages already allocated."""
+    def admit(self, step: int) -> None:
+        """Give waiting sequences their places, as far as there are places and pages."""
         for live in sorted(self.waiting, key=lambda s: (self.level(s, step), s.order)):
             if not self._admit(live, step):
                 break  # strictly in order: a small request must not overtake a large one for ever
+
+    def schedule(self, step: int) -> list[tuple[Live, Span]]:
+        """The batch of this step: each chosen sequence with its planned span, pages already allocated."""
         chosen: list[tuple[Live, Span]] = []
         rows = self.config.max_batch_rows
+        if self.prefix is not None:
+            self.prefix.begin_step()
         for live in sorted(self.running, key=lambda s: (self.level(s, step), s.ran, s.order)):
             if live.held and rows > 0:  # an earlier one may have preempted it
                 rows -= self._place(live, rows, chosen)
@@ -60,6 +67,8 @@ class Scheduler:
 
     def _place(self, live: Live, rows: int, chosen: list[tuple[Live, Span]]) -> int:
         """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""
+        if self.prefix is not None and self.prefix.join(live):
+            return 0
         # Chunks are cut the same whatever else runs: how a prompt is cut must not depend on the neighbours.
         span = live.policy.plan(live.state, min(self.config.prefill_chunk, self.config.max_batch_rows))
         size = span.rows
@@ -70,6 +79,8 @@ class Scheduler:
                 return 0
             live.table.grow(span.stored)
         chosen.append((live, span))
+        if self.prefix is not None:
+            self.prefix.announce(live, span)
         return size
 
     def _make_room(self, live: Live, positions: int, chosen: list[tuple[Live, Span]]) -> bool:
@@ -89,12 +100,18 @@ class Scheduler:
         """Give a waiting sequence a place. Needs a free place, or one held by a sequence of strictly lower priority,
         and pages for its whole known length beside what the running ones still lack of theirs."""
         rank = self.level(live, step)
-        needed = self.pages.pages_for(len(live.state.tokens))
-        while len(self.running) >= self.config.max_sequences or needed > self.pages.free - self._promised():
+        shared = self.prefix.match(live) if self.prefix is not None else []
+        needed = self.pages.pages_for(len(live.state.tokens)) - len(shared)
+        while (
+            len(self.running) >= self.config.max_sequences
+            or needed + self.pages.unheld(shared) > self.pages.free - self._promised()
+        ):
             victims = [s for s in self.running if s.rank > live.request.priority]
             if not victims:
                 return False
             self._preempt(max(victims, key=lambda s: (s.rank, s.order)))
+        if self.prefix is not None:
+            self.prefix.admit(live, shared)
         self.waiting.remove(live)
         self.running.append(live)
         live.held, live.rank = True, rank

@@ -20,6 +20,7 @@ from dfastllm.core import (
 )
 from dfastllm.decode.policy import Policy
 from dfastllm.engine.kv import PageTable
+from dfastllm.engine.prefix import Trail
 from dfastllm.errors import DFastLLMError
 from dfastllm.text import Detokenizer
 
@@ -54,6 +55,10 @@ class Live:
     first_scheduled: float | None = None
     first_token: float | None = None
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted: list[int] = field(default_factory=list)  # [i]: drafts of which at least i + 1 tokens stood
+    trail: Trail | None = None  # where prefixes are shared
 
     def __post_init__(self) -> None:
         self.shown = self.state.canvas_start
@@ -82,7 +87,16 @@ class Live:
         state.stable = commit.stable
         if commit.logprobs:
             self.logprobs.update(commit.logprobs)
+        if commit.drafted:
+            self._count(commit)
         return canvas
+
+    def _count(self, commit: Commit) -> None:
+        self.drafts += 1
+        self.draft_tokens += commit.drafted
+        self.accepted += [0] * (commit.accepted - len(self.accepted))
+        for i in range(commit.accepted):
+            self.accepted[i] += 1
 
     def _write(self, commit: Commit) -> CanvasUpdate:
         """Write a commit into the canvas; what changed."""
@@ -170,6 +184,11 @@ class Live:
             queue_s=(self.first_scheduled if self.first_scheduled is not None else now) - arrival,
             first_token_s=None if self.first_token is None else self.first_token - arrival,
             total_s=now - arrival,
+            cached_tokens=0 if self.trail is None else self.trail.cached,
+            drafts=self.drafts,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=sum(self.accepted),
+            accepted_per_position=tuple(self.accepted),
         )
         return Finish(reason, usage, self.ended, error)
 
