@@ -48,6 +48,7 @@ class Usage:
     queue_s: float = 0.0
     first_token_s: float | None = None  # from arrival
     total_s: float = 0.0
+    cached_tokens: int = 0  # of the prompt, whose K,V were there already
     drafts: int = 0  # forwards that verified a draft
     draft_tokens: int = 0
     accepted_tokens: int = 0
@@ -106,4 +107,6 @@ class StepStats:
     run_seconds: float
     draft_seconds: float = 0.0
     drafts: tuple[tuple[int, int], ...] = ()  # (drafted, accepted) of each draft verified in this step
+    prefix_queries: int = 0  # tokens of requests that got their first place, looked up in the shared K,V
+    prefix_hits: int = 0  # those found there
     finished: tuple[Finish, ...] = field(default_factory=tuple)

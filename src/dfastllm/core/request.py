@@ -163,6 +163,7 @@ class Request:
 
     priority: lower runs first. arrival: seconds on time.monotonic(). timeout: seconds from arrival, None for none.
     decode None on a diffusion model means its defaults. speculative None means the engine's default.
+    cache_salt: requests share the K,V of a common beginning only with those of the same salt (a tenant's secret).
     """
 
     request_id: str
@@ -174,6 +175,7 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     timeout: float | None = None
     speculative: SpeculativeParams | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         _require(len(self.prompt) > 0, "prompt must hold at least one token, got none.", "prompt")
