@@ -5,13 +5,14 @@ from dfastllm.core.event import CanvasUpdate, Finish, StepEvent, StepStats, Usag
 from dfastllm.core.model import Kind, ModelInfo
 from dfastllm.core.request import Cache, DecodeParams, Request, SamplingParams
 from dfastllm.core.sequence import SequenceState
-from dfastllm.core.span import Attend, Commit, FinishReason, Span, Store, TokenLogprob
+from dfastllm.core.span import Attend, Branch, Commit, FinishReason, Span, Store, TokenLogprob
 from dfastllm.core.speculative import Acceptance, Draft, SpeculativeMethod, SpeculativeParams
 from dfastllm.core.value import value
 
 __all__ = [
     "Acceptance",
     "Attend",
+    "Branch",
     "Cache",
     "CanvasUpdate",
     "Commit",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dfastllm.core.value import value
 
-__all__ = ["Attend", "Commit", "FinishReason", "Span", "Store", "TokenLogprob"]
+__all__ = ["Attend", "Branch", "Commit", "FinishReason", "Span", "Store", "TokenLogprob"]
 
 Attend = Literal["causal", "full", "block"]
 Store = Literal["keep", "replace", "scratch", "none"]
@@ -21,6 +21,20 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     ERROR = "error"
     TIMEOUT = "timeout"
+
+
+@value(frozen=True, slots=True)
+class Branch:
+    """What if the tokens from `start` on were these: alternative contents of positions that a span also covers.
+
+    Run in the same forward as rows of their own, attending as the span does. They see the cached keys of [0, start),
+    those that the span stores in this forward included, and each other; of a span with store "none" each other only.
+    Nothing of them is stored and no other row sees them. want: rows whose logits are wanted, indices into ids.
+    """
+
+    start: int
+    ids: tuple[int, ...]
+    want: tuple[int, ...]
 
 
 @value(frozen=True, slots=True)
@@ -42,6 +56,7 @@ class Span:
             none: write nothing and read nothing: rows see only the span's own keys.
     want    rows (indices into ids + shadows, ascending) whose logits the policy needs; may be empty (prefill, refresh).
     block   block length for attend="block"; blocks are aligned to absolute positions.
+    branches  further contents of (some of) the same positions, run beside it; not with store "replace".
     plan    the policy's own: what it worked out when it planned, for its `absorb`. Nobody else looks at it.
     """
 
@@ -52,6 +67,7 @@ class Span:
     want: tuple[int, ...] = ()
     block: int = 0
     shadows: tuple[tuple[int, int], ...] = ()  # (position, token id)
+    branches: tuple[Branch, ...] = ()
     plan: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -61,7 +77,13 @@ class Span:
     @property
     def rows(self) -> int:
         """Rows of the forward pass: the span's cost against the token budget."""
-        return len(self.ids) + len(self.shadows)
+        own = len(self.ids) + len(self.shadows)
+        return own + sum([len(b.ids) for b in self.branches]) if self.branches else own
+
+    @property
+    def wanted(self) -> int:
+        """Rows of logits that come back: the span's own, then those of each branch."""
+        return len(self.want) + sum([len(b.want) for b in self.branches]) if self.branches else len(self.want)
 
     @property
     def stored(self) -> int:
