@@ -57,6 +57,10 @@ class Metrics:
         self.waiting = self._gauge("num_requests_waiting", "Requests that wait for a place.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Part of the K,V pages in use; 1 is all of them.")
         self.preemptions = self._counter("num_preemptions", "Times a running request lost its pages to another.")
+        self.prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the K,V that requests share."
+        )
+        self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found there, which no forward computed.")
         self.steps = self._counter("engine_steps", "Turns of the engine's loop.")
         self.batch = self._histogram("parallel_batch_size", "Sequences in a step.", SIZES)
         self.step_time = self._histogram("engine_step_seconds", "One turn of the loop, forward pass included.")
@@ -120,6 +124,9 @@ class Metrics:
             self.batch.labels(name).observe(stats.sequences)
         if stats.preempted:
             self.preemptions.labels(name).inc(stats.preempted)
+        if stats.prefix_queries or stats.prefix_hits:
+            self.prefix_queries.labels(name).inc(stats.prefix_queries)
+            self.prefix_hits.labels(name).inc(stats.prefix_hits)
         if kind != "ar":
             self.denoising.labels(name).inc(stats.sequences)
             self.canvas.labels(name).inc(stats.wanted)

@@ -1,0 +1,266 @@
+"""What speed means here: when each part of an answer arrived, and the figures that follow from it.
+
+A `Timeline` is the record of one request, made from our own engine's events (`record`) or by any client of any server.
+All times are seconds after the request was sent. The definitions:
+
+- TTFT: to the first output token, prefill included; for a canvas, to its first settled token or block.
+- TPS: (n - 1) / (t_last - t_first) over the n output tokens; infinite when all came at once.
+- ITL: the gap between tokens; tokens that arrive together share the gap. TPOT: (end - TTFT) / (n - 1).
+- TTFA: index (from 1) and time of the first token at which the text so far holds a complete tool call that fits its
+  tool's schema; infinite when there is none.
+- time per block: from one finished block to the next, the first from the first forward pass (prompt included).
+
+Measures nothing by itself and knows no server: who calls says what the clock shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from dfastllm.core import StepEvent
+from dfastllm.text import CallFinder, Detokenizer, Tokenizer, ToolCall, ToolSchemas
+
+__all__ = ["Arrival", "CallPart", "Timeline", "aggregate", "measure", "percentiles", "record"]
+
+Tools = Sequence[Mapping[str, Any]] | ToolSchemas
+PERCENTILES: Mapping[str, tuple[int, ...]] = {
+    "ttft_ms": (50, 90, 95),
+    "tps": (50, 90, 95, 5),  # of a speed the low end is the slow tail
+    "ttfa_tokens": (50, 95),
+    "ttfa_ms": (50, 95),
+}
+NEVER = (math.inf, math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class CallPart:
+    """A piece of a tool call as OpenAI streams it (`delta.tool_calls[i]`): the pieces of one `index` belong together,
+    `name` comes with the first and `arguments` are joined."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What came at one moment. tokens None: the server does not say how many; 0: text only (held back before)."""
+
+    at: float
+    tokens: int | None = 1
+    text: str = ""
+    calls: tuple[CallPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One request that ended well.
+
+    arrivals  in order of time. Ones that carry neither tokens nor text nor calls are ignored.
+    end       when the answer was complete.
+    tokens    of the whole answer, where arrivals do not tell their own (`usage.completion_tokens`).
+    began     first forward pass, where it is known (it is not over HTTP: then the request's sending).
+    blocks    when each block was finished (canvas models).
+    """
+
+    arrivals: Sequence[Arrival]
+    end: float
+    tokens: int | None = None
+    began: float = 0.0
+    blocks: Sequence[float] = field(default_factory=tuple)
+
+    @property
+    def n(self) -> int | None:
+        """Output tokens; None when nothing tells."""
+        if self.tokens is not None:
+            return self.tokens
+        counts = [arrival.tokens for arrival in self.arrivals]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def moments(self) -> list[tuple[float, int | None]]:
+        """(time, tokens) of every moment at which output came; arrivals of one moment are one."""
+        found: list[tuple[float, int | None]] = []
+        for arrival in self.arrivals:
+            if not (arrival.tokens or (arrival.tokens is None and (arrival.text or arrival.calls))):
+                continue
+            if found and found[-1][0] == arrival.at:
+                before = found.pop()[1]
+                joined = None if before is None or arrival.tokens is None else before + arrival.tokens
+                found.append((arrival.at, joined))
+            else:
+                found.append((arrival.at, arrival.tokens))
+        return found
+
+    @property
+    def ttft(self) -> float:
+        """inf for an answer without output."""
+        moments = self.moments
+        return moments[0][0] if moments else math.inf
+
+    @property
+    def tps(self) -> float | None:
+        """None when the tokens are not known or there is none."""
+        moments, n = self.moments, self.n
+        if not moments or not n:
+            return None
+        took = moments[-1][0] - moments[0][0]
+        return (n - 1) / took if took > 0 else math.inf
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds; None below two tokens."""
+        n, ttft = self.n, self.ttft
+        return (self.end - ttft) / (n - 1) if n is not None and n > 1 and math.isfinite(ttft) else None
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between moments of output (inter-chunk latency)."""
+        return [after[0] - before[0] for before, after in pairwise(self.moments)]
+
+    @property
+    def itl(self) -> list[float]:
+        """Seconds between tokens; [] where an arrival does not tell its tokens."""
+        moments = self.moments
+        known = [(at, count) for at, count in moments if count is not None]
+        if len(known) < len(moments):
+            return []
+        return [(b - a) / count for (a, _), (b, count) in pairwise(known) for _ in range(count)]
+
+    @property
+    def block_seconds(self) -> list[float]:
+        return [after - before for before, after in pairwise((self.began, *self.blocks))]
+
+    def ttfa(self, tools: Tools | None = None) -> tuple[float, float]:
+        """(tokens, seconds) to the first complete call, (inf, inf) without one. tools None: any well-formed call.
+
+        Where arrivals do not tell their tokens the index is estimated from the share of the answer's characters that
+        had come, rounded up."""
+        finder, parts = CallFinder(tools), _Calls()
+        tokens, characters = 0, 0
+        for arrival in self.arrivals:
+            tokens += arrival.tokens or 0
+            characters += _size(arrival)
+            found = finder.push(arrival.text)
+            if found is None:
+                found = next((call for call in parts.push(arrival.calls) if finder.fits(call)), None)
+            if found is not None:
+                if any(a.tokens is None for a in self.arrivals):
+                    whole = sum(map(_size, self.arrivals))
+                    return (math.inf if self.n is None else math.ceil(self.n * characters / whole)), arrival.at
+                return float(tokens), arrival.at
+        return NEVER
+
+    def metrics(self, tools: Tools | None = None) -> dict[str, float | None]:
+        """The figures that `aggregate` takes. tools: those the request should call one of; None: it should not, and its
+        ttfa_* are None."""
+        tokens, seconds = self.ttfa(tools) if tools is not None else (None, None)
+        return {
+            "ttft_ms": 1e3 * self.ttft,
+            "tps": self.tps,
+            "ttfa_tokens": tokens,
+            "ttfa_ms": None if seconds is None else 1e3 * seconds,
+        }
+
+
+class _Calls:
+    """Calls put together from their streamed parts."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, CallPart] = {}
+
+    def push(self, parts: Sequence[CallPart]) -> list[ToolCall]:
+        """The calls among those these parts touch whose arguments are a complete JSON object by now."""
+        for part in parts:
+            had = self._parts.get(part.index, CallPart(part.index))
+            joined = CallPart(part.index, had.name or part.name, had.arguments + part.arguments)
+            self._parts[part.index] = joined
+        touched = [self._parts[index] for index in dict.fromkeys(part.index for part in parts)]
+        return [ToolCall(p.name, p.arguments) for p in touched if p.name and _is_object(p.arguments)]
+
+
+def _is_object(text: str) -> bool:
+    if not text.rstrip().endswith("}"):
+        return False
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _size(arrival: Arrival) -> int:
+    return len(arrival.text) + sum(len(part.name) + len(part.arguments) for part in arrival.calls)
+
+
+def record(
+    events: Iterable[StepEvent],
+    *,
+    sent: float,
+    clock: Callable[[], float] = time.monotonic,
+    tokenizer: Tokenizer | None = None,
+    skip_special: bool = True,
+) -> Timeline:
+    """The timeline of one request of our own engine, from its events as they come. sent: what `clock` showed when it
+    was submitted. With a tokenizer the text is known token by token, so that TTFA's index is exact inside a block."""
+    arrivals: list[Arrival] = []
+    blocks: list[float] = []
+    decoder = Detokenizer(tokenizer, skip_special=skip_special) if tokenizer is not None else None
+    began, end = 0.0, 0.0
+    for event in events:
+        at = clock() - sent
+        if decoder is not None:
+            arrivals += [Arrival(at, 1, decoder.push([token])) for token in event.token_ids]
+        elif event.token_ids or event.text:
+            arrivals.append(Arrival(at, len(event.token_ids), event.text))
+        if event.canvas is not None and event.canvas.block_done:
+            blocks.append(at)
+        if event.finish is not None:
+            began, end = event.finish.usage.queue_s, at
+    if decoder is not None and (rest := decoder.flush()):
+        arrivals.append(Arrival(end, 0, rest))
+    return Timeline(tuple(arrivals), end, began=began, blocks=tuple(blocks))
+
+
+def measure(
+    ask: Callable[[Any], tuple[Timeline, Tools | None]], requests: Sequence[Any], *, warmups: int = 2
+) -> list[dict[str, float | None]]:
+    """The figures of each request, asked one after the other, after `warmups` unmeasured ones (the first requests over
+    again). `ask` sends one and returns its timeline and the tools it should call one of."""
+    for i in range(warmups if requests else 0):
+        ask(requests[i % len(requests)])
+    return [timeline.metrics(tools) for timeline, tools in map(ask, requests)]
+
+
+def aggregate(metrics: Iterable[Mapping[str, float | None]]) -> dict[str, Any]:
+    """Percentiles over requests: ttft_ms {p50, p90, p95}, tps {p50, p90, p95, p05}, ttfa_tokens and ttfa_ms {p50, p95},
+    ttfa_hit_rate, n.
+
+    Percentiles are linear over the finite values; inf when there are values and none is finite, 0 when there are none.
+    ttfa_hit_rate: the share of the requests that should call a tool (ttfa_tokens is there and not None) which did; None
+    when no request should."""
+    rows = list(metrics)
+    out: dict[str, Any] = {}
+    for name, wanted in PERCENTILES.items():
+        values = [value for row in rows if (value := row.get(name)) is not None]
+        out[name] = percentiles(values, wanted)
+    asked = [value for row in rows if (value := row.get("ttfa_tokens")) is not None]
+    out["ttfa_hit_rate"] = sum(map(math.isfinite, asked)) / len(asked) if asked else None if rows else 0.0
+    out["n"] = len(rows)
+    return out
+
+
+def percentiles(values: Sequence[float], wanted: Sequence[int] = (50, 90, 95, 99)) -> dict[str, float]:
+    """{"p50": ...}: linear percentiles over the finite values; inf if there is none among them, 0 for no values."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return {f"p{q:02d}": math.inf if values else 0.0 for q in wanted}
+    found = np.percentile(np.asarray(finite, dtype=np.float64), wanted)
+    return {f"p{q:02d}": float(value) for q, value in zip(wanted, found, strict=True)}
