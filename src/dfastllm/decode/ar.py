@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfastllm.core import Commit, Draft, FinishReason, ModelInfo, Request, SequenceState, Span
+from dfastllm.core import Commit, Draft, FinishReason, ModelInfo, Request, SequenceState, Span, TokenLogprob
 from dfastllm.decode.rows import Rows
 from dfastllm.decode.sampling import check_sampling
-from dfastllm.decode.verify import Cell, Choice, cells_of, choose, standing
+from dfastllm.decode.verify import Cell, cells_of, choose, standing
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
 __all__ = ["Autoregressive", "draft_room"]
@@ -84,10 +84,18 @@ class Autoregressive:
         for seq, span in items:
             if span.want:
                 cells += cells_of(seq, span.plan)
-        choices, at, commits = choose(cells, rows), 0, []
+        tokens, records = choose(cells, rows)
+        at, commits = 0, []
         for seq, span in items:
-            commits.append(_commit(seq, span.plan, choices[at : at + len(span.want)]) if span.want else _waiting(seq))
-            at += len(span.want)
+            if not span.want:
+                commits.append(Commit(state=seq.policy, stable=len(seq.tokens)))
+            elif span.plan is None:
+                commits.append(_commit(seq, None, tokens[at : at + 1], records[at : at + 1]))
+                at += 1
+            else:
+                part = slice(at, at + len(span.want))
+                at = part.stop
+                commits.append(_commit(seq, span.plan, tokens[part], records[part]))
         return commits
 
 
@@ -99,11 +107,6 @@ def draft_room(seq: SequenceState, limit: int) -> int:
         return 0
     stop = min(seq.canvas_start + seq.sampling.max_tokens, seq.model.max_len)
     return max(0, stop - known - 1)
-
-
-def _waiting(seq: SequenceState) -> Commit:
-    """Prefill that decides nothing yet."""
-    return Commit(state=seq.policy, stable=len(seq.tokens))
 
 
 def check_prompt(request: Request, model: ModelInfo) -> None:
@@ -122,13 +125,15 @@ def enders(sampling_stop: tuple[int, ...], ignore_eos: bool, model: ModelInfo) -
     return tuple(dict.fromkeys((() if ignore_eos else model.eos_ids) + sampling_stop))
 
 
-def _commit(seq: SequenceState, draft: Draft | None, choices: Sequence[Choice]) -> Commit:
+def _commit(
+    seq: SequenceState, draft: Draft | None, tokens: Sequence[int], records: Sequence[TokenLogprob | None]
+) -> Commit:
     """The draft tokens that stand and the one that the row after them gives; cut where the text ends."""
     n, s = len(seq.tokens), seq.sampling
-    accepted = standing(choices, draft)
+    accepted = standing(tokens, draft) if draft else 0
     fixed, finish = {}, None
-    for j, choice in enumerate(choices[: accepted + 1]):
-        token, made = choice.token, n + j + 1 - seq.canvas_start
+    for j, token in enumerate(tokens[: accepted + 1]):
+        made = n + j + 1 - seq.canvas_start
         fixed[n + j] = token
         ends = token in s.stop_token_ids or (not s.ignore_eos and token in seq.model.eos_ids)
         if ends and made > s.min_tokens:
@@ -144,7 +149,7 @@ def _commit(seq: SequenceState, draft: Draft | None, choices: Sequence[Choice]) 
         state=seq.policy,
         stable=stop,
         finish=finish,
-        logprobs={n + j: c.record for j, c in enumerate(choices[: len(fixed)]) if c.record},
+        logprobs={n + j: r for j, r in enumerate(records[: len(fixed)]) if r} if records[0] else {},
         drafted=len(draft.tokens) if draft else 0,
         accepted=min(accepted, len(fixed)),
     )

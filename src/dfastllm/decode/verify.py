@@ -19,7 +19,7 @@ from dfastllm.core import Draft, SequenceState, TokenLogprob, value
 from dfastllm.decode.rows import DenseRows, Rows, token_logprob
 from dfastllm.decode.sampling import Draw, distribution, draw, edits, penalised, row_keys, take, uniform
 
-__all__ = ["DRAFT_SALT", "Cell", "Choice", "cells_of", "choose", "draw_of", "rejects", "standing"]
+__all__ = ["DRAFT_SALT", "Cell", "cells_of", "choose", "draw_of", "rejects", "standing"]
 
 # Kinds of draws under rejection; 0 is the plain draw of a token. They must be independent of each other.
 DRAFT_SALT, ACCEPT_SALT, REST_SALT = 0xD4AF, 0xACCE, 0x4E57
@@ -43,15 +43,9 @@ class Cell:
         return self.draft.tokens[self.ahead] if self.draft and self.ahead < len(self.draft.tokens) else None
 
 
-@value(frozen=True, slots=True)
-class Choice:
-    token: int
-    record: TokenLogprob | None = None
-
-
 def cells_of(seq: SequenceState, draft: Draft | None) -> list[Cell]:
     """The rows of a deciding forward: after the text, and after each token of the draft."""
-    return [Cell(seq, draft, j) for j in range(1 + (len(draft.tokens) if draft else 0))]
+    return [Cell(seq)] if draft is None else [Cell(seq, draft, j) for j in range(1 + len(draft.tokens))]
 
 
 def rejects(seq: SequenceState) -> bool:
@@ -60,14 +54,13 @@ def rejects(seq: SequenceState) -> bool:
     return asked is not None and asked.acceptance == "rejection" and seq.sampling.temperature > 0
 
 
-def standing(choices: Sequence[Choice], draft: Draft | None) -> int:
+def standing(chosen: Sequence[int], draft: Draft) -> int:
     """How many tokens of the draft stand: its longest prefix that was chosen."""
-    tokens = draft.tokens if draft else ()
-    pairs = zip(choices, tokens, strict=False)
-    return next((j for j, (choice, token) in enumerate(pairs) if choice.token != token), len(tokens))
+    pairs = enumerate(zip(chosen, draft.tokens, strict=False))
+    return next((j for j, (token, proposed) in pairs if token != proposed), len(draft.tokens))
 
 
-def choose(cells: Sequence[Cell], rows: Rows) -> list[Choice]:
+def choose(cells: Sequence[Cell], rows: Rows) -> tuple[list[int], list[TokenLogprob | None]]:
     """The token of each cell, and its record where asked for. Greedy rows without edits are best tokens; logits are
     made of the others only."""
     tokens, records = [0] * len(cells), cast("list[TokenLogprob | None]", [None] * len(cells))
@@ -95,13 +88,13 @@ def choose(cells: Sequence[Cell], rows: Rows) -> list[Choice]:
             top = tops[i]
             if top is not None and stats is not None:
                 records[row] = token_logprob(stats, i, picked[i], chosen[i], top)
-    return [Choice(token, record) for token, record in zip(tokens, records, strict=True)]
+    return tokens, records
 
 
 def _route(cell: Cell) -> str:
     """logits: the row is edited or drawn from; best: its best token is all; records: and the statistics of that."""
     s = cell.seq.sampling
-    early = cell.position < cell.seq.canvas_start + s.min_tokens
+    early = s.min_tokens > 0 and cell.position < cell.seq.canvas_start + s.min_tokens
     if s.temperature > 0 or early or edits(s):
         return "logits"
     return "best" if s.logprobs is None else "records"

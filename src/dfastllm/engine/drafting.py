@@ -61,7 +61,7 @@ class Drafting:
         began = time.monotonic()
         groups: dict[str, list[tuple[Live, int]]] = {}
         for live in running:
-            asked = live.request.speculative
+            asked = live.state.request.speculative  # not `live.request`: a call per sequence and step
             if asked is None or asked.method == "none":
                 continue
             most = min(asked.num_speculative_tokens, draft_room(live.state, self.limit))
