@@ -231,8 +231,9 @@ class LLM:
         request_id: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        cache_salt: str = "",
     ) -> Stream:
-        """Queue one sequence (n must be 1) and return its stream of events."""
+        """Queue one sequence (n must be 1) and return its stream of events. cache_salt: see `core.Request`."""
         request = Request(
             request_id or uuid.uuid4().hex,
             self.encode(prompt),
@@ -241,6 +242,7 @@ class LLM:
             self.encode(suffix, add_special=False),
             priority=priority,
             timeout=timeout,
+            cache_salt=cache_salt,
         )
         return self.worker.submit(self.info.name, request)
 
@@ -263,6 +265,7 @@ class LLM:
         *,
         suffixes: Sequence[Prompt] | None = None,
         timeout: float | None = None,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
         one for all or one per prompt. If any request fails the others are cancelled and its error is raised."""
@@ -282,18 +285,18 @@ class LLM:
         results: list[list[Completion]] = [[] for _ in batch]
         window = self.engine.config.max_waiting
         for at in range(0, len(jobs), window):
-            self._run(jobs[at : at + window], results, timeout)
+            self._run(jobs[at : at + window], results, timeout=timeout, cache_salt=cache_salt)
         return [
             RequestOutput(uuid.uuid4().hex, prompt, tuple(done)) for prompt, done in zip(batch, results, strict=True)
         ]
 
     def _run(
-        self, jobs: Sequence[tuple[int, Any, Any, Any, Any]], results: list[list[Completion]], timeout: Any
+        self, jobs: Sequence[tuple[int, Any, Any, Any, Any]], results: list[list[Completion]], **options: Any
     ) -> None:
         streams: list[Stream] = []
         try:
             for _, prompt, sampling, decode, suffix in jobs:
-                streams.append(self.submit(prompt, sampling, decode, suffix=suffix, timeout=timeout))
+                streams.append(self.submit(prompt, sampling, decode, suffix=suffix, **options))
             for (i, *_), stream in zip(jobs, streams, strict=True):
                 results[i].append(collect(stream, index=len(results[i])))
         finally:
@@ -315,9 +318,11 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
+        cache_salt: str = "",
     ) -> RequestOutput:
         """The assistant's next message. messages: OpenAI form (role, content, tool_calls, ...)."""
-        return self.generate([self.render(messages, tools)], sampling, decode, timeout=timeout)[0]
+        prompt = self.render(messages, tools)
+        return self.generate([prompt], sampling, decode, timeout=timeout, cache_salt=cache_salt)[0]
 
 
 def collect(stream: Iterable[StepEvent], index: int = 0) -> Completion:

@@ -219,6 +219,13 @@ class Settings:
     page_size: int = _field(
         16, "K,V page: the unit of allocation.", group="engine", minimum=1, unit="tokens", engine="page_size"
     )
+    enable_prefix_caching: bool = _field(
+        True,
+        "Requests that begin alike share the K,V of their common beginning, exactly; off for masked-diffusion models,"
+        " whose K,V of a prompt depend on the response.",
+        group="engine",
+        engine="prefix_caching",
+    )
 
     def __post_init__(self) -> None:
         for setting in SETTINGS:
@@ -425,7 +432,8 @@ def reference() -> str:
         lines += ["|---|---|---|---|---|"]
         for s in SETTINGS:
             if s.group == group:
-                lines.append(f"| `{s.flag}` | `{s.variable}` | {_shown(s)} | {s.wanted} | {s.help} |")
+                flag = f"`{s.flag}`" + (f", `--no-{s.flag[2:]}`" if s.type is bool else "")
+                lines.append(f"| {flag} | `{s.variable}` | {_shown(s)} | {s.wanted} | {s.help} |")
     alone = ", ".join(f"`{s.flag}`" for s in SETTINGS if s.alone)
     lines += ["", f"`dfastllm generate` and `dfastllm chat` take {alone} too."]
     return "\n".join(lines) + "\n"

@@ -38,10 +38,17 @@ OTHER: dict[str, tuple[str, object]] = {
     "prefill_chunk": ("7", 7),
     "max_waiting": ("5", 5),
     "ageing_steps": ("0", 0),
+    "enable_prefix_caching": ("false", False),
     "kv_cache_tokens": ("4096", 4096),
     "page_size": ("32", 32),
 }
-BAD = {int: ["x", "", "1.5", "-1"], float: ["x", "nan", "inf", "-1"], tuple: ["a,,b", ","], str: [""]}
+BAD = {
+    int: ["x", "", "1.5", "-1"],
+    float: ["x", "nan", "inf", "-1"],
+    tuple: ["a,,b", ","],
+    str: [""],
+    bool: ["x", "", "2"],
+}
 
 
 def test_reference_is_fresh() -> None:

@@ -1,8 +1,8 @@
 """Paged K,V: who owns which page (bookkeeping, no tensors) and the tensors themselves.
 
 A slot is one position's K,V: slot = page * page_size + offset. `Pages` hands out lowest-numbered pages first, so a
-table is usually one run of consecutive pages and its K,V can be read as a view instead of gathered. What a free page still
-holds can be found by a key (`prefix` makes the keys).
+table is usually one run of consecutive pages and its K,V can be read as a view instead of gathered. A free page keeps
+what it holds and can be found by its key (`prefix` makes the keys).
 """
 
 from __future__ import annotations

@@ -185,7 +185,8 @@ class PrefixCache:
 
     def _whole_chunk(self, trail: Trail, span: Span) -> bool:
         """Whether any sequence that begins with the same tokens runs exactly this span in its prefill."""
-        return span.start == trail.straight and span.start % self.chunk == 0 and len(span.ids) == span.rows == self.chunk
+        whole = len(span.ids) == span.rows == self.chunk
+        return whole and span.start == trail.straight and span.start % self.chunk == 0
 
     @staticmethod
     def _settled(live: Live) -> int:

@@ -177,6 +177,7 @@ def total(finishes: Sequence[Finish], choices: int) -> Usage:
         queue_s=max(u.queue_s for u in used),
         first_token_s=min(first) if first else None,
         total_s=max(u.total_s for u in used),
+        cached_tokens=sum(u.cached_tokens for u in used[::choices]),
     )
 
 
@@ -216,6 +217,7 @@ def engine_requests(
             suffix=suffix,
             priority=body.priority or 0,
             timeout=timeout,
+            cache_salt=body.cache_salt or "",
         )
         for index, prompt in enumerate(prompts)
         for i, single in enumerate(singles)

@@ -22,6 +22,7 @@ __all__ = [
     "Delta",
     "Figures",
     "FunctionCall",
+    "PromptTokensDetails",
     "ToolCallOut",
     "TopLogprob",
     "UsageOut",
@@ -39,10 +40,15 @@ class Out(BaseModel):
         self.model_fields_set.update({"object", "type"}.intersection(type(self).model_fields))
 
 
+class PromptTokensDetails(Out):
+    cached_tokens: int = Field(description="Prompt tokens whose K,V an earlier request had left.")
+
+
 class UsageOut(Out):
     prompt_tokens: int
     completion_tokens: int = Field(description="Committed tokens up to the end of text, which is not counted itself.")
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Figures(Out):
@@ -169,6 +175,7 @@ def usage_out(usage: Usage) -> UsageOut:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
     )
 
 

@@ -74,6 +74,12 @@ class GenerationRequest(Body):
     priority: Int | None = Field(None, description="Lower runs first. Default 0.")
     timeout: float | None = Field(None, description="Seconds until 504, waiting included; the server's limit at most.")
 
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None,
+        description="K,V of a common beginning are shared only among requests of the same salt; by default among those "
+        "without one. Refused by masked-diffusion models, which share nothing.",
+    )
+
     # diffusion
     use_cache: bool | None = Field(None, description="Diffusion: keep K,V between steps. Default true.")
     use_dual_cache: bool | None = Field(
