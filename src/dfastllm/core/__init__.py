@@ -6,7 +6,14 @@ from dfastllm.core.model import Kind, ModelInfo
 from dfastllm.core.request import Cache, DecodeParams, Request, SamplingParams
 from dfastllm.core.sequence import SequenceState
 from dfastllm.core.span import Attend, Branch, Commit, FinishReason, Span, Store, TokenLogprob
-from dfastllm.core.speculative import Acceptance, Draft, SpeculativeMethod, SpeculativeParams
+from dfastllm.core.speculative import (
+    Acceptance,
+    Draft,
+    SpeculativeConfig,
+    SpeculativeMethod,
+    SpeculativeParams,
+    speculative_params,
+)
 from dfastllm.core.value import value
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "SamplingParams",
     "SequenceState",
     "Span",
+    "SpeculativeConfig",
     "SpeculativeMethod",
     "SpeculativeParams",
     "StepEvent",
@@ -33,5 +41,6 @@ __all__ = [
     "Store",
     "TokenLogprob",
     "Usage",
+    "speculative_params",
     "value",
 ]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from dfastllm.core.value import value
 from dfastllm.errors import ValidationError
 
-__all__ = ["Acceptance", "Draft", "SpeculativeMethod", "SpeculativeParams"]
+__all__ = [
+    "Acceptance",
+    "Draft",
+    "SpeculativeConfig",
+    "SpeculativeMethod",
+    "SpeculativeParams",
+    "speculative_params",
+]
 
 SpeculativeMethod = Literal["none", "ngram", "suffix", "draft_model", "diffusion", "self"]
 Acceptance = Literal["coupled", "rejection"]
@@ -87,3 +96,64 @@ class Draft:
     tokens: tuple[int, ...]
     length: int
     probs: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """What an engine is started with: how requests that say nothing draft, and the model that drafts for them.
+
+    model  of the methods draft_model and diffusion: a shipped model's name, a directory or a GGUF file.
+    """
+
+    params: SpeculativeParams
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        method = self.params.method
+        needs = method in ("draft_model", "diffusion")
+        _require(self.model is not None or not needs, f"method {method} needs a model.", "speculative_config")
+        _require(needs or self.model is None, f"method {method} takes no model, got {self.model!r}.", "model")
+
+    @classmethod
+    def parse(cls, text: str) -> tuple[SpeculativeConfig, ...]:
+        """Of vLLM's JSON object {"method": ..., "model": ..., "num_speculative_tokens": ...}, or of a list of them: the
+        first is the default, the others are there for requests to choose. A model without a method is a draft_model.
+        Raises ValidationError."""
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise ValidationError(f"speculative_config is not JSON: {error}.", param="speculative_config") from error
+        parts = given if isinstance(given, list) else [given]
+        _require(bool(parts), "speculative_config holds no configuration.", "speculative_config")
+        return tuple(cls._of(part) for part in parts)
+
+    @classmethod
+    def _of(cls, given: Any) -> SpeculativeConfig:
+        _require(
+            isinstance(given, dict), f"speculative_config must be an object, got {given!r:.80}.", "speculative_config"
+        )
+        chosen = dict(given)
+        model = chosen.pop("model", None)
+        _require(model is None or isinstance(model, str), f"model must be a path or name, got {model!r}.", "model")
+        chosen.setdefault("method", "draft_model" if model is not None else None)
+        return cls(speculative_params(chosen), model)
+
+
+def speculative_params(given: Mapping[str, Any], default: SpeculativeParams | None = None) -> SpeculativeParams:
+    """Of JSON fields; what is left out is the default's. Raises ValidationError for an unknown field, a wrong type, a
+    bad value, or no method at all."""
+    types = {f.name: type(f.default) for f in fields(SpeculativeParams)}
+    for name, got in given.items():
+        _require(
+            name in types,
+            f"speculative_config has no field {name!r:.80}; there are: {', '.join(types)}.",
+            "speculative_config",
+        )
+        wanted = types[name]
+        fits = type(got) is wanted or (wanted is float and type(got) is int)
+        _require(
+            fits or (name == "method" and got is None), f"{name} must be a {wanted.__name__}, got {got!r:.80}.", name
+        )
+    chosen = {name: value for name, value in given.items() if value is not None}
+    _require("method" in chosen or default is not None, "speculative_config names no method.", "speculative_config")
+    return replace(default or SpeculativeParams(), **chosen)
