@@ -25,10 +25,13 @@ from dfastllm.core import (
     ModelInfo,
     Request,
     SamplingParams,
+    SpeculativeConfig,
+    SpeculativeParams,
     StepEvent,
     TokenLogprob,
     Usage,
 )
+from dfastllm.decode.draft import Drafter
 from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import policy_for
 from dfastllm.decode.scorer import ModelScorer
@@ -54,6 +57,7 @@ KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
 DEFAULT_SAMPLING = SamplingParams(temperature=0.0, max_tokens=128)
 
 Prompt = str | Sequence[int]
+Speculation = str | SpeculativeConfig | Sequence[SpeculativeConfig] | None
 
 
 def shipped_models() -> list[str]:
@@ -89,6 +93,7 @@ def model_options(settings: Settings) -> dict[str, Any]:
         "backend": settings.backend,
         "quantization": settings.quantization,
         "kv_cache_dtype": settings.kv_cache_dtype,
+        "speculative": settings.speculative_config,
     }
 
 
@@ -103,11 +108,13 @@ def load_engine(
     kv_cache_dtype: str = "auto",
     config: EngineConfig | None = None,
     draft: str | Path | None = None,
+    speculative: Speculation = None,
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
     backend, quantization: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native backend) or auto.
     draft: a small autoregressive model of the same vocabulary, the second opinion of rule
-    `apd` (canvas models only). Raises UnsupportedError for a draft that does not fit or a combination that cannot be,
+    `apd` (canvas models only). speculative: how requests of an autoregressive model draft, `SpeculativeConfig`s or their
+    JSON (the first is the default); other models have no use for it. Raises UnsupportedError for a draft that does not fit or a combination that cannot be,
     ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
     path = resolve(model)
     if dtype == "auto":
@@ -123,7 +130,40 @@ def load_engine(
     choose: Callable[..., Policy] = policy_for
     if draft is not None:
         choose = functools.partial(policy_for, scorer=_scorer(draft, built.info, device, dtype))
-    return Engine(built, tokenizer, config, dtype=KV_DTYPES[kv_cache_dtype], device=device, choose=choose)
+    configs = _speculation(speculative) if built.info.kind == "ar" else ()
+    return Engine(
+        built,
+        tokenizer,
+        config,
+        dtype=KV_DTYPES[kv_cache_dtype],
+        device=device,
+        choose=choose,
+        drafters=_drafters(configs, built.info, tokenizer, device, config),
+        speculative=configs[0].params if configs else None,
+    )
+
+
+def _speculation(given: Speculation) -> tuple[SpeculativeConfig, ...]:
+    """Raises ValidationError for JSON that is none or names what does not exist."""
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return SpeculativeConfig.parse(given)
+    return (given,) if isinstance(given, SpeculativeConfig) else tuple(given)
+
+
+def _drafters(
+    configs: Sequence[SpeculativeConfig],
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    device: str,
+    config: EngineConfig | None,
+) -> dict[str, Drafter]:
+    """The drafters that need a model, by method."""
+    for each in configs:
+        if each.model is not None:
+            raise UnsupportedError(f"method {each.params.method} is not offered yet.", param="speculative_config")
+    return {}
 
 
 def _scorer(draft: str | Path, info: ModelInfo, device: str, dtype: str | torch.dtype | None) -> ModelScorer:
@@ -168,7 +208,8 @@ class LLM:
     """A loaded model. Thread-safe; use as a context manager, or call `close`, to end its engine thread.
 
     model: a shipped model's name or a Hugging Face directory. device: cpu, cuda, cuda:N or mps. engine: limits, or a
-    ready engine (then model, device, dtype and draft are not read). Text prompts are
+    ready engine (then no other argument is read). speculative: see `load_engine`; a request may choose among what is
+    loaded with `SpeculativeParams` of its own. Text prompts are
     encoded with the tokenizer's own special tokens; token ids are taken as they are. Without `sampling` a request is
     greedy with at most 128 tokens. Each call raises ValidationError, UnsupportedError or ContextLengthError for what
     cannot be honoured, TimeoutError or GenerationError for what went wrong underway.
@@ -185,6 +226,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         engine: EngineConfig | Engine | None = None,
         draft: str | Path | None = None,
+        speculative: Speculation = None,
     ) -> None:
         if not isinstance(engine, Engine):
             engine = load_engine(
@@ -196,6 +238,7 @@ class LLM:
                 kv_cache_dtype=kv_cache_dtype,
                 config=engine,
                 draft=draft,
+                speculative=speculative,
             )
         self.engine = engine
         self.info = self.engine.info
@@ -232,8 +275,10 @@ class LLM:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str = "",
+        speculative: SpeculativeParams | None = None,
     ) -> Stream:
-        """Queue one sequence (n must be 1) and return its stream of events. cache_salt: see `core.Request`."""
+        """Queue one sequence (n must be 1) and return its stream of events. cache_salt, speculative: see
+        `core.Request`."""
         request = Request(
             request_id or uuid.uuid4().hex,
             self.encode(prompt),
@@ -243,6 +288,7 @@ class LLM:
             priority=priority,
             timeout=timeout,
             cache_salt=cache_salt,
+            speculative=speculative,
         )
         return self.worker.submit(self.info.name, request)
 
@@ -266,6 +312,7 @@ class LLM:
         suffixes: Sequence[Prompt] | None = None,
         timeout: float | None = None,
         cache_salt: str = "",
+        speculative: SpeculativeParams | None = None,
     ) -> list[RequestOutput]:
         """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
         one for all or one per prompt. If any request fails the others are cancelled and its error is raised."""
@@ -285,7 +332,8 @@ class LLM:
         results: list[list[Completion]] = [[] for _ in batch]
         window = self.engine.config.max_waiting
         for at in range(0, len(jobs), window):
-            self._run(jobs[at : at + window], results, timeout=timeout, cache_salt=cache_salt)
+            part = jobs[at : at + window]
+            self._run(part, results, timeout=timeout, cache_salt=cache_salt, speculative=speculative)
         return [
             RequestOutput(uuid.uuid4().hex, prompt, tuple(done)) for prompt, done in zip(batch, results, strict=True)
         ]
@@ -319,10 +367,12 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
         cache_salt: str = "",
+        speculative: SpeculativeParams | None = None,
     ) -> RequestOutput:
         """The assistant's next message. messages: OpenAI form (role, content, tool_calls, ...)."""
         prompt = self.render(messages, tools)
-        return self.generate([prompt], sampling, decode, timeout=timeout, cache_salt=cache_salt)[0]
+        options: dict[str, Any] = {"timeout": timeout, "cache_salt": cache_salt, "speculative": speculative}
+        return self.generate([prompt], sampling, decode, **options)[0]
 
 
 def collect(stream: Iterable[StepEvent], index: int = 0) -> Completion:

@@ -160,6 +160,14 @@ class Settings:
         choices=("auto", "float32", "bfloat16", "int8"),
         alone=True,
     )
+    speculative_config: str | None = _field(
+        None,
+        "Speculative decoding of autoregressive models, vLLM's JSON: {'method': 'draft_model', 'model': 'demo-draft',"
+        " 'num_speculative_tokens': 5}, methods ngram, suffix, draft_model, diffusion. A list: the first is the default,"
+        " the others are there for requests to choose. See docs/speculation.md.",
+        group="model",
+        alone=True,
+    )
     max_model_len: int | None = _field(
         None,
         "Longest prompt plus output; default, and at most: the model's context.",

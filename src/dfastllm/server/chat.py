@@ -25,7 +25,7 @@ from dfastllm.server.generation import (
     total,
     while_connected,
 )
-from dfastllm.server.options import decode_params, sampling_params
+from dfastllm.server.options import decode_params, sampling_params, speculative_params
 from dfastllm.server.prompts import chat_ids
 from dfastllm.server.replies import (
     ChatChoice,
@@ -102,7 +102,7 @@ async def _understand(serving: Serving, body: ChatRequest, request_id: str) -> C
     sampling = sampling_params(body, model, longest=len(ids), logprobs=logprobs)
     decode = decode_params(body, model, sampling.max_tokens)
     id = f"chatcmpl-{uuid.uuid4().hex}"
-    requests = engine_requests(serving, id, body, [ids], body.n or 1, sampling, decode)
+    requests = engine_requests(serving, id, body, [ids], body.n or 1, sampling, decode, speculative_params(body, model))
     return Call(body, model, Job(serving, model.name, requests, id=id, request_id=request_id), tools is not None)
 
 

@@ -25,7 +25,7 @@ from dfastllm.server.generation import (
     total,
     while_connected,
 )
-from dfastllm.server.options import decode_params, sampling_params
+from dfastllm.server.options import decode_params, sampling_params, speculative_params
 from dfastllm.server.prompts import completion_prompts, encode
 from dfastllm.server.replies import Completion, CompletionChoice, dump, figures, usage_out
 from dfastllm.server.schemas import CompletionRequest
@@ -90,7 +90,10 @@ async def _understand(serving: Serving, body: CompletionRequest, request_id: str
     sampling = sampling_params(body, model, longest=longest, logprobs=body.logprobs)
     decode = decode_params(body, model, sampling.max_tokens)
     id = f"cmpl-{uuid.uuid4().hex}"
-    requests = engine_requests(serving, id, body, [ids for ids, _ in prompts], choices, sampling, decode, suffix)
+    speculative = speculative_params(body, model)
+    requests = engine_requests(
+        serving, id, body, [ids for ids, _ in prompts], choices, sampling, decode, speculative, suffix
+    )
     return Call(body, model, Job(serving, model.name, requests, id=id, request_id=request_id), prompts, choices)
 
 

@@ -11,11 +11,22 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from dfastllm.core import DecodeParams, Finish, FinishReason, Request, SamplingParams, StepEvent, TokenLogprob, Usage
+from dfastllm.core import (
+    DecodeParams,
+    Finish,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SpeculativeParams,
+    StepEvent,
+    TokenLogprob,
+    Usage,
+)
 from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
 from dfastllm.llm import split_choices
 from dfastllm.server.schemas import GenerationRequest
@@ -38,7 +49,12 @@ __all__ = [
 
 T = TypeVar("T")
 Events = AsyncGenerator[tuple[int, StepEvent]]
-_EXACTNESS = ("reference", "exact-fast", "approximate")  # a call is as exact as its least exact choice
+_EXACTNESS = (
+    "reference",
+    "exact-fast",
+    "exact-distribution",
+    "approximate",
+)  # a call is as exact as its least exact choice
 
 
 class Job:
@@ -178,6 +194,10 @@ def total(finishes: Sequence[Finish], choices: int) -> Usage:
         first_token_s=min(first) if first else None,
         total_s=max(u.total_s for u in used),
         cached_tokens=sum(u.cached_tokens for u in used[::choices]),
+        drafts=sum(u.drafts for u in used),
+        draft_tokens=sum(u.draft_tokens for u in used),
+        accepted_tokens=sum(u.accepted_tokens for u in used),
+        accepted_per_position=tuple(map(sum, zip_longest(*(u.accepted_per_position for u in used), fillvalue=0))),
     )
 
 
@@ -198,6 +218,7 @@ def engine_requests(
     choices: int,
     sampling: SamplingParams,
     decode: DecodeParams | None,
+    speculative: SpeculativeParams | None,
     suffix: tuple[int, ...] = (),
 ) -> list[Request]:
     """One engine request per prompt and choice. Choice i of a seeded call draws with seed + i, so that choice 0 is what
@@ -217,6 +238,7 @@ def engine_requests(
             suffix=suffix,
             priority=body.priority or 0,
             timeout=timeout,
+            speculative=speculative,
             cache_salt=body.cache_salt or "",
         )
         for index, prompt in enumerate(prompts)

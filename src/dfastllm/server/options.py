@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dfastllm.core import Cache, DecodeParams, SamplingParams
+from dfastllm.core import Cache, DecodeParams, SamplingParams, SpeculativeParams
+from dfastllm.core import speculative_params as parse_speculative
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 from dfastllm.generation import DiffusionConfig
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
 
-__all__ = ["decode_params", "sampling_params"]
+__all__ = ["decode_params", "sampling_params", "speculative_params"]
 
 DIFFUSION_TOKENS = 128
 DIFFUSION_STEPS = 128
@@ -115,6 +116,13 @@ def decode_params(body: GenerationRequest, model: ServedModel, max_tokens: int) 
             # a canvas of more than 128 blocks needs at least one step for each
             options.setdefault("steps", max(DIFFUSION_STEPS, -(-max_tokens // block)))
     return DecodeParams(provisional=events, **options)
+
+
+def speculative_params(body: GenerationRequest, model: ServedModel) -> SpeculativeParams | None:
+    """How the request drafts; None: as the engine does by default."""
+    if body.speculative_config is None:
+        return None
+    return parse_speculative(body.speculative_config, model.speculative)
 
 
 def _preset(mode: str, max_tokens: int, model: ServedModel) -> dict[str, Any]:

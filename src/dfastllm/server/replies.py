@@ -56,10 +56,20 @@ class Figures(Out):
 
     nfe: int = Field(description="Forward passes.")
     tokens_per_forward: float
-    exactness: str = Field(description="reference | exact-fast | approximate, against the model's plain algorithm.")
+    exactness: str = Field(
+        description="Against the model's plain algorithm: reference (it is that), exact-fast (the same tokens), "
+        "exact-distribution (the same distribution, other tokens for a seed) or approximate."
+    )
     queue_seconds: float
     first_token_seconds: float | None
     total_seconds: float
+    drafts: int | None = Field(None, description="Forward passes that verified a draft; speculative requests only.")
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
+    accepted_per_position: list[int] | None = Field(
+        None, description="Entry i: drafts of which at least i + 1 tokens were accepted."
+    )
+    acceptance_length: float | None = Field(None, description="1 + accepted_tokens / drafts.")
 
 
 class CompletionLogprobs(Out):
@@ -180,6 +190,15 @@ def usage_out(usage: Usage) -> UsageOut:
 
 
 def figures(usage: Usage) -> Figures:
+    drafted: dict[str, Any] = {}
+    if usage.drafts:
+        drafted = {
+            "drafts": usage.drafts,
+            "draft_tokens": usage.draft_tokens,
+            "accepted_tokens": usage.accepted_tokens,
+            "accepted_per_position": list(usage.accepted_per_position),
+            "acceptance_length": usage.acceptance_length,
+        }
     return Figures(
         nfe=usage.forwards,
         tokens_per_forward=usage.tokens_per_forward,
@@ -187,6 +206,7 @@ def figures(usage: Usage) -> Figures:
         queue_seconds=usage.queue_s,
         first_token_seconds=usage.first_token_s,
         total_seconds=usage.total_s,
+        **drafted,
     )
 
 

@@ -80,6 +80,13 @@ class GenerationRequest(Body):
         "without one. Refused by masked-diffusion models, which share nothing.",
     )
 
+    speculative_config: dict[str, Any] | None = Field(
+        None,
+        description="Autoregressive: how this request drafts, as in --speculative-config but without a model: method "
+        "(none, ngram, suffix, draft_model, diffusion), num_speculative_tokens, acceptance, adaptive, "
+        "prompt_lookup_min, prompt_lookup_max, suffix_decoding_*. What is left out is the server's default.",
+    )
+
     # diffusion
     use_cache: bool | None = Field(None, description="Diffusion: keep K,V between steps. Default true.")
     use_dual_cache: bool | None = Field(

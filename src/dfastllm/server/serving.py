@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from dfastllm.core import ModelInfo
+from dfastllm.core import ModelInfo, SpeculativeParams
 from dfastllm.errors import ModelNotFoundError, NotReadyError, RequestNotFoundError
 from dfastllm.metrics import Metrics
 from dfastllm.settings import Settings
@@ -30,12 +30,14 @@ Phase = Literal["loading", "ready", "stopping", "failed"]
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One name of the API. `context` is the most positions a sequence may have: prompt, suffix and output."""
+    """One name of the API. `context` is the most positions a sequence may have: prompt, suffix and output;
+    `speculative` what a request drafts by that says nothing."""
 
     name: str
     info: ModelInfo
     tokenizer: Tokenizer
     context: int
+    speculative: SpeculativeParams | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -60,7 +62,7 @@ class Serving:
         for name, engine in engines.items():
             if engine.tokenizer is None:
                 raise ModelNotFoundError(f"The model {name!r} has no tokenizer, so it cannot be served.", param="model")
-            models[name] = ServedModel(name, engine.info, engine.tokenizer, engine.max_len)
+            models[name] = ServedModel(name, engine.info, engine.tokenizer, engine.max_len, engine.drafting.default)
             self.metrics.watch(engine, name, engine.info.kind)
         self.worker = worker
         self.models = models
