@@ -112,10 +112,10 @@ def load_engine(
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
     backend, quantization: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native backend) or auto.
-    draft: a small autoregressive model of the same vocabulary, the second opinion of rule
-    `apd` (canvas models only). speculative: how requests of an autoregressive model draft, `SpeculativeConfig`s or their
-    JSON (the first is the default); other models have no use for it. Raises UnsupportedError for a draft that does not fit or a combination that cannot be,
-    ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
+    draft: a small autoregressive model of the same vocabulary, the second opinion of rule `apd` (canvas models only).
+    speculative: how requests of an autoregressive model draft, `SpeculativeConfig`s or their JSON (the first is the
+    default); other models have no use for it. Raises UnsupportedError for a draft that does not fit or a combination
+    that cannot be, ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
     path = resolve(model)
     if dtype == "auto":
         dtype = None

@@ -162,9 +162,9 @@ class Settings:
     )
     speculative_config: str | None = _field(
         None,
-        "Speculative decoding of autoregressive models, vLLM's JSON: {'method': 'draft_model', 'model': 'demo-draft',"
-        " 'num_speculative_tokens': 5}, methods ngram, suffix, draft_model, diffusion. A list: the first is the default,"
-        " the others are there for requests to choose. See docs/speculation.md.",
+        'Speculative decoding of autoregressive models, vLLM\'s JSON: {"method": "draft_model", "model": "demo-draft",'
+        ' "num_speculative_tokens": 5}; methods ngram, suffix, draft_model, diffusion. A list: the first is the'
+        " default, the others are there for requests to choose. See docs/speculation.md.",
         group="model",
         alone=True,
     )
