@@ -101,7 +101,7 @@ class BlockDiffusion:
             end = min(base, held + most)
             if end < base or seq.tokens[base] != seq.model.mask_id:
                 return self._span(seq, held, end, "keep", None)
-            first = Active(seq, state, start, stop, (start,))  # from the row before it, the last of this span
+            first = Active(seq, state, start, stop, (0,), (True,))  # from the row before it, the last of this span
             return self._span(seq, held, end, "keep", first)
         if base + size - held > max(most, 2 * size):
             return self._span(seq, held, held + min(most, base - held), "keep", None)

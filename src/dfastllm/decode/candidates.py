@@ -1,7 +1,7 @@
 """From a block's rows to candidates: which positions a step looks at, the token each row puts forward, its statistics.
 
-Greedy rows without edits, under a rule that needs row statistics only, never become logits; the others do (`route`, by
-the request alone). What to do with the candidates is `denoise`'s.
+Greedy rows without edits, under a rule that needs row statistics only, never become logits; the others do (by the
+request alone: `Choice.way`). What to do with the candidates is `denoise`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dfastllm.decode.rows import Rows, RowStats, probabilities
 from dfastllm.decode.sampling import Draw, draw, log_normaliser, penalised, spread
 from dfastllm.decode.unmask import RULES, Rule
 
-__all__ = ["Active", "Candidates", "active_rows", "by_logits", "by_stats", "route"]
+__all__ = ["Active", "Candidates", "active_rows", "by_logits", "by_stats"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -34,16 +34,22 @@ Bools = NDArray[np.bool_]
 class Active:
     """The active block of one sequence in this step, and what its rows are.
 
-    start, stop  its canvas positions. positions: what each row decides, in row order; masked: whether that is still
-    undecided (a held row looks again at a committed token); None: all are, and the positions ascend.
+    start, stop  its canvas positions. columns: what each row decides, in row order, as the distance from `start`;
+    masked: whether that is still undecided (a held row looks again at a committed token); None: the columns are all the
+    undecided ones of the block, ascending.
     """
 
     seq: SequenceState
     state: CanvasState
     start: int
     stop: int
-    positions: tuple[int, ...]
+    columns: tuple[int, ...]
     masked: tuple[bool, ...] | None = None
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """What each row decides."""
+        return tuple([self.start + c for c in self.columns])
 
     @property
     def rule(self) -> Rule:
@@ -54,14 +60,16 @@ def active_rows(seq: SequenceState, start: int, stop: int) -> Active:
     """The rows a step on the block [start, stop) has: its masked positions; for a rule that edits, the committed ones
     among them in order; for one that verifies, a shadow of each committed one after them."""
     state: CanvasState = seq.policy
+    if state.open is not None:
+        return Active(seq, state, start, stop, state.open)
     mask, needs = seq.model.mask_id, state.choice.needs
     block = seq.tokens[start:stop]
     if "held" in needs:
-        return Active(seq, state, start, stop, tuple(range(start, stop)), tuple([t == mask for t in block]))
-    undecided = tuple([p for p, t in enumerate(block, start) if t == mask])
+        return Active(seq, state, start, stop, tuple(range(stop - start)), tuple([t == mask for t in block]))
+    undecided = tuple([c for c, t in enumerate(block) if t == mask])
     if "shadow" not in needs:
         return Active(seq, state, start, stop, undecided)
-    held = tuple([p for p, t in enumerate(block, start) if t != mask])
+    held = tuple([c for c, t in enumerate(block) if t != mask])
     return Active(seq, state, start, stop, undecided + held, (True,) * len(undecided) + (False,) * len(held))
 
 
@@ -83,22 +91,16 @@ class Candidates:
     logits: Tensor | None = None
 
 
-def route(a: Active) -> tuple[bool, ...]:
-    """(whether the rows need logits; if not: whether they need records, entropy and margin). Sequences of one route
-    are looked at together."""
-    choice = a.state.choice
-    return (True,) if choice.logits else (False, a.seq.sampling.logprobs is not None, choice.spreads)
-
-
 def _banned(group: Sequence[Active]) -> tuple[int, ...]:
     mask = group[0].seq.model.mask_id
     return () if mask is None else (mask,)
 
 
 def by_stats(group: Sequence[Active], rows: Rows) -> Candidates:
-    """Greedy rows without edits, of one route."""
+    """Greedy rows without edits, of one way."""
     spreads = group[0].state.choice.spreads
-    top = max([a.seq.sampling.logprobs or 0 for a in group])
+    records = group[0].state.choice.way[1]
+    top = max([a.seq.sampling.logprobs or 0 for a in group]) if records else 0
     stats = rows.stats(ban=_banned(group), norm=True, spread=spreads, top=top)
     planes: dict[str, NDArray[Any]] = {"entropy": stats.entropy, "margin": stats.margin} if spreads else {}
     confidence = probabilities(stats.best, stats.norm)
@@ -109,8 +111,8 @@ def by_logits(group: Sequence[Active], rows: Rows, scorer: Scorer | None) -> Can
     """Rows that are edited, drawn from, or compared with more than themselves."""
     logits = rows.logits()
     logits[:, list(_banned(group))] = float("-inf")
-    ends = accumulate(len(a.positions) for a in group)
-    spots = [slice(end - len(a.positions), end) for a, end in zip(group, ends, strict=True)]
+    ends = accumulate(len(a.columns) for a in group)
+    spots = [slice(end - len(a.columns), end) for a, end in zip(group, ends, strict=True)]
     draws = [_draws(a) for a in group]
     memory: list[Any] = [a.state.memory for a in group]
     used = _with_credit(group, spots, logits, memory)
@@ -123,7 +125,7 @@ def by_logits(group: Sequence[Active], rows: Rows, scorer: Scorer | None) -> Can
             ready[r], memory[i] = drift(used[r], norm[r], a.positions, a.state.memory, options)
         elif "scorer" in a.rule.needs:
             assert scorer is not None  # refused by check
-            before = a.seq.tokens[: a.positions[0]]
+            before = a.seq.tokens[: a.start + a.columns[0]]
             ready[r] = agreement(scorer, used[r], norm[r], before, draws[i][0], tokens[r], options)
     chosen = used.gather(1, tokens[:, None])[:, 0].cpu().numpy()
     token = tokens.cpu().numpy()

@@ -20,6 +20,7 @@ from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationErro
 
 __all__ = [
     "CACHES",
+    "Ahead",
     "CanvasState",
     "Choice",
     "Ending",
@@ -49,8 +50,11 @@ class Choice:
 
     steps    over the canvas, None: one per token.
     needs    of the rule.
-    logits   the request's rows are edited, drawn from or compared: their statistics alone do not do.
-    spreads  the rule looks at entropy or margin. noisy: it draws positions.
+    spreads  the rule looks at entropy or margin. noisy: it draws positions. revises: it changes what it committed.
+    reports  the request asks for guesses or records, or drafts (then all candidates of a step are wanted after it).
+    drafts   it guesses its next steps and runs some of them beside this one.
+    way      (whether the rows are edited, drawn from or compared, so that their statistics alone do not do; if not:
+             whether they need records, entropy and margin): rows of one way are looked at together.
     """
 
     rule: str
@@ -61,9 +65,12 @@ class Choice:
     provisional: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
-    logits: bool = False
     spreads: bool = False
     noisy: bool = False
+    revises: bool = False
+    reports: bool = False
+    drafts: bool = False
+    way: tuple[bool, ...] = (True,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +86,38 @@ class Layout:
     origin: int
     length: int
     steps: int | None
+    bounds: tuple[tuple[int, int], ...] = field(init=False)  # [start, stop) of each block's canvas positions
+
+    def __post_init__(self) -> None:
+        begins = range(self.origin, self.stop, self.length)
+        bounds = tuple([(max(b, self.start), min(b + self.length, self.stop)) for b in begins])
+        object.__setattr__(self, "bounds", bounds)
 
     @property
     def count(self) -> int:
-        return -(-(self.stop - self.origin) // self.length)
-
-    def bounds(self, block: int) -> tuple[int, int]:
-        """[start, stop) of a block's canvas positions."""
-        begin = self.origin + block * self.length
-        return max(begin, self.start), min(begin + self.length, self.stop)
+        return len(self.bounds)
 
     def share(self, block: int) -> int:
         """Denoise steps of a block: a fair share of `steps`, the first blocks getting one more, and no more than it has
         tokens (a step commits at least one)."""
-        begin, end = self.bounds(block)
+        begin, end = self.bounds[block]
         if self.steps is None:
             return end - begin
         return min(end - begin, self.steps // self.count + (block < self.steps % self.count))
+
+
+@value(frozen=True, slots=True)
+class Ahead:
+    """What a sequence expects of its own next steps (see `dave`).
+
+    steps     per step what it would commit, (position, token) pairs ascending; the last one at most fills the block.
+    branches  how many of the canvases after them run beside the next step.
+    rate      share of guesses that held, the recent ones weighing most.
+    """
+
+    steps: tuple[tuple[tuple[int, int], ...], ...]
+    branches: int
+    rate: float
 
 
 @value(frozen=True, slots=True)
@@ -106,6 +128,8 @@ class CanvasState:
     snapshot    ids of the active block when the K,V outside it were made; what a rebuild runs over.
     end         one past the first stable ending token, once there is one.
     memory      the rule's own, for this block.
+    open        the columns of the active block that are still masked, as the last step left them; None: `tokens` say.
+    ahead       guesses of the next steps, of a request that asks for them.
     """
 
     choice: Choice
@@ -116,10 +140,12 @@ class CanvasState:
     snapshot: tuple[int, ...] = ()
     end: int | None = None
     memory: Any = None
+    open: tuple[int, ...] | None = None
+    ahead: Ahead | None = None
 
     @property
     def bounds(self) -> tuple[int, int]:
-        return self.layout.bounds(self.block)
+        return self.layout.bounds[self.block]
 
 
 def _rule_of(decode: DecodeParams) -> Rule:
@@ -171,6 +197,8 @@ def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) 
             )
     options = {name: _option(name, given.get(name, o.default), o) for name, o in known.items()}
     order = options.get("remasking") or options.get("ordering")
+    spreads = "spread" in rule.needs or order in ("entropy", "margin", "topk_margin")
+    logits = sampling.temperature > 0 or sampling.min_tokens > 0 or edits(sampling) or not rule.needs <= {"spread"}
     return Choice(
         rule=rule.name,
         cache=cache,
@@ -180,9 +208,12 @@ def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) 
         provisional=decode.provisional,
         options=options,
         needs=rule.needs,
-        logits=sampling.temperature > 0 or sampling.min_tokens > 0 or edits(sampling) or not rule.needs <= {"spread"},
-        spreads="spread" in rule.needs or order in ("entropy", "margin", "topk_margin"),
+        spreads=spreads,
         noisy=order in ("random", "origin") or options.get("alg_temp", 0) > 0,
+        revises=rule.revise is not None,
+        reports=decode.provisional or sampling.logprobs is not None or options.get("draft_steps", 0) > 0,
+        drafts=options.get("draft_steps", 0) > 0,
+        way=(True,) if logits else (False, sampling.logprobs is not None, spreads),
     )
 
 

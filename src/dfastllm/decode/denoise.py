@@ -5,9 +5,10 @@ The rules run in numpy, grouped by name, over [sequences, block]. What the rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import field
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,64 +16,85 @@ import torch
 from numpy.typing import NDArray
 
 from dfastllm.core import Commit, TokenLogprob, value
-from dfastllm.decode.candidates import Active, Candidates, by_logits, by_stats, route
+from dfastllm.decode.candidates import Active, Candidates, by_logits, by_stats
 from dfastllm.decode.canvas import CanvasState, ending, fill_id
 from dfastllm.decode.evidence import Scorer
 from dfastllm.decode.rows import DenseRows, Rows, int64s, token_logprob
 from dfastllm.decode.sampling import row_keys
-from dfastllm.decode.unmask import RULES, Field, Revision, Rule, decide
+from dfastllm.decode.unmask import Field, Revision, Rule, decide
 
-__all__ = ["Decision", "denoise", "settle", "span_rows"]
+__all__ = ["Decision", "chosen", "denoise", "settle", "span_rows"]
 
 Ints = NDArray[np.int64]
+
+_NOTHING: Mapping[int, Any] = MappingProxyType({})
+
+
+def _nothing() -> Mapping[int, Any]:
+    return _NOTHING
 
 
 @value(frozen=True, slots=True)
 class Decision:
     """fixed: position -> token; remask: positions masked again; provisional: tokens of the other candidates; records:
-    logprobs of `fixed` when asked; closed: the rule's own word on whether the block is final, None: it has none."""
+    logprobs of `fixed` when asked; closed: the rule's own word on whether the block is final, None: it has none;
+    open: the columns still masked, None: not worked out; rest: all candidates, of a request that guesses ahead."""
 
     fixed: Mapping[int, int]
     remask: tuple[int, ...] = ()
-    provisional: Mapping[int, int] = field(default_factory=dict)
-    records: Mapping[int, TokenLogprob] = field(default_factory=dict)
+    provisional: Mapping[int, int] = field(default_factory=_nothing)
+    records: Mapping[int, TokenLogprob] = field(default_factory=_nothing)
     memory: Any = None
     closed: bool | None = None
+    open: tuple[int, ...] | None = None
+    rest: Candidates | None = None
 
 
 def denoise(group: Sequence[Active], rows: Rows, scorer: Scorer | None = None) -> list[Decision]:
     """One Decision per block, of sequences of one model. rows: those of the blocks, in order. The mask is never a
     candidate, nor part of any distribution."""
-    ways: dict[tuple[bool, ...], list[int]] = {}
-    for i, a in enumerate(group):
-        ways.setdefault(route(a), []).append(i)
+    if not group:
+        return []
+    parts = _apart([a.state.choice.way for a in group])
+    if len(parts) == 1:
+        return _by_rule(group, _look(group, rows, scorer))
     spots = _spots(group)
     out: dict[int, Decision] = {}
-    for way, members in ways.items():
-        some, part = group, rows
-        if len(ways) > 1:
-            some, part = [group[i] for i in members], rows.select([r for i in members for r in spots[i]])
-        found = by_logits(some, part, scorer) if way[0] else by_stats(some, part)
-        out.update(zip(members, _by_rule(some, found), strict=True))
+    for members in parts:
+        some, part = [group[i] for i in members], rows.select([r for i in members for r in spots[i]])
+        out.update(zip(members, _by_rule(some, _look(some, part, scorer)), strict=True))
     return [out[i] for i in range(len(group))]
+
+
+def _look(group: Sequence[Active], rows: Rows, scorer: Scorer | None) -> Candidates:
+    """What the rows of sequences of one way say."""
+    return by_logits(group, rows, scorer) if group[0].state.choice.way[0] else by_stats(group, rows)
+
+
+def _apart(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Indices by kind, those of one kind together."""
+    if kinds.count(kinds[0]) == len(kinds):  # nearly always
+        return [list(range(len(kinds)))]
+    parts: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        parts.setdefault(kind, []).append(i)
+    return list(parts.values())
 
 
 def _spots(group: Sequence[Active]) -> list[range]:
     """The rows of each."""
-    ends = accumulate([len(a.positions) for a in group])
-    return [range(end - len(a.positions), end) for a, end in zip(group, ends, strict=True)]
+    ends = accumulate([len(a.columns) for a in group])
+    return [range(end - len(a.columns), end) for a, end in zip(group, ends, strict=True)]
 
 
 def _by_rule(group: Sequence[Active], found: Candidates) -> list[Decision]:
     """Decisions of sequences whose rows were looked at together, rule by rule."""
-    rules: dict[str, list[int]] = {}
-    for i, a in enumerate(group):
-        rules.setdefault(a.state.choice.rule, []).append(i)
-    if len(rules) == 1:
+    parts = _apart([a.state.choice.rule for a in group])
+    if len(parts) == 1:
         return _decide(group[0].rule, group, found, None)
     spots = _spots(group)
     out: dict[int, Decision] = {}
-    for name, members in rules.items():
+    for members in parts:
         at = np.asarray([r for i in members for r in spots[i]], dtype=np.int64)
         some = Candidates(
             found.token[at],
@@ -82,32 +104,49 @@ def _by_rule(group: Sequence[Active], found: Candidates) -> list[Decision]:
             found.stats,
             found.logits,
         )
-        out.update(zip(members, _decide(RULES[name], [group[i] for i in members], some, at), strict=True))
+        out.update(zip(members, _decide(group[members[0]].rule, [group[i] for i in members], some, at), strict=True))
     return [out[i] for i in range(len(group))]
+
+
+def _pick(rule: Rule, group: Sequence[Active], found: Candidates) -> tuple[list[dict[int, int]], list[int], Revision | None]:
+    """Of sequences that share a rule: what each commits, position -> token; the columns that stay masked, of all end to
+    end; what a revising rule changes."""
+    columns = [a.columns for a in group]
+    sizes = [a.stop - a.start for a in group]
+    width = max(sizes)
+    column = int64s(columns)
+    cells = column + np.repeat(np.arange(0, len(group) * width, width), [len(c) for c in columns])  # [sequences, block]
+    f = _field(group, sizes, found, column, cells, width)
+    accept = decide(rule, f)
+    revision = rule.revise(f, accept) if rule.revise else None
+    write = (accept if revision is None else accept | revision.rewrite).ravel()[cells]
+    picked = np.flatnonzero(write)
+    fixed: list[dict[int, int]] = [{} for _ in group]
+    starts = [a.start for a in group]
+    for cell, t in zip(cells[picked].tolist(), found.token[picked].tolist(), strict=True):
+        i, c = divmod(cell, width)
+        fixed[i][starts[i] + c] = t
+    return fixed, column[~write].tolist(), revision
+
+
+def chosen(group: Sequence[Active], found: Candidates) -> list[dict[int, int]]:
+    """What sequences of one rule, which decides by the rows of one step alone, would commit: position -> token."""
+    return _pick(group[0].rule, group, found)[0]
 
 
 def _decide(rule: Rule, group: Sequence[Active], found: Candidates, at: Ints | None) -> list[Decision]:
     """Decisions of the sequences that share a rule. at: their rows in `found.stats` or `logits`; None: all."""
-    counts = [len(a.positions) for a in group]
-    width = max([a.stop - a.start for a in group])
-    position = int64s([a.positions for a in group])
-    cells = position + np.repeat([i * width - a.start for i, a in enumerate(group)], counts)  # in [sequences, block]
-    f = _field(group, found, position, cells, width)
-    accept = decide(rule, f)
-    revision = rule.revise(f, accept) if rule.revise else None
-    write = accept if revision is None else accept | revision.rewrite
-    picked = np.flatnonzero(write.ravel()[cells])
-    owners = (cells[picked] // width).tolist()
-    fixed: list[dict[int, int]] = [{} for _ in group]
-    for i, p, t in zip(owners, position[picked].tolist(), found.token[picked].tolist(), strict=True):
-        fixed[i][p] = t
-    more = any(a.state.choice.provisional or a.seq.sampling.logprobs is not None for a in group)
-    if revision is None and not more:
-        return [Decision(chosen, memory=memory) for chosen, memory in zip(fixed, found.memory, strict=True)]
-    return [
-        _decision(a, i, fixed[i], spot, found, at, revision)
-        for i, (a, spot) in enumerate(zip(group, _spots(group), strict=True))
-    ]
+    fixed, left, revision = _pick(rule, group, found)
+    if revision is not None or any(a.state.choice.reports for a in group):
+        return [
+            _decision(a, i, fixed[i], spot, found, at, revision)
+            for i, (a, spot) in enumerate(zip(group, _spots(group), strict=True))
+        ]
+    out, end = [], 0
+    for a, committed, memory in zip(group, fixed, found.memory, strict=True):
+        begin, end = end, end + len(a.columns) - len(committed)
+        out.append(Decision(committed, memory=memory, open=None if a.masked else tuple(left[begin:end])))
+    return out
 
 
 def _decision(
@@ -129,13 +168,24 @@ def _decision(
     rows = list(spot) if at is None else at[spot.start : spot.stop].tolist()
     records = _records(a, fixed, found, rows)
     if revision is None:
-        return Decision(fixed, (), guesses, records, found.memory[number])
+        rest = _part(found, spot, rows) if a.state.choice.drafts else None
+        return Decision(fixed, (), guesses, records, found.memory[number], rest=rest)
     again = tuple((np.flatnonzero(revision.remask[number]) + a.start).tolist())
     closed = None if revision.closed is None else bool(revision.closed[number])
     return Decision(fixed, again, guesses, records, revision.memory[number], closed)
 
 
-def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: Ints, width: int) -> Field:
+def _part(found: Candidates, spot: range, rows: Sequence[int]) -> Candidates:
+    """The candidates of one sequence: `spot` of the planes, `rows` of the logits."""
+    at = slice(spot.start, spot.stop)
+    planes = {name: values[at] for name, values in found.planes.items()}
+    logits = found.logits[torch.tensor(rows)] if found.logits is not None else None
+    return Candidates(found.token[at], found.confidence[at], planes, [None], logits=logits)
+
+
+def _field(
+    group: Sequence[Active], sizes: list[int], found: Candidates, column: Ints, cells: Ints, width: int
+) -> Field:
     """Rows scattered to their block columns (`cells`), padded to the longest block."""
     shape = (len(group), width)
     zeros, no = np.zeros(shape), np.zeros(shape, dtype=np.bool_)
@@ -148,16 +198,18 @@ def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: In
     def given(name: str, absent: NDArray[Any]) -> Any:
         return plane(found.planes[name], absent.dtype) if name in found.planes else absent
 
-    numbers = [(a.stop - a.start, a.state.block_step, _steps(a)) for a in group]
-    size, step, steps = np.array(numbers, dtype=np.int64).T
+    states = [a.state for a in group]
+    steps = [n if s.layout.steps is None else s.layout.share(s.block) for s, n in zip(states, sizes, strict=True)]
+    size, step, most = int64s([sizes, [s.block_step for s in states], steps]).reshape(3, -1)
     free: Any = True
     if any(a.masked is not None for a in group):
-        free = np.asarray([m for a in group for m in a.masked or (True,) * len(a.positions)], dtype=np.bool_)
+        free = np.asarray([m for a in group for m in a.masked or (True,) * len(a.columns)], dtype=np.bool_)
     keys = None
-    if any(a.state.choice.noisy for a in group):
-        seeds = [a.seq.seed for a in group for _ in a.positions]
-        rounds = [a.state.step for a in group for _ in a.positions]
-        keys = plane(row_keys(seeds, rounds, position.tolist(), salt=1), np.uint64)
+    if any(s.choice.noisy for s in states):
+        seeds = [a.seq.seed for a in group for _ in a.columns]
+        rounds = [a.state.step for a in group for _ in a.columns]
+        positions = [p for a in group for p in a.positions]
+        keys = plane(row_keys(seeds, rounds, positions, salt=1), np.uint64)
     return Field(
         masked=plane(free, np.bool_),
         held=no if free is True else plane(~free, np.bool_),
@@ -170,15 +222,10 @@ def _field(group: Sequence[Active], found: Candidates, position: Ints, cells: In
         keys=np.zeros(shape, dtype=np.uint64) if keys is None else keys,
         size=size,
         step=step,
-        steps=steps,
-        options=[a.state.choice.options for a in group],
+        steps=most,
+        options=[s.choice.options for s in states],
         memory=found.memory,
     )
-
-
-def _steps(a: Active) -> int:
-    """Denoise steps the block may take."""
-    return a.stop - a.start if a.state.layout.steps is None else a.state.layout.share(a.state.block)
 
 
 def _records(a: Active, fixed: Mapping[int, int], found: Candidates, rows: Sequence[int]) -> dict[int, TokenLogprob]:
@@ -209,9 +256,12 @@ def settle(
     mask = seq.model.mask_id
     assert mask is not None
     changed = {**d.fixed, **dict.fromkeys(d.remask, mask)} if d.remask else d.fixed
-    left = _first_open(seq.tokens, mask, a, d)
+    if d.open is None:
+        left = _first_open(seq.tokens, mask, a, d)
+    else:
+        left = a.start + d.open[0] if d.open else a.stop
     done = left == a.stop if d.closed is None else d.closed
-    firm = left if a.rule.revise is None else a.stop if done else a.start
+    firm = left if not state.choice.revises else a.stop if done else a.start
     end = ending(seq, state, changed, firm)
     after = CanvasState(
         state.choice,
@@ -222,6 +272,7 @@ def settle(
         snapshot=state.snapshot if snapshot is None else snapshot,
         end=end.end,
         memory=None if done else d.memory if counts else state.memory,
+        open=d.open or None,
     )
     return Commit(
         fixed={**d.fixed, **dict.fromkeys(end.fill, fill_id(seq.model))} if end.fill else d.fixed,
@@ -231,7 +282,7 @@ def settle(
         stable=end.stable,
         finish=end.finish,
         logprobs=d.records,
-        provisional={} if end.finish else d.provisional,
+        provisional=_NOTHING if end.finish else d.provisional,
         block_done=done,
     )
 
@@ -252,7 +303,7 @@ def span_rows(a: Active, low: int, count: int) -> tuple[tuple[int, ...], tuple[t
     (the one before it on shifted models), and the shadow rows after the ordinary ones."""
     if a.masked is None or "shadow" not in a.state.choice.needs:
         first = low + a.seq.model.shift
-        return tuple([p - first for p in a.positions]), ()
+        return a.columns if first == a.start else tuple([p - first for p in a.positions]), ()
     mask = a.seq.model.mask_id
     assert mask is not None
     free = tuple(p - low for p, masked in zip(a.positions, a.masked, strict=True) if masked)
