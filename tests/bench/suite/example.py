@@ -34,9 +34,7 @@ TYPES = {"code": "Code generation", "arithmetic": "Arithmetic", "creative": "Cre
 
 
 def latency(p50: float) -> Latency:
-    return Latency(
-        mean=1.1 * p50, median=p50, std=0.2 * p50, p50=p50, p90=1.5 * p50, p95=1.7 * p50, p99=2 * p50, n=60
-    )
+    return Latency(mean=1.1 * p50, median=p50, std=0.2 * p50, p50=p50, p90=1.5 * p50, p95=1.7 * p50, p99=2 * p50, n=60)
 
 
 def speed(tps: float, *, errors: int = 0, requests: int = 60) -> Speed:
@@ -58,7 +56,10 @@ def speed(tps: float, *, errors: int = 0, requests: int = 60) -> Speed:
         itl=latency(990 / tps),
         icl=latency(1200 / tps),
         e2el=latency(40000 / tps),
-        cdf={name: tuple(scale / tps * (0.5 + i / 20) for i in range(21)) for name, scale in (("ttft", 900), ("e2el", 40000))},
+        cdf={
+            name: tuple(scale / tps * (0.5 + i / 20) for i in range(21))
+            for name, scale in (("ttft", 900), ("e2el", 40000))
+        },
     )
 
 

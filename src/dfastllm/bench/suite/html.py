@@ -1,7 +1,7 @@
 """The report as one HTML page that needs nothing else: styles, script and plots are inside, no address is loaded.
 
-It shows the tables of `tables` and the plots of `plots`; its colours follow the reader's light or dark setting, a button
-changes them, and a click on a column's head sorts. All text is escaped."""
+It shows the tables of `tables` and the plots of `plots`; its colours follow the reader's light or dark setting, a
+button changes them, and a click on a column's head sorts. All text is escaped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from pathlib import Path
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from dfastllm.bench.suite.plots import Plot, plots
+from dfastllm.bench.suite.cells import Table, figure, printable, times
+from dfastllm.bench.suite.plots import plots
 from dfastllm.bench.suite.schema import Results
-from dfastllm.bench.suite.tables import Table, best_configuration, figure, printable, tables, times
+from dfastllm.bench.suite.tables import best_configuration, tables
 
 __all__ = ["render_html", "write_html"]
 
 FILES = ("report.html.j2", "report.css", "report.js")
-NO_PLOTS = "The plots are missing: matplotlib is not installed. `pip install 'dfastllm[plots]'` and write the page again."
+NO_PLOTS = (
+    "The plots are missing: matplotlib is not installed. `pip install 'dfastllm[plots]'` and write the page again."
+)
 
 
 def write_html(results: Results, path: Path, *, extra: Iterable[Table] = ()) -> None:

@@ -1,7 +1,7 @@
 """The plots of the HTML report, as SVG to be set into a page.
 
-Colours are drawn as placeholders and come out as CSS variables, so one drawing serves a light and a dark page; text stays
-text. Every figure of a plot is in a table of the report too. matplotlib is wanted only here."""
+Colours are drawn as placeholders and come out as CSS variables, so one drawing serves a light and a dark page; text
+stays text. Every figure of a plot is in a table of the report too. matplotlib is wanted only here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dfastllm.bench.suite.schema import ConfigurationResult, Figures, LoadPoint, Results, Speculation
 from dfastllm.bench.suite.tables import best_configuration
@@ -48,7 +48,7 @@ def plots(results: Results) -> tuple[Plot, ...]:
     import matplotlib
 
     out = []
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(cast(Any, _style())):
         for name, (title, caption, draw) in DRAWINGS.items():
             drawn = draw(results)
             if drawn is not None:
@@ -87,7 +87,7 @@ def _style() -> dict[str, Any]:
 def _svg(drawn: Figure, name: str, title: str) -> str:
     """The drawing with CSS variables for colours, ids of its own, and its title for those who cannot see it."""
     buffer = io.StringIO()
-    nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     drawn.savefig(buffer, format="svg", metadata=nothing, transparent=True, bbox_inches="tight", pad_inches=0.05)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
@@ -140,21 +140,31 @@ def _shown(results: Results) -> list[tuple[ConfigurationResult, Figures]]:
     return [pair for pair in found if pair[0].name in kept]
 
 
+def _numbers(results: Results) -> dict[str, int]:
+    """A number for each configuration, the same in every plot; those of `_shown` come first and share no colour."""
+    first = [c.name for c, _ in _shown(results)]
+    rest = [c.name for c in results.configurations if c.name not in first]
+    others = [p.configuration for p in results.load if p.configuration not in (*first, *rest)]
+    return {name: i for i, name in enumerate(dict.fromkeys([*first, *rest, *others]))}
+
+
 def _speed_accuracy(results: Results) -> Figure | None:
     points = [
-        (c.label, f.speed.output_throughput, f.accuracy)
+        (c, f.speed.output_throughput, f.accuracy)
         for c, f in _measured(results)
         if f.accuracy is not None and f.speed.output_throughput is not None
     ]
     if not points:
         return None
     drawn, (axes,) = _figure(HEIGHT + 0.17 * len(points) / 2)
-    for i, (label, speed, accuracy) in enumerate(points):
+    numbers = _numbers(results)
+    for config, speed, accuracy in points:
+        i = numbers[config.name]
         bar = [[100 * (accuracy.value - accuracy.low)], [100 * (accuracy.high - accuracy.value)]]
-        look = _look(i)
+        look = _look(i) | {"capsize": 2, "elinewidth": 0.8}
         # A second round of the colours is drawn hollow.
-        hollow = {"markerfacecolor": "none"} if i >= SERIES else {}
-        axes.errorbar([speed], [100 * accuracy.value], yerr=bar, label=label, linestyle="", capsize=2, elinewidth=0.8, **look, **hollow)
+        hollow: dict[str, Any] = {"markerfacecolor": "none"} if i >= SERIES else {}
+        axes.errorbar([speed], [100 * accuracy.value], yerr=bar, label=config.label, linestyle="", **look, **hollow)
     axes.set_xlabel("output tokens per second")
     axes.set_ylabel("exact match, %")
     axes.set_ylim(min(axes.get_ylim()[0], 90), max(axes.get_ylim()[1], 102))
@@ -164,18 +174,19 @@ def _speed_accuracy(results: Results) -> Figure | None:
 
 
 def _latency_cdf(results: Results) -> Figure | None:
-    lines = [(c.label, f.speed.cdf) for c, f in _shown(results) if f.speed.cdf]
+    lines = [(c, f.speed.cdf) for c, f in _shown(results) if f.speed.cdf]
     metrics = [m for m in ("ttft", "e2el") if any(m in cdf for _, cdf in lines)]
+    numbers = _numbers(results)
     if not metrics:
         return None
     drawn, panels = _figure(1.9 * len(metrics) + 0.7, len(metrics))
     names = {"ttft": "time to first token, ms", "e2el": "end to end, ms"}
     for axes, metric in zip(panels, metrics, strict=True):
-        for i, (label, cdf) in enumerate(lines):
+        for config, cdf in lines:
             values = cdf.get(metric, ())
             if values:
                 shares = [100 * k / (len(values) - 1) for k in range(len(values))]
-                axes.plot(values, shares, label=label, **_line(i))
+                axes.plot(values, shares, label=config.label, **_line(numbers[config.name]))
         axes.set_xlabel(names[metric])
         axes.set_ylabel("% of requests")
         axes.set_ylim(0, 101)
@@ -196,8 +207,9 @@ def _log_where_wide(axes: Axes, values: Sequence[float]) -> None:
 
 def _by_configuration(points: Sequence[LoadPoint], results: Results) -> Iterator[tuple[int, str, list[LoadPoint]]]:
     labels = {c.name: c.label for c in results.configurations}
-    for i, name in enumerate(dict.fromkeys(p.configuration for p in points)):
-        yield i, labels.get(name, name), [p for p in points if p.configuration == name]
+    numbers = _numbers(results)
+    for name in dict.fromkeys(p.configuration for p in points):
+        yield numbers[name], labels.get(name, name), [p for p in points if p.configuration == name]
 
 
 def _throughput(results: Results) -> Figure | None:
@@ -207,9 +219,9 @@ def _throughput(results: Results) -> Figure | None:
     drawn, (top, bottom) = _figure(4.2, 2)
     for i, label, mine in _by_configuration(points, results):
         mine = sorted(mine, key=lambda p: p.concurrency or 0)
-        at = [p.concurrency for p in mine]
-        top.plot(at, [p.figures.speed.output_throughput for p in mine], label=label, **_look(i))
-        late = [(p.concurrency, p.figures.speed.e2el.p95) for p in mine if p.figures.speed.e2el]
+        at = [p.concurrency or 0 for p in mine]
+        top.plot(at, [p.figures.speed.output_throughput or 0.0 for p in mine], label=label, **_look(i))
+        late = [(p.concurrency or 0, p.figures.speed.e2el.p95) for p in mine if p.figures.speed.e2el]
         bottom.plot([c for c, _ in late], [v for _, v in late], **_look(i))
     top.set_ylabel("output tok/s")
     bottom.set_ylabel("E2E p95, ms")
@@ -230,11 +242,12 @@ def _rates(results: Results) -> Figure | None:
     axes.plot([0, most], [0, most], color=COLOURS["muted"], linewidth=0.8, linestyle=":", label="as asked")
     for i, label, mine in _by_configuration(points, results):
         mine = sorted(mine, key=lambda p: p.request_rate or 0.0)
-        axes.plot([p.request_rate for p in mine], [p.achieved_rate for p in mine], label=f"{label}: done", **_look(2 * i))
-        good = [(p.request_rate, p.figures.speed.request_goodput) for p in mine]
-        good = [(r, g) for r, g in good if g is not None]
+        at = [p.request_rate or 0.0 for p in mine]
+        axes.plot(at, [p.achieved_rate for p in mine], label=f"{label}: done", **_look(i))
+        good = [(p.request_rate or 0.0, g) for p in mine if (g := p.figures.speed.request_goodput) is not None]
         if good:
-            axes.plot([r for r, _ in good], [g for _, g in good], label=f"{label}: within SLOs", **_look(2 * i + 1))
+            dashed = _look(i) | {"linestyle": "--", "markerfacecolor": "none"}
+            axes.plot([r for r, _ in good], [g for _, g in good], label=f"{label}: within SLOs", **dashed)
     axes.set_xlabel("requests per second asked")
     axes.set_ylabel("requests per second")
     axes.set_ylim(bottom=0)
@@ -261,8 +274,8 @@ def _ramp(results: Results) -> Figure | None:
 
 
 def _acceptance(results: Results) -> Figure | None:
-    found: list[tuple[str, Speculation]] = [
-        (c.label, f.speculation)
+    found: list[tuple[ConfigurationResult, Speculation]] = [
+        (c, f.speculation)
         for c, f in _shown(results)
         if f.speculation is not None and f.speculation.accepted_per_position and f.speculation.num_drafts
     ]
@@ -270,10 +283,11 @@ def _acceptance(results: Results) -> Figure | None:
         return None
     drawn, (axes,) = _figure()
     width = 0.8 / len(found)
-    for i, (label, spec) in enumerate(found):
+    numbers = _numbers(results)
+    for i, (config, spec) in enumerate(found):
         shares = [100 * n / spec.num_drafts for n in spec.accepted_per_position]
         at = [k + 1 + (i - (len(found) - 1) / 2) * width for k in range(len(shares))]
-        axes.bar(at, shares, width * 0.92, label=label, color=COLOURS[f"series-{i % SERIES}"])
+        axes.bar(at, shares, width * 0.92, label=config.label, color=_line(numbers[config.name])["color"])
     longest = max(len(spec.accepted_per_position) for _, spec in found)
     axes.set_xticks(range(1, longest + 1))
     axes.grid(axis="x", visible=False)
@@ -291,6 +305,7 @@ def _speedups(results: Results) -> Figure | None:
         return None
     drawn, (axes,) = _figure(0.9 + len(kinds) * (0.24 + 0.13 * len(shown)) + 0.1 * len(shown))
     axes.axvline(1.0, color=COLOURS["ink"], linewidth=0.9)
+    numbers = _numbers(results)
     for i, config in enumerate(shown):
         rows = []
         for k, kind in enumerate(kinds):
@@ -298,8 +313,8 @@ def _speedups(results: Results) -> Figure | None:
             if figures is not None and figures.versus_baseline is not None:
                 rows.append((k + (i - (len(shown) - 1) / 2) * 0.7 / len(shown), figures.versus_baseline))
         bars = [[g.ratio - g.low for _, g in rows], [g.high - g.ratio for _, g in rows]]
-        look = _look(i) | {"markersize": 4.5, "elinewidth": 1.1}
-        axes.errorbar([g.ratio for _, g in rows], [y for y, _ in rows], xerr=bars, linestyle="", label=config.label, **look)
+        look = _look(numbers[config.name]) | {"markersize": 4.5, "elinewidth": 1.1, "linestyle": ""}
+        axes.errorbar([g.ratio for _, g in rows], [y for y, _ in rows], xerr=bars, label=config.label, **look)
     axes.set_yticks(range(len(kinds)), [kind.label for kind in kinds])
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
@@ -318,7 +333,9 @@ def _parallelism(results: Results) -> Figure | None:
     best = [100 * max(q.accuracy for q in points[i:]) for i in range(len(points))]
     axes.fill_between(at, best, color=COLOURS["series-0"], alpha=0.18, linewidth=0)
     axes.plot(at, best, color=COLOURS["series-0"], linewidth=1.0, label="best at this parallelism or a higher one")
-    axes.plot(at, [100 * p.accuracy for p in points], linestyle="", marker="o", color=COLOURS["series-1"], label="measured")
+    axes.plot(
+        at, [100 * p.accuracy for p in points], linestyle="", marker="o", color=COLOURS["series-1"], label="measured"
+    )
     axes.set_xlabel("tokens per forward")
     axes.set_ylabel("exact match, %")
     axes.set_ylim(0, 102)
@@ -346,7 +363,11 @@ DRAWINGS: dict[str, Drawing] = {
     ),
     "rates": ("Requests done against requests asked", "Below the dotted line the server falls behind.", _rates),
     "ramp": ("Under a rising load", "Each second of the ramp.", _ramp),
-    "acceptance": ("Draft tokens accepted by position", "Drafts longer than the bars reach are work for nothing.", _acceptance),
+    "acceptance": (
+        "Draft tokens accepted by position",
+        "Drafts longer than the bars reach are work for nothing.",
+        _acceptance,
+    ),
     "parallelism": (
         "Accuracy against parallelism",
         "The area under the line is the figure to compare between models and decoders.",

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dfastllm.bench.suite.cells import accuracy, figure, times
 from dfastllm.bench.suite.schema import (
     Comparison,
     ConfigurationResult,
@@ -22,7 +23,6 @@ from dfastllm.bench.suite.schema import (
     Results,
     SystemPromptResult,
 )
-from dfastllm.bench.suite.tables import accuracy, figure, times
 
 __all__ = ["Judged", "disqualified", "judge", "recommend"]
 
@@ -41,7 +41,7 @@ class Judged:
 
 
 def disqualified(figures: Figures, base: Figures) -> str | None:
-    """Why speed does not count: fewer right answers, more failures, or answers nobody checked. None: nothing against."""
+    """Why its speed does not count: fewer right answers, more failures, or answers nobody checked; None if it does."""
     ours, theirs = figures.accuracy, base.accuracy
     if figures.speed.errors > base.speed.errors:
         return f"{figures.speed.errors} requests failed, {base.speed.errors} of the baseline's"

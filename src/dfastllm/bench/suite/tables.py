@@ -1,13 +1,29 @@
-"""What a result says, as tables of text: the terminal and the HTML page show these and nothing else, so that they agree.
+"""What a result says, as tables of text. The terminal and the HTML page show these and nothing else: they agree.
 
 No column is empty in every row, and no text that came from a server keeps its control characters."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
+from dfastllm.bench.suite.about import environment, server_status
+from dfastllm.bench.suite.cells import (
+    BEST,
+    NONE,
+    TONES,
+    Cell,
+    Column,
+    Table,
+    accuracy,
+    figure,
+    named,
+    number,
+    printable,
+    share,
+    text,
+    times,
+)
 from dfastllm.bench.suite.schema import (
     Accuracy,
     Comparison,
@@ -21,78 +37,7 @@ from dfastllm.bench.suite.schema import (
     Speculation,
 )
 
-__all__ = [
-    "Cell",
-    "Column",
-    "Table",
-    "accuracy",
-    "advice",
-    "best_configuration",
-    "figure",
-    "printable",
-    "tables",
-    "times",
-]
-
-NONE = "–"
-BEST = "★"
-Tone = Literal["", "good", "bad", "dim"]
-TONES: dict[str, Tone] = {"faster": "good", "slower": "bad"}
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """key: what the cell sorts by; None for nothing to sort. tone: a hint for colour, never the only carrier."""
-
-    text: str
-    key: float | str | None = None
-    tone: Tone = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    name: str
-    right: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """lines: sentences that belong under the table. Without rows it is only its lines."""
-
-    name: str
-    title: str
-    columns: tuple[Column, ...] = ()
-    rows: tuple[tuple[Cell, ...], ...] = ()
-    lines: tuple[str, ...] = ()
-
-
-def printable(text: str) -> str:
-    """One line without control characters: what a server says may not steer the terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def figure(value: float | None, unit: str = "") -> str:
-    """Three significant digits or all before the point, thousands separated: 0.0213, 1.23, 45.6, 789, 12,345. A whole
-    number stays one."""
-    if value is None:
-        return NONE
-    size = abs(value)
-    digits = 0 if size >= 100 or isinstance(value, int) else 1 if size >= 10 else 2 if size >= 1 else 3
-    text = f"{value:,.{digits}f}" if size >= 0.1 or value == 0 else f"{value:.3g}"
-    return f"{text} {unit}" if unit else text
-
-
-def share(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f} %".replace(".0 %", " %")
-
-
-def accuracy(found: Accuracy | None) -> str:
-    return NONE if found is None else f"{share(found.value)} ({found.correct}/{found.n})"
-
-
-def times(gain: Comparison | None) -> str:
-    """The ratio with its interval."""
-    return NONE if gain is None else f"{gain.ratio:.2f}× ({gain.low:.2f}–{gain.high:.2f})"
+__all__ = ["advice", "best_configuration", "tables"]
 
 
 def best_configuration(results: Results) -> str | None:
@@ -104,7 +49,7 @@ def best_configuration(results: Results) -> str | None:
 def tables(results: Results) -> tuple[Table, ...]:
     """Every table of the report, in reading order."""
     parts = (
-        _servers(results),
+        server_status(results),
         _configurations(results),
         _drafts(results),
         _latencies(results),
@@ -113,7 +58,7 @@ def tables(results: Results) -> tuple[Table, ...]:
         _system_prompts(results),
         _load(results),
         _parallelism(results),
-        _environment(results),
+        environment(results),
         advice(results.recommendations),
     )
     return tuple(_without_idle_columns(part) for part in parts if part.rows or part.lines)
@@ -124,7 +69,7 @@ def advice(recommendations: Sequence[Recommendation]) -> Table:
     for item in recommendations:
         lines.append(("Warning: " if item.kind == "warning" else "") + printable(item.text))
         if item.kind == "configuration" and item.configuration is not None and item.options:
-            lines.append(f"    request fields: {printable(str(item.options))}")
+            lines.append(f"    request fields: {printable(json.dumps(item.options))}")
     return Table("recommendations", "Recommendations", lines=tuple(lines))
 
 
@@ -146,21 +91,6 @@ def _without_idle_columns(table: Table) -> Table:
     return Table(table.name, table.title, tuple(table.columns[i] for i in kept), rows, tuple(lines))
 
 
-def _columns(left: str, right: str) -> tuple[Column, ...]:
-    """Names separated by "|": those set flush left, then the figures."""
-    names = [Column(n, right=False) for n in left.split("|")]
-    return (*names, *(Column(n) for n in right.split("|") if n))
-
-
-def _text(text: str, tone: Tone = "") -> Cell:
-    clean = printable(text)
-    return Cell(clean, clean.lower(), tone)
-
-
-def _number(value: float | None, unit: str = "", tone: Tone = "") -> Cell:
-    return Cell(figure(value, unit), value, tone)
-
-
 def _share(value: float | None) -> Cell:
     return Cell(share(value), value)
 
@@ -177,7 +107,7 @@ def _gain(gain: Comparison | None, baseline: bool = False) -> Cell:
 
 
 def _verdict(gain: Comparison | None) -> Cell:
-    return Cell(NONE) if gain is None else _text(gain.verdict, TONES.get(gain.verdict, "dim"))
+    return Cell(NONE) if gain is None else text(gain.verdict, TONES.get(gain.verdict, "dim"))
 
 
 def _percentiles(latency: Latency | None) -> Cell:
@@ -201,28 +131,6 @@ def _errors(figures: Figures) -> Cell:
     )
 
 
-def _servers(results: Results) -> Table:
-    rows = []
-    for server in results.servers:
-        tone: Tone = "good" if server.status == "running" else "bad"
-        state = server.status.replace("_", " ")
-        cells = (
-            _text(server.name),
-            _text(server.url),
-            _text(state.upper() if server.status == "running" else state, tone),
-            _text(", ".join(server.models) or NONE),
-            _text(server.software or NONE),
-            _number(server.latency_ms, "ms"),
-        )
-        rows.append(cells)
-    lines = tuple(
-        f"{printable(s.name)}: {printable(s.message)}" for s in results.servers if s.status != "running" and s.message
-    )
-    return Table(
-        "servers", "Server status", _columns("Server|URL|Status|Models|Software", "Latency"), tuple(rows), lines
-    )
-
-
 def _measured(results: Results) -> list[tuple[ConfigurationResult, Figures]]:
     return [(c, c.figures) for c in results.configurations if c.figures is not None]
 
@@ -234,9 +142,9 @@ def _configurations(results: Results) -> Table:
     for config, figures in _measured(results):
         speed = figures.speed
         cells = (
-            _text(config.label),
-            _number(speed.output_throughput),
-            _number(speed.duration, "s"),
+            text(config.label),
+            number(speed.output_throughput),
+            number(speed.duration, "s"),
             _gain(figures.versus_baseline, config is base),
             _accuracy(figures.accuracy, base_accuracy),
             _verdict(figures.versus_baseline),
@@ -245,7 +153,7 @@ def _configurations(results: Results) -> Table:
             Cell(BEST if config.name == best else "", float(config.name == best), "good"),
         )
         rows.append(cells)
-    columns = _columns("Configuration", "Tok/s|Time|Speedup|Accuracy|Verdict|Equals baseline|Errors|Best")
+    columns = named("Configuration", "Tok/s|Time|Speedup|Accuracy|Verdict|Equals baseline|Errors|Best")
     lines = [
         f"{printable(c.label)}: {c.status}{': ' + printable(c.message) if c.message else ''}"
         for c in results.configurations
@@ -279,22 +187,23 @@ def _drafts(results: Results) -> Table:
         if spec is None and work is None and not figures.exactness:
             continue
         cells = (
-            _text(config.label),
-            _text(", ".join(f"{k} {v}" for k, v in sorted(figures.exactness.items())) or NONE),
-            _number(spec.num_drafts if spec else None),
+            text(config.label),
+            text(", ".join(f"{k} {v}" for k, v in sorted(figures.exactness.items())) or NONE),
+            number(spec.num_drafts if spec else None),
             Cell(f"{spec.num_accepted_tokens:,}/{spec.num_draft_tokens:,}", spec.num_accepted_tokens)
             if spec
             else Cell(NONE),
             _share(spec.acceptance_rate if spec else None),
-            _number(spec.acceptance_length if spec else None),
+            number(spec.acceptance_length if spec else None),
             Cell(_per_position(spec) if spec else NONE),
-            _number(work.nfe if work else None),
-            _number(work.tokens_per_forward if work else None),
+            number(work.nfe if work else None),
+            number(work.tokens_per_forward if work else None),
         )
         rows.append(cells)
-    columns = _columns(
+    columns = named(
         "Configuration|Exactness (answers)",
-        "Drafts|Tokens accepted|Acceptance|Tokens per verify|% accepted by position|Forwards per answer|Tokens per forward",
+        "Drafts|Tokens accepted|Acceptance|Tokens per verify|% accepted by position|Forwards per answer|"
+        "Tokens per forward",
     )
     from_metrics = any(f.speculation and f.speculation.source == "metrics" for _, f in _measured(results))
     lines = (
@@ -316,10 +225,10 @@ LATENCIES: tuple[tuple[str, Callable[[Figures], Latency | None]], ...] = (
 
 def _latencies(results: Results) -> Table:
     rows = [
-        (_text(config.label), *(_percentiles(of(figures)) for _, of in LATENCIES), _number(figures.speed.user_tps))
+        (text(config.label), *(_percentiles(of(figures)) for _, of in LATENCIES), number(figures.speed.user_tps))
         for config, figures in _measured(results)
     ]
-    columns = _columns("Configuration", "|".join([*(name for name, _ in LATENCIES), "Reader's tok/s"]))
+    columns = named("Configuration", "|".join([*(name for name, _ in LATENCIES), "Reader's tok/s"]))
     lines = ("Milliseconds: p50 / p90 / p95 / p99.",) if rows else ()
     return Table("latency", "Latency by configuration", columns, tuple(rows), lines)
 
@@ -347,18 +256,18 @@ def _prompt_types(results: Results) -> Table:
         other = config.prompt_types.get(kind.name) if config else None
         gain = other.versus_baseline if other else None
         cells = (
-            _text(kind.label),
-            _text(config.label if config else NONE),
-            _number(base.speed.output_throughput if base else None),
-            _number(other.speed.output_throughput if other else None),
+            text(kind.label),
+            text(config.label if config else NONE),
+            number(base.speed.output_throughput if base else None),
+            number(other.speed.output_throughput if other else None),
             _gain(gain),
             _accuracy(other.accuracy if other else None, base.accuracy if base else None),
             _accuracy(base.accuracy if base else None),
             _verdict(gain),
-            _number(kind.prompts),
+            number(kind.prompts),
         )
         rows.append(cells)
-    columns = _columns(
+    columns = named(
         "Prompt type|Accelerated by", "Baseline tok/s|Tok/s|Speedup|Accuracy|Baseline accuracy|Verdict|Prompts"
     )
     return Table("prompt_types", "Performance by prompt type", columns, tuple(rows))
@@ -371,7 +280,7 @@ def _types_by_configuration(results: Results) -> Table:
         return Table("types_by_configuration", "")
     rows = []
     for kind in results.prompt_types:
-        cells = [_text(kind.label)]
+        cells = [text(kind.label)]
         for config in others:
             figures = config.prompt_types.get(kind.name)
             gain = figures.versus_baseline if figures else None
@@ -391,19 +300,19 @@ def _system_prompts(results: Results) -> Table:
     for prompt in results.system_prompts:
         figures = prompt.figures
         cells = (
-            _text(prompt.name),
-            _text(prompt.text or "(none)"),
-            _text(labels.get(prompt.configuration, prompt.configuration)),
-            _number(figures.speed.output_throughput),
-            _number(figures.speed.e2el.p50 if figures.speed.e2el else None, "ms"),
+            text(prompt.name),
+            text(prompt.text or "(none)"),
+            text(labels.get(prompt.configuration, prompt.configuration)),
+            number(figures.speed.output_throughput),
+            number(figures.speed.e2el.p50 if figures.speed.e2el else None, "ms"),
             _accuracy(figures.accuracy),
-            _number(figures.output.mean_tokens),
+            number(figures.output.mean_tokens),
             _share(figures.output.repetition),
-            _number(figures.output.empty),
+            number(figures.output.empty),
             _errors(figures),
         )
         rows.append(cells)
-    columns = _columns(
+    columns = named(
         "System prompt|Text|Configuration", "Tok/s|E2E p50|Accuracy|Tokens per answer|Repetition|Empty|Errors"
     )
     return Table("system_prompts", "Performance by system prompt", columns, tuple(rows))
@@ -415,14 +324,14 @@ def _load(results: Results) -> Table:
     for point in results.load:
         speed = point.figures.speed
         cells = (
-            _text(point.name),
-            _text(labels.get(point.configuration, point.configuration)),
-            _number(point.concurrency),
-            _number(point.request_rate),
-            _number(point.achieved_rate),
-            _number(point.max_in_flight),
-            _number(speed.output_throughput),
-            _number(speed.request_goodput),
+            text(point.name),
+            text(labels.get(point.configuration, point.configuration)),
+            number(point.concurrency),
+            number(point.request_rate),
+            number(point.achieved_rate),
+            number(point.max_in_flight),
+            number(speed.output_throughput),
+            number(speed.request_goodput),
             _percentiles(speed.ttft),
             _percentiles(speed.tpot),
             _percentiles(speed.e2el),
@@ -430,9 +339,10 @@ def _load(results: Results) -> Table:
             _errors(point.figures),
         )
         rows.append(cells)
-    columns = _columns(
+    columns = named(
         "Load|Configuration",
-        "In flight|Requests/s asked|Requests/s done|Most in flight|Tok/s|Goodput, requests/s|TTFT|TPOT|E2E|Accuracy|Errors",
+        "In flight|Requests/s asked|Requests/s done|Most in flight|Tok/s|Goodput, requests/s|TTFT|TPOT|E2E|Accuracy|"
+        "Errors",
     )
     slos = {tuple(sorted(p.slo.items())) for p in results.load if p.slo}
     lines = ["Milliseconds: p50 / p90 / p95 / p99."] if rows else []
@@ -453,62 +363,14 @@ def _parallelism(results: Results) -> Table:
     labels = {c.name: c.label for c in results.configurations}
     rows = tuple(
         (
-            _text(labels.get(p.configuration, p.configuration)),
-            _number(p.tokens_per_forward),
+            text(labels.get(p.configuration, p.configuration)),
+            number(p.tokens_per_forward),
             _share(p.accuracy),
-            _number(p.n),
+            number(p.n),
         )
         for p in found.points
     )
     line = f"Area under the curve: {figure(found.area)}"
     line += f"; mean accuracy over it: {share(found.mean_accuracy)}." if found.mean_accuracy is not None else "."
-    columns = _columns("Configuration", "Tokens per forward|Accuracy|Answers graded")
+    columns = named("Configuration", "Tokens per forward|Accuracy|Answers graded")
     return Table("parallelism", "Accuracy against parallelism", columns, rows, (line,))
-
-
-def _environment(results: Results) -> Table:
-    env, run, target = results.environment, results.run, results.target
-    lines = []
-    if target is not None:
-        kind = f", {target.kind}" if target.kind else ""
-        software = f", {printable(target.software)}" if target.software else ""
-        lines.append(f"Measured: {printable(target.model)}{kind} at {printable(target.url)}{software}.")
-        lines += [f"The server {printable(text)}." for text in _fields(target.fields)]
-        lines += [f"Fallback: {printable(text)}" for text in target.fallbacks]
-    hardware = ", ".join(f"{k} {_flat(v)}" for k, v in env.hardware.items() if v not in (None, "", [], {}))
-    lines.append(printable(f"Machine: {hardware} (profile {env.profile_key})."))
-    if env.server_is_local is not True:
-        lines.append("The machine is the client's; the server's may be another.")
-    versions = ", ".join(f"{k} {v}" for k, v in env.versions.items())
-    lines.append(printable(f"Versions: {versions}; commit {env.commit or 'unknown'}."))
-    lines.append(
-        f"Run: {results.started}, {figure(results.seconds)} s; {run.requests} prompts a type, {run.rounds} rounds, "
-        f"{run.concurrency} in flight, max_tokens {run.max_tokens}, temperature {run.temperature:g}, seed {run.seed}"
-        f"{', quick' if run.quick else ''}."
-    )
-    if results.client is not None:
-        cost = results.client
-        per_chunk = f"{figure(cost.cpu_us_per_chunk)} µs of CPU a chunk, " if cost.cpu_us_per_chunk is not None else ""
-        lines.append(
-            f"Client: {per_chunk}{share(cost.cpu_share)} of a core; event loop late by {figure(cost.loop_lag_p50_ms)} ms "
-            f"(median), {figure(cost.loop_lag_p99_ms)} ms (p99)"
-            f"{'' if cost.bounded else ': over its limits, so the figures may be the client’s own'}."
-        )
-    lines += [f"Skipped {printable(s.part)}: {printable(s.reason)}" for s in results.skipped]
-    lines += [f"Note: {printable(note)}" for note in results.notes]
-    if results.partial:
-        lines.append(f"PARTIAL: {printable(results.partial_reason or 'the run ended early')}")
-    return Table("environment", "What was measured, and where", lines=tuple(lines))
-
-
-def _fields(fields: dict[str, str]) -> list[str]:
-    """What the server makes of request fields beyond OpenAI's."""
-    verbs = {"yes": "honours", "no": "refuses", "ignored": "takes and ignores"}
-    by_answer = {answer: [name for name, a in sorted(fields.items()) if a == answer] for answer in verbs}
-    return [f"{verbs[answer]} {', '.join(names)}" for answer, names in by_answer.items() if names]
-
-
-def _flat(value: object) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{k} {_flat(v)}" for k, v in value.items())
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

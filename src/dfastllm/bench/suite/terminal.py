@@ -13,15 +13,18 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import IO, Literal
 
+from dfastllm.bench.suite.cells import Cell, Column, Table
 from dfastllm.bench.suite.schema import Results
-from dfastllm.bench.suite.tables import Cell, Column, Table, tables
+from dfastllm.bench.suite.tables import tables
 
 __all__ = ["fold", "print_report", "print_tables"]
 
 PIPED_WIDTH = 120
 NARROWEST = 40
 GAP = 3  # between columns: rich's padding and rule, and the plain twin's " | "
-WORDS = {"×": "x", "–": "-", "★": "*", "…": "...", "µ": "u", "’": "'"}
+WORDS = {"×": "x", "–": "-", "★": "*", "…": "...", "µ": "u", "’": "'", "≤": "<="} | dict(
+    zip("▁▂▃▄▅▆▇█", "12345678", strict=True)
+)
 STYLES = {"good": "green", "bad": "red", "dim": "dim", "": ""}
 
 
@@ -35,10 +38,10 @@ def print_tables(
 ) -> None:
     """file: None is stdout. width: None asks the terminal (COLUMNS counts), 120 when there is none. rich: None uses it
     where it is installed. Characters that the file's encoding lacks are spelled out."""
-    out = sys.stdout if file is None else file
+    out: IO[str] = sys.stdout if file is None else file
     columns = width or shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
     columns = max(columns, NARROWEST)
-    narrow = [part for table in parts for part in fold(_encodable(table, out.encoding), columns)]
+    narrow = [part for table in parts for part in fold(_encodable(table, getattr(out, "encoding", None)), columns)]
     if rich is None:
         rich = importlib.util.find_spec("rich") is not None
     if rich:
