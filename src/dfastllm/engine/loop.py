@@ -90,6 +90,7 @@ class Engine:
         limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
         self.drafting = Drafting(self.info, drafters or {}, speculative, limit)
         self._added = 0
+        self._deadline = math.inf  # the earliest of all requests
         self._subscribers: list[Callable[[StepStats], None]] = []
         self._dead: list[tuple[Live, FinishReason]] = []
 
@@ -191,6 +192,7 @@ class Engine:
         if self.prefix is not None:
             live.trail = self.prefix.trail(request.cache_salt)
         self._added += 1
+        self._deadline = min(self._deadline, _deadline(request))
         self.scheduler.add(live)
 
     def check_room(self) -> None:
@@ -246,10 +248,15 @@ class Engine:
         return events
 
     def _expire(self, now: float) -> None:
+        if now <= self._deadline:
+            return
+        self._deadline = math.inf
         for live in list(self.scheduler.everyone()):
-            timeout = live.request.timeout
-            if timeout is not None and now - live.request.arrival > timeout:
+            deadline = _deadline(live.request)
+            if now > deadline:
                 self.cancel(live.request.request_id, FinishReason.TIMEOUT)
+            else:
+                self._deadline = min(self._deadline, deadline)
 
     def _run(self, chosen: Chosen) -> tuple[Rows | None, float]:
         """Its wanted rows, or None when the forward failed (then every request in it fails, and no other)."""
@@ -271,22 +278,20 @@ class Engine:
         """One commit, or the error that ends the request, per chosen sequence: one `absorb` call per policy."""
         if rows is None:
             return [GenerationError("the model failed on this step; see the server's log.") for _ in chosen]
-        groups: dict[int, list[int]] = {}
-        for i, (live, _) in enumerate(chosen):
-            groups.setdefault(id(live.policy), []).append(i)
-        spots = _spots(chosen) if len(groups) > 1 else []
-        out: list[Commit | Exception] = [GenerationError("the decoder gave no answer.")] * len(chosen)
-        for members in groups.values():
-            part = rows if len(groups) == 1 else rows.select([r for i in members for r in spots[i]])
-            policy = chosen[members[0]][0].policy
-            answers: Sequence[Commit | Exception]
-            try:
-                answers = policy.absorb([(chosen[i][0].state, chosen[i][1]) for i in members], part)
-            except Exception as error:
-                log.exception("policy %s failed", policy.name)
-                answers = [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(members)
-            for i, answer in zip(members, answers, strict=True):
-                out[i] = answer
+        policies = [live.policy for live, _ in chosen]
+        if policies.count(policies[0]) == len(policies):  # nearly always
+            out = _ask(policies[0], chosen, rows)
+        else:
+            groups: dict[int, list[int]] = {}
+            for i, policy in enumerate(policies):
+                groups.setdefault(id(policy), []).append(i)
+            spots = _spots(chosen)
+            out = [GenerationError("the decoder gave no answer.")] * len(chosen)
+            for members in groups.values():
+                part = rows.select([r for i in members for r in spots[i]])
+                answers = _ask(policies[members[0]], [chosen[i] for i in members], part)
+                for i, answer in zip(members, answers, strict=True):
+                    out[i] = answer
         finite = rows.finite()  # of what the policies looked at: asking before would run the head for nobody
         if not finite.all():
             for i, spot in enumerate(_spots(chosen)):
@@ -336,9 +341,9 @@ class Engine:
         stats = StepStats(
             model=self.info.name,
             sequences=len(chosen),
-            rows=sum(span.rows for _, span in chosen),
-            wanted=sum(span.wanted for _, span in chosen),
-            committed=sum(_decided(c) for c in commits if isinstance(c, Commit)),
+            rows=sum([span.rows for _, span in chosen]),
+            wanted=sum([span.wanted for _, span in chosen]),
+            committed=sum([_decided(c) for c in commits if isinstance(c, Commit)]),
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
             pages_used=self.pages.used,
@@ -347,13 +352,27 @@ class Engine:
             seconds=time.monotonic() - began,
             run_seconds=run_seconds,
             draft_seconds=draft_seconds,
-            drafts=tuple((c.drafted, c.accepted) for c in commits if isinstance(c, Commit) and c.drafted),
+            drafts=tuple([(c.drafted, c.accepted) for c in commits if isinstance(c, Commit) and c.drafted]),
             prefix_queries=queries,
             prefix_hits=hits,
-            finished=tuple(e.finish for e in events if e.finish is not None),
+            finished=tuple([e.finish for e in events if e.finish is not None]),
         )
         for fn in self._subscribers:
             fn(stats)
+
+
+def _deadline(request: Request) -> float:
+    """On time.monotonic()."""
+    return math.inf if request.timeout is None else request.arrival + request.timeout
+
+
+def _ask(policy: Policy, chosen: Chosen, rows: Rows) -> list[Commit | Exception]:
+    """The commits of sequences of one policy; when it fails, that for each of them."""
+    try:
+        return [*policy.absorb([(live.state, span) for live, span in chosen], rows)]
+    except Exception as error:
+        log.exception("policy %s failed", policy.name)
+        return [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(chosen)
 
 
 def _spots(chosen: Chosen) -> list[range]:

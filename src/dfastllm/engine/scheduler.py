@@ -18,6 +18,8 @@ from dfastllm.engine.sequence import Live
 
 __all__ = ["Scheduler"]
 
+_NEVER = 1 << 62  # steps
+
 
 class Scheduler:
     """Holds the waiting and the running sequences of one engine."""
@@ -29,6 +31,7 @@ class Scheduler:
         self.waiting: list[Live] = []
         self.running: list[Live] = []
         self.preempted = 0  # total
+        self._chunk = min(config.prefill_chunk, config.max_batch_rows)
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -60,7 +63,13 @@ class Scheduler:
         rows = self.config.max_batch_rows
         if self.prefix is not None:
             self.prefix.begin_step()
-        for live in sorted(self.running, key=lambda s: (self.level(s, step), s.ran, s.order)):
+        ageing = self.config.ageing_steps or _NEVER
+        queue = [  # by `level`, written out: a call per sequence and step costs more than the rest of this
+            (s.rank - (step - (s.ran if s.ran > s.enqueued else s.enqueued)) // ageing, s.ran, s.order, s)
+            for s in self.running
+        ]
+        queue.sort()  # `order` is unique
+        for _, _, _, live in queue:
             if live.held and rows > 0:  # an earlier one may have preempted it
                 rows -= self._place(live, rows, chosen)
         return chosen
@@ -70,14 +79,14 @@ class Scheduler:
         if self.prefix is not None and self.prefix.join(live):
             return 0
         # Chunks are cut the same whatever else runs: how a prompt is cut must not depend on the neighbours.
-        span = live.policy.plan(live.state, min(self.config.prefill_chunk, self.config.max_batch_rows))
+        span = live.policy.plan(live.state, self._chunk)
         size = span.rows
         if size > rows and chosen:
             return 0  # first in line next step, since it ran longest ago
-        if span.stored > live.table.capacity:
-            if not self._make_room(live, span.stored, chosen):
+        if span.store == "keep" and span.stop > live.table.capacity:
+            if not self._make_room(live, span.stop, chosen):
                 return 0
-            live.table.grow(span.stored)
+            live.table.grow(span.stop)
         chosen.append((live, span))
         if self.prefix is not None:
             self.prefix.announce(live, span)

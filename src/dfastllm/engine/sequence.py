@@ -100,11 +100,12 @@ class Live:
 
     def _write(self, commit: Commit) -> CanvasUpdate:
         """Write a commit into the canvas; what changed."""
-        tokens, start, mask = self.state.tokens, self.state.canvas_start, self.state.model.mask_id
+        state = self.state
+        tokens, start, mask, fixed = state.tokens, state.canvas_start, state.model.mask_id, commit.fixed
         new: dict[int, int] = {}
         revise: dict[int, int | None] = {}
-        for position in sorted(commit.fixed):
-            token = commit.fixed[position]
+        for position in sorted(fixed) if len(fixed) > 1 else fixed:
+            token = fixed[position]
             if position == len(tokens):
                 tokens.append(token)
                 new[position - start] = token
@@ -125,13 +126,15 @@ class Live:
             provisional={p - start: t for p, t in commit.provisional.items()} if commit.provisional else {},
             revise=revise,
             block_done=commit.block_done,
-            length=self.state.canvas_stop - start,
+            length=len(tokens) - len(state.request.suffix) - start,
             masked=self.masked,
         )
 
     def emit(self, now: float, canvas: CanvasUpdate | None, finish: FinishReason | None) -> StepEvent | None:
         """The event of this step, if there is anything to tell. A stop string found in the text finishes the
         request."""
+        if canvas is not None and finish is None and self.shown >= self.state.stable and self.ended is None:
+            return StepEvent(self.state.request.request_id, canvas=canvas)  # most steps of a canvas
         tokens: Mapping[int, int] = {}
         text = ""
         if self.shown < self.state.stable and self.ended is None:
