@@ -142,7 +142,13 @@ def run_span(model: Any, seq: SequenceState, span: Span, store: Store) -> Tensor
             store.values[layer][span.start : span.stop] = v
     if span.store == "keep":
         seq.kv_len = span.stop
-    return logits
+    parts = [logits]
+    for b in span.branches:  # after the span's K,V are stored
+        assert span.store != "replace"
+        assert span.start <= b.start < span.stop or b.start == seq.kv_len
+        beside: Any = "none" if span.store == "none" else "scratch"
+        parts.append(run_span(model, seq, Span(b.start, b.ids, span.attend, beside, b.want, block=span.block), store))
+    return torch.cat(parts)
 
 
 def apply(seq: SequenceState, commit: Commit) -> None:

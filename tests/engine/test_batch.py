@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfastllm.core import Span
+from dfastllm.core import Branch, Span
 from dfastllm.engine.batch import pack, pack_rows
 from dfastllm.engine.kv import Pages, PageTable
 from dfastllm.engine.runner import Runner
@@ -89,6 +92,41 @@ def test_packed_rows_are_what_spans_say(cases: list[tuple[Span, int]], min_rows:
     assert packed.limits[packed.spans[-1][1] :].sum() == 0
     assert packed.wanted == len(want)
     assert packed.want.tolist() == want + want[:1] * (min_rows - len(want))
+
+
+@given(st.lists(spans(), min_size=1, max_size=3), st.data())
+@settings(max_examples=100, deadline=None)
+def test_branches_are_packed_as_spans_that_store_nothing(cases: list[tuple[Span, int]], data: st.DataObject) -> None:
+    """The same arrays as of the branches given as spans of their own, with what the span stores already held."""
+    pool = Pages(64, 4)
+    with_branches, flat = [], []
+    for span, kv in cases:
+        table = PageTable(pool)
+        table.grow(max(kv, span.stop) + 8)
+        branches = []
+        for _ in range(data.draw(st.integers(0, 2)) if span.store != "replace" else 0):
+            begin = 0 if span.store == "none" else data.draw(st.integers(span.start, span.stop))
+            n = data.draw(st.integers(1, 6))
+            branches.append(Branch(begin, tuple(range(n)), tuple(sorted(data.draw(st.sets(st.integers(0, n - 1)))))))
+        held = kv if span.store == "replace" else span.start
+        with_branches.append((replace(span, branches=tuple(branches)), table, held))
+        flat.append((span, table, held))
+        store = "none" if span.store == "none" else "scratch"
+        flat += [(Span(b.start, b.ids, span.attend, store, b.want, span.block), table, b.start) for b in branches]
+    packed, expected = pack_rows(with_branches), pack_rows(flat)
+    assert packed.wanted == sum(span.wanted for span, _, _ in with_branches) == expected.wanted
+    assert packed.spans[-1][1] == sum(span.rows for span, _, _ in with_branches)
+    for name in ("ids", "positions", "slots", "limits", "want", "spans", "pages"):
+        assert (getattr(packed, name) == getattr(expected, name)).all()
+    assert all((packed.masks[n] == expected.masks[n]).all() for n in expected.masks)
+
+
+def test_a_branch_of_a_span_that_replaces_is_refused() -> None:
+    table = PageTable(Pages(4, 4))
+    table.grow(8)
+    span = Span(0, (1, 2), "full", "replace", branches=(Branch(0, (3, 4), (0,)),))
+    with pytest.raises(AssertionError, match="replaces"):
+        pack_rows([(span, table, 4)])
 
 
 def test_packed_spans_equal_each_alone() -> None:

@@ -19,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
 from dfastllm.decode.candidates import Active, active_rows
 from dfastllm.decode.canvas import CanvasState, Choice, Layout, check_canvas, choose, lay_out
-from dfastllm.decode.denoise import denoise, settle, span_rows
+from dfastllm.decode.dave import absorb, chain, within
+from dfastllm.decode.denoise import Decision, settle, span_rows
 from dfastllm.decode.evidence import Scorer
 from dfastllm.decode.rows import Rows
 from dfastllm.errors import UnsupportedError, ValidationError
@@ -94,41 +95,65 @@ class BlockDiffusion:
         start, stop = state.bounds
         base = start // size * size  # the model block the active block lies in
         held = min(seq.kv_len, base) // size * size
+        active = _rows_of(seq, start, stop)
         if held == base:
-            return self._span(seq, base, base + size, "scratch", active_rows(seq, start, stop))
+            return self._span(seq, base, base + size, "scratch", active, limit)
         most = max(size, limit // size * size)
-        if seq.model.ar_first:
+        if _from_before(active):
             end = min(base, held + most)
-            if end < base or seq.tokens[base] != seq.model.mask_id:
-                return self._span(seq, held, end, "keep", None)
-            first = Active(seq, state, start, stop, (0,), (True,))  # from the row before it, the last of this span
-            return self._span(seq, held, end, "keep", first)
+            return self._span(seq, held, end, "keep", active if end == base else None, limit)
         if base + size - held > max(most, 2 * size):
-            return self._span(seq, held, held + min(most, base - held), "keep", None)
-        return self._span(seq, held, base + size, "keep", active_rows(seq, start, stop))
+            return self._span(seq, held, held + min(most, base - held), "keep", None, limit)
+        return self._span(seq, held, base + size, "keep", active, limit)
 
     @staticmethod
-    def _span(seq: SequenceState, low: int, high: int, store: Store, active: Active | None) -> Span:
+    def _span(seq: SequenceState, low: int, high: int, store: Store, active: Active | None, limit: int) -> Span:
         ids, size = tuple(seq.tokens[low:high]), seq.model.block
         if active is None:
             return Span(low, ids, "block", store, block=size)
         want, shadows = span_rows(active, low, high - low)
-        return Span(low, ids, "block", store, want, block=size, shadows=shadows, plan=active)
+        if active.state.ahead is None:
+            return Span(low, ids, "block", store, want, block=size, shadows=shadows, plan=(active,))
+        steps = chain(active, _rows_of)
+        branches = within([_branch(a, high - size) for a in steps[1:]], limit - len(ids))
+        steps = steps[: 1 + len(branches)]
+        return Span(low, ids, "block", store, want, block=size, shadows=shadows, branches=branches, plan=steps)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
-        active: list[Active] = [span.plan for _, span in items if span.want]
-        decided = iter(zip(active, denoise(active, rows, self.scorer), strict=True))
-        commits = []
-        for seq, span in items:
-            if not span.want:
-                commits.append(Commit(state=seq.policy, stable=max(seq.stable, 0)))
-                continue
-            a, decision = next(decided)
+        def first(seq: SequenceState, span: Span, a: Active, decision: Decision) -> Commit:
             base = a.start // seq.model.block * seq.model.block
-            kept = base if span.store == "keep" else None
-            commits.append(settle(a, decision, kv_len=kept, counts=span.stop > base))
-        return commits
+            return settle(a, decision, kv_len=base if span.store == "keep" else None, counts=not _from_before(a))
+
+        return absorb(items, rows, self.scorer, first, _waiting, _reach)
 
     def _choose(self, request: Request, model: ModelInfo) -> tuple[Choice, Layout]:
         choice = choose(request.decode or DecodeParams(), request.sampling, model.block)
         return choice, lay_out(request, choice, align=model.block)
+
+
+def _rows_of(seq: SequenceState, start: int, stop: int) -> Active:
+    """The rows of a step on the block [start, stop): where its first token comes from the row before it, that one."""
+    if seq.model.ar_first and start % seq.model.block == 0 and seq.tokens[start] == seq.model.mask_id:
+        return Active(seq, seq.policy, start, stop, (0,), (True,))
+    return active_rows(seq, start, stop)
+
+
+def _from_before(a: Active) -> bool:
+    """Whether this is a block's first token, from the row before the block."""
+    return a.masked is not None and a.seq.model.ar_first
+
+
+def _branch(a: Active, base: int) -> Branch:
+    """A canvas from the model block at `base` on, in which it may be finished and the next one active."""
+    size = a.seq.model.block
+    stop = a.start // size * size + (0 if _from_before(a) else size)
+    return Branch(base, tuple(a.seq.tokens[base:stop]), span_rows(a, base, stop - base)[0])
+
+
+def _waiting(seq: SequenceState, span: Span) -> Commit:
+    """Of a forward that only stores K,V."""
+    return Commit(state=seq.policy, stable=max(seq.stable, 0))
+
+
+def _reach(last: Active) -> tuple[int, bool]:
+    return last.seq.model.block, True

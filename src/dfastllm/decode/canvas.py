@@ -256,6 +256,12 @@ def check_canvas(request: Request, model: ModelInfo, choice: Choice, layout: Lay
             param="max_parallel_tokens",
             hint="Raise steps or max_parallel_tokens.",
         )
+    if choice.drafts and choice.cache in ("dual", "windowed"):
+        raise UnsupportedError(
+            f"draft_steps run beside a step whose K,V are not stored; cache {choice.cache!r} stores every step's.",
+            param="cache",
+            hint="Use cache none or prefix, or draft_steps 0.",
+        )
     _check_rule(RULES[choice.rule], model, scorer)
 
 

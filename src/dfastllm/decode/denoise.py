@@ -108,7 +108,9 @@ def _by_rule(group: Sequence[Active], found: Candidates) -> list[Decision]:
     return [out[i] for i in range(len(group))]
 
 
-def _pick(rule: Rule, group: Sequence[Active], found: Candidates) -> tuple[list[dict[int, int]], list[int], Revision | None]:
+def _pick(
+    rule: Rule, group: Sequence[Active], found: Candidates
+) -> tuple[list[dict[int, int]], list[int], Revision | None]:
     """Of sequences that share a rule: what each commits, position -> token; the columns that stay masked, of all end to
     end; what a revising rule changes."""
     columns = [a.columns for a in group]

@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
 from dfastllm.decode.candidates import Active, active_rows
 from dfastllm.decode.canvas import CanvasState, Choice, Layout, check_canvas, choose, lay_out
-from dfastllm.decode.denoise import denoise, settle, span_rows
+from dfastllm.decode.dave import absorb, chain, within
+from dfastllm.decode.denoise import Decision, settle, span_rows
 from dfastllm.decode.evidence import Scorer
 from dfastllm.decode.rows import Rows
 from dfastllm.decode.unmask import RULES
@@ -66,8 +67,10 @@ class MaskedDiffusion:
         return most + layout.count * int(choice.options.get("max_post_steps", 0))
 
     def exactness(self, request: Request) -> str:
-        cache = request.decode.cache if request.decode else None
-        return "reference" if cache in (None, "none") else "approximate"
+        choice, _ = self._choose(request)
+        if choice.cache != "none":
+            return "approximate"
+        return "exact-fast" if choice.drafts else "reference"
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
         """A canvas is indivisible: `limit` does not shorten it."""
@@ -76,9 +79,7 @@ class MaskedDiffusion:
         start, stop = state.bounds
         active = active_rows(seq, start, stop)
         if cache == "none" or _refreshes(state):
-            want, shadows = span_rows(active, 0, total)
-            stays: Store = "none" if cache == "none" else "keep"
-            return Span(0, tuple(seq.tokens), "full", stays, want, shadows=shadows, plan=active)
+            return _span(active, 0, total, "none" if cache == "none" else "keep", limit)
         low = start - seq.model.shift  # the first row the block needs
         if seq.kv_len < (low if cache == "prefix" else total):
             assert seq.model.mask_id is not None
@@ -90,22 +91,15 @@ class MaskedDiffusion:
         if cache == "windowed":
             window = state.choice.options["window"]
             low, high = max(0, min(low, start - window)), min(total, stop + window)
-        want, shadows = span_rows(active, low, high - low)
-        return Span(low, tuple(seq.tokens[low:high]), "full", store, want, shadows=shadows, plan=active)
+        return _span(active, low, high, store, limit)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
-        active: list[Active] = [span.plan for _, span in items if span.want]
-        decided = iter(zip(active, denoise(active, rows, self.scorer), strict=True))
-        commits = []
-        for seq, span in items:
-            kept = _kept(seq) if span.store == "keep" else None
-            if not span.want:  # only restored K,V
-                commits.append(Commit(kv_len=kept, state=seq.policy, stable=seq.stable))
-                continue
-            a, decision = next(decided)
-            snapshot = tuple(seq.tokens[a.start : a.stop]) if span.store == "keep" else None
-            commits.append(settle(a, decision, kv_len=kept, snapshot=snapshot))
-        return commits
+        def first(seq: SequenceState, span: Span, a: Active, decision: Decision) -> Commit:
+            if span.store != "keep":
+                return settle(a, decision, kv_len=None)
+            return settle(a, decision, kv_len=_kept(seq), snapshot=tuple(seq.tokens[a.start : a.stop]))
+
+        return absorb(items, rows, self.scorer, first, _waiting, _reach)
 
     def _choose(self, request: Request) -> tuple[Choice, Layout]:
         decode = request.decode or DecodeParams()
@@ -130,3 +124,28 @@ def _kept(seq: SequenceState) -> int | None:
     """K,V positions worth keeping after a full forward: for `prefix` those before the first row a step runs."""
     state: CanvasState = seq.policy
     return state.bounds[0] - seq.model.shift if state.choice.cache == "prefix" else None
+
+
+def _span(active: Active, low: int, high: int, store: Store, limit: int) -> Span:
+    """A step of the active block over [low, high), with the canvases it may lead to beside it."""
+    seq = active.seq
+    ids = tuple(seq.tokens[low:high])
+    want, shadows = span_rows(active, low, high - low)
+    if active.state.ahead is None:
+        return Span(low, ids, "full", store, want, shadows=shadows, plan=(active,))
+    steps = chain(active, active_rows)
+    maybe = [Branch(low, tuple(a.seq.tokens[low:high]), span_rows(a, low, high - low)[0]) for a in steps[1:]]
+    branches = within(maybe, limit - len(ids))
+    return Span(low, ids, "full", store, want, branches=branches, plan=steps[: 1 + len(branches)])
+
+
+def _waiting(seq: SequenceState, span: Span) -> Commit:
+    """Of a forward that only restored K,V."""
+    return Commit(kv_len=_kept(seq), state=seq.policy, stable=seq.stable)
+
+
+def _reach(last: Active) -> tuple[int, bool]:
+    total = len(last.seq.tokens)
+    if last.state.choice.cache == "none":
+        return total, True
+    return total - last.start + last.seq.model.shift, False  # prefix: a block begins with a forward that stores K,V

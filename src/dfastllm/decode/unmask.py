@@ -350,6 +350,18 @@ _COMMON = {
         0.0, "commit all that is left of a block once every position of it is this confident; 0: never", 0, 1
     ),
 }
+
+
+def _drafts(steps: int) -> dict[str, Option]:
+    """For rules that decide by the rows of one step alone (`dave`)."""
+    return {
+        "draft_steps": Option(steps, "lossless: run up to so many guessed next steps beside each step; 0: none", 0, 64),
+        "forward_rows": Option(
+            16.0, "what a forward costs beside its rows, in rows; weighs how many guesses to run. More on a GPU", 0
+        ),
+    }
+
+
 _ORDERS = ("low_confidence", "random", "entropy", "margin")
 _ORDERINGS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
@@ -368,6 +380,14 @@ _ALL = (
         _schedule,
         "a fixed quota a step, the best first",
         remasking=Option("low_confidence", "what the best is", choices=_ORDERS),
+        **_drafts(0),
+    ),
+    _rule(
+        "free_dave",
+        _schedule,
+        "the fixed schedule, token for token, in fewer forwards: guessed next steps run beside each step",
+        remasking=Option("low_confidence", "what the best is", choices=_ORDERS),
+        **_drafts(4),
     ),
     replace(
         _rule(
@@ -377,12 +397,26 @@ _ALL = (
             ordering=Option("maskgit_plus", "what the best is", choices=_ORDERINGS),
             alg_temp=Option(0.0, "temperature of the choice of positions; 0: the best"),
             eps=Option(1e-3, "last point of the time grid", 1e-9, 0.5),
+            **_drafts(0),
         ),
         paced=True,
     ),
-    _rule("threshold", _threshold, "all that are confident", **_confidence(0.9)),
-    _rule("factor", _factor, "confident enough for the crowd", factor=Option(1.0, "larger accepts more", 1e-9)),
-    _rule("entropy_bound", _entropy_bound, "bounded joint entropy", "spread", gamma=Option(0.1, "bound in nats")),
+    _rule("threshold", _threshold, "all that are confident", **_confidence(0.9), **_drafts(0)),
+    _rule(
+        "factor",
+        _factor,
+        "confident enough for the crowd",
+        factor=Option(1.0, "larger accepts more", 1e-9),
+        **_drafts(0),
+    ),
+    _rule(
+        "entropy_bound",
+        _entropy_bound,
+        "bounded joint entropy",
+        "spread",
+        gamma=Option(0.1, "bound in nats"),
+        **_drafts(0),
+    ),
     _rule(
         "credit",
         _threshold,
@@ -399,6 +433,7 @@ _ALL = (
         "the best of every masked run",
         **_confidence(0.9),
         low_threshold=Option(0.4, "confidence the best of a run must exceed", 0, 1),
+        **_drafts(0),
     ),
     _rule(
         "klass",
@@ -416,6 +451,7 @@ _ALL = (
         **_confidence(0.9),
         relaxed_threshold=Option(0.75, "confidence of a neighbour", 0, 1),
         radius=Option(4, "how far a neighbour may be"),
+        **_drafts(0),
     ),
     replace(
         _rule(
