@@ -200,7 +200,8 @@ class Equality(Part):
 
 class Comparison(Part):
     """Speed over the baseline's, paired per round: ratio above 1 is faster. low, high: 95 % bootstrap interval of the
-    median over rounds. verdict: "no verdict" when the interval holds both a gain and a loss of the margin or more."""
+    median over rounds. verdict: same, when the whole interval is within the margin of 1; else faster or slower, when
+    the whole interval is on that side of 1; else "no verdict", as with fewer than three rounds: the noise won."""
 
     ratio: float
     low: float
