@@ -1,7 +1,9 @@
-"""Statistics of interleaved measurements: medians with their quartiles, paired ratios with a bootstrap interval."""
+"""Statistics of interleaved measurements: medians with their quartiles, paired ratios with a bootstrap interval, and an
+interval of the median that holds for few values too."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from dfastllm.errors import ValidationError
 
-__all__ = ["Ratio", "Summary", "paired_ratio", "summarise"]
+__all__ = ["Ratio", "Summary", "paired_ratio", "sign_interval", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +55,14 @@ def paired_ratio(over: Sequence[float], under: Sequence[float], *, draws: int = 
     picks = np.random.default_rng(seed).integers(0, len(ratios), (draws, len(ratios)))
     low, high = np.quantile(np.median(ratios[picks], axis=1), (0.025, 0.975))
     return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios))
+
+
+def sign_interval(values: Sequence[float], miss: float = 0.025) -> tuple[float, float]:
+    """Order statistics that enclose the median whatever the distribution: each end misses it in at most `miss` of all
+    samples (the interval that inverts the sign test; e.g. Conover, Practical Nonparametric Statistics, 3.2). Infinite
+    where so few values cannot promise that (fewer than six for 0.025)."""
+    ordered, n = sorted(values), len(values)
+    below, k = 0.0, 0
+    while k < n and (below := below + math.comb(n, k) * 0.5**n) <= miss:
+        k += 1
+    return (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
