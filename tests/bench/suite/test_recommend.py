@@ -1,0 +1,178 @@
+"""Advice: the best by the lower end, never a wrong or a failing one, and plain words when nothing can be said."""
+
+from __future__ import annotations
+
+import pytest
+
+from dfastllm.bench.suite.recommend import judge, recommend
+from dfastllm.bench.suite.schema import Client, ConfigurationResult, Recommendation, Results, Target
+from tests.bench.suite.example import against, configuration, figures, load_point, results
+
+BASE = configuration("baseline", "No speculation")
+
+
+def advised(found: Results) -> Recommendation:
+    made = [r for r in recommend(found) if r.kind == "configuration"]
+    assert len(made) == 1
+    return made[0]
+
+
+def warnings(found: Results) -> str:
+    return "\n".join(r.text for r in recommend(found) if r.kind == "warning")
+
+
+def test_best_configuration_use_case_and_gain() -> None:
+    found = results()
+    best = advised(found)
+    assert best.configuration == "ngram-k5"
+    assert best.options == {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5}}
+    assert best.gain == against(1.62)
+    assert "1.62× (1.57–1.67)" in best.text
+    assert "+57 to +67 %" in best.text
+    assert "accuracy 93.3 % (28/30)" in best.text
+    case = next(r for r in recommend(found) if r.kind == "use_case")
+    assert case.prompt_type == "code"
+    assert case.gain == against(1.9)
+    assert "Creative problem solving under n-gram, 5 tokens: is slower (0.88×" in warnings(found)
+
+
+def test_the_lower_end_decides_not_the_lucky_middle() -> None:
+    lucky, steady = configuration("a", "A", 1.6, spread=0.5), configuration("b", "B", 1.4, spread=0.05)
+    assert advised(results(BASE, lucky, steady)).configuration == "b"
+
+
+@pytest.mark.parametrize(("correct", "wanted"), [(28, "a"), (30, "a"), (27, None)])
+def test_a_lower_accuracy_disqualifies(correct: int, wanted: str | None) -> None:
+    found = results(BASE, configuration("a", "A", 1.5, correct=correct))
+    assert advised(found).configuration == wanted
+    if wanted is None:
+        assert "Keep the baseline" in advised(found).text
+        assert "accuracy fell from 93.3 % (28/30) to 90 % (27/30)" in warnings(found)
+
+
+def test_the_next_best_takes_the_place_of_a_disqualified_one() -> None:
+    found = results(BASE, configuration("a", "A", 2.0, correct=10), configuration("b", "B", 1.2))
+    assert advised(found).configuration == "b"
+    assert "A is faster, 2.00×" in warnings(found)
+
+
+@pytest.mark.parametrize(("equal", "wanted"), [(60, "a"), (59, None), (None, None)])
+def test_ungraded_answers_must_equal_the_baselines(equal: int | None, wanted: str | None) -> None:
+    base = configuration("baseline", "No speculation", correct=None)
+    found = results(base, configuration("a", "A", 1.5, correct=None, equal=equal))
+    assert advised(found).configuration == wanted
+    if equal == 59:
+        assert "1 of 60 answers differ" in warnings(found)
+    if equal is None:
+        assert "nothing says whether its answers are still right" in warnings(found)
+
+
+def test_more_failures_than_the_baseline_disqualify() -> None:
+    found = results(BASE, configuration("a", "A", 1.5, errors=2))
+    assert advised(found).configuration is None
+    assert "2 requests failed, 0 of the baseline's" in warnings(found)
+
+
+def test_speculation_that_loses_is_to_be_switched_off() -> None:
+    text = advised(results(BASE, configuration("a", "A", 0.8), configuration("b", "B", 0.9))).text
+    assert text == "Speculation loses here: at best B 0.90× (0.85–0.95). Switch it off."
+
+
+def test_a_diffusion_axis_that_loses_keeps_the_baseline() -> None:
+    text = advised(results(BASE, configuration("a", "A", 0.8, axis="diffusion"))).text
+    assert text == "Every other configuration loses here: at best A 0.80× (0.75–0.85). Keep the baseline."
+
+
+def test_noise_is_no_verdict() -> None:
+    found = results(BASE, configuration("a", "A", 1.1, spread=0.3))
+    assert advised(found).configuration is None
+    assert advised(found).gain is None
+    assert advised(found).text.startswith("No verdict: the noise is wider than the difference; at best A 1.10×")
+
+
+def test_no_difference_is_no_gain() -> None:
+    text = advised(results(BASE, configuration("a", "A", 1.0, spread=0.01))).text
+    assert text == "Speculation gains nothing here: at best A 1.00× (0.99–1.01). Switch it off."
+
+
+def test_slower_ones_are_named_beside_the_winner() -> None:
+    assert "B is slower than the baseline: 0.70×" in warnings(
+        results(BASE, configuration("a", "A", 1.5), configuration("b", "B", 0.7))
+    )
+
+
+@pytest.mark.parametrize(
+    ("configurations", "said"),
+    [
+        ((BASE,), "No verdict: no configuration was compared"),
+        (
+            (BASE, ConfigurationResult(name="a", label="A", axis="custom", status="refused", message="what is that")),
+            "No verdict: the server refused every configuration but the baseline (what is that).",
+        ),
+        ((configuration("a", "A", 1.5),), "No verdict: there is no measured baseline"),
+    ],
+)
+def test_results_that_say_nothing_say_so(configurations: tuple[ConfigurationResult, ...], said: str) -> None:
+    assert advised(results(*configurations)).text.startswith(said)
+
+
+def test_prompt_types_are_judged_against_their_own_baseline() -> None:
+    # The whole is right as often as the baseline; one type is not.
+    wrong = figures(150, correct=20, gain=against(1.5), equal=60)
+    config = configuration("a", "A", 1.5)
+    config = config.model_copy(update={"prompt_types": config.prompt_types | {"code": wrong}})
+    found = results(BASE, config)
+    assert [j.why_not is None for j in judge(found, "code")] == [False]
+    assert [j.why_not is None for j in judge(found, "arithmetic")] == [True]
+    assert "Code generation under A: accuracy fell" in warnings(found)
+    assert next(r for r in recommend(found) if r.kind == "use_case").prompt_type != "code"
+
+
+def test_system_prompts() -> None:
+    def prompts(first: tuple[float, int], second: tuple[float, int]) -> Results:
+        made = results()
+        pair = (
+            made.system_prompts[i].model_copy(update={"figures": figures(tps, correct=correct)})
+            for i, (tps, correct) in enumerate((first, second))
+        )
+        return made.model_copy(update={"system_prompts": tuple(pair)})
+
+    def said(found: Results) -> str:
+        return "\n".join(r.text for r in recommend(found) if r.kind == "system_prompt")
+
+    assert "no verdict" in said(prompts((100, 28), (101, 28)))
+    assert "'concise' answers soonest" in said(prompts((100, 28), (200, 28)))
+    assert "most right answers: 'empty', 93.3 %" in said(prompts((100, 28), (200, 20)))
+    assert "'concise' costs accuracy: 33.3 % (10/30)" in warnings(prompts((100, 28), (200, 10)))
+
+
+def test_load_names_the_knee_and_the_goodput() -> None:
+    texts = [r.text for r in recommend(results()) if r.kind == "load"]
+    assert texts[0].startswith("Load: 4 in flight give 290 tok/s")  # 290 is over 90 % of 300
+    assert "at most 6.00 requests/s within e2el ≤ 1,000 ms, ttft ≤ 50.0 ms, at 8 in flight" in texts[1]
+
+
+def test_load_without_goodput_says_so() -> None:
+    point = load_point(1, 100)
+    speed = point.figures.speed.model_copy(update={"request_goodput": 0.0})
+    point = point.model_copy(update={"figures": point.figures.model_copy(update={"speed": speed})})
+    assert "Goodput: no load met e2el" in "\n".join(r.text for r in recommend(results(load=(point,))))
+
+
+def test_warnings_about_the_measuring_itself() -> None:
+    busy = Client(
+        chunks=1,
+        cpu_us_per_chunk=None,
+        cpu_share=0.99,
+        loop_lag_p50_ms=9,
+        loop_lag_p99_ms=90,
+        loop_lag_max_ms=200,
+        bounded=False,
+    )
+    target = Target(url="u", model="m", fields={"speculative_config": "ignored", "top_k": "ignored"})
+    said = warnings(results(client=busy, target=target, partial=True, partial_reason="the server died"))
+    assert "client was too busy" in said
+    assert "ignores 'speculative_config'" in said
+    assert "top_k" not in said, "no configuration asked for it"
+    assert "partial: the server died" in said
+    assert warnings(results(BASE)) == ""
