@@ -309,14 +309,14 @@ class Ending:
     fill: tuple[int, ...] = ()
 
 
-def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], firm: int) -> Ending:
+def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], firm: int) -> Ending | None:
     """Where the text stands after a commit. changed: what the commit writes, position -> id; firm: absolute position
     before which nothing is masked and nothing can change any more. Stopping early is lossless: what lies behind an
-    ending token or max_tokens is never shown."""
-    layout, tokens, end = state.layout, seq.tokens, state.end
-    visible = min(layout.stop, layout.start + seq.sampling.max_tokens)
-    if end is None and firm <= seq.stable and firm < visible:
-        return Ending(seq.stable, None, None)  # most steps: nothing became stable
+    ending token or max_tokens is never shown. None: nothing became stable and nothing ended, as at most steps."""
+    layout, end = state.layout, state.end
+    if end is None and firm <= seq.stable and firm < layout.stop and firm < layout.start + seq.sampling.max_tokens:
+        return None
+    tokens, visible = seq.tokens, min(layout.stop, layout.start + seq.sampling.max_tokens)
     fresh = range(max(seq.stable, layout.start), min(firm, visible))
     if end is None and fresh:
         stops = enders(seq.sampling.stop_token_ids, seq.sampling.ignore_eos, seq.model)

@@ -265,27 +265,30 @@ def settle(
     done = left == a.stop if d.closed is None else d.closed
     firm = left if not state.choice.revises else a.stop if done else a.start
     end = ending(seq, state, changed, firm)
+    # Arguments by position: by name they take half a microsecond more, of each sequence and step.
     after = CanvasState(
         state.choice,
         state.layout,
-        block=state.block + done,
-        step=state.step + 1,
-        block_step=0 if done else state.block_step + counts,
-        snapshot=state.snapshot if snapshot is None else snapshot,
-        end=end.end,
-        memory=None if done else d.memory if counts else state.memory,
-        open=d.open or None,
+        state.block + done,
+        state.step + 1,
+        0 if done else state.block_step + counts,
+        state.snapshot if snapshot is None else snapshot,
+        state.end if end is None else end.end,
+        None if done else d.memory if counts else state.memory,
+        d.open or None,
     )
+    if end is None:
+        return Commit(d.fixed, d.remask, kv_len, after, seq.stable, None, d.records, d.provisional, done)
     return Commit(
-        fixed={**d.fixed, **dict.fromkeys(end.fill, fill_id(seq.model))} if end.fill else d.fixed,
-        masked=d.remask,
-        kv_len=kv_len,
-        state=after,
-        stable=end.stable,
-        finish=end.finish,
-        logprobs=d.records,
-        provisional=_NOTHING if end.finish else d.provisional,
-        block_done=done,
+        {**d.fixed, **dict.fromkeys(end.fill, fill_id(seq.model))} if end.fill else d.fixed,
+        d.remask,
+        kv_len,
+        after,
+        end.stable,
+        end.finish,
+        d.records,
+        _NOTHING if end.finish else d.provisional,
+        done,
     )
 
 

@@ -128,8 +128,9 @@ def decide(rule: Rule, f: Field) -> Bools:
     """bool [S, M]: the masked positions to commit; at least one of a sequence that has a mask."""
     verdict = rule.decide(f)
     most = [o["max_parallel_tokens"] for o in f.options]
-    floor = np.ones_like(f.size) if rule.paced else _due(f)
-    if any(most) or floor.max(initial=0) > 1:
+    hurried = not rule.paced and bool((f.steps < f.size).any())  # else one a step is enough
+    if any(most) or hurried:
+        floor = _due(f) if hurried else np.ones_like(f.size)
         rank = _rank(verdict.score, f.masked)
         accept = verdict.accept | (rank < floor[:, None])
     else:  # the best of each alone: no order needed
@@ -193,18 +194,20 @@ def _gumbel(keys: NDArray[np.uint64]) -> Floats:
 def _schedule(f: Field) -> Verdict:
     """Fixed quota m // s + (i < m % s) per step, the best first (Nie et al., LLaDA, 2025): the floor of `decide` alone.
     The order is by confidence, uniform noise, -entropy or margin."""
+    orders = [options["remasking"] for options in f.options]
+    none = np.zeros_like(f.masked)
+    if orders.count("low_confidence") == len(orders):
+        return Verdict(none, f.confidence)
     score = f.confidence.copy()
-    for i, options in enumerate(f.options):
-        match options["remasking"]:
-            case "low_confidence":
-                continue
+    for i, order in enumerate(orders):
+        match order:
             case "random":
                 score[i] = uniform(f.keys[i])
             case "entropy":
                 score[i] = -f.entropy[i]
             case "margin":
                 score[i] = f.margin[i]
-    return Verdict(np.zeros_like(f.masked), score)
+    return Verdict(none, score)
 
 
 def _dream(f: Field) -> Verdict:
