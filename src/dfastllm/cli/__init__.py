@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dfastllm.cli.bench import bench
 from dfastllm.cli.chat import chat
 from dfastllm.cli.check import check
 from dfastllm.cli.doctor import doctor
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, serve, train, quantize, check, doctor):
+for _command in (generate, chat, serve, bench, train, quantize, check, doctor):
     app.command()(_command)
 
 

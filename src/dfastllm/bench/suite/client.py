@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal
 
 import httpx2
@@ -108,7 +107,7 @@ class Answer:
 
 
 class Client:
-    """Sends calls to one server. `base`: its root, without /v1. Use as `async with`.
+    """Sends calls to one server. `base`: its root, without /v1. Close it with `aclose`.
 
     timeout: seconds a request may take in all. Everything that is counted of the client's own cost is in `chunks`.
     """
@@ -135,14 +134,8 @@ class Client:
             trust_env=False,  # a proxy between client and server is not what is measured
         )
 
-    async def __aenter__(self) -> Client:
-        await self.http.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.http.__aexit__(kind, error, trace)
+    async def aclose(self) -> None:
+        await self.http.aclose()
 
     def body(self, call: Call) -> dict[str, Any]:
         """The request's JSON."""

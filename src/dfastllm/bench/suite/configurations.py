@@ -38,7 +38,8 @@ class Configuration:
 @dataclass(frozen=True)
 class Axes:
     """Which values to try. `ks` and `methods` are for autoregressive models, the others for diffusion, where every
-    cache meets the fixed schedule and every threshold, factor, number of steps and rule. Raises ValidationError."""
+    cache meets the fixed schedule and every threshold, factor, number of steps and rule. adaptive: dfastllm's draft
+    length follows acceptance (True), is k (False), or as the server does (None). Raises ValidationError."""
 
     ks: Sequence[int] = (3, 5, 7)
     methods: Sequence[str] = METHODS
@@ -47,6 +48,7 @@ class Axes:
     factors: Sequence[float] = ()
     steps: Sequence[int] = ()
     rules: Sequence[str] = ()
+    adaptive: bool | None = None
 
     def __post_init__(self) -> None:
         for k in self.ks:
@@ -91,6 +93,8 @@ def _speculation(axes: Axes) -> Iterable[Configuration]:
         if method == "suffix":
             # Every configuration answers the same questions: remembered answers would be the answers.
             config["suffix_decoding_max_cached_requests"] = 0
+        if axes.adaptive is not None:
+            config["adaptive"] = axes.adaptive
         yield Configuration(
             f"{method}-{k}", f"{method}, {k} tokens", "speculation", {"speculative_config": config}, method, k
         )

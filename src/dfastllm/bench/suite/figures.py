@@ -101,7 +101,8 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     p, z2 = correct / n, Z95 * Z95
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # at the ends the exact bound, which rounding would miss by a hair
+    return (max(0.0, middle - half) if correct else 0.0), (min(1.0, middle + half) if correct < n else 1.0)
 
 
 def figures(

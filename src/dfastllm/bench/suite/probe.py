@@ -146,7 +146,7 @@ async def connect(
             break
     assert answer is not None
     if not answer.ok:
-        await client.http.aclose()
+        await client.aclose()
         raise ValidationError(
             f"{status.url} does not answer a small request to {chosen!r}: {answer.error}: {answer.message}", param="url"
         )

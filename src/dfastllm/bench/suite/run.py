@@ -11,6 +11,7 @@ import datetime
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -100,8 +101,8 @@ class Suite:
                 self.partial = str(lost)
             except asyncio.CancelledError:  # ctrl-C: what is there is worth keeping
                 self.partial = "interrupted"
-            except DFastLLMError as error:
-                self.partial = str(error)
+            except Exception as error:  # ours or a fault: what is there is kept, and the error told
+                self.partial = str(error) if isinstance(error, DFastLLMError) else f"{type(error).__name__}: {error}"
                 self.save()
                 raise
         return self.save()
@@ -116,7 +117,7 @@ class Suite:
         client, target = await connect(status, plan.model, api_key=plan.api_key, timeout=plan.timeout)
         self.target = target.model_copy(update={"started_here": bool(plan.url is None and status.name == OURS)})
         record = stack.enter_context(Recorder(self.out / "requests.jsonl"))
-        async with client:
+        async with contextlib.aclosing(client):
             self.fields = Fields(client)
             await self._choose()
             for part, work in (("sweep", self._sweep), ("systems", self._systems), ("load", self._load)):
@@ -381,7 +382,7 @@ def accuracy_vs_parallelism(found: Sequence[ConfigurationResult]) -> AccuracyVsP
         edge.append((point.tokens_per_forward, best))
     edge = [(max(1.0, x), y) for x, y in reversed(edge)]
     edge.insert(0, (1.0, edge[0][1]))
-    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(edge, edge[1:], strict=False))
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(edge))
     width = edge[-1][0] - 1.0
     return AccuracyVsParallelism(points=tuple(known), area=area, mean_accuracy=area / width if width > 0 else None)
 

@@ -406,7 +406,7 @@ class Results(Part):
     """The file. started, finished: UTC, ISO 8601. partial: something that was asked for is missing; why is in
     partial_reason."""
 
-    schema_name: Literal["dfastllm-bench"] = Field(SCHEMA, alias="schema")
+    schema_name: Literal["dfastllm-bench"] = Field(default=SCHEMA, alias="schema")
     schema_version: Literal[1] = SCHEMA_VERSION
     started: str
     finished: str
