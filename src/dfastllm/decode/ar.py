@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfastllm.core import Commit, Draft, FinishReason, ModelInfo, Request, SequenceState, Span, TokenLogprob
+from dfastllm.decode.draft.history import History, after
 from dfastllm.decode.rows import Rows
 from dfastllm.decode.sampling import check_sampling
-from dfastllm.decode.verify import Cell, cells_of, choose, standing
+from dfastllm.decode.verify import Cell, cells_of, choose, rejects, standing
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
 __all__ = ["Autoregressive", "draft_room"]
@@ -146,10 +147,18 @@ def _commit(
     return Commit(
         fixed=fixed,
         kv_len=stop - 1 if draft else None,  # the last token's own K,V come with the next forward
-        state=seq.policy,
+        state=_history(seq, draft, accepted, stop) if draft else seq.policy,
         stable=stop,
         finish=finish,
         logprobs={n + j: r for j, r in enumerate(records[: len(fixed)]) if r} if records[0] else {},
         drafted=len(draft.tokens) if draft else 0,
         accepted=min(accepted, len(fixed)),
     )
+
+
+def _history(seq: SequenceState, draft: Draft, accepted: int, stop: int) -> History | None:
+    """State of a request whose draft lengths follow from what stood; None of others."""
+    asked = seq.request.speculative
+    if asked is None or not asked.adaptive or not rejects(seq):
+        return None
+    return after(seq.policy, asked.num_speculative_tokens, len(draft.tokens), accepted, stop)

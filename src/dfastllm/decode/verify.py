@@ -19,7 +19,7 @@ from dfastllm.core import Draft, SequenceState, TokenLogprob, value
 from dfastllm.decode.rows import DenseRows, Rows, token_logprob
 from dfastllm.decode.sampling import Draw, distribution, draw, edits, penalised, row_keys, take, uniform
 
-__all__ = ["DRAFT_SALT", "Cell", "cells_of", "choose", "draw_of", "rejects", "standing"]
+__all__ = ["DRAFT_SALT", "Cell", "cells_of", "choose", "draw_of", "edited", "odds", "rejects", "standing"]
 
 # Kinds of draws under rejection; 0 is the plain draw of a token. They must be independent of each other.
 DRAFT_SALT, ACCEPT_SALT, REST_SALT = 0xD4AF, 0xACCE, 0x4E57
@@ -93,11 +93,16 @@ def choose(cells: Sequence[Cell], rows: Rows) -> tuple[list[int], list[TokenLogp
 
 def _route(cell: Cell) -> str:
     """logits: the row is edited or drawn from; best: its best token is all; records: and the statistics of that."""
+    if edited(cell):
+        return "logits"
+    return "best" if cell.seq.sampling.logprobs is None else "records"
+
+
+def edited(cell: Cell) -> bool:
+    """Whether the token is another than the best one of the row as it is."""
     s = cell.seq.sampling
     early = s.min_tokens > 0 and cell.position < cell.seq.canvas_start + s.min_tokens
-    if s.temperature > 0 or early or edits(s):
-        return "logits"
-    return "best" if s.logprobs is None else "records"
+    return s.temperature > 0 or early or edits(s)
 
 
 def draw_of(cell: Cell, salt: int = 0) -> Draw:
@@ -120,6 +125,18 @@ def draw_of(cell: Cell, salt: int = 0) -> Draw:
     )
 
 
+def odds(p: Tensor, q: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule of rejection sampling: how likely a proposed token stands, float64 [rows], and the weights of what comes
+    in its place, float64 [rows, vocab], not normalised.
+
+    p, q: the target's and the draft's distribution, float64 [rows, vocab]; proposed int64 [rows], drawn from q. Then
+    q(x) min(1, p(x) / q(x)) plus the rest's share is p(x) for every token x."""
+    px, qx = (d.gather(1, proposed[:, None])[:, 0] for d in (p, q))
+    # a token that q gave too little for never loses: a rounded quotient must not reject it and leave nothing to draw
+    stands = torch.where(px >= qx, 1.0, px / qx)
+    return stands, (p - q).clamp_(min=0.0)
+
+
 def _judge(cells: Sequence[Cell], logits: Tensor, drawn: Tensor) -> Tensor:
     """`drawn` int64 [cells], where a draft is judged by rejection replaced by the draft's token or the draw from what
     is left. logits float32 [cells, vocab], unchanged."""
@@ -129,7 +146,7 @@ def _judge(cells: Sequence[Cell], logits: Tensor, drawn: Tensor) -> Tensor:
     some = [cells[i] for i in judged]
     where = torch.tensor(judged, device=logits.device)
     p = distribution(logits[where], [draw_of(cell) for cell in some])  # float64 [judged, vocab]
-    proposed = torch.tensor([cast(int, cell.proposed) for cell in some], device=logits.device)[:, None]
+    proposed = torch.tensor([cast(int, cell.proposed) for cell in some], device=logits.device)
     q = torch.zeros_like(p)
     for i, cell in enumerate(some):
         assert cell.draft is not None
@@ -137,11 +154,11 @@ def _judge(cells: Sequence[Cell], logits: Tensor, drawn: Tensor) -> Tensor:
             q[i, proposed[i]] = 1.0
         else:
             q[i] = cell.draft.probs[cell.ahead]
-    at, px, qx = [cell.position for cell in some], p.gather(1, proposed)[:, 0], q.gather(1, proposed)[:, 0]
-    seeds, steps = [cell.seq.seed for cell in some], [c.position - c.seq.canvas_start for c in some]
+    stands, weights = odds(p, q, proposed)
+    seeds, at = [cell.seq.seed for cell in some], [cell.position for cell in some]
+    steps = [cell.position - cell.seq.canvas_start for cell in some]
     luck = torch.from_numpy(uniform(row_keys(seeds, steps, at, ACCEPT_SALT))).to(p.device)
-    rest = take((p - q).clamp_(min=0.0), row_keys(seeds, steps, at, REST_SALT))
+    rest = take(weights, row_keys(seeds, steps, at, REST_SALT))
     out = drawn.clone()
-    # px >= qx first: a rounded u * q of a certain token must not reject it and leave nothing to draw from
-    out[where] = torch.where((px >= qx) | (luck * qx < px), proposed[:, 0], rest)
+    out[where] = torch.where(luck < stands, proposed, rest)
     return out

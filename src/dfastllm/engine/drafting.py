@@ -1,34 +1,58 @@
 """Drafting: the stage of a step that asks drafters what may follow, before the spans are planned.
 
-Which drafter serves a request is the request's choice (or the engine's default); how many tokens it may propose follows
-from what the request can still use. Drafts are written into `SequenceState.draft`; the policy verifies them.
+Which drafter serves a request is the request's choice (or the engine's default). How many tokens it may propose follows
+from what the request can still use and, unless it asks for a fixed length, from what pays (`pace`) or, where the length
+decides which tokens come, from its own history (`decode.draft.history`). Drafts are written into
+`SequenceState.draft`; the policy verifies them.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from dfastllm.core import ModelInfo, Request, SpeculativeParams
+from dfastllm.core import Commit, Draft, ModelInfo, Request, Span, SpeculativeParams
+from dfastllm.core.speculative import MOST_TOKENS
 from dfastllm.decode.ar import draft_room
-from dfastllm.decode.draft import Drafter, Ngram
+from dfastllm.decode.draft import Drafter, Ngram, Suffix
+from dfastllm.decode.draft.history import allowed
+from dfastllm.decode.verify import rejects
+from dfastllm.engine.pace import Pace
 from dfastllm.engine.sequence import Live
 from dfastllm.errors import UnsupportedError
 
 __all__ = ["Drafting"]
 
+log = logging.getLogger("dfastllm.engine")
+
+
+@dataclass(slots=True)
+class _Ask:
+    """A sequence whose next forward could use a draft. length: of the draft it gets; paced: that follows from times."""
+
+    live: Live
+    method: str
+    length: int
+    paced: bool
+
 
 class Drafting:
-    """The drafters of one engine, by method. `default` is for requests that name no method themselves."""
+    """The drafters of one engine, by method. `default` is for requests that name no method themselves.
+
+    suppressed: sequences that could have had a draft in the last step and got none because it would not have paid."""
 
     def __init__(
         self, model: ModelInfo, drafters: Mapping[str, Drafter], default: SpeculativeParams | None, limit: int
     ) -> None:
         self.model = model
-        self.drafters: dict[str, Drafter] = {"ngram": Ngram(), **drafters}
+        self.drafters: dict[str, Drafter] = {"ngram": Ngram(), "suffix": Suffix(), **drafters}
         self.limit = limit  # rows of one prefill chunk
         self.default = default
+        self.pace = Pace(MOST_TOKENS)
+        self.suppressed = 0
+        self._watching = False  # whether this step's cost is to be measured
 
     def resolve(self, request: Request) -> Request:
         """The request with the engine's default where it names no method. A canvas model has none."""
@@ -56,26 +80,97 @@ class Drafting:
             )
         drafter.check(request, self.model)
 
-    def draft(self, running: Iterable[Live]) -> float:
+    def draft(self, running: Sequence[Live]) -> float:
         """Ask for drafts of the sequences whose next forward can use one. Returns the seconds it took."""
+        self.suppressed, self._watching = 0, False
+        asks = [ask for live in running if (ask := self._ask(live)) is not None]
+        if not asks:
+            return 0.0
         began = time.monotonic()
-        groups: dict[str, list[tuple[Live, int]]] = {}
-        for live in running:
-            asked = live.state.request.speculative  # not `live.request`: a call per sequence and step
-            if asked is None or asked.method == "none":
-                continue
-            most = min(asked.num_speculative_tokens, draft_room(live.state, self.limit))
-            fresh = live.state.draft is not None and live.state.draft.length == len(live.state.tokens)
-            if most > 0 and not fresh:
-                groups.setdefault(asked.method, []).append((live, most))
+        lookups = [a for a in asks if not self.drafters[a.method].passes(1)]
+        self._propose(lookups)
+        self._pace(running, asks)
+        self._propose([a for a in asks if self.drafters[a.method].passes(1) and a.length])
+        return time.monotonic() - began
+
+    def _ask(self, live: Live) -> _Ask | None:
+        state = live.state
+        asked = state.request.speculative
+        if asked is None or asked.method == "none":
+            return None
+        if state.draft is not None and state.draft.length == len(state.tokens):
+            return None  # it was not scheduled: the draft is still good
+        state.draft = None
+        most = min(asked.num_speculative_tokens, draft_room(state, self.limit))
+        paced = asked.adaptive and not rejects(state)
+        if asked.adaptive and not paced:
+            most = allowed(state.policy, most, len(state.tokens))
+        return _Ask(live, asked.method, most, paced) if most > 0 else None
+
+    def _propose(self, asks: Iterable[_Ask]) -> None:
+        groups: dict[str, list[_Ask]] = {}
+        for ask in asks:
+            groups.setdefault(ask.method, []).append(ask)
         for method, members in groups.items():
-            drafts = self.drafters[method].propose([(live.state, most) for live, most in members])
-            for (live, _), draft in zip(members, drafts, strict=True):
-                live.state.draft = draft
-        return time.monotonic() - began if groups else 0.0
+            began = time.monotonic()
+            drafts = self._drafts(method, members)
+            passes = self.drafters[method].passes(max(a.length for a in members))
+            if passes and all(a.live.drafts for a in members):  # a first draft reads the whole prompt
+                self.pace.drafted(method, len(members), passes, time.monotonic() - began)
+            for ask, draft in zip(members, drafts, strict=True):
+                ask.live.state.draft = draft
+                ask.length = len(draft.tokens)
+
+    def _drafts(self, method: str, members: Sequence[_Ask]) -> Sequence[Draft]:
+        try:
+            return self.drafters[method].propose([(a.live.state, a.length) for a in members])
+        except Exception:  # a drafter may cost its requests speed, never their answers
+            log.exception("drafter %s failed; its requests go on without drafts in this step", method)
+            return [Draft((), len(a.live.state.tokens)) for a in members]
+
+    def _pace(self, running: Sequence[Live], asks: Sequence[_Ask]) -> None:
+        """Shorten the drafts, made or to be made, to what pays."""
+        self._watching = any(a.paced for a in asks)
+        paced = [a for a in asks if a.paced and a.length]
+        if not paced:
+            return
+        deciding = sum(len(live.state.tokens) - live.state.kv_len <= 1 for live in running)
+        fixed = sum(a.length for a in asks if not a.paced)
+        passes = {}
+        for method in {a.method for a in paced}:
+            drafter = self.drafters[method]
+            if drafter.passes(1):
+                most = max(a.length for a in paced if a.method == method)
+                passes[method] = [drafter.passes(n) if n else 0 for n in range(most + 1)]
+        wanted = [(a.live.request.request_id, a.method, a.length) for a in paced]
+        lengths = self.pace.lengths(wanted, max(1, deciding + fixed), max(1, deciding), passes)
+        for ask, length in zip(paced, lengths, strict=True):
+            self.suppressed += length == 0
+            state, ask.length = ask.live.state, length
+            if state.draft is not None and len(state.draft.tokens) > length:
+                state.draft = replace(state.draft, tokens=state.draft.tokens[:length]) if length else None
+
+    def observe(
+        self, chosen: Sequence[tuple[Live, Span]], commits: Sequence[Commit | Exception], seconds: float
+    ) -> None:
+        """What the step cost, drafting not counted, and what became of its drafts."""
+        if not self._watching:
+            return
+        rows, clean = 0, bool(chosen)
+        for (live, span), commit in zip(chosen, commits, strict=True):
+            rows += span.rows
+            clean &= span.rows == span.wanted  # a step that reads prompts says nothing about others
+            asked = live.state.request.speculative
+            if asked is None or not isinstance(commit, Commit) or not commit.drafted or commit.finish is not None:
+                continue
+            if asked.adaptive and not rejects(live.state):
+                self.pace.judged(live.request.request_id, asked.method, commit.drafted, commit.accepted)
+        if clean:
+            self.pace.step.add(rows, seconds)
 
     def release(self, live: Live) -> None:
         """The request left the engine."""
         asked = live.request.speculative
         if asked is not None and asked.method in self.drafters:
             self.drafters[asked.method].release(live.state)
+            self.pace.release(live.request.request_id)

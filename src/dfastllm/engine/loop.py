@@ -242,6 +242,7 @@ class Engine:
             for live, span in chosen:
                 self.prefix.record(live, span)
         events = self._emit(chosen, commits, canvases)
+        self.drafting.observe(chosen, commits, time.monotonic() - began - draft_seconds)
         self.steps += 1
         preempted = self.scheduler.preempted - preempted
         self._report(began, seconds, draft_seconds, chosen, commits, events, preempted)
@@ -353,6 +354,7 @@ class Engine:
             run_seconds=run_seconds,
             draft_seconds=draft_seconds,
             drafts=tuple([(c.drafted, c.accepted) for c in commits if isinstance(c, Commit) and c.drafted]),
+            suppressed=self.drafting.suppressed,
             prefix_queries=queries,
             prefix_hits=hits,
             finished=tuple([e.finish for e in events if e.finish is not None]),

@@ -6,5 +6,6 @@ a draft stands is decided by `decode.verify`, so a drafter can be wrong but neve
 
 from dfastllm.decode.draft.ngram import Ngram
 from dfastllm.decode.draft.protocol import Drafter
+from dfastllm.decode.draft.suffix import Suffix
 
-__all__ = ["Drafter", "Ngram"]
+__all__ = ["Drafter", "Ngram", "Suffix"]

@@ -17,6 +17,9 @@ class Ngram:
     def check(self, request: Request, model: ModelInfo) -> None:
         return None
 
+    def passes(self, most: int) -> int:
+        return 0
+
     def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> list[Draft]:
         drafts = []
         for seq, most in wanted:

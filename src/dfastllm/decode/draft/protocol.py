@@ -21,6 +21,10 @@ class Drafter(Protocol):
         """Raise ValidationError or UnsupportedError (naming the field) if it cannot draft for this request."""
         ...
 
+    def passes(self, most: int) -> int:
+        """Forwards of a model that drafts of `most` tokens take together; 0: a lookup, which costs next to nothing."""
+        ...
+
     def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> list[Draft]:
         """One draft per (sequence, most tokens >= 1), in order; an empty one where there is nothing to propose."""
         ...

@@ -1,0 +1,209 @@
+"""How many tokens to draft: as many as make a step give the most tokens per second, which may be none.
+
+Measured and compared: what a step costs by its rows, what a drafter costs by its sequences, how often draft tokens
+stand, by position, for the request and for the method. A draft token is one row more; it is worth the chance that it
+and all before it stand. So the best step of so many draft rows takes the most likely ones of all sequences, and the
+best of all steps is found by trying every number of rows.
+
+What was measured fades while it is not measured again: chances towards a hopeful guess, costs downwards. So what was
+switched off is tried again now and then, and recovers when it pays.
+
+Lengths found here follow from times, so they are for coupled acceptance only, where a draft changes no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfastllm.core import value
+
+__all__ = ["Candidate", "Chances", "CostTable", "Pace", "best_lengths"]
+
+Floats = NDArray[np.float64]
+
+HOPE = 0.6  # chance of a draft token believed before anything was measured, with the weight of so many tries:
+HOPE_WEIGHT = 3.0
+KEEP_REQUEST, KEEP_METHOD = 0.95, 0.99  # weight of the past at each draft
+FADE_REQUEST, FADE_METHOD, FADE_COST = 0.97, 0.995, 0.998  # at each step without one
+PLAIN_EVERY = 128  # steps with drafts before one without, to measure that again
+
+
+class CostTable:
+    """Seconds by number of rows, measured; between the measured numbers on straight lines, never falling. Noise only
+    adds, so a lower figure counts more than a higher one, and one very much higher is cut."""
+
+    def __init__(self) -> None:
+        self._rows: Floats = np.empty(0)
+        self._seconds: Floats = np.empty(0)
+
+    def __bool__(self) -> bool:
+        return len(self._rows) > 0
+
+    def add(self, rows: int, seconds: float) -> None:
+        key = float(rows if rows < 16 else rows >> (rows.bit_length() - 4) << (rows.bit_length() - 4))
+        at = int(np.searchsorted(self._rows, key))
+        if at == len(self._rows) or self._rows[at] != key:
+            self._rows = np.insert(self._rows, at, key)
+            self._seconds = np.insert(self._seconds, at, seconds)
+            return
+        old = self._seconds[at]
+        self._seconds[at] += (0.5 if seconds < old else 0.125) * (min(seconds, 4 * old) - old)
+
+    def seconds(self, rows: NDArray[np.int64]) -> Floats:
+        """float64, the shape of rows. Beyond the highest number measured: no more than that; below the lowest: in
+        proportion. Both are hopeful, so that what was never measured is tried. Nothing measured: 0."""
+        if not self:
+            return np.zeros(rows.shape)
+        known = np.maximum.accumulate(self._seconds)
+        out: Floats = np.interp(rows, self._rows, known)
+        return np.where(rows < self._rows[0], known[0] * rows / self._rows[0], out)
+
+    def fade(self, above: int = 0) -> None:
+        """Believe a little less of what numbers of rows above `above` cost."""
+        self._seconds[self._rows > above] *= FADE_COST
+
+
+class Chances:
+    """How often draft tokens stand, by position, given that those before them stood. [most tokens]"""
+
+    def __init__(self, most: int) -> None:
+        self.tried = np.zeros(most)
+        self.stood = np.zeros(most)
+
+    def add(self, drafted: int, accepted: int, keep: float) -> None:
+        self.fade(keep)
+        reached = min(drafted, accepted + 1, len(self.tried))
+        self.tried[:reached] += 1
+        self.stood[:accepted] += 1
+
+    def fade(self, keep: float) -> None:
+        self.tried *= keep
+        self.stood *= keep
+
+    def given(self, prior: Floats | float, weight: float) -> Floats:
+        """float64 [most]: the estimate, with a prior that counts as so many tries."""
+        out: Floats = (self.stood + weight * prior) / (self.tried + weight)
+        return out
+
+
+@value(frozen=True, slots=True)
+class Candidate:
+    """A sequence that could have a draft. most: tokens, at most. worth: float64 [>= most], falling: the chance that
+    the first j + 1 tokens stand. method: whose drafting costs count."""
+
+    method: str
+    most: int
+    worth: Floats
+
+
+def best_lengths(
+    candidates: Sequence[Candidate], tokens: float, seconds: Floats, drafting: Mapping[str, Floats]
+) -> list[int]:
+    """Draft lengths that maximise (tokens + expected accepted) / seconds of the step.
+
+    tokens: what the step gives without drafts. seconds [1 + sum of most]: of the step by draft rows. drafting: method
+    -> [1 + most] seconds by its longest draft; methods that are not named cost nothing. Exact for one method that
+    costs; of several each is chosen in turn.
+    """
+    caps = dict.fromkeys(drafting, 0)
+    best, rate = _under(caps, candidates, tokens, seconds, drafting)
+    for method in drafting:
+        for cap in range(1, len(drafting[method])):
+            lengths, got = _under({**caps, method: cap}, candidates, tokens, seconds, drafting)
+            if got > rate:
+                best, rate = lengths, got
+        mine = [n for n, c in zip(best, candidates, strict=True) if c.method == method]
+        caps[method] = max(mine, default=0)
+    return best
+
+
+def _under(
+    caps: Mapping[str, int],
+    candidates: Sequence[Candidate],
+    tokens: float,
+    seconds: Floats,
+    drafting: Mapping[str, Floats],
+) -> tuple[list[int], float]:
+    """The best lengths when no draft of a method is longer than its cap, which is paid for; and their rate."""
+    allowed = [min(c.most, caps.get(c.method, c.most)) for c in candidates]
+    worth = np.concatenate([c.worth[:n] for c, n in zip(candidates, allowed, strict=True)])
+    owner = np.repeat(np.arange(len(candidates)), allowed)
+    order = np.argsort(-worth, kind="stable")  # of equal ones of a sequence the earlier token first
+    gain = np.concatenate([[0.0], np.cumsum(worth[order])])
+    paid = sum(drafting[method][cap] for method, cap in caps.items())
+    rates = (tokens + gain) / np.maximum(seconds[: len(gain)] + paid, 1e-12)
+    rows = int(np.argmax(rates))
+    lengths = np.bincount(owner[order[:rows]], minlength=len(candidates))
+    return lengths.tolist(), float(rates[rows])
+
+
+class Pace:
+    """What one engine has measured. most: tokens of the longest draft there can be."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.step = CostTable()
+        self.drafting: dict[str, CostTable] = {}  # seconds of one forward by sequences
+        self._methods: dict[str, Chances] = {}
+        self._requests: dict[str, Chances] = {}
+        self._since_plain = 0
+
+    def lengths(
+        self, asks: Sequence[tuple[str, str, int]], rows: int, tokens: int, passes: Mapping[str, Sequence[int]]
+    ) -> list[int]:
+        """Draft lengths of this step. asks: (request id, method, most tokens). rows, tokens: of the step without these
+        drafts. passes: method -> [1 + most] forwards of its model by the longest draft; lookups are not named."""
+        priors = {method: self._method(method).given(HOPE, HOPE_WEIGHT) for _, method, _ in asks}
+        candidates = []
+        for request, method, most in asks:
+            own = self._requests.get(request)
+            chances = priors[method] if own is None else own.given(priors[method], HOPE_WEIGHT)
+            worth: Floats = np.cumprod(chances[:most], dtype=np.float64)
+            candidates.append(Candidate(method, most, worth))
+        self._since_plain += 1
+        if self._since_plain > PLAIN_EVERY:
+            found = [0] * len(asks)
+        else:
+            total = sum(most for _, _, most in asks)
+            drafting = {}
+            for method, counts in passes.items():
+                members = sum(m == method for _, m, _ in asks)
+                each = self._cost(method).seconds(np.array([members]))[0]
+                drafting[method] = each * np.asarray(counts, dtype=np.float64)
+            found = best_lengths(candidates, tokens, self.step.seconds(rows + np.arange(total + 1)), drafting)
+        self._fade(asks, found, rows)
+        return found
+
+    def _fade(self, asks: Sequence[tuple[str, str, int]], found: Sequence[int], rows: int) -> None:
+        """What is not tried in this step is believed a little less."""
+        busy = {method for (_, method, _), n in zip(asks, found, strict=True) if n}
+        for (request, _, _), n in zip(asks, found, strict=True):
+            if not n and request in self._requests:
+                self._requests[request].fade(FADE_REQUEST)
+        for method in {method for _, method, _ in asks} - busy:
+            self._method(method).fade(FADE_METHOD)
+            self._cost(method).fade()
+        if not busy:
+            self.step.fade(rows)
+            self._since_plain = 0
+
+    def drafted(self, method: str, sequences: int, passes: int, seconds: float) -> None:
+        """What drafting took."""
+        self._cost(method).add(sequences, seconds / max(1, passes))
+
+    def judged(self, request: str, method: str, drafted: int, accepted: int) -> None:
+        """What became of a draft."""
+        self._requests.setdefault(request, Chances(self.most)).add(drafted, accepted, KEEP_REQUEST)
+        self._method(method).add(drafted, accepted, KEEP_METHOD)
+
+    def release(self, request: str) -> None:
+        self._requests.pop(request, None)
+
+    def _method(self, method: str) -> Chances:
+        return self._methods.setdefault(method, Chances(self.most))
+
+    def _cost(self, method: str) -> CostTable:
+        return self.drafting.setdefault(method, CostTable())
