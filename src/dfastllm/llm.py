@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dfastllm import assemble
-from dfastllm.assemble import Backend, is_gguf
+from dfastllm.assemble import Backend, Loaded, is_gguf
 from dfastllm.core import (
     DecodeParams,
     FinishReason,
@@ -36,6 +36,8 @@ from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import policy_for
 from dfastllm.decode.scorer import ModelScorer
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
+from dfastllm.engine.draft_canvas import DraftCanvas
+from dfastllm.engine.draft_model import DraftModel, check_vocabulary
 from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.models import load
 from dfastllm.settings import Settings
@@ -138,7 +140,7 @@ def load_engine(
         dtype=KV_DTYPES[kv_cache_dtype],
         device=device,
         choose=choose,
-        drafters=_drafters(configs, built.info, tokenizer, device, config),
+        drafters=_drafters(configs, loaded, device, config or EngineConfig()),
         speculative=configs[0].params if configs else None,
     )
 
@@ -153,17 +155,22 @@ def _speculation(given: Speculation) -> tuple[SpeculativeConfig, ...]:
 
 
 def _drafters(
-    configs: Sequence[SpeculativeConfig],
-    info: ModelInfo,
-    tokenizer: Tokenizer,
-    device: str,
-    config: EngineConfig | None,
+    configs: Sequence[SpeculativeConfig], target: Loaded, device: str, config: EngineConfig
 ) -> dict[str, Drafter]:
-    """The drafters that need a model, by method."""
+    """The drafters that need a model, by method. Raises UnsupportedError for a model that does not fit the target, and
+    what loading raises."""
+    drafters: dict[str, Drafter] = {}
     for each in configs:
-        if each.model is not None:
-            raise UnsupportedError(f"method {each.params.method} is not offered yet.", param="speculative_config")
-    return {}
+        if each.model is None:
+            continue
+        method = each.params.method
+        if method in drafters:
+            raise ValidationError(f"speculative_config names two models for {method}.", param="speculative_config")
+        loaded = assemble.load(resolve(each.model), device=device)
+        check_vocabulary(target.model.info, target.tokenizer, loaded.model.info, loaded.tokenizer)
+        kind = DraftModel if method == "draft_model" else DraftCanvas
+        drafters[method] = kind(loaded.model, config, device=device)
+    return drafters
 
 
 def _scorer(draft: str | Path, info: ModelInfo, device: str, dtype: str | torch.dtype | None) -> ModelScorer:

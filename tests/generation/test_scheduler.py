@@ -28,7 +28,7 @@ from dfastllm import (
     ValidationError,
     create_scheduler,
 )
-from dfastllm.core import StepStats
+from dfastllm.core import DecodeParams, SamplingParams, StepStats
 from dfastllm.text import Tokenizer
 from tests.generation.conftest import Writer
 
@@ -264,11 +264,34 @@ def test_scheduler_config_is_validated(field: str, value: Any) -> None:
     assert caught.value.param == field
 
 
-@pytest.mark.parametrize("fields", [{"enable_speculative": True}, {"speculative_depth": 4}])
-def test_speculation_is_refused_and_not_ignored(fields: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match="not offered yet") as caught:
+@pytest.mark.parametrize("fields", [{"speculative_depth": 4}, {"enable_speculative": True, "speculative_depth": 0}])
+def test_a_bad_depth_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
         SchedulerConfig(**fields)
-    assert caught.value.hint
+    assert caught.value.param == "speculative_depth"
+
+
+@pytest.mark.parametrize("model", ["demo-ar", "demo-diffusion"])
+def test_speculation_changes_no_token_and_saves_forwards(model: str) -> None:
+    def answer(config: SchedulerConfig) -> tuple[tuple[int, ...], int, int]:
+        with Scheduler(config, model) as scheduler:
+            text = "one two three one two three one two three one two"
+            request = Request(prompt_tokens=text, max_tokens=32, sampling=SamplingParams(ignore_eos=True))
+            done = scheduler.submit(request).result(60)
+            return done.token_ids, done.usage.forwards, done.usage.drafts
+
+    plain, fast = answer(SchedulerConfig()), answer(SchedulerConfig(enable_speculative=True, speculative_depth=3))
+    assert fast[0] == plain[0]
+    assert fast[1] < plain[1]
+    assert fast[2] > plain[2] == 0
+
+
+def test_a_request_that_cannot_draft_is_refused() -> None:
+    with (
+        Scheduler(SchedulerConfig(enable_speculative=True), "demo-diffusion") as scheduler,
+        pytest.raises(UnsupportedError, match="draft_steps"),
+    ):
+        scheduler.submit(Request(prompt_tokens="one", decode=DecodeParams(cache="dual")))
 
 
 def test_stats() -> None:

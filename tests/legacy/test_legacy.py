@@ -18,7 +18,6 @@ from dfastllm import (
     Scheduler,
     SchedulerConfig,
     SchedulerStats,
-    UnsupportedError,
     legacy,
 )
 from dfastllm.text import Tokenizer
@@ -128,8 +127,12 @@ def test_batch_stats_and_batcher_config() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "Enhanced"])
-def test_speculative_names_say_that_it_is_not_offered(prefix: str) -> None:
+def test_speculative_names_speculate(prefix: str) -> None:
     module = "enhanced_speculative" if prefix else "speculative"
-    for name in (f"{prefix}SpeculativeConfig", f"{prefix}SpeculativeDecoder"):
-        with pytest.warns(DeprecationWarning, match=name), pytest.raises(UnsupportedError, match="not offered yet"):
-            load(module, name)()
+    with pytest.warns(DeprecationWarning, match=f"{prefix}SpeculativeConfig"):
+        config = load(module, f"{prefix}SpeculativeConfig")(speculative_depth=2)
+    with pytest.warns(DeprecationWarning, match=f"{prefix}SpeculativeDecoder"):
+        decoder = load(module, f"{prefix}SpeculativeDecoder")(config, "demo-ar")
+    assert decoder.config.speculative("ar").num_speculative_tokens == 2
+    with pytest.warns(DeprecationWarning, match=f"{prefix}SpeculativeDecoder"):
+        assert load(module, f"{prefix}SpeculativeDecoder")(None, "demo-ar").config.enable_speculative

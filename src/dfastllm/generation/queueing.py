@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dfastllm import core
-from dfastllm.core import DecodeParams, SamplingParams
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.core import DecodeParams, Kind, SamplingParams, SpeculativeParams
+from dfastllm.errors import ValidationError
 
 __all__ = ["Request", "RequestState", "SchedulerConfig", "SchedulerStats"]
+
+DEPTH = 5
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class SchedulerConfig:
                           are pending; 0: at once (the engine lets requests join between any two steps).
     scheduling_policy     priority: the lower value first, and waiting raises a request, so that none starves;
                           fcfs: in the order of submission.
-    enable_speculative    not offered yet: UnsupportedError. speculative_depth belongs to it.
+    enable_speculative    lossless drafts: an autoregressive model verifies what a suffix tree proposes, a canvas model
+                          runs guessed next steps of its schedule beside each step (option draft_steps; a request whose
+                          decode options rule that out is refused). The tokens are those without.
+    speculative_depth     most tokens, or steps, drafted at once; None: 5. Only with enable_speculative.
     """
 
     max_batch_size: int = 32
@@ -56,12 +61,27 @@ class SchedulerConfig:
                 f"scheduling_policy must be priority or fcfs, got {self.scheduling_policy!r}.",
                 param="scheduling_policy",
             )
-        if self.enable_speculative or self.speculative_depth is not None:
-            raise UnsupportedError(
-                "speculative decoding is not offered yet.",
-                param="enable_speculative" if self.enable_speculative else "speculative_depth",
-                hint="Leave it out: a diffusion model decodes many tokens a forward with mode TURBO.",
+        if self.speculative_depth is not None and not self.enable_speculative:
+            raise ValidationError("speculative_depth needs enable_speculative.", param="speculative_depth")
+        depth = self.speculative_depth
+        if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= 64):
+            raise ValidationError(
+                f"speculative_depth must be a whole number in [1, 64], got {depth!r}.", param="speculative_depth"
             )
+
+    def speculative(self, kind: Kind) -> SpeculativeParams | None:
+        """How requests on an autoregressive model draft; None: not at all."""
+        if not self.enable_speculative or kind != "ar":
+            return None
+        return SpeculativeParams("suffix", num_speculative_tokens=self.speculative_depth or DEPTH)
+
+    def drafting(self, decode: DecodeParams | None, kind: Kind) -> DecodeParams | None:
+        """A canvas model's decoder options with drafts, where they are wanted and not asked for already."""
+        if not self.enable_speculative or kind == "ar":
+            return decode
+        decode = decode or DecodeParams()
+        options = {"draft_steps": self.speculative_depth or DEPTH, **decode.options}
+        return dataclasses.replace(decode, options=options)
 
 
 class RequestState(StrEnum):
@@ -118,8 +138,10 @@ class Request:
             self.sampling or SamplingParams(), max_tokens=self.max_tokens, temperature=self.temperature
         )
 
-    def for_engine(self, priority: int, decode: DecodeParams | None) -> core.Request:
-        """The engine's form of it. Raises ValidationError for what no engine takes."""
+    def for_engine(
+        self, priority: int, decode: DecodeParams | None, speculative: SpeculativeParams | None
+    ) -> core.Request:
+        """The engine's form of it, decoded by `decode`. Raises ValidationError for what no engine takes."""
         ids = self.prompt_tokens
         if isinstance(ids, str):
             raise ValidationError("the prompt is still text.", param="prompt_tokens", hint="Encode it first.")
@@ -127,10 +149,11 @@ class Request:
             self.request_id,
             tuple(ids),
             self.params(),
-            self.decode or decode,
+            decode,
             priority=priority,
             arrival=self.arrival_time,
             timeout=self.timeout,
+            speculative=speculative,
         )
 
 

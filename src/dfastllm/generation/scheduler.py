@@ -137,7 +137,10 @@ class Scheduler:
         if isinstance(request.prompt_tokens, str):
             request.prompt_tokens = self._encode(request.prompt_tokens)
         by_priority = self.config.scheduling_policy == "priority"
-        job = _Job(request, request.for_engine(request.priority if by_priority else 0, self.decode))
+        kind = self.engine.info.kind
+        decode = self.config.drafting(request.decode or self.decode, kind)
+        priority = request.priority if by_priority else 0
+        job = _Job(request, request.for_engine(priority, decode, self.config.speculative(kind)))
         self.engine.check(job.asked)
         with self._lock:
             if request.request_id in self._live:

@@ -1,5 +1,4 @@
-"""Deprecated: use dfastllm.Scheduler with SchedulerConfig(enable_speculative=True), which says so while speculative
-decoding is not offered."""
+"""Deprecated: use dfastllm.Scheduler with SchedulerConfig(enable_speculative=True)."""
 
 from __future__ import annotations
 
