@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,53 +67,56 @@ class PackedRows:
 def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
     """Pack spans, at least one. The tables must already hold the pages that `span.stored` needs. The pass is padded to
     `min_rows` rows, and so are the wanted rows if there are any (with the first one)."""
-    if any(span.branches for span, _, _ in items):
+    if [1 for span, _, _ in items if span.branches]:
         items = [part for item in items for part in _unfolded(item)]
     size = items[0][1].pool.page_size
-    start, counts, cached, own0, offset, block = _facts(items)
-    row1 = np.cumsum(counts)
-    row0, total = row1 - counts, int(row1[-1])
-    owner = np.repeat(np.arange(len(items)), counts)
-    within = np.arange(total) - row0[owner]
+    f = _flatten(items, size)
+    total = len(f.tokens)
     padded = max(total, min_rows)
-    positions, limits = np.zeros((2, padded), dtype=np.int64)
-    positions[:total] = start[owner] + within
-    shadowed = [i for i, (span, _, _) in enumerate(items) if span.shadows]
-    tokens = [span.ids for span, _, _ in items]
-    for i in shadowed:
-        span = items[i][0]
-        places, extra = zip(*span.shadows, strict=True)
-        tokens[i] = span.ids + extra
-        positions[row1[i] - len(places) : row1[i]] = places
-    ids = int64s(tokens, padded - total)
+    table = int64s([f.facts]).reshape(-1, 9)
+    spans = np.ascontiguousarray(table[:, :5])
+    counts = spans[:, 1] - spans[:, 0]
+    positions = np.arange(total) + table[:, 5].repeat(counts)
+    for i in f.shadowed:
+        shadows = items[i][0].shadows
+        positions[spans[i, 1] - len(shadows) : spans[i, 1]] = [p for p, _ in shadows]
+    pages = int64s([f.pages])
 
-    held = -(-cached // size)
-    page0 = np.cumsum(held) - held
-    pages = int64s([table.pages[:n] for (_, table, _), n in zip(items, held.tolist(), strict=True)])
-    slots = np.full(padded, -1, dtype=np.int64)
-    written = np.flatnonzero(within < own0[owner])
-    at = positions[written]
-    page = at // size
-    slots[written] = (pages[page0[owner[written]] + page] - page) * size + at
+    limits = table[:, 6].repeat(counts)
+    if f.partial:
+        reach = table[:, 7].repeat(counts)
+        limits = np.minimum((positions // reach + 1) * reach - table[:, 8].repeat(counts), limits)
+    masks = {i: visibility(items[i][0], int(spans[i, 2])) for i in f.shadowed}
 
-    keys = cached + counts - own0
-    limits[:total] = keys[owner]
-    if (block != _ALL).any():
-        reach = block[owner]
-        seen = (positions[:total] // reach + 1) * reach - offset[owner]
-        limits[:total] = np.minimum(seen, limits[:total])
-    masks = {i: visibility(items[i][0], int(cached[i])) for i in shadowed}
-
-    asked = [len(span.want) for span, _, _ in items]
-    wanted = sum(asked)
-    want = int64s([span.want for span, _, _ in items])
-    want += np.repeat(row0, asked)
+    wanted = len(f.want)
+    want = int64s([f.want])
+    want += spans[:, 0].repeat(f.asked)
     if 0 < wanted < min_rows:
         want = np.concatenate([want, np.full(min_rows - wanted, want[0])])
-    spans = np.empty((len(items), 5), dtype=np.int64)
-    for column, values in enumerate((row0, row1, cached, own0, page0)):
-        spans[:, column] = values
+    slots = _slots(spans, counts, positions, pages, size, f.stored)
+    ids = int64s([f.tokens], padded - total)
+    if padded > total:
+        more = padded - total
+        positions, limits, slots = np.pad(positions, (0, more)), np.pad(limits, (0, more)), np.pad(slots, (0, more))
+        slots[total:] = -1
     return PackedRows(ids, positions, slots, limits, want, wanted, spans, pages, size, masks)
+
+
+def _slots(spans: Ints, counts: Ints, positions: Ints, pages: Ints, size: int, stored: int) -> Ints:
+    """int64 [rows]: where K,V of each row go, -1: nowhere. stored: rows that are stored."""
+    if not stored:
+        return np.full(len(positions), -1, dtype=np.int64)
+    page = positions // size
+    first = spans[:, 4].repeat(counts)
+    if stored == len(positions):
+        slots: Ints = (pages[first + page] - page) * size + positions
+        return slots
+    own0 = spans[:, 0] + spans[:, 3]
+    written = np.flatnonzero(np.arange(len(positions)) < own0.repeat(counts))
+    slots = np.full(len(positions), -1, dtype=np.int64)
+    page = page[written]
+    slots[written] = (pages[first[written] + page] - page) * size + positions[written]
+    return slots
 
 
 def _unfolded(item: tuple[Span, PageTable, int]) -> Items:
@@ -127,23 +131,64 @@ def _unfolded(item: tuple[Span, PageTable, int]) -> Items:
 _ALL = 1 << 40  # a block that holds every position
 
 
-def _facts(items: Items) -> Ints:
-    """int64 [6, spans]: start, rows, cached, own0, the position of key 0, and the block within which rows see what
-    comes after them: 1 when causal, everything when full."""
-    flat: list[int] = []
-    for span, _, kv_len in items:
-        start, n, store, attend = span.start, len(span.ids), span.store, span.attend
-        block = 1 if attend == "causal" else _ALL if attend == "full" else span.block
-        rows = n + len(span.shadows)
+@dataclass(slots=True)
+class _Flat:
+    """What spans say, as lists, end to end.
+
+    facts   nine numbers a span: the five of `PackedRows.spans`; the position of row 0 of the step, were its rows to
+            begin there; its keys; the block within which rows see what comes after them (1 when causal, all when
+            full); the position of key 0.
+    tokens, pages, want  of all spans; want: relative to the span. asked: rows wanted of each. stored: rows that are
+    stored. shadowed: the spans with shadows. partial: some rows do not see all keys of their span.
+    """
+
+    facts: list[int]
+    tokens: list[int]
+    pages: list[int]
+    want: list[int]
+    asked: list[int]
+    shadowed: list[int]
+    stored: int
+    partial: bool
+
+
+def _flatten(items: Items, size: int) -> _Flat:
+    facts: list[int] = []
+    tokens: list[int] = []
+    pages: list[int] = []
+    want: list[int] = []
+    asked: list[int] = []
+    shadowed: list[int] = []
+    stored, partial, row1, page0 = 0, False, 0, 0
+    for span, table, kv_len in items:
+        start, ids, store, attend = span.start, span.ids, span.store, span.attend
+        n = rows = len(ids)
+        tokens += ids
+        if span.shadows:
+            shadowed.append(len(asked))
+            tokens += [token for _, token in span.shadows]
+            rows += len(span.shadows)
+        row0, row1 = row1, row1 + rows
+        block = _ALL
+        if attend != "full":
+            block, partial = 1 if attend == "causal" else span.block, True
+        cached, own0, offset = 0, 0, 0
         if store == "keep":
-            flat += (start, rows, start + n, n, 0, block)
+            cached, own0 = start + n, n
         elif store == "replace":
-            flat += (start, rows, kv_len, n, 0, block)
+            cached, own0 = kv_len, n
         elif store == "scratch":
-            flat += (start, rows, start, 0, 0, block)
+            cached = start
         else:
-            flat += (start, rows, 0, 0, start, block)
-    return np.array(flat, dtype=np.int64).reshape(-1, 6).T
+            offset = start
+        stored += own0
+        facts += (row0, row1, cached, own0, page0, start - row0, cached + rows - own0, block, offset)
+        if cached:
+            pages += table.pages[: -(-cached // size)]
+            page0 = len(pages)
+        want += span.want
+        asked.append(len(span.want))
+    return _Flat(facts, tokens, pages, want, asked, shadowed, stored, partial)
 
 
 def visibility(span: Span, cached: int) -> NDArray[np.bool_]:
