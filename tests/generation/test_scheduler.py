@@ -28,7 +28,7 @@ from dfastllm import (
     ValidationError,
     create_scheduler,
 )
-from dfastllm.core import DecodeParams, SamplingParams, StepStats
+from dfastllm.core import DecodeParams, StepStats
 from dfastllm.text import Tokenizer
 from tests.generation.conftest import Writer
 
