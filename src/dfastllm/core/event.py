@@ -89,7 +89,7 @@ class StepEvent:
     finish: Finish | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class StepStats:
     """Counters of one engine step, for subscribers (metrics, bench). Times in seconds."""
 

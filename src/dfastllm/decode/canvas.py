@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, SequenceState, value
-from dfastllm.decode.ar import check_prompt, enders
+from dfastllm.decode.ar import check_prompt
 from dfastllm.decode.sampling import check_sampling, edits
 from dfastllm.decode.unmask import RULES, Option, Rule
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
@@ -319,8 +319,12 @@ def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], f
     tokens, visible = seq.tokens, min(layout.stop, layout.start + seq.sampling.max_tokens)
     fresh = range(max(seq.stable, layout.start), min(firm, visible))
     if end is None and fresh:
-        stops = enders(seq.sampling.stop_token_ids, seq.sampling.ignore_eos, seq.model)
-        end = next((p + 1 for p in fresh if changed.get(p, tokens[p]) in stops), None)
+        stops, eos = seq.sampling.stop_token_ids, () if seq.sampling.ignore_eos else seq.model.eos_ids
+        for p in fresh:
+            token = changed.get(p, tokens[p])
+            if token in eos or token in stops:
+                end = p + 1
+                break
     stable = max(seq.stable, min(firm, visible if end is None else end))
     if firm < layout.stop and not (state.choice.early_stop and (end is not None or firm >= visible)):
         return Ending(stable, end, None)

@@ -139,7 +139,7 @@ def chosen(group: Sequence[Active], found: Candidates) -> list[dict[int, int]]:
 def _decide(rule: Rule, group: Sequence[Active], found: Candidates, at: Ints | None) -> list[Decision]:
     """Decisions of the sequences that share a rule. at: their rows in `found.stats` or `logits`; None: all."""
     fixed, left, revision = _pick(rule, group, found)
-    if revision is not None or any(a.state.choice.reports for a in group):
+    if revision is not None or [1 for a in group if a.state.choice.reports]:
         return [
             _decision(a, i, fixed[i], spot, found, at, revision)
             for i, (a, spot) in enumerate(zip(group, _spots(group), strict=True))
@@ -147,7 +147,8 @@ def _decide(rule: Rule, group: Sequence[Active], found: Candidates, at: Ints | N
     out, end = [], 0
     for a, committed, memory in zip(group, fixed, found.memory, strict=True):
         begin, end = end, end + len(a.columns) - len(committed)
-        out.append(Decision(committed, memory=memory, open=None if a.masked else tuple(left[begin:end])))
+        still = None if a.masked else tuple(left[begin:end])
+        out.append(Decision(committed, (), _NOTHING, _NOTHING, memory, None, still))
     return out
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfastllm.core import value
 from dfastllm.decode.sampling import uniform
 
 __all__ = ["RULES", "Field", "Option", "Revision", "Rule", "Verdict", "decide", "quota"]
@@ -38,7 +39,7 @@ class Option:
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Field:
     """Statistics of the active blocks of S sequences, padded to M columns.
 
@@ -76,7 +77,7 @@ class Field:
         return np.asarray([[o[name]] for o in self.options], dtype=np.float64)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Verdict:
     """What a rule would commit. accept: bool [S, M]. score: higher is better, orders the floor and the cap."""
 

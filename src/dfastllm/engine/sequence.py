@@ -121,20 +121,15 @@ class Live:
             self.masked += tokens[position] != mask
             tokens[position] = mask
             revise[position - start] = None
-        return CanvasUpdate(
-            commit=new,
-            provisional={p - start: t for p, t in commit.provisional.items()} if commit.provisional else {},
-            revise=revise,
-            block_done=commit.block_done,
-            length=len(tokens) - len(state.request.suffix) - start,
-            masked=self.masked,
-        )
+        guesses = {p - start: t for p, t in commit.provisional.items()} if commit.provisional else {}
+        length = len(tokens) - len(state.request.suffix) - start
+        return CanvasUpdate(new, guesses, revise, commit.block_done, length, self.masked)
 
     def emit(self, now: float, canvas: CanvasUpdate | None, finish: FinishReason | None) -> StepEvent | None:
         """The event of this step, if there is anything to tell. A stop string found in the text finishes the
         request."""
         if canvas is not None and finish is None and self.shown >= self.state.stable and self.ended is None:
-            return StepEvent(self.state.request.request_id, canvas=canvas)  # most steps of a canvas
+            return StepEvent(self.state.request.request_id, (), "", (), canvas)  # most steps of a canvas
         tokens: Mapping[int, int] = {}
         text = ""
         if self.shown < self.state.stable and self.ended is None:
