@@ -21,6 +21,7 @@ from dfastllm.bench.suite.figures import Measured, figures
 from dfastllm.bench.suite.record import Recorder
 from dfastllm.bench.suite.schema import LoadPoint
 from dfastllm.bench.suite.sweep import GONE, Progress, ServerLost, Settings, Trial, require_alive
+from dfastllm.bench.suite.watch import Watch
 from dfastllm.bench.suite.workloads import Prompt, PromptSource
 from dfastllm.errors import ValidationError
 
@@ -159,6 +160,7 @@ class Driver:
         slo: Mapping[str, float] | None = None,
         record: Recorder | None = None,
         progress: Progress = lambda *_: None,
+        watch: Watch | None = None,
     ) -> None:
         self.client = client
         self.trial = trial
@@ -166,6 +168,7 @@ class Driver:
         self.slo = dict(slo or {})
         self.record = record
         self.progress = progress
+        self.watch = Watch() if watch is None else watch
         self.lost: str | None = None
         self.results: list[LoadPoint] = []
         self._prompts = _mixed(list(sources.values()))
@@ -186,12 +189,13 @@ class Driver:
 
     async def _point(self, point: Point) -> LoadPoint:
         state = _State()
-        if point.kind == "closed":
-            await self._closed(state, point)
-        elif point.kind == "ramp" and not point.of_rate:
-            await self._ramp(state, point)
-        else:
-            await self._open(state, point)
+        async with self.watch.on(self.client):
+            if point.kind == "closed":
+                await self._closed(state, point)
+            elif point.kind == "ramp" and not point.of_rate:
+                await self._ramp(state, point)
+            else:
+                await self._open(state, point)
         self.lost = state.lost
         duration = max((m.answer.sent + (m.answer.end or 0) for m in state.measured), default=state.began) - state.began
         await self._counter.fill([m.answer for m in state.measured])

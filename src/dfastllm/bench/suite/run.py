@@ -124,8 +124,7 @@ class Suite:
                 if part not in plan.parts:
                     self.skipped.append(Skipped(part=part, reason="not asked for"))
                     continue
-                async with self.watch.on(client):
-                    await work(client, record)
+                await work(client, record)
                 self.save()
 
     async def _find(self, stack: contextlib.ExitStack) -> str | None:
@@ -182,6 +181,7 @@ class Suite:
             plan.settings,
             record=record,
             progress=self._saving_progress(),
+            watch=self.watch,
             warm_prompts=self.target is None or self.target.kind != "diffusion",  # which shares no prompts' K,V
         )
         await self.sweep.run()
@@ -202,6 +202,7 @@ class Suite:
             part="systems",
             record=record,
             progress=self._saving_progress(),
+            watch=self.watch,
         )
         await self.systems.run()
 
@@ -218,6 +219,7 @@ class Suite:
                 slo=plan.slo,
                 record=record,
                 progress=self.progress,
+                watch=self.watch,
             )
             self.load.append(driver)
             await driver.run(plan.points)

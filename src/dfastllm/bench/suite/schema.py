@@ -384,8 +384,8 @@ class Run(Part):
 
 
 class Client(Part):
-    """The measuring's own cost. cpu_us_per_chunk: this process's CPU per stream chunk received. cpu_share: of one core,
-    while measuring. loop_lag_*: how late the event loop woke up, ms. bounded: below the limits that docs/bench.md
+    """The measuring's own cost. cpu_us_per_chunk: the client thread's CPU per stream chunk received. cpu_share: of one
+    core, while measuring. loop_lag_*: how late the event loop woke up, ms. bounded: below the limits that docs/bench.md
     names."""
 
     chunks: int

@@ -19,6 +19,7 @@ from dfastllm.bench.suite.figures import Measured, figures
 from dfastllm.bench.suite.probe import probe
 from dfastllm.bench.suite.record import Recorder
 from dfastllm.bench.suite.schema import Comparison, Figures, Round, Speculation
+from dfastllm.bench.suite.watch import Watch
 from dfastllm.bench.suite.workloads import Prompt, PromptSource
 
 __all__ = ["Progress", "ServerLost", "Settings", "Sweep", "Trial", "ask_all", "compare"]
@@ -115,6 +116,7 @@ class Sweep:
         record: Recorder | None = None,
         progress: Progress = lambda *_: None,
         warm_prompts: bool = True,
+        watch: Watch | None = None,
     ) -> None:
         self.client = client
         self.trials = list(trials)
@@ -124,6 +126,7 @@ class Sweep:
         self.record = record
         self.progress = progress
         self.warm_prompts = warm_prompts
+        self.watch = Watch() if watch is None else watch
         self.turns: dict[tuple[str, str], dict[int, Turn]] = {(t.name, s): {} for t in trials for s in sources}
         self.counter = TokenCounter(client)
         self.counters = Counters(client)
@@ -172,7 +175,8 @@ class Sweep:
         first = number * self.settings.requests
         calls = [self.settings.call(prompt, trial.options, first + i) for i, prompt in enumerate(asked)]
         await self.counters.mark()
-        answers, seconds = await ask_all(self.client, calls, self.settings.concurrency)
+        async with self.watch.on(self.client):
+            answers, seconds = await ask_all(self.client, calls, self.settings.concurrency)
         counters = await self.counters.since()
         await self.counter.fill(answers)
         measured = [Measured(prompt, answer, number) for prompt, answer in zip(asked, answers, strict=True)]
