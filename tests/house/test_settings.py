@@ -29,6 +29,7 @@ OTHER: dict[str, tuple[str, object]] = {
     "dtype": ("bfloat16", "bfloat16"),
     "threads": ("3", 3),
     "backend": ("torch", "torch"),
+    "speculative_config": ('{"method": "ngram"}', '{"method": "ngram"}'),
     "quantization": ("w4m", "w4m"),
     "kv_cache_dtype": ("int8", "int8"),
     "max_model_len": ("128", 128),
