@@ -24,6 +24,7 @@ from dfastllm.decode.rows import Rows, RowStats
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.batch import pack_rows
 from dfastllm.engine.kv import PageTable
+from dfastllm.engine.native import step_of
 
 __all__ = ["NullModel", "NullRunner", "step_overhead"]
 
@@ -90,7 +91,7 @@ class NullRunner:
         self._table = RowStats(random.integers(2, vocab, TABLE), best, np.ones(TABLE, dtype=np.bool_), norm + 5)
 
     def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> Rows:
-        return NullRows(pack_rows(items).wanted, self._vocab, self._table)
+        return NullRows(len(step_of(pack_rows(items)).want), self._vocab, self._table)
 
 
 def step_overhead(kind: str, sequences: int, steps: int = 60) -> dict[str, Any]:

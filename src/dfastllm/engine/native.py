@@ -106,22 +106,27 @@ def step_of(packed: PackedRows) -> Step:
     row0, row1, cached, own0, page0 = packed.spans.T
     own = row1 - row0 - own0
     own_blocks = -(-own // BLOCK)  # per span
+    total = int(own_blocks.sum())
     own_first = np.cumsum(own_blocks) - own_blocks
-    count = row1 - row0
-    owner = np.repeat(np.arange(len(count)), count)  # of each row, its span
-    own_slot = np.arange(len(owner)) - (row0 + own0 - own_first * BLOCK)[owner]
-    own_slot[np.arange(len(owner)) < (row0 + own0)[owner]] = -1
     per_page = packed.page_size // BLOCK
     blocks = packed.pages
     if per_page > 1:
         blocks = (blocks[:, None] * per_page + np.arange(per_page)).ravel()
-    cached_limit = np.minimum(packed.limits, cached[owner])
-    own_limit = packed.limits - cached_limit
-    spans = np.stack([row0, row1, cached, own, page0 * per_page, own_first], axis=1)
-    total = int(own_blocks.sum())
+    spans = np.empty((len(own), 6), dtype=np.int32)
+    spans[:, :3] = packed.spans[:, :3]
+    spans[:, 3], spans[:, 4], spans[:, 5] = own, page0 * per_page, own_first
+    if total:
+        count, row = row1 - row0, np.arange(len(packed.ids))
+        own_slot = row - (row0 + own0 - own_first * BLOCK).repeat(count)
+        own_slot[row < (row0 + own0).repeat(count)] = -1
+        cached_limit = np.minimum(packed.limits, cached.repeat(count))
+        own_limit = packed.limits - cached_limit
+    else:  # every key is a cached one
+        own_slot, cached_limit = np.full(len(packed.ids), -1), packed.limits
+        own_limit = np.zeros(len(packed.ids), dtype=np.int32)
     mask_at = mask = None
     if packed.masks:
-        mask_at, parts, end = np.full(len(count), -1, dtype=np.int64), [], 0
+        mask_at, parts, end = np.full(len(own), -1, dtype=np.int64), [], 0
         for number, seen in packed.masks.items():
             mask_at[number], end = end, end + seen.size
             parts.append(seen.astype(np.uint8).ravel())
@@ -133,7 +138,7 @@ def step_of(packed: PackedRows) -> Step:
         positions=packed.positions,
         slot=packed.slots.astype(np.int32),
         own_slot=own_slot.astype(np.int32),
-        spans=np.ascontiguousarray(spans, dtype=np.int32),
+        spans=spans,
         blocks=blocks.astype(np.int32),
         own_blocks=np.arange(total, dtype=np.int32),
         cached_limit=cached_limit.astype(np.int32),
