@@ -178,7 +178,7 @@ def test_quantised_logits_stay_close() -> None:
         wanted = plain.run([one.item(0)]).logits()
         got = NativeRunner(packed, 1024, torch.float32, 16).run([one.item(0)]).logits()
         assert float((got - wanted).norm() / wanted.norm()) < 0.08, weights
-        assert float((got - exact).norm() / exact.norm()) < 0.6, weights
+        assert float((got - exact).norm() / exact.norm()) < 0.7, weights
 
 
 def dequantised(model: Decoder, weights: str) -> Decoder:

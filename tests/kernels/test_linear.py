@@ -134,8 +134,8 @@ def test_extreme_codes_do_not_overflow(format: str) -> None:
     codes[1] = low
     scales = torch.ones(2) if format == "w8" else torch.ones(2, k // GROUP[format]).half()
     tensor = QTensor(format, codes, scales)
-    for sign in (1.0, -1.0):
-        x = torch.full((7, k), sign)
+    for value in (127.0, -127.0):  # their own codes
+        x = torch.full((7, k), value)
         wanted = x.double() @ tensor.dequantise().double().T
         assert torch.allclose(linear(x, pack(tensor)).double(), wanted, rtol=1e-5)
 
@@ -168,8 +168,8 @@ def test_small_float16_scales_are_read() -> None:
     tensor = QTensor("w8g", torch.ones(5, 32, dtype=torch.int8), values)
     got = weight_rows(pack(tensor), torch.arange(5))
     assert torch.equal(got, tensor.dequantise())
-    y = linear(torch.ones(1, 32), pack(tensor))[0]
-    assert torch.allclose(y[:4], values[:4, 0].float() * 32, rtol=1e-5)
+    y = linear(torch.full((1, 32), 127.0), pack(tensor))[0]
+    assert torch.allclose(y[:4], values[:4, 0].float() * (32 * 127), rtol=1e-5)
     assert not y[4].isfinite()
 
 

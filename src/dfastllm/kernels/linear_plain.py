@@ -18,7 +18,8 @@ LEAST_AMAX = 2.0**-100  # below it codes are zero: 127 / amax would overflow
 def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Acts:
     """x [rows, k], or RMSNorm of it, as inputs of a kind. bf16: round half to even. int8, over a row (row8) or over 32
     inputs (group8): amax = max |x|, scale = amax / 127, code = round half even of x * (127 / amax); amax below 2^-100:
-    scale 0, codes 0; amax not finite: scale NaN, codes 0."""
+    scale 0, codes 0; amax not finite: scale NaN, codes 0. group8 rounds the scale up to the next of
+    {1, 1.25, 1.5, 1.75} x 2^n, with which the native tiles multiply at no cost."""
     rows, k = x.shape
     if norm is not None:
         x = x * (1.0 / torch.sqrt((x * x).mean(dim=1, keepdim=True) + eps)) * norm
@@ -31,9 +32,13 @@ def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.
     groups = x.view(rows, 1, stride) if kind == "row8" else x.view(rows, stride // 32, 32)
     amax = groups.abs().amax(dim=-1)  # NaN wins
     codable = amax.isfinite() & (amax >= LEAST_AMAX)
-    inverse = torch.where(codable, 127.0 / amax, 0.0)
+    inverse, scales = torch.full_like(amax, 127.0) / amax, amax / 127.0  # 127.0 / amax would round twice
+    if kind == "group8":  # two bits of the scale's fraction, rounded up
+        scales = ((scales.view(torch.int32) + 0x1FFFFF) & ~0x1FFFFF).view(torch.float32)
+        inverse = torch.ones_like(scales) / scales
+    inverse = torch.where(codable, inverse, 0.0)
     codes = torch.where(codable[..., None], torch.round(groups * inverse[..., None]), 0.0).to(torch.int8)
-    scales = torch.where(amax.isfinite(), torch.where(codable, amax / 127.0, 0.0), torch.nan)
+    scales = torch.where(amax.isfinite(), torch.where(codable, scales, 0.0), torch.nan)
     data, span = codes.view(rows, stride), stride if kind == "row8" else 16
     sums = data.view(rows, stride // span, span).sum(dim=-1, dtype=torch.int32)
     return (

@@ -8,10 +8,11 @@
 // What is computed, in this order whatever the number of rows (each line one rounding; fma where the instruction set
 // has it, else two):
 //   w8          y = (float(sum) * scale[n]) * act_scale[m]                          sum over the whole k
-//   w8g, w4g    y = fma(float(sum_g) * scale[g, n], act_scale[m, g], y)             g = 0, 1, 2, ... from y = 0
-//   w6g         y = fma(fma(float(sum_b), scale[b, n], float(sum_a) * scale[a, n]), act_scale[m, g], y)
-//               a, b: the two halves of 16 inputs of group g
+//   w8g, w4g    y = fma(float(sum_g) * act_scale[m, g], scale[g, n], y)             g = 0, 1, 2, ... from y = 0
+//   w6g         the same for each half of 16 inputs of group g
 //   with minima, after each group: y = fma(-min[g, n], act_scale[m, g] * float(code_sum[m, g]), y), each half of w6g
+// Group activation scales are powers of two, so the products with them are exact. (AVX2 and the portable kernels
+// multiply in another order, with a rounding more.)
 // w8 sums fit 32 bits for k up to 133,152 (2^31 / 127^2), past any model's.
 //
 // The panel is walked in slices of 256 inputs (at most 16 KB, half of the L1 cache) and all row blocks of the call pass
@@ -57,6 +58,7 @@ inline RowBlock row_block(int64_t rows, int64_t count, int64_t i) {
 struct Block {
   const uint8_t* data;      // panel, at the slice
   const uint16_t* scales;   // [groups][64] float16 bits, at the slice
+  const float* table;       // AVX-512: of scale_table, unless there are few rows
   const uint16_t* mins;
   const int8_t* x;          // codes, at the block's first row and the slice
   int64_t stride;
@@ -79,27 +81,29 @@ struct Block {
 #if defined(__AVX2__)  // the walk over a panel's groups with the kernels above
 
 // Groups of the slice after [g, g + here): the panel's next or the first of the next panel.
-inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here) {
+inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here, int64_t slice) {
   const int64_t left = groups - g - here, most = left > 0 ? left : groups;
-  return most < kSlice ? most : kSlice;
+  return most < slice ? most : slice;
 }
 
 template <class Codes, bool mins>
 void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
   constexpr int64_t side = Codes::parts * kPanel;  // scales of 32 inputs
+  constexpr int64_t slice = kSlice / Codes::parts;  // w6g: its unpacked codes and two scales a group fill the L1 cache sooner
   const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + kBlockRows - 1) / kBlockRows;
   const bool single = is_single<Codes>(rows), unpack = Codes::parts == 2 && blocks > 2;
   Block b;
   b.stride = x.stride;
   b.x_scales_stride = x_groups;
-  for (int64_t g = 0; g < groups; g += kSlice) {
-    const int64_t here = groups - g < kSlice ? groups - g : kSlice, at = panel * groups + g;
-    const int64_t fetch = single ? 0 : groups_ahead(groups, g, here);
+  for (int64_t g = 0; g < groups; g += slice) {
+    const int64_t here = groups - g < slice ? groups - g : slice, at = panel * groups + g;
+    const int64_t fetch = single ? 0 : groups_ahead(groups, g, here, slice);
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + at * Codes::bytes;
     b.groups = static_cast<int>(here);
     b.first = g == 0;
     b.data = unpack ? unpack_sixes(data, here, scratch) : data;
     b.scales = static_cast<const uint16_t*>(w.scales) + at * side;
+    b.table = single ? nullptr : scale_table<Codes>(b.scales, here, scratch);
     b.mins = mins ? w.mins + at * side : nullptr;
     Ahead(b.scales + here * side, fetch * side * 2, 1).turn();
     if (mins) Ahead(b.mins + here * side, fetch * side * 2, 1).turn();

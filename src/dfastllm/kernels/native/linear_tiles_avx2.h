@@ -263,6 +263,9 @@ template <class Codes, bool mins, int R> void group_rows(const Block& b, Ahead& 
   }
 }
 
+// Only AVX-512 uses one.
+template <class Codes> inline const float* scale_table(const uint16_t*, int64_t, void*) { return nullptr; }
+
 template <class Codes, bool mins, bool> void group_block(int rows, const Block& b, Ahead& ahead) {
   switch (rows) {
     case 1: return group_rows<Codes, mins, 1>(b, ahead);

@@ -2,9 +2,9 @@
 // products with 4 broadcast activation codes to 16 int32 sums.
 //
 // Row blocks are R rows x C registers of channels. Group formats keep R * C int32 sums, R * C floats, the weights and
-// scales in registers: at most 6 x 2. On Zen 4 vpdpbusd shares its two pipes with float multiplication, so 32 inputs
-// cost 8 + 2 issues a row and register (8 + 3 with minima): 80 % of the vpdpbusd rate at best. Unpacking, conversions
-// and loads go to other pipes.
+// scales in registers: at most 6 x 2. On Zen 4 vpdpbusd shares its two pipes with every multiplication, of floats and of
+// integers, so 32 inputs cost 8 + 1 issues a row and register (w6g and minima: 1 more each): 89 % of the vpdpbusd rate at
+// best. Unpacking, conversions, vscalefps (which is how activation scales come in) and loads go to other pipes.
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -77,6 +77,8 @@ template <class Codes, bool mins, int R> struct Starts {
   static constexpr int parts = Codes::parts;
   alignas(64) int32_t sum[mins ? 1 : R][parts * kSlice];
   alignas(64) float weighted[mins ? R : 1][parts * kSlice];
+  alignas(64) float power[R][kSlice];      // activation scales are factor * 2^power, power of 0: -inf
+  alignas(64) int32_t variant[R][kSlice];  // factor is (4 + variant) / 4
 
   explicit Starts(const Block& b) {
     const __mmask16 halves = static_cast<__mmask16>((1u << (2 * b.groups)) - 1);
@@ -84,13 +86,17 @@ template <class Codes, bool mins, int R> struct Starts {
     const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     for (int r = 0; r < R; ++r) {
+      const __m256 x_scales = _mm256_maskz_loadu_ps(whole, b.x_scales + r * b.x_scales_stride);
+      _mm256_store_ps(power[r], _mm256_getexp_ps(x_scales));
+      const __m256i fraction = _mm256_srli_epi32(_mm256_castps_si256(x_scales), 21);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(variant[r]), _mm256_and_si256(fraction, _mm256_set1_epi32(3)));
       __m512i sums = _mm512_maskz_loadu_epi32(halves, b.x_sums + r * 2 * b.x_scales_stride);
       if (parts == 1) {
         sums = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
         sums = _mm512_permutexvar_epi32(even, sums);
       }
       if (mins) {
-        __m512 scales = _mm512_castps256_ps512(_mm256_maskz_loadu_ps(whole, b.x_scales + r * b.x_scales_stride));
+        __m512 scales = _mm512_castps256_ps512(x_scales);
         if (parts == 2) scales = _mm512_permutexvar_ps(twice, scales);
         const __m512 product = _mm512_mul_ps(scales, _mm512_cvtepi32_ps(sums));
         if (parts == 2) _mm512_store_ps(weighted[r], product);
@@ -136,38 +142,50 @@ inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride
   return sum;
 }
 
-// Floats of a whole group, activation scales still to come.
-template <class Codes, bool mins, int R, int C>
-inline Floats<R, C> group_floats(const uint8_t* data, const uint16_t* scales, const int8_t* x, int64_t stride,
-                                 const Starts<Codes, mins, R>& starts, int g) {
-  Floats<R, C> out;
-  DFK_UNROLL
-  for (int p = 0; p < Codes::parts; ++p) {
-    const Sums<R, C> sum = part_sums<Codes, mins, R, C>(data, x, stride, starts, g, p);
-    __m512 scale[C];
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) scale[c] = half16(scales + p * kPanel + 16 * c);
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
+// Weight scales times each factor an activation scale may have: [groups][4][parts][64] floats. 3 bits more than float16
+// has: exact.
+template <class Codes> inline const float* scale_table(const uint16_t* scales, int64_t groups, void* scratch) {
+  constexpr int side = Codes::parts * kPanel;
+  float* const out = reinterpret_cast<float*>(static_cast<char*>(scratch) + kSlice * UnpackedSixes::bytes);
+  float* table = out;
+  for (int64_t g = 0; g < groups; ++g, scales += side, table += 4 * side) {
+    for (int i = 0; i < side; i += 16) {
+      const __m512 scale = half16(scales + i), quarter = _mm512_mul_ps(scale, _mm512_set1_ps(0.25f));
+      __m512 value = scale;
+      _mm512_store_ps(table + i, value);
       DFK_UNROLL
-      for (int c = 0; c < C; ++c) {
-        const __m512 s = _mm512_cvtepi32_ps(sum.at[r][c]);
-        out.at[r][c] = p ? _mm512_fmadd_ps(s, scale[c], out.at[r][c]) : _mm512_mul_ps(s, scale[c]);
-      }
+      for (int v = 1; v < 4; ++v) _mm512_store_ps(table + v * side + i, value = _mm512_add_ps(value, quarter));
     }
   }
   return out;
 }
 
-// y += group * activation scale (- minima * weighted sums), for one group.
-template <class Codes, bool mins, int R, int C>
-inline void add_group(const Floats<R, C>& group, const float* x_scales, int64_t x_scales_stride,
-                      const uint16_t* minima, const Starts<Codes, mins, R>& starts, int g, Floats<R, C>& y) {
+// y += sums * activation scale * weight scale (- minima * weighted sums), for one group. `side`: its scales, float16
+// (single) or the table's.
+template <class Codes, bool mins, int R, int C, bool single>
+inline void add_group(const uint8_t* data, const void* side, const uint16_t* minima, const int8_t* x, int64_t stride,
+                      const Starts<Codes, mins, R>& starts, int g, Floats<R, C>& y) {
   DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const __m512 x_scale = _mm512_set1_ps(x_scales[r * x_scales_stride]);
+  for (int p = 0; p < Codes::parts; ++p) {
+    const Sums<R, C> sum = part_sums<Codes, mins, R, C>(data, x, stride, starts, g, p);
+    __m512 scale[C];
+    if (single) {
+      DFK_UNROLL
+      for (int c = 0; c < C; ++c) scale[c] = half16(static_cast<const uint16_t*>(side) + p * kPanel + 16 * c);
+    }
     DFK_UNROLL
-    for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fmadd_ps(group.at[r][c], x_scale, y.at[r][c]);
+    for (int r = 0; r < R; ++r) {
+      const __m512 power = _mm512_set1_ps(starts.power[r][g]);
+      const int32_t variant = starts.variant[r][g];
+      const float* row = single ? nullptr : static_cast<const float*>(side) + (variant * Codes::parts + p) * kPanel;
+      const __m512 factor = _mm512_set1_ps(single ? 1.0f + 0.25f * static_cast<float>(variant) : 0.0f);
+      DFK_UNROLL
+      for (int c = 0; c < C; ++c) {
+        const __m512 s = _mm512_scalef_ps(_mm512_cvtepi32_ps(sum.at[r][c]), power);
+        const __m512 both = single ? _mm512_mul_ps(scale[c], factor) : _mm512_load_ps(row + 16 * c);
+        y.at[r][c] = _mm512_fmadd_ps(s, both, y.at[r][c]);
+      }
+    }
   }
   if (!mins) return;
   DFK_UNROLL
@@ -203,33 +221,27 @@ template <int R, int C> inline void store_tile(float* tile, const Floats<R, C>& 
 }
 
 // R rows x C registers of channels from `channel` on, over the slice.
-template <class Codes, bool mins, int R, int C>
+template <class Codes, bool mins, int R, int C, bool single>
 inline void group_columns(const Block& b, const Starts<Codes, mins, R>& starts, int channel, Ahead& ahead) {
-  constexpr bool held = R * C * (Codes::parts + 1) <= 24;  // y fits the registers too; else it stays in the tile (L1)
   constexpr int side = Codes::parts * kPanel;
   float* tile = b.tile + channel;
   const uint8_t* data = b.data + channel * 4;
   const uint16_t* scales = b.scales + channel;
+  const float* table = single ? nullptr : b.table + channel;
   const uint16_t* minima = mins ? b.mins + channel : nullptr;
   const int8_t* x = b.x;
-  const float* x_scales = b.x_scales;
-  const int64_t stride = b.stride, x_scales_stride = b.x_scales_stride;
+  const int64_t stride = b.stride;
   const int groups = b.groups;
-  Floats<R, C> y;
-  if (held) y = load_tile<R, C>(tile, b.first);
+  Floats<R, C> y = load_tile<R, C>(tile, b.first);
   for (int g = 0; g < groups; ++g) {
     ahead.turn();
-    const Floats<R, C> group = group_floats<Codes, mins, R, C>(data, scales, x, stride, starts, g);
-    if (!held) y = load_tile<R, C>(tile, b.first && g == 0);
-    add_group<Codes, mins, R, C>(group, x_scales, x_scales_stride, minima, starts, g, y);
+    const void* factors = single ? static_cast<const void*>(scales + g * side) : table + 4 * g * side;
+    add_group<Codes, mins, R, C, single>(data, factors, minima, x, stride, starts, g, y);
     data += Codes::bytes;
-    scales += side;
     if (mins) minima += side;
     x += 32;
-    ++x_scales;
-    if (!held) store_tile<R, C>(tile, y);
   }
-  if (held) store_tile<R, C>(tile, y);
+  store_tile<R, C>(tile, y);
 }
 
 constexpr int kBlockRows = 6;   // at most
@@ -240,7 +252,7 @@ template <class Codes> constexpr bool is_single(int64_t rows) { return rows <= 4
 // hardware prefetchers then bring 25 to 31 GB/s to a core (Zen 4), prefetch instructions 20, and two passes over
 // 32 channels without them 12.
 template <class Codes> constexpr int width(int rows, bool single) {
-  return single || rows <= 2 ? 4 : Codes::parts == 1 || rows <= 4 ? 2 : 1;
+  return single || rows <= 2 ? 4 : 2;
 }
 template <class Codes> constexpr int passes(int rows, bool single) { return 4 / width<Codes>(rows, single); }
 
@@ -248,7 +260,7 @@ template <class Codes, bool mins, int R, bool single> void group_rows(const Bloc
   constexpr int C = width<Codes>(R, single);
   const Starts<Codes, mins, R> starts(b);
   for (int channel = 0; channel < kPanel; channel += 16 * C) {
-    group_columns<Codes, mins, R, C>(b, starts, channel, ahead);
+    group_columns<Codes, mins, R, C, single>(b, starts, channel, ahead);
   }
 }
 
