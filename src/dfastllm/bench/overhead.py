@@ -29,6 +29,7 @@ from dfastllm.engine.native import step_of
 __all__ = ["NullModel", "NullRunner", "step_overhead"]
 
 TABLE = 8192  # rows of the fixed answers
+ROUNDS = 5  # engines whose steps make one record: a machine's speed changes from second to second
 # operations that write values that are there already
 COPIES = {"_to_copy", "cat", "clone", "copy_", "gather", "index", "index_put_", "index_select", "repeat", "stack"}
 
@@ -96,12 +97,17 @@ class NullRunner:
 
 def step_overhead(kind: str, sequences: int, steps: int = 60) -> dict[str, Any]:
     """Microseconds per engine step at a steady number of sequences: decode steps of AR, dual-cache denoise steps of
-    diffusion (32-token blocks), block steps of block diffusion. The first steps (prefill, warm-up) are left out.
+    diffusion (32-token blocks), block steps of block diffusion: `steps` in each of several rounds. The first steps
+    (prefill, warm-up) are left out.
 
     aim_us is 150 + 10 a sequence. calls: Python and C functions called in a step; peak_kib: memory a step takes for a
     while; kept_blocks: what it leaves behind (tokens, events); torch_*: of the step through the torch runner.
     """
-    native, plain = _times(kind, sequences, steps, null=True), _times(kind, sequences, steps, null=False)
+    native: list[StepStats] = []
+    plain: list[StepStats] = []
+    for _ in range(ROUNDS):
+        native += _times(kind, sequences, steps, null=True)
+        plain += _times(kind, sequences, steps, null=False)
     outside: Spread = spread([(s.seconds - s.run_seconds) * 1e6 for s in native])
     step = spread([s.seconds * 1e6 for s in native])
     return {

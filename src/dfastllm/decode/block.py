@@ -113,7 +113,7 @@ class BlockDiffusion:
             return Span(low, ids, "block", store, block=size)
         want, shadows = span_rows(active, low, high - low)
         if active.state.ahead is None:
-            return Span(low, ids, "block", store, want, block=size, shadows=shadows, plan=(active,))
+            return Span(low, ids, "block", store, want, size, shadows, (), (active,))  # by name it takes longer
         steps = chain(active, _rows_of)
         branches = within([_branch(a, high - size) for a in steps[1:]], limit - len(ids))
         steps = steps[: 1 + len(branches)]
