@@ -147,16 +147,31 @@ def test_system_prompts() -> None:
 
 
 def test_load_names_the_knee_and_the_goodput() -> None:
+    # 290 is over 90 % of 300
     texts = [r.text for r in recommend(results()) if r.kind == "load"]
-    assert texts[0].startswith("Load: 4 in flight give 290 tok/s")  # 290 is over 90 % of 300
+    assert texts[0].startswith("Load: 290 tok/s with 4 in flight, E2E p95 234 ms; more in flight gives at most 300")
     assert "at most 6.00 requests/s within e2el ≤ 1,000 ms, ttft ≤ 50.0 ms, at 8 in flight" in texts[1]
+
+
+def test_load_is_advised_for_the_advised_configuration_alone() -> None:
+    fast = [load_point(n, tps).model_copy(update={"configuration": "ngram-k5"}) for n, tps in ((1, 500), (2, 501))]
+    found = results(load=(load_point(1, 100), load_point(2, 900), *fast))
+    texts = [r.text for r in recommend(found) if r.kind == "load"]
+    assert texts[0].startswith("Load: 500 tok/s with 1 in flight")
+
+
+def test_the_last_point_tried_is_not_called_the_most() -> None:
+    found = results(load=(load_point(1, 100), load_point(2, 200)))
+    text = next(r.text for r in recommend(results(BASE, load=found.load)) if r.kind == "load")
+    assert text.startswith("Load: 200 tok/s with 2 in flight")
+    assert text.endswith("more was not tried.")
 
 
 def test_load_without_goodput_says_so() -> None:
     point = load_point(1, 100)
     speed = point.figures.speed.model_copy(update={"request_goodput": 0.0})
     point = point.model_copy(update={"figures": point.figures.model_copy(update={"speed": speed})})
-    assert "Goodput: no load met e2el" in "\n".join(r.text for r in recommend(results(load=(point,))))
+    assert "Goodput: no load met e2el" in "\n".join(r.text for r in recommend(results(BASE, load=(point,))))
 
 
 def test_warnings_about_the_measuring_itself() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from dfastllm.bench.suite.cells import Cell, Column, Table, figure, printable
 from dfastllm.bench.suite.recommend import recommend
-from dfastllm.bench.suite.schema import Results, save_results
+from dfastllm.bench.suite.schema import ConfigurationResult, Results, save_results
 from dfastllm.bench.suite.tables import tables
 from dfastllm.bench.suite.terminal import fold, print_report, print_tables
 from tests.bench.suite.example import configuration, figures, load_point, results
@@ -142,6 +142,15 @@ def test_columns_that_say_nothing_are_left_out() -> None:
     assert "Errors" not in [c.name for c in config.columns]
     assert "No request failed." in config.lines
     assert {"load", "system_prompts"}.isdisjoint(t.name for t in tables(plain))
+
+
+def test_configurations_refused_for_the_same_reason_share_a_line() -> None:
+    def refused(name: str, why: str) -> ConfigurationResult:
+        return ConfigurationResult(name=name, label=name, axis="speculation", status="refused", message=why)
+
+    made = results(configuration("baseline", "B"), refused("x", "no"), refused("y", "never"), refused("z", "no"))
+    lines = next(t for t in tables(made) if t.name == "configurations").lines
+    assert {"x; z: refused: no", "y: refused: never"} <= set(lines)
 
 
 def test_errors_are_shown_with_their_kind() -> None:

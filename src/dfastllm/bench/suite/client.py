@@ -19,6 +19,7 @@ __all__ = ["Answer", "Api", "Call", "Chunk", "Client", "Features"]
 
 Api = Literal["chat", "completions"]
 LONGEST_EVENT = 16 << 20  # bytes of one server-sent event
+ENDED = ("stop", "tool_calls")  # finish reasons of answers that end with an end of text
 SHOWN = 200  # characters of a server's own words in a message
 
 
@@ -46,10 +47,12 @@ class Call:
 @dataclass(frozen=True)
 class Features:
     """What this server takes. `include_usage`: stream_options.include_usage. `token_ids`: return_token_ids (vLLM and
-    dfastllm): the ids of each chunk, for token equality and gaps between tokens."""
+    dfastllm): the ids of each chunk, for token equality and gaps between tokens. `counts_end`: its usage counts the end
+    of text (vLLM, transformers serve), which is taken off here: nobody reads it."""
 
     include_usage: bool = True
     token_ids: bool = True
+    counts_end: bool = False
     api: Api = "chat"
 
 
@@ -198,8 +201,12 @@ class Client:
             if not self._absorb(event.data, at, answer):
                 return
         answer.end = time.perf_counter() - answer.sent
-        if not done and answer.finish_reason is None:
-            _fail(answer, "truncated", "The stream ended before the answer did: no finish_reason, no [DONE].")
+        if answer.finish_reason is None:
+            # llama-cpp-python ends the stream of a request that a newer one interrupted with [DONE] and no reason.
+            sent = "[DONE] but no finish_reason" if done else "no finish_reason, no [DONE]"
+            _fail(answer, "truncated", f"The stream ended before the answer did: {sent}.")
+        elif self.features.counts_end and answer.finish_reason in ENDED and answer.completion_tokens:
+            answer.completion_tokens -= 1
 
     def _absorb(self, data: str, at: float, answer: Answer) -> bool:
         """Take in one event; False when the answer has failed."""

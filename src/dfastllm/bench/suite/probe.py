@@ -11,6 +11,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -40,14 +41,15 @@ OWNERS = {
 CANARY = {"dfastllm_bench": "no server means this"}
 SMALL = Call(({"role": "user", "content": "Say hello."},), max_tokens=8)
 
+ENDING = tuple(Call(({"role": "user", "content": ask},), max_tokens=64) for ask in ("What is 12 + 30?", "Say yes."))
+
 Honoured = Literal["yes", "no", "ignored"]
 
 
 def normalise(url: str) -> str:
     """The server's root: a scheme where there is none, no /v1, no slash at the end. Raises ValidationError."""
-    text = url.strip().rstrip("/")
-    if "://" not in text:
-        text = f"http://{text}"
+    text = url.strip()
+    text = (text if "://" in text else f"http://{text}").rstrip("/")
     try:
         parts = urlsplit(text)
         port_ok = parts.port is None or 0 < parts.port < 65536
@@ -152,6 +154,9 @@ async def connect(
         )
     if answer.tokens_source != "usage":
         fallbacks.append("the server sends no usage with a stream")
+    if await _counts_end(client):
+        client.features = replace(client.features, counts_end=True)
+        fallbacks.append("its usage counts the end of text as a token: taken off here")
     if client.features.token_ids and answer.token_ids is None:
         fallbacks.append("the server gives no token ids: answers are compared as text, gaps between tokens are unknown")
     target = Target(
@@ -163,6 +168,23 @@ async def connect(
         fallbacks=tuple(fallbacks),
     )
     return client, target
+
+
+async def _counts_end(client: Client) -> bool:
+    """Whether completion_tokens holds one token more than came, in every answer that ended by itself. Needs two such
+    answers; chunks of several tokens whose ids are not told prove nothing, and count as no."""
+    answers = [await client.ask(call) for call in ENDING]
+    ended = [
+        a for a in answers if a.ok and a.finish_reason == "stop" and a.tokens_source == "usage" and not a.tool_calls
+    ]
+    return len(ended) == len(ENDING) and all(a.completion_tokens == _came(a) + 1 for a in ended)
+
+
+def _came(answer: Answer) -> int:
+    """Tokens with content. An id that comes without a character at the very end is the end of text."""
+    known = sum(1 if chunk.tokens is None else chunk.tokens for chunk in answer.chunks)
+    last = answer.chunks[-1] if answer.chunks else None
+    return known - 1 if last is not None and last.tokens == 1 and not last.characters else known
 
 
 def _pick_model(status: ServerStatus, model: str | None) -> str:

@@ -83,7 +83,7 @@ def recommend(results: Results) -> tuple[Recommendation, ...]:
     if best is not None:
         out += _use_cases(results, best.configuration)
     out += _system_prompt(results)
-    out += _load(results)
+    out += _load(_loaded(results, best))
     out += _warnings(results)
     return tuple(out)
 
@@ -231,22 +231,30 @@ def _differs(a: Latency, b: Latency) -> bool:
     return abs(a.mean - b.mean) > 1.96 * error
 
 
-def _load(results: Results) -> Iterator[Recommendation]:
-    """The least concurrency that gives most of the throughput, and the highest goodput."""
-    closed = [p for p in results.load if p.kind == "closed" and not p.partial and p.figures.speed.errors == 0]
+def _loaded(results: Results, best: Judged | None) -> list[LoadPoint]:
+    """The load points of the advised configuration, or of the baseline where that one was not put under load."""
+    names = [j.name for j in (best.configuration if best else None, results.baseline) if j is not None]
+    found = ([p for p in results.load if p.configuration == name] for name in names)
+    return next((points for points in found if points), [])
+
+
+def _load(points: Sequence[LoadPoint]) -> Iterator[Recommendation]:
+    """The least concurrency that gives most of the throughput, and the highest goodput; of one configuration."""
+    closed = [p for p in points if p.kind == "closed" and not p.partial and p.figures.speed.errors == 0]
     rate: Callable[[LoadPoint], float] = lambda p: p.figures.speed.output_throughput or 0.0  # noqa: E731
     if len(closed) > 1 and any(rate(p) for p in closed):
         most = max(map(rate, closed))
         knee = min((p for p in closed if rate(p) >= ENOUGH * most), key=lambda p: p.concurrency or 0)
         late = knee.figures.speed.e2el
         wait = f", E2E p95 {figure(late.p95, 'ms')}" if late is not None else ""
+        beyond = [p for p in closed if (p.concurrency or 0) > (knee.concurrency or 0)]
+        more = f"more in flight gives at most {figure(max(map(rate, beyond)))}" if beyond else "more was not tried"
         yield Recommendation(
             kind="load",
-            text=f"Load: {knee.concurrency} in flight give {figure(rate(knee))} tok/s{wait}; more in flight gives at "
-            f"most {figure(most)}.",
+            text=f"Load: {figure(rate(knee))} tok/s with {knee.concurrency} in flight{wait}; {more}.",
             configuration=knee.configuration,
         )
-    good = [(p.figures.speed.request_goodput, p) for p in results.load if p.figures.speed.request_goodput is not None]
+    good = [(p.figures.speed.request_goodput, p) for p in points if p.figures.speed.request_goodput is not None]
     if good:
         value, point = max(good, key=lambda pair: pair[0])
         slo = ", ".join(f"{k} ≤ {figure(v, 'ms')}" for k, v in sorted(point.slo.items()))
@@ -260,7 +268,7 @@ def _warnings(results: Results) -> Iterator[Recommendation]:
     """What makes the figures worth less than they look."""
     target = results.target
     ignored = [name for name, answer in sorted(target.fields.items()) if answer == "ignored"] if target else []
-    asked = {name for c in results.configurations for name in c.options}
+    asked = {name for c in results.configurations if c.figures is not None for name in c.options}
     for name in ignored:
         if name in asked:
             text = f"The server ignores {name!r}: configurations that differ only in it are the same."

@@ -154,13 +154,18 @@ def _configurations(results: Results) -> Table:
         )
         rows.append(cells)
     columns = named("Configuration", "Tok/s|Time|Speedup|Accuracy|Verdict|Equals baseline|Errors|Best")
-    lines = [
-        f"{printable(c.label)}: {c.status}{': ' + printable(c.message) if c.message else ''}"
-        for c in results.configurations
-        if c.figures is None
-    ]
+    lines = _unmeasured([c for c in results.configurations if c.figures is None])
     lines += _about_tokens([f for _, f in _measured(results)])
     return Table("configurations", "Performance by configuration", columns, tuple(rows), tuple(lines))
+
+
+def _unmeasured(configurations: Iterable[ConfigurationResult]) -> list[str]:
+    """A sentence for each reason, with all it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for c in configurations:
+        reason = c.status + (f": {printable(c.message)}" if c.message else "")
+        reasons.setdefault(reason, []).append(printable(c.label))
+    return [f"{'; '.join(labels)}: {reason}" for reason, labels in reasons.items()]
 
 
 def _about_tokens(figures: Iterable[Figures]) -> list[str]:
