@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.kernels.weights import CASES, exact
 from torch import Tensor
 
+from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.acts import act_kind
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.linear import linear, pack, prepare
@@ -162,3 +163,24 @@ def test_every_instruction_set() -> None:
         output, _ = process.communicate()
         assert process.returncode == 0, f"{name}: {output[-3000:]}"
         assert "1 skipped" in output, f"{name}: {output[-300:]}"  # this test alone: the kernels were there
+
+
+@pytest.mark.parametrize("mins", [False, True])
+def test_halves_that_share_their_scales(mins: bool) -> None:
+    """w6g as types with groups of 32 become it: slices of a panel where all halves are alike take another path, which
+    must be chosen for every number of rows alike. Channels 64 to 127 share them, of the others one does not."""
+    tensor = weight_of("w6g", 140, 320, mins=mins, pattern="any", seed=5)
+    assert tensor.scales is not None
+    for side in (tensor.scales, tensor.mins):
+        if side is not None:
+            side[:, 1::2] = side[:, 0::2]
+    tensor.scales[3, 7] = 2.0
+    x = inputs_of(40, 320, "any", 5)
+    wanted = x.double() @ tensor.dequantise().double().T
+    assert torch.equal(linear(x, pack(tensor)).double(), wanted)
+    weight = pack(QTensor("w6g", tensor.codes, tensor.scales * 0.7123, tensor.mins))
+    x = torch.randn(40, 320, generator=torch.Generator().manual_seed(8))
+    alone = torch.cat([linear(row[None], weight) for row in x])
+    for count in (2, 3, 4, 5, 7, 13, 40):
+        assert torch.equal(linear(x[:count], weight), alone[:count]), count
+    assert torch.allclose(alone, plain.linear(prepare(x, "group8"), weight), rtol=1e-4, atol=1e-2)

@@ -86,7 +86,15 @@ def test_sums_and_codes(kind: str, rows: int) -> None:
 
 @pytest.mark.parametrize(
     ("largest", "scale"),
-    [(127.0, 1.0), (127.01, 1.25), (158.75, 1.25), (159.0, 1.5), (191.0, 1.75), (223.0, 2.0), (254e-9, 1.25 * 2.0**-29)],
+    [
+        (127.0, 1.0),
+        (127.01, 1.25),
+        (158.75, 1.25),
+        (159.0, 1.5),
+        (191.0, 1.75),
+        (223.0, 2.0),
+        (254e-9, 1.25 * 2.0**-29),
+    ],
 )
 def test_group_scales_are_the_least_that_will_do(largest: float, scale: float) -> None:
     x = torch.zeros(1, 32)

@@ -9,7 +9,8 @@
 // has it, else two):
 //   w8          y = (float(sum) * scale[n]) * act_scale[m]                          sum over the whole k
 //   w8g, w4g    y = fma(float(sum_g) * act_scale[m, g], scale[g, n], y)             g = 0, 1, 2, ... from y = 0
-//   w6g         the same for each half of 16 inputs of group g
+//   w6g         the same for each half of 16 inputs of group g; for the whole of it in slices of a panel whose halves
+//               share their scales and minima (AVX-512)
 //   with minima, after each group: y = fma(-min[g, n], act_scale[m, g] * float(code_sum[m, g]), y), each half of w6g
 // Group activation scales are powers of two, so the products with them are exact. (AVX2 and the portable kernels
 // multiply in another order, with a rounding more.)
@@ -86,13 +87,21 @@ inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here, int64_t sli
   return most < slice ? most : slice;
 }
 
+template <class Codes, bool mins> void group_slice(int rows, const Block& b, bool single, bool unpacked, Ahead& ahead) {
+  if (single) group_block<Codes, mins, true>(rows, b, ahead);
+  else if (unpacked) group_block<typename Codes::Unpacked, mins, false>(rows, b, ahead);
+  else group_block<Codes, mins, false>(rows, b, ahead);
+}
+
 template <class Codes, bool mins>
 void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
   constexpr int64_t side = Codes::parts * kPanel;  // scales of 32 inputs
   constexpr int64_t slice = kSlice / Codes::parts;  // w6g: its unpacked codes and two scales a group fill the L1 cache sooner
   const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + kBlockRows - 1) / kBlockRows;
   const bool single = is_single<Codes>(rows), unpack = Codes::parts == 2 && blocks > 2;
+  using Whole = typename Codes::Whole;
   Block b;
+  b.table = nullptr;
   b.stride = x.stride;
   b.x_scales_stride = x_groups;
   for (int64_t g = 0; g < groups; g += slice) {
@@ -103,8 +112,10 @@ void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
     b.first = g == 0;
     b.data = unpack ? unpack_sixes(data, here, scratch) : data;
     b.scales = static_cast<const uint16_t*>(w.scales) + at * side;
-    b.table = single ? nullptr : scale_table<Codes>(b.scales, here, scratch);
     b.mins = mins ? w.mins + at * side : nullptr;
+    // Depends on the weights alone, so it is the same for every row.
+    const bool whole = Codes::parts == 2 && equal_parts(b.scales, here) && (!mins || equal_parts(b.mins, here));
+    if (!single) b.table = whole ? scale_table<Whole>(b.scales, here, scratch) : scale_table<Codes>(b.scales, here, scratch);
     Ahead(b.scales + here * side, fetch * side * 2, 1).turn();
     if (mins) Ahead(b.mins + here * side, fetch * side * 2, 1).turn();
     Ahead ahead(data + here * Codes::bytes, fetch * Codes::bytes,
@@ -116,9 +127,8 @@ void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
       b.x_scales = x.scales + row * x_groups + g;
       b.x_sums = x.sums + 2 * (row * x_groups + g);
       b.tile = tile + block.first * kPanel;
-      if (single) group_block<Codes, mins, true>(block.rows, b, ahead);
-      else if (unpack) group_block<typename Codes::Unpacked, mins, false>(block.rows, b, ahead);
-      else group_block<Codes, mins, false>(block.rows, b, ahead);
+      if (whole) group_slice<Whole, mins>(block.rows, b, single, unpack, ahead);
+      else group_slice<Codes, mins>(block.rows, b, single, unpack, ahead);
     }
   }
 }

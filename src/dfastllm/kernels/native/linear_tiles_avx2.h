@@ -75,6 +75,7 @@ template <int R, int C> inline void add_bytes(const uint8_t* data, const int8_t*
 // Where weight codes come from. sums(): int32 sums of part p of a group for R rows x C registers; data, x: the group's.
 struct Bytes {  // w8g
   using Unpacked = Bytes;
+  using Whole = Bytes;
   static constexpr int offset = 128, parts = 1, bytes = 2048, x_bytes = 64;
   template <int R, int C> static inline Sums<R, C> sums(const uint8_t* data, const int8_t* x, int64_t stride, int) {
     Sums<R, C> sum;
@@ -98,6 +99,7 @@ inline void add_step(const __m256i (&w)[C], const int8_t* x, int64_t stride, Sum
 
 struct Nibbles {  // w4g
   using Unpacked = Nibbles;
+  using Whole = Nibbles;
   static constexpr int offset = 8, parts = 1, bytes = 1024, x_bytes = 32;
   template <int R, int C> static inline Sums<R, C> sums(const uint8_t* data, const int8_t* x, int64_t stride, int) {
     Sums<R, C> sum16;
@@ -162,6 +164,7 @@ struct UnpackedSixes {  // w6g after unpack_sixes: a byte a code
 
 struct Sixes {  // w6g
   using Unpacked = UnpackedSixes;
+  using Whole = Sixes;
   static constexpr int offset = 32, parts = 2, bytes = 1536, x_bytes = 32;
   static inline __m256i at(const uint8_t* p, int i) { return six_codes(p, i); }
   template <int R, int C> static inline Sums<R, C> sums(const uint8_t* data, const int8_t* x, int64_t stride, int p) {
@@ -263,7 +266,8 @@ template <class Codes, bool mins, int R> void group_rows(const Block& b, Ahead& 
   }
 }
 
-// Only AVX-512 uses one.
+// Only AVX-512 has the next two.
+inline bool equal_parts(const uint16_t*, int64_t) { return false; }
 template <class Codes> inline const float* scale_table(const uint16_t*, int64_t, void*) { return nullptr; }
 
 template <class Codes, bool mins, bool> void group_block(int rows, const Block& b, Ahead& ahead) {

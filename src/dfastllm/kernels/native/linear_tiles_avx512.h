@@ -23,16 +23,19 @@ inline __m512i four_codes(const int8_t* p) {
 }
 
 // Where weight codes come from: at() is inputs [4 i, 4 i + 4) of a group of 32 for 16 channels; p: the group's data at
-// the first of these channels. parts: how many scales a group has.
+// the first of these channels. parts: how many scales a group has; side: how many are stored for the panel's 64 channels.
+// Whole: the same codes where both parts of every group share their scale.
 struct Bytes {  // w8g
   using Unpacked = Bytes;
-  static constexpr int offset = 128, parts = 1, bytes = 2048;
+  using Whole = Bytes;
+  static constexpr int offset = 128, parts = 1, side = kPanel, bytes = 2048;
   static inline __m512i at(const uint8_t* p, int i) { return _mm512_loadu_si512(p + 256 * i); }
 };
 
 struct Nibbles {  // w4g
   using Unpacked = Nibbles;
-  static constexpr int offset = 8, parts = 1, bytes = 1024;
+  using Whole = Nibbles;
+  static constexpr int offset = 8, parts = 1, side = kPanel, bytes = 1024;
   static inline __m512i at(const uint8_t* p, int i) {
     const __m512i both = _mm512_loadu_si512(p + 256 * (i / 2));
     return _mm512_and_si512(i % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
@@ -41,13 +44,16 @@ struct Nibbles {  // w4g
 
 // w6g after unpack_sixes: a byte a code. Two instructions a register are saved on every row block.
 struct UnpackedSixes {
-  static constexpr int offset = 32, parts = 2, bytes = 2048;
+  static constexpr int offset = 32, parts = 2, side = 2 * kPanel, bytes = 2048;
   static inline __m512i at(const uint8_t* p, int i) { return Bytes::at(p, i); }
 };
+struct UnpackedWhole : UnpackedSixes { static constexpr int parts = 1; };
+struct WholeSixes;
 
 struct Sixes {  // w6g
   using Unpacked = UnpackedSixes;
-  static constexpr int offset = 32, parts = 2, bytes = 1536;
+  using Whole = WholeSixes;
+  static constexpr int offset = 32, parts = 2, side = 2 * kPanel, bytes = 1536;
   static inline __m512i at(const uint8_t* p, int i) {
     p += 768 * (i / 4);
     const __m512i both = _mm512_loadu_si512(p + 256 * (i % 4 / 2));
@@ -60,6 +66,22 @@ struct Sixes {  // w6g
     return _mm512_ternarylogic_epi64(low, _mm512_set1_epi8(15), high, 0xEA);  // (low & 15) | high
   }
 };
+
+struct WholeSixes : Sixes {  // Q5_0 and other types with groups of 32, held as w6g
+  using Unpacked = UnpackedWhole;
+  static constexpr int parts = 1;
+};
+
+// Whether both parts of each group have the same values, of 64 channels.
+inline bool equal_parts(const uint16_t* values, int64_t groups) {
+  __mmask16 differ = 0;
+  for (int64_t i = 0; i < groups; ++i, values += 2 * kPanel) {
+    for (int c = 0; c < kPanel; c += 32) {
+      differ |= _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(values + c), _mm512_loadu_si512(values + kPanel + c));
+    }
+  }
+  return differ == 0;
+}
 
 inline const uint8_t* unpack_sixes(const uint8_t* data, int64_t groups, void* scratch) {
   uint8_t* out = static_cast<uint8_t*>(scratch);
@@ -145,10 +167,10 @@ inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride
 // Weight scales times each factor an activation scale may have: [groups][4][parts][64] floats. 3 bits more than float16
 // has: exact.
 template <class Codes> inline const float* scale_table(const uint16_t* scales, int64_t groups, void* scratch) {
-  constexpr int side = Codes::parts * kPanel;
+  constexpr int side = Codes::parts * kPanel;  // of the table
   float* const out = reinterpret_cast<float*>(static_cast<char*>(scratch) + kSlice * UnpackedSixes::bytes);
   float* table = out;
-  for (int64_t g = 0; g < groups; ++g, scales += side, table += 4 * side) {
+  for (int64_t g = 0; g < groups; ++g, scales += Codes::side, table += 4 * side) {
     for (int i = 0; i < side; i += 16) {
       const __m512 scale = half16(scales + i), quarter = _mm512_mul_ps(scale, _mm512_set1_ps(0.25f));
       __m512 value = scale;
@@ -223,7 +245,6 @@ template <int R, int C> inline void store_tile(float* tile, const Floats<R, C>& 
 // R rows x C registers of channels from `channel` on, over the slice.
 template <class Codes, bool mins, int R, int C, bool single>
 inline void group_columns(const Block& b, const Starts<Codes, mins, R>& starts, int channel, Ahead& ahead) {
-  constexpr int side = Codes::parts * kPanel;
   float* tile = b.tile + channel;
   const uint8_t* data = b.data + channel * 4;
   const uint16_t* scales = b.scales + channel;
@@ -235,10 +256,11 @@ inline void group_columns(const Block& b, const Starts<Codes, mins, R>& starts, 
   Floats<R, C> y = load_tile<R, C>(tile, b.first);
   for (int g = 0; g < groups; ++g) {
     ahead.turn();
-    const void* factors = single ? static_cast<const void*>(scales + g * side) : table + 4 * g * side;
+    const void* factors =
+        single ? static_cast<const void*>(scales + g * Codes::side) : table + 4 * g * Codes::parts * kPanel;
     add_group<Codes, mins, R, C, single>(data, factors, minima, x, stride, starts, g, y);
     data += Codes::bytes;
-    if (mins) minima += side;
+    if (mins) minima += Codes::side;
     x += 32;
   }
   store_tile<R, C>(tile, y);
