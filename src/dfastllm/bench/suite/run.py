@@ -137,6 +137,8 @@ class Suite:
         running = [status for status in self.servers if status.status == "running"]
         if running:
             return running[0].url
+        if plan.url is not None and plan.model is not None and self.servers[0].status == "not_openai":
+            return plan.url  # some list no models and answer all the same (transformers serve without a cache)
         if set(plan.parts) == {"status"}:
             return None
         if plan.url is not None:
