@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +57,8 @@ def chain(engine: Engine, salt: str, tokens: Sequence[int]) -> list[bytes]:
     info, size = engine.info, engine.pages.page_size
     block = max(1, info.block)
     unit = int(np.lcm(size, block))
-    parent = hashlib.blake2b(json.dumps(["dfastllm", info.kind, block, size, salt]).encode(), digest_size=32).digest()
+    about = ("dfastllm", info.kind, block, size, salt)
+    parent = hashlib.blake2b(repr(about).encode(), digest_size=32).digest()
     keys = []
     for at in range(0, len(tokens) - unit + 1, unit):
         ids = np.asarray(tokens[at : at + unit], dtype=np.int64).tobytes()
@@ -388,7 +388,7 @@ def test_salts_never_meet() -> None:
     engine = fake_engine("ar", EngineConfig(kv_tokens=2048))
     prompt = FAMILIES[0]
     found = {}
-    for name, salt in (("1", ""), ("2", "x"), ("3", "y"), ("4", "x"), ("5", ""), ("6", 'x", "')):
+    for name, salt in (("1", ""), ("2", "x"), ("3", "y"), ("4", "x"), ("5", ""), ("6", "x', '")):
         out, _ = serve(engine, [Request(name, prompt, GREEDY, cache_salt=salt)])
         found[name] = out[name][2].usage.cached_tokens
     assert found == {"1": 0, "2": 0, "3": 0, "4": 32, "5": 32, "6": 0}

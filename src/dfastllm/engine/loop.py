@@ -23,7 +23,7 @@ from dfastllm.core import (
     StepEvent,
     StepStats,
 )
-from dfastllm.decode.registry import policy_for
+from dfastllm.decode.registry import policy_for, seen_by
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.drafting import Drafting
 from dfastllm.engine.kv import Pages, PageTable
@@ -126,17 +126,18 @@ class Engine:
                 param="cache_salt",
                 hint="Leave it out: this model's requests share nothing.",
             )
-        request = self.drafting.resolve(request)
-        self.drafting.check(request)
-        policy = self.choose(request, self.info)
-        policy.check(request, self.info)
+        info = seen_by(request, self.info)
+        request = self.drafting.resolve(request, info)
+        self.drafting.check(request, info)
+        policy = self.choose(request, info)
+        policy.check(request, info)
         length = len(request.prompt) + len(request.suffix)
         if length >= self.max_len:
             raise ContextLengthError(
                 f"the prompt has {length} tokens; this model's context is {self.max_len} with the answer.",
                 param="prompt",
             )
-        tokens, _ = policy.begin(request, self.info)
+        tokens, _ = policy.begin(request, info)
         need = max(len(tokens), length + request.sampling.max_tokens)
         if need > self.max_len:
             raise ContextLengthError(
@@ -174,8 +175,9 @@ class Engine:
         if self.scheduler.find(request.request_id) is not None:
             raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
         self.check_room()
-        request = self.drafting.resolve(request)
-        tokens, state = policy.begin(request, self.info)
+        info = seen_by(request, self.info)
+        request = self.drafting.resolve(request, info)
+        tokens, state = policy.begin(request, info)
         sampling = request.sampling
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         detokenizer = None
@@ -187,9 +189,9 @@ class Engine:
                 skip_special=sampling.skip_special_tokens,
             )
         end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else set(self.info.eos_ids))
-        sequence = SequenceState(request, self.info, list(tokens), seed, policy=state)
+        sequence = SequenceState(request, info, list(tokens), seed, policy=state)
         live = Live(sequence, policy, PageTable(self.pages), detokenizer, end_ids, self.steps, self._added)
-        if self.prefix is not None:
+        if self.prefix is not None and info is self.info:  # other attention, other K,V
             live.trail = self.prefix.trail(request.cache_salt)
         self._added += 1
         self._deadline = min(self._deadline, _deadline(request))
@@ -239,8 +241,7 @@ class Engine:
             commits = self._absorb(chosen, rows)
         canvases = self._commit(chosen, commits)
         if self.prefix is not None:
-            for live, span in chosen:
-                self.prefix.record(live, span)
+            self.prefix.record(chosen)
         events = self._emit(chosen, commits, canvases)
         self.drafting.observe(chosen, commits, time.monotonic() - began - draft_seconds)
         self.steps += 1

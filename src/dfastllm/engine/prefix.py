@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
+import sys
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Trail:
     keys      of the full pages of its settled tokens, as far as they were asked for.
     goal      positions that it may find in shared pages, at most: a later chunk is not looked up.
     held      positions whose pages others made or may share: never written again.
+    due       `kv_len` from which on `record` has something to do.
     straight  positions made by a prefill in whole chunks from position 0 on.
     cached    positions it found when it first ran (preemptions not counted).
     admitted  times it got a place.
@@ -59,6 +61,7 @@ class Trail:
     keys: list[bytes] = field(default_factory=list)
     goal: int = 0
     held: int = 0
+    due: int = 0
     straight: int = 0
     cached: int = 0
     admitted: int = 0
@@ -86,8 +89,8 @@ class PrefixCache:
 
     def trail(self, salt: str) -> Trail:
         """The trail of a new sequence. Another salt gives other keys throughout."""
-        about = ["dfastllm", self.info.kind, self.block, self.pages.page_size, salt]
-        root = hashlib.blake2b(json.dumps(about).encode(), digest_size=32).digest()
+        about = ("dfastllm", self.info.kind, self.block, self.pages.page_size, salt)
+        root = hashlib.blake2b(repr(about).encode(), digest_size=32).digest()
         return Trail(root, root)
 
     def match(self, live: Live) -> list[int]:
@@ -123,7 +126,8 @@ class PrefixCache:
         """Before a chunk is planned: take over pages that others finished meanwhile. True: this very step computes the
         better part of the chunk for somebody else, so that waiting one step costs less than doing it twice."""
         trail, at, size = live.trail, live.state.kv_len, self.pages.page_size
-        if trail is None or at >= trail.goal or at % size or len(live.table.pages) * size != at:
+        assert trail is not None
+        if at >= trail.goal or at % size or len(live.table.pages) * size != at:
             return False
         if self.pages.find(trail.keys[at // size]) is not None:
             more = self.match(live)[at // size :]
@@ -139,29 +143,35 @@ class PrefixCache:
     def announce(self, live: Live, span: Span) -> None:
         """This span runs in this step: the pages it completes can be shared in the next."""
         trail, size = live.trail, self.pages.page_size
-        if trail is None or span.store != "keep" or span.start >= trail.goal:
-            return
-        if self.cut_free or self._whole_chunk(trail, span):
+        assert trail is not None
+        if span.store == "keep" and (self.cut_free or self._whole_chunk(trail, span)):
             self._coming.update(trail.keys[-(-span.start // size) : min(span.stop, trail.goal) // size])
 
-    def record(self, live: Live, span: Span) -> None:
-        """After a commit: give keys to the pages that became full of settled tokens. K,V behind `kv_len`, of rejected
-        drafts or of a block that is not finished, never get one."""
-        trail, kv_len = live.trail, live.state.kv_len
-        assert trail is not None
-        assert kv_len >= trail.held, "K,V that others may use were taken back"
-        if not self.cut_free:
-            if kv_len >= span.stop and self._whole_chunk(trail, span):
+    def record(self, chosen: Iterable[tuple[Live, Span]]) -> None:
+        """After the commits of a step: give keys to the pages that became full of settled tokens. K,V behind `kv_len`,
+        of rejected drafts or of a block that is not finished, never get one."""
+        for live, span in chosen:
+            trail, kv_len = live.trail, live.state.kv_len
+            assert trail is not None
+            assert kv_len >= trail.held, "K,V that others may use were taken back"
+            if kv_len >= trail.due:
+                self._record(live, trail, span, kv_len)
+
+    def _record(self, live: Live, trail: Trail, span: Span, kv_len: int) -> None:
+        if not self.cut_free and span.store == "keep":
+            if not self._whole_chunk(trail, span):
+                trail.due = sys.maxsize  # nothing after this can be shared
+            elif kv_len >= span.stop:
                 trail.straight = span.stop
             kv_len = min(kv_len, trail.straight)
-        if kv_len < trail.held + self.unit:
-            return
         until = min(kv_len, self._settled(live)) // self.unit * self.unit
         size = self.pages.page_size
         keys = self._keys(live, until)
         for number in range(trail.held // size, until // size):
             self.pages.label(live.table.pages[number], keys[number])
         trail.held = max(trail.held, until)
+        if self.cut_free:
+            trail.due = trail.held + self.unit
 
     def counted(self) -> tuple[int, int]:
         """queries and hits since it was asked last."""
@@ -179,6 +189,7 @@ class PrefixCache:
         found = len(pages) * self.pages.page_size
         live.state.kv_len += found
         trail.held = trail.straight = live.state.kv_len
+        trail.due = trail.held + self.unit if self.cut_free else 0
         if trail.admitted == 1:
             trail.cached += found
             self.hits += found
@@ -199,9 +210,11 @@ class PrefixCache:
         trail, unit = live.trail, self.unit
         assert trail is not None
         per = unit // self.pages.page_size
-        for at in range(len(trail.keys) // per * unit, until - unit + 1, unit):
-            ids = array("q", live.state.tokens[at : at + unit]).tobytes()
-            trail.tip = hashlib.blake2b(trail.tip + ids, digest_size=32).digest()
+        begin, end = len(trail.keys) // per * unit, until // unit * unit
+        ids = array("q", live.state.tokens[begin:end]).tobytes()
+        step = unit * 8
+        for at in range(0, len(ids), step):
+            trail.tip = hashlib.blake2b(trail.tip + ids[at : at + step], digest_size=32).digest()
             trail.keys += [trail.tip] if per == 1 else [trail.tip + number.to_bytes(4) for number in range(per)]
         return trail.keys
 

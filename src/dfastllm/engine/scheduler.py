@@ -76,7 +76,10 @@ class Scheduler:
 
     def _place(self, live: Live, rows: int, chosen: list[tuple[Live, Span]]) -> int:
         """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""
-        if self.prefix is not None and self.prefix.join(live):
+        prefix = self.prefix
+        if live.trail is None or live.state.kv_len >= live.trail.goal:
+            prefix = None  # it is past what it could share
+        if prefix is not None and prefix.join(live):
             return 0
         # Chunks are cut the same whatever else runs: how a prompt is cut must not depend on the neighbours.
         span = live.policy.plan(live.state, self._chunk)
@@ -88,8 +91,8 @@ class Scheduler:
                 return 0
             live.table.grow(span.stop)
         chosen.append((live, span))
-        if self.prefix is not None:
-            self.prefix.announce(live, span)
+        if prefix is not None:
+            prefix.announce(live, span)
         return size
 
     def _make_room(self, live: Live, positions: int, chosen: list[tuple[Live, Span]]) -> bool:
