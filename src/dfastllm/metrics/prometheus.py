@@ -7,7 +7,7 @@ under 10 ms, where small models live.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
 
@@ -23,6 +23,7 @@ SECONDS = (
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 25.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0, 512.0, 1024.0, 4096.0)
 RATIOS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
 
 
@@ -65,6 +66,16 @@ class Metrics:
         self.batch = self._histogram("parallel_batch_size", "Sequences in a step.", SIZES)
         self.step_time = self._histogram("engine_step_seconds", "One turn of the loop, forward pass included.")
         self.run_time = self._histogram("engine_forward_seconds", "The forward pass of a step.")
+        self.drafts = self._counter("spec_decode_num_drafts", "Drafts that a forward verified.")
+        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens of verified drafts.")
+        self.accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens that were accepted.")
+        self.accepted_at = self._counter(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Drafts whose token at this position (0: the first) was accepted.",
+            "model_name",
+            "position",
+        )
+        self.draft_time = self._histogram("spec_decode_draft_seconds", "Drafting of a step that drafted.")
         self.denoising = self._counter(
             "diffusion_num_denoising_steps", "Forward passes of a diffusion request's canvas, refreshes included."
         )
@@ -101,6 +112,16 @@ class Metrics:
             "inter_token_latency_seconds", "Time between output tokens; tokens that arrive together share the gap."
         )
 
+        self.block_time = self._histogram(
+            "time_per_block_seconds", "One block of a canvas to the next; the first from the first forward pass."
+        )
+        self.first_call = self._histogram(
+            "time_to_first_tool_call_seconds", "Arrival to the first complete call of one of the request's tools."
+        )
+        self.first_call_tokens = self._histogram(
+            "tokens_to_first_tool_call", "Output tokens until the first complete call of a tool.", COUNTS
+        )
+
     def _declare_http(self) -> None:
         self.http = self._counter("http_requests", "HTTP requests answered.", "method", "handler", "status")
         self.http_time = self._histogram(
@@ -127,12 +148,23 @@ class Metrics:
         if stats.prefix_queries or stats.prefix_hits:
             self.prefix_queries.labels(name).inc(stats.prefix_queries)
             self.prefix_hits.labels(name).inc(stats.prefix_hits)
+        if stats.draft_seconds:
+            self.draft_time.labels(name).observe(stats.draft_seconds)
+        for drafted, accepted in stats.drafts:
+            self._draft(name, drafted, accepted)
         if kind != "ar":
             self.denoising.labels(name).inc(stats.sequences)
             self.canvas.labels(name).inc(stats.wanted)
             self.committed.labels(name).inc(stats.committed)
         for finish in stats.finished:
             self._finished(name, finish)
+
+    def _draft(self, name: str, drafted: int, accepted: int) -> None:
+        self.drafts.labels(name).inc()
+        self.draft_tokens.labels(name).inc(drafted)
+        self.accepted.labels(name).inc(accepted)
+        for position in range(accepted):
+            self.accepted_at.labels(name, str(position)).inc()
 
     def _finished(self, name: str, finish: Finish) -> None:
         usage = finish.usage
@@ -162,6 +194,16 @@ class Metrics:
         """`count` tokens reached a client `gap` seconds after the ones before."""
         for _ in range(count):
             self.inter_token.labels(name).observe(gap / count)
+
+    def blocks(self, name: str, seconds: Iterable[float]) -> None:
+        """What each finished block of one request took."""
+        for each in seconds:
+            self.block_time.labels(name).observe(each)
+
+    def tool_call(self, name: str, tokens: int, seconds: float) -> None:
+        """A request's first complete tool call came after so many tokens and seconds."""
+        self.first_call_tokens.labels(name).observe(tokens)
+        self.first_call.labels(name).observe(seconds)
 
     def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
         """One HTTP request; `handler` is the route's template, so that ids in paths make no new series."""

@@ -36,6 +36,7 @@ from dfastllm.server.replies import (
     ChatMessage,
     Delta,
     FunctionCall,
+    Timings,
     ToolCallOut,
     dump,
     figures,
@@ -59,6 +60,9 @@ class Call:
     job: Job
     tools: bool
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def timings(self) -> list[Timings]:
+        return [request.out() for request in self.job.timings] if self.body.timings else []
 
     def logprobs(self, result: Result | StepEvent) -> ChatLogprobs | None:
         if not self.body.logprobs or not result.logprobs:
@@ -103,7 +107,9 @@ async def _understand(serving: Serving, body: ChatRequest, request_id: str) -> C
     decode = decode_params(body, model, sampling.max_tokens)
     id = f"chatcmpl-{uuid.uuid4().hex}"
     requests = engine_requests(serving, id, body, [ids], body.n or 1, sampling, decode, speculative_params(body, model))
-    return Call(body, model, Job(serving, model.name, requests, id=id, request_id=request_id), tools is not None)
+    names = {tool.function.name for tool in tools or ()}
+    job = Job(serving, model.name, requests, id=id, request_id=request_id, tools=names)
+    return Call(body, model, job, tools is not None)
 
 
 async def _whole(call: Call) -> ChatCompletion:
@@ -137,7 +143,7 @@ async def _whole(call: Call) -> ChatCompletion:
         model=call.model.name,
         choices=choices,
         usage=usage_out(usage),
-        dfastllm=figures(usage),
+        dfastllm=figures(usage, call.timings()),
         **rest,
     )
 
@@ -213,6 +219,7 @@ async def _chunks(call: Call, events: Events) -> AsyncGenerator[str]:
                 finishes[index] = event.finish
                 word = _finish_word(event.finish, choice.calls > 0)
                 yield chunk(index, Delta(), finish_reason=word, stop_reason=event.finish.stop)
-    if with_usage:
+    if with_usage or call.body.timings:
         usage = total([finishes[index] for index in sorted(finishes)], len(choices))
-        yield call.chunk([], usage=usage_out(usage), dfastllm=figures(usage))
+        counted = {"usage": usage_out(usage)} if with_usage else {}
+        yield call.chunk([], dfastllm=figures(usage, call.timings()), **counted)

@@ -27,7 +27,7 @@ from dfastllm.server.generation import (
 )
 from dfastllm.server.options import decode_params, sampling_params, speculative_params
 from dfastllm.server.prompts import completion_prompts, encode
-from dfastllm.server.replies import Completion, CompletionChoice, dump, figures, usage_out
+from dfastllm.server.replies import Completion, CompletionChoice, Timings, dump, figures, usage_out
 from dfastllm.server.schemas import CompletionRequest
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.sse import EventStream
@@ -46,6 +46,9 @@ class Call:
     prompts: Sequence[tuple[tuple[int, ...], str]]
     choices: int  # for each prompt
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def timings(self) -> list[Timings]:
+        return [request.out() for request in self.job.timings] if self.body.timings else []
 
     def reply(self, choices: list[CompletionChoice], **rest: Any) -> Completion:
         return Completion(id=self.job.id, created=self.created, model=self.model.name, choices=choices, **rest)
@@ -107,7 +110,7 @@ async def _whole(call: Call) -> Completion:
             rest["prompt_token_ids"] = list(call.job.requests[index].prompt)
         choices.append(call.choice(index, echo + result.text, result, len(echo), **rest))
     usage = total([finish for _, finish in ended], call.choices)
-    return call.reply(choices, usage=usage_out(usage), dfastllm=figures(usage))
+    return call.reply(choices, usage=usage_out(usage), dfastllm=figures(usage, call.timings()))
 
 
 async def _chunks(call: Call, events: Events) -> AsyncGenerator[str]:
@@ -138,9 +141,10 @@ async def _chunks(call: Call, events: Events) -> AsyncGenerator[str]:
             choice = call.choice(index, event.text, event, offsets[index], **rest)
             offsets[index] += sum(map(len, choice.logprobs.tokens)) if choice.logprobs else 0
             yield dump(call.reply([choice], **null_usage))
-    if with_usage:
+    if with_usage or call.body.timings:
         usage = total([finishes[index] for index in sorted(finishes)], call.choices)
-        yield dump(call.reply([], usage=usage_out(usage), dfastllm=figures(usage)))
+        counted = {"usage": usage_out(usage)} if with_usage else {}
+        yield dump(call.reply([], dfastllm=figures(usage, call.timings()), **counted))
 
 
 def _text_only(index: int, text: str) -> CompletionChoice:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -30,6 +30,7 @@ from dfastllm.core import (
 from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
 from dfastllm.llm import split_choices
 from dfastllm.server.schemas import GenerationRequest
+from dfastllm.server.timings import RequestTimings
 
 if TYPE_CHECKING:
     from dfastllm.engine import Stream
@@ -58,9 +59,19 @@ _EXACTNESS = (
 
 
 class Job:
-    """The engine requests of one HTTP request. `id` names the response, `request_id` is its X-Request-ID."""
+    """The engine requests of one HTTP request. `id` names the response, `request_id` is its X-Request-ID; tools: names
+    that the answers may call."""
 
-    def __init__(self, serving: Serving, model: str, requests: Sequence[Request], *, id: str, request_id: str) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        model: str,
+        requests: Sequence[Request],
+        *,
+        id: str,
+        request_id: str,
+        tools: Collection[str] = (),
+    ) -> None:
         self.serving = serving
         self.model = model
         self.requests = requests
@@ -68,6 +79,7 @@ class Job:
         self.request_id = request_id
         self.streams: list[Stream] = []
         self.failure: DFastLLMError | None = None
+        self.timings = [RequestTimings(request, tools) for request in requests]
 
     def cancel(self) -> None:
         for stream in self.streams:
@@ -98,12 +110,15 @@ class Job:
                 self.cancel()  # harmless for what has ended
 
     async def timed_events(self) -> Events:
-        """`events`, with the gaps between tokens reported to the metrics."""
+        """`events`, with what came when reported to the metrics and kept in `timings`."""
         last: dict[int, float] = {}
         async with aclosing(self.events()) as events:
             async for index, event in events:
+                now = time.monotonic()
+                self.timings[index].see(event, now)
+                if event.finish is not None:
+                    self.timings[index].report(self.serving.metrics, self.model)
                 if event.token_ids:
-                    now = time.perf_counter()
                     if index in last:
                         self.serving.metrics.tokens(self.model, now - last[index], len(event.token_ids))
                     last[index] = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +23,9 @@ __all__ = [
     "Delta",
     "Figures",
     "FunctionCall",
+    "Percentiles",
     "PromptTokensDetails",
+    "Timings",
     "ToolCallOut",
     "TopLogprob",
     "UsageOut",
@@ -51,6 +54,24 @@ class UsageOut(Out):
     prompt_tokens_details: PromptTokensDetails
 
 
+class Percentiles(Out):
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+
+class Timings(Out):
+    """When the parts of one choice's answer came, in seconds."""
+
+    tokens_per_second: float | None = Field(description="(n - 1) / (last - first token); null when all came at once.")
+    time_per_output_token_seconds: float | None = Field(description="(end - first token) / (n - 1).")
+    inter_token_seconds: Percentiles | None = Field(description="Tokens that came together share the gap.")
+    block_seconds: list[float] = Field(description="Each finished block of a canvas; the first with the prompt.")
+    first_tool_call_tokens: int | None = Field(description="Tokens until the first complete call of one of the tools.")
+    first_tool_call_seconds: float | None
+
+
 class Figures(Out):
     """What the answer took."""
 
@@ -70,6 +91,7 @@ class Figures(Out):
         None, description="Entry i: drafts of which at least i + 1 tokens were accepted."
     )
     acceptance_length: float | None = Field(None, description="1 + accepted_tokens / drafts.")
+    timings: list[Timings] | None = Field(None, description="One per choice, when the request has timings: true.")
 
 
 class CompletionLogprobs(Out):
@@ -189,10 +211,11 @@ def usage_out(usage: Usage) -> UsageOut:
     )
 
 
-def figures(usage: Usage) -> Figures:
-    drafted: dict[str, Any] = {}
+def figures(usage: Usage, timings: Sequence[Timings] = ()) -> Figures:
+    """timings: one per choice where they were asked for."""
+    more: dict[str, Any] = {"timings": list(timings)} if timings else {}
     if usage.drafts:
-        drafted = {
+        more |= {
             "drafts": usage.drafts,
             "draft_tokens": usage.draft_tokens,
             "accepted_tokens": usage.accepted_tokens,
@@ -206,7 +229,7 @@ def figures(usage: Usage) -> Figures:
         queue_seconds=usage.queue_s,
         first_token_seconds=usage.first_token_s,
         total_seconds=usage.total_s,
-        **drafted,
+        **more,
     )
 
 

@@ -71,6 +71,10 @@ class GenerationRequest(Body):
     return_token_ids: bool | None = Field(None, description="Choices carry token_ids too.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    timings: bool | None = Field(
+        None,
+        description="The dfastllm block (of a stream: a last chunk) also says when the parts of each answer came.",
+    )
     priority: Int | None = Field(None, description="Lower runs first. Default 0.")
     timeout: float | None = Field(None, description="Seconds until 504, waiting included; the server's limit at most.")
 

@@ -2,7 +2,8 @@
 
 `CallFinder` reads a text as it grows and answers once: with the first call that fits. It takes a call in the markup
 that `tools` parses and, because many templates use no markup, a text that is nothing but the call's JSON. The
-`jsonschema` library validates (drafts 4 to 2020-12, by the schema's `$schema`); references out of the schema are never fetched.
+`jsonschema` library validates (drafts 4 to 2020-12, by the schema's `$schema`); references out of a schema are never
+fetched.
 
 Schemas are run as they are, regular expressions included: give this the schemas of people you trust.
 """
