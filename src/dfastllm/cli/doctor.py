@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -47,7 +47,14 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Show what this machine has and which implementation each operation uses."""
-    report = {"cpu": cpu(), "memory": memory(), "software": software(), "devices": devices(), "ops": ops()}
+    report = {
+        "cpu": cpu(),
+        "memory": memory(),
+        "software": software(),
+        "devices": devices(),
+        "ops": ops(),
+        "prefix_caching": prefix_caching(),
+    }
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -122,6 +129,15 @@ def ops() -> list[dict[str, str]]:
     return [dataclasses.asdict(choice) for choice in table()]
 
 
+def prefix_caching() -> dict[str, str]:
+    """Whether requests share the K,V of a common beginning, by kind of model."""
+    from dfastllm.core import Kind
+    from dfastllm.engine.prefix import refusal
+
+    reasons = {kind: refusal(kind) for kind in get_args(Kind)}
+    return {kind: "on" if reason is None else f"off, because {reason}" for kind, reason in reasons.items()}
+
+
 def _size(count: int | None) -> str:
     return "unknown" if count is None else f"{count / GIB:.1f} GiB"
 
@@ -149,7 +165,12 @@ def _print(report: dict[str, Any]) -> None:
         choices.add_column(column)
     for choice in report["ops"]:
         choices.add_row(choice["op"], choice["implementation"], choice["reason"])
+    sharing = Table(title="Prefix caching, unless switched off", title_justify="left")
+    for column in ("kind of model", "requests share K,V"):
+        sharing.add_column(column)
+    for kind, state in report["prefix_caching"].items():
+        sharing.add_row(kind, state)
     screen = console()
-    for part in (machine, devices, choices):
+    for part in (machine, devices, choices, sharing):
         screen.print(part)
         screen.print()

@@ -97,7 +97,7 @@ class Engine:
     def _prefix_cache(self) -> PrefixCache | None:
         if not self.config.prefix_caching:
             return None
-        reason = refusal(self.info)
+        reason = refusal(self.info.kind)
         if reason is not None:
             log.info("prefix caching: off for %s, because %s", self.info.name, reason)
             return None
@@ -120,7 +120,7 @@ class Engine:
         if request.sampling.stop and self.tokenizer is None:
             raise ValidationError("stop strings need a tokenizer; this engine has none.", param="stop")
         self._check_ids(request)
-        if request.cache_salt and (reason := refusal(self.info)) is not None:
+        if request.cache_salt and (reason := refusal(self.info.kind)) is not None:
             raise UnsupportedError(
                 f"cache_salt asks for prefix caching, which {self.info.name} cannot have: {reason}.",
                 param="cache_salt",
@@ -192,7 +192,7 @@ class Engine:
         sequence = SequenceState(request, info, list(tokens), seed, policy=state)
         live = Live(sequence, policy, PageTable(self.pages), detokenizer, end_ids, self.steps, self._added)
         if self.prefix is not None and info is self.info:  # other attention, other K,V
-            live.trail = self.prefix.trail(request.cache_salt)
+            live.trail = self.prefix.trail(request.cache_salt, info.kind)
         self._added += 1
         self._deadline = min(self._deadline, _deadline(request))
         self.scheduler.add(live)

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dfastllm.core import ModelInfo, Span
+from dfastllm.core import Kind, ModelInfo, Span
 from dfastllm.engine.kv import Pages
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["PrefixCache", "Trail", "refusal"]
 
 
-def refusal(info: ModelInfo) -> str | None:
-    """Why this model's K,V cannot be shared between requests; None when they can."""
-    if info.kind == "diffusion":
+def refusal(kind: Kind) -> str | None:
+    """Why the K,V of such a model cannot be shared between requests; None when they can."""
+    if kind == "diffusion":
         return "its attention is full: the K,V of a prompt depend on the response"
     return None
 
@@ -73,7 +73,7 @@ class PrefixCache:
     place."""
 
     def __init__(self, pages: Pages, info: ModelInfo, chunk: int, *, cut_free: bool) -> None:
-        assert refusal(info) is None, refusal(info)
+        assert refusal(info.kind) is None, refusal(info.kind)
         self.pages = pages
         self.info = info
         self.cut_free = cut_free
@@ -87,9 +87,10 @@ class PrefixCache:
         self._coming: set[bytes] = set()
         self._told = (0, 0)
 
-    def trail(self, salt: str) -> Trail:
-        """The trail of a new sequence. Another salt gives other keys throughout."""
-        about = ("dfastllm", self.info.kind, self.block, self.pages.page_size, salt)
+    def trail(self, salt: str, kind: Kind) -> Trail:
+        """The trail of a new sequence that decodes on the model as one of this kind. Another salt, and another kind of
+        attention, give other keys throughout."""
+        about = ("dfastllm", kind, self.block, self.pages.page_size, salt)
         root = hashlib.blake2b(repr(about).encode(), digest_size=32).digest()
         return Trail(root, root)
 
