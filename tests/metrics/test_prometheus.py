@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from dfastllm.core import Finish, FinishReason, StepStats, Usage
 from dfastllm.errors import TimeoutError
 from dfastllm.metrics import Metrics
+from dfastllm.metrics.prometheus import SECONDS
 
 
 class Engine:
@@ -25,7 +28,7 @@ class Engine:
             fn(stats)
 
 
-def stats(*finished: Finish, **changes: int) -> StepStats:
+def stats(*finished: Finish, **changes: Any) -> StepStats:
     counts = {"sequences": 3, "rows": 96, "wanted": 40, "committed": 5, "waiting": 2, "running": 3}
     counts |= {"pages_used": 8, "pages_total": 32, "preempted": 0, **changes}
     return StepStats(model="file-name", seconds=0.004, run_seconds=0.003, finished=finished, **counts)  # type: ignore[arg-type]
@@ -120,6 +123,38 @@ def test_what_did_not_end_by_itself_is_a_failure_and_spoils_no_latency() -> None
     assert seen["request_failure_total", f"{M},reason=timeout"] == 1
     assert ("e2e_request_latency_seconds_sum", M) not in seen
     assert seen["nfe_total", M] == 14  # the compute was spent all the same
+
+
+def test_drafts_are_counted_under_vllms_names() -> None:
+    metrics, engine = watched("ar")
+    engine.report(stats(drafts=((4, 2), (4, 0), (3, 3)), draft_seconds=0.002))
+    engine.report(stats())
+    seen = values(metrics)
+    assert seen["spec_decode_num_drafts_total", M] == 3
+    assert seen["spec_decode_num_draft_tokens_total", M] == 11
+    assert seen["spec_decode_num_accepted_tokens_total", M] == 5
+    positions = [seen.get(("spec_decode_num_accepted_tokens_per_pos_total", f"{M},position={i}")) for i in range(4)]
+    assert positions == [2, 2, 1, None]
+    assert seen["spec_decode_draft_seconds_sum", M] == 0.002
+    assert seen["spec_decode_draft_seconds_count", M] == 1  # a step without drafts is no observation
+
+
+def test_blocks_and_tool_calls() -> None:
+    metrics, _ = watched()
+    metrics.blocks("m", [0.001, 0.003])
+    metrics.tool_call("m", 25, 0.5)
+    seen = values(metrics)
+    assert seen["time_per_block_seconds_sum", M] == 0.004
+    assert seen["time_to_first_tool_call_seconds_sum", M] == 0.5
+    # The gate's limit is a bucket, so the share of calls within it can be read off.
+    assert seen["tokens_to_first_tool_call_bucket", f"le=25.0,{M}"] == 1
+    assert seen["tokens_to_first_tool_call_bucket", f"le=16.0,{M}"] == 0
+
+
+def test_buckets_suit_tiny_and_large_models() -> None:
+    """From 100 µs to 10 min, no step wider than threefold, so that a percentile read off is right to that."""
+    assert (min(SECONDS), max(SECONDS)) == (0.0001, 600.0)
+    assert all(after / before <= 3.0 for before, after in pairwise(SECONDS))
 
 
 def test_buckets_tell_milliseconds_apart() -> None:
