@@ -19,7 +19,7 @@ from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.runner import Runnable
 from dfastllm.models import PackedDecoder
 
-__all__ = ["Chat", "Crowd", "Served", "measure_prefix", "play"]
+__all__ = ["Chat", "Crowd", "Served", "measure_prefix", "play", "workloads"]
 
 
 @dataclass
@@ -170,3 +170,16 @@ def measure_prefix(
         "one_run_on": sum(on_.one_run) / len(on_.one_run),
         "same_tokens": all(a.answers == b.answers for a, b in pairs),
     }
+
+
+def workloads(context: int) -> list[tuple[Crowd | Chat, dict[str, Any]]]:
+    """What the record measures on a model of that context, each with its engine's limits: two sizes, the larger from
+    1024 positions on. The last finds nothing to share in K,V that are too small for it, so that pages are given up all
+    the time: what looking and remembering cost."""
+    common, own, answer = (512, 32, 16) if context >= 1024 else (320, 32, 16)
+    return [
+        (Crowd("system prompt, one by one", 6, common, own, answer), {}),
+        (Crowd("system prompt, at once", 6, common, own, answer, together=True), {}),
+        (Chat("chat", 4, common // 2, own, answer), {}),
+        (Crowd("nothing in common", 8, 0, common, answer), {"kv_tokens": 4 * common}),
+    ]
