@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfastllm.core import Commit, DecodeParams, Request, SequenceState, Span
+from dfastllm.core import Commit, DecodeParams, Request, SequenceState, Span, SpeculativeParams
 from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for
 from dfastllm.decode.rows import DenseRows
 from dfastllm.errors import UnsupportedError
@@ -43,6 +43,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "shifted": lambda: FakeModel(info("diffusion", shift=1), sharp=5),
     "block": lambda: FakeModel(info("block", edit=True, block=8), sharp=5),
     "block-shifted": lambda: FakeModel(info("block", shift=1, ar_first=True, block=8), sharp=5),
+    "self": lambda: FakeModel(info("ar", mask_id=36, causal=True, shift=1), sharp=2),
     "llama": lambda: tiny("llama"),
     "llada": lambda: tiny("llada"),
     "dream": lambda: tiny("dream"),
@@ -77,17 +78,19 @@ class Case:
     @property
     def policy(self) -> Any:
         info = model(self.model).info
-        return policies(scorer(info.vocab_size))[info.kind]
+        return policies(scorer(info.vocab_size))["self" if self.model == "self" else info.kind]
 
     def requests(self) -> list[Request]:
         """Different prompts, lengths and options, so that a group of them is as mixed as it gets."""
         if self.rule is None:
-            return [
+            drafts = SpeculativeParams("self", num_speculative_tokens=4) if self.model == "self" else None
+            asked = [
                 request((5, 6, 7), name="greedy", max_tokens=9),
                 request((9, 8), name="hot", max_tokens=12, temperature=0.9, top_p=0.8, seed=3, logprobs=2),
                 request(range(3, 20), name="few", max_tokens=7, temperature=1.2, top_k=4, seed=4, min_tokens=5),
                 request((4,) * 5, name="pen", max_tokens=9, repetition_penalty=1.3, frequency_penalty=0.5),
             ]
+            return [replace(r, speculative=drafts) for r in asked]
         block = 4 if model(self.model).info.kind == "block" else 6
 
         def decode(**changes: Any) -> DecodeParams:
@@ -108,6 +111,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     yield Case("ar")
+    yield Case("self")
     yield Case("llama")
     for name in ("diffusion", "shifted", "block", "block-shifted"):
         for rule in RULES:
@@ -154,7 +158,8 @@ def watch(seq: SequenceState, span: Span, commit: Commit) -> None:
     if seq.sampling.logprobs is not None:
         decided = set(commit.fixed) - ({p for p in commit.fixed if p >= commit.stable} if commit.finish else set())
         assert decided <= set(commit.logprobs)
-    if span.want:
+    drafting = span.attend == "full" and seq.model.kind == "ar"  # self-speculation's first phase
+    if span.want and not drafting:
         assert commit.fixed or commit.masked or commit.block_done, "a step decided nothing"
 
 
@@ -332,7 +337,7 @@ def test_draws_are_keyed_by_the_seed(case: Case) -> None:
 
 
 def test_every_policy_is_here() -> None:
-    assert {model(c.model).info.kind for c in ALL} == set(POLICIES)
+    assert {c.policy.name for c in ALL} == set(POLICIES)
     assert {c.rule for c in ALL} - {None} == set(RULES)
     assert {c.cache for c in ALL} - {None} == set(CACHES)
 

@@ -19,6 +19,8 @@ class ModelInfo:
     block      native block length (kind "block"), else 0.
     ar_first   the first token of a block comes from the row before it as in autoregression (Fast-dLLM v2).
     edit       the model was trained to overwrite committed tokens (LLaDA2.1).
+    causal     a model of another kind than ar whose weights are an autoregressive model's too: under causal attention
+               the row of position i-1 predicts position i (Fast-dLLM v2).
     eos_ids    any of them ends a text; the first is the one padding is counted as.
     """
 
@@ -38,3 +40,4 @@ class ModelInfo:
     block: int = 0
     ar_first: bool = False
     edit: bool = False
+    causal: bool = False

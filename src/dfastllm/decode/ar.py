@@ -11,14 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfastllm.core import Commit, Draft, FinishReason, ModelInfo, Request, SequenceState, Span, TokenLogprob
+from dfastllm.core import (
+    Commit,
+    DecodeParams,
+    Draft,
+    FinishReason,
+    ModelInfo,
+    Request,
+    SequenceState,
+    Span,
+    TokenLogprob,
+)
 from dfastllm.decode.draft.history import History, after
 from dfastllm.decode.rows import Rows
 from dfastllm.decode.sampling import check_sampling
 from dfastllm.decode.verify import Cell, cells_of, choose, rejects, standing
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
-__all__ = ["Autoregressive", "draft_room"]
+__all__ = ["Autoregressive", "check_prompt", "deciding", "draft_room", "enders", "settled"]
 
 
 class Autoregressive:
@@ -32,9 +42,11 @@ class Autoregressive:
             raise UnsupportedError(
                 f"the ar decoder needs a causal model, but {model.name} is of kind {model.kind!r}.", param="model"
             )
-        if request.decode is not None:
+        if request.decode is not None and request.decode != DecodeParams(rule="ar"):
             raise UnsupportedError(
-                f"model {model.name} is autoregressive and has no diffusion options.",
+                f"model {model.name} is autoregressive and has no diffusion options."
+                if request.decode.rule != "ar"
+                else "rule 'ar' has no diffusion options.",
                 param="decode",
                 hint="Leave out threshold, factor, steps, block_length, remasking, cache, or choose a diffusion model.",
             )
@@ -70,15 +82,8 @@ class Autoregressive:
     def plan(self, seq: SequenceState, limit: int) -> Span:
         """The rest of the known tokens, at most `limit` of them; logits of the last one only, and of the draft's that
         follow it (they may exceed the limit)."""
-        known = len(seq.tokens)
-        start = min(seq.kv_len, known - 1)
-        stop = min(known, start + max(1, limit))
-        if stop < known:
-            return Span(start=start, ids=tuple(seq.tokens[start:stop]), attend="causal", store="keep")
-        draft = seq.draft if seq.draft is not None and seq.draft.length == known and seq.draft.tokens else None
-        ids = tuple(seq.tokens[start:stop]) + (draft.tokens if draft else ())
-        want = tuple(range(stop - start - 1, len(ids)))
-        return Span(start=start, ids=ids, attend="causal", store="keep", want=want, plan=draft)
+        draft = seq.draft if seq.draft is not None and seq.draft.length == len(seq.tokens) else None
+        return deciding(seq, limit, draft if draft and draft.tokens else None)
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
         cells: list[Cell] = []
@@ -91,13 +96,26 @@ class Autoregressive:
             if not span.want:
                 commits.append(Commit(state=seq.policy, stable=len(seq.tokens)))
             elif span.plan is None:
-                commits.append(_commit(seq, None, tokens[at : at + 1], records[at : at + 1]))
+                commits.append(settled(seq, None, tokens[at : at + 1], records[at : at + 1]))
                 at += 1
             else:
                 part = slice(at, at + len(span.want))
                 at = part.stop
-                commits.append(_commit(seq, span.plan, tokens[part], records[part]))
+                commits.append(settled(seq, span.plan, tokens[part], records[part]))
         return commits
+
+
+def deciding(seq: SequenceState, limit: int, draft: Draft | None) -> Span:
+    """The rest of the known tokens, at most `limit` of them, and once they are complete those of the draft, with the
+    rows that decide what follows them."""
+    known = len(seq.tokens)
+    start = min(seq.kv_len, known - 1)
+    stop = min(known, start + max(1, limit))
+    if stop < known:
+        return Span(start=start, ids=tuple(seq.tokens[start:stop]), attend="causal", store="keep")
+    ids = tuple(seq.tokens[start:stop]) + (draft.tokens if draft else ())
+    want = tuple(range(stop - start - 1, len(ids)))
+    return Span(start=start, ids=ids, attend="causal", store="keep", want=want, plan=draft)
 
 
 def draft_room(seq: SequenceState, limit: int) -> int:
@@ -126,7 +144,7 @@ def enders(sampling_stop: tuple[int, ...], ignore_eos: bool, model: ModelInfo) -
     return tuple(dict.fromkeys((() if ignore_eos else model.eos_ids) + sampling_stop))
 
 
-def _commit(
+def settled(
     seq: SequenceState, draft: Draft | None, tokens: Sequence[int], records: Sequence[TokenLogprob | None]
 ) -> Commit:
     """The draft tokens that stand and the one that the row after them gives; cut where the text ends."""
@@ -159,6 +177,6 @@ def _commit(
 def _history(seq: SequenceState, draft: Draft, accepted: int, stop: int) -> History | None:
     """State of a request whose draft lengths follow from what stood; None of others."""
     asked = seq.request.speculative
-    if asked is None or not asked.adaptive or not rejects(seq):
+    if asked is None or asked.method == "self" or not asked.adaptive or not rejects(seq):
         return None
     return after(seq.policy, asked.num_speculative_tokens, len(draft.tokens), accepted, stop)

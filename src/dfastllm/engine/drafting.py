@@ -54,20 +54,21 @@ class Drafting:
         self.suppressed = 0
         self._watching = False  # whether this step's cost is to be measured
 
-    def resolve(self, request: Request) -> Request:
-        """The request with the engine's default where it names no method. A canvas model has none."""
-        if request.speculative is None and self.default is not None and self.model.kind == "ar":
+    def resolve(self, request: Request, model: ModelInfo) -> Request:
+        """The request with the engine's default where it names no method. A canvas has none. model: as the request
+        sees it."""
+        if request.speculative is None and self.default is not None and model.kind == "ar":
             return replace(request, speculative=self.default)
         return request
 
-    def check(self, request: Request) -> None:
-        """Raises UnsupportedError or ValidationError naming the field."""
+    def check(self, request: Request, model: ModelInfo) -> None:
+        """Raises UnsupportedError or ValidationError naming the field. model: as the request sees it."""
         asked = request.speculative
-        if asked is None or asked.method == "none":
+        if asked is None or asked.method in ("none", "self"):  # `self` is a policy
             return
-        if self.model.kind != "ar":
+        if model.kind != "ar":
             raise UnsupportedError(
-                f"{self.model.name} is no autoregressive model: method {asked.method!r} drafts for those only.",
+                f"{model.name} is no autoregressive model: method {asked.method!r} drafts for those only.",
                 param="speculative_config",
             )
         drafter = self.drafters.get(asked.method)
@@ -78,7 +79,7 @@ class Drafting:
                 param="speculative_config",
                 hint="Start with --speculative-config naming its model.",
             )
-        drafter.check(request, self.model)
+        drafter.check(request, model)
 
     def draft(self, running: Sequence[Live]) -> float:
         """Ask for drafts of the sequences whose next forward can use one. Returns the seconds it took."""
@@ -96,7 +97,7 @@ class Drafting:
     def _ask(self, live: Live) -> _Ask | None:
         state = live.state
         asked = state.request.speculative
-        if asked is None or asked.method == "none":
+        if asked is None or asked.method in ("none", "self"):
             return None
         if state.draft is not None and state.draft.length == len(state.tokens):
             return None  # it was not scheduled: the draft is still good

@@ -191,7 +191,7 @@ class Engine:
         end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else set(self.info.eos_ids))
         sequence = SequenceState(request, info, list(tokens), seed, policy=state)
         live = Live(sequence, policy, PageTable(self.pages), detokenizer, end_ids, self.steps, self._added)
-        if self.prefix is not None and info is self.info:  # other attention, other K,V
+        if self.prefix is not None:
             live.trail = self.prefix.trail(request.cache_salt, info.kind)
         self._added += 1
         self._deadline = min(self._deadline, _deadline(request))

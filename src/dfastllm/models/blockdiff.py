@@ -55,6 +55,7 @@ FAST_DLLM_V2 = register(
         kind="block",
         shift=1,
         ar_first=True,
+        causal=True,
         block=("bd_size", 32),
         ids=Ids(eos=(151645,), mask=151665, pad=151643),
         end_tokens=("<|im_end|>",),

@@ -129,7 +129,7 @@ class Family:
     read     config.json -> shape. write: shape and capabilities -> the fields of config.json (without the token ids and
              `architectures`, `model_type`, which `checkpoint` adds).
     names    the published tensor names.
-    kind, shift, ar_first: see core.ModelInfo. block: (field of config.json, fallback) of the native block length.
+    kind, shift, ar_first, causal: see core.ModelInfo. block: (field of config.json, fallback) of the native block length.
     ids      used where the model's own files say nothing. end_tokens, mask_tokens: contents of added tokens of the
              tokenizer that also end a text, or are the mask.
     harmless patterns (re.fullmatch) of tensors that may be in a file and are not parameters.
@@ -145,6 +145,7 @@ class Family:
     kind: Kind = "ar"
     shift: int = 0
     ar_first: bool = False
+    causal: bool = False
     block: tuple[str, int] | None = None
     ids: Ids = Ids()
     end_tokens: tuple[str, ...] = ()
@@ -235,5 +236,6 @@ def describe(
         shift=found.shift,
         block=native if block is None else block,
         ar_first=found.ar_first,
+        causal=found.causal,
         edit=edit,
     )
