@@ -15,12 +15,13 @@ from dfastllm.engine.kv import OutOfPages, Pages, PageTable
 class PageMachine(RuleBasedStateMachine):
     """Drives tables over one pool and compares with plain counting, keys and the order of eviction included."""
 
-    @initialize(count=st.integers(1, 24), size=st.integers(1, 5))
+    @initialize(count=st.integers(1, 24), size=st.sampled_from([1, 3, 16]))
     def start(self, count: int, size: int) -> None:
         self.pool = Pages(count, size)
         self.tables: list[PageTable] = []
         self.keys: dict[int, bytes] = {}
         self.idle: list[int] = []  # free with a key, least recently used first
+        self.made = 0
 
     def held(self) -> Counter[int]:
         return Counter(page for table in self.tables for page in table.pages)
@@ -79,19 +80,27 @@ class PageMachine(RuleBasedStateMachine):
             full = data.draw(st.integers(0, len(table.pages))) * self.pool.page_size
             self.tables.append(table.share(full))
 
-    @rule(data=st.data(), key=st.binary(min_size=1, max_size=1))
-    def label(self, data: st.DataObject, key: bytes) -> None:
-        pages = sorted({page for table in self.tables for page in table.pages} - self.keys.keys())
-        if pages:
-            page = data.draw(st.sampled_from(pages))
-            assert self.pool.label(page, key) == (key not in self.keys.values())
-            if key not in self.keys.values():
+    @rule(data=st.data(), again=st.booleans(), leave=st.booleans())
+    def label(self, data: st.DataObject, again: bool, leave: bool) -> None:
+        """A sequence finishes its pages, with keys of their own or ones that others have; it may end with that."""
+        if not self.tables:
+            return
+        table = data.draw(st.sampled_from(self.tables))
+        for page in [page for page in table.pages if page not in self.keys]:
+            known = sorted(self.keys.values())
+            key = known[0] if again and known else self.made.to_bytes(2)
+            self.made += 1
+            assert self.pool.label(page, key) == (key not in known)
+            if key not in known:
                 self.keys[page] = key
+        if leave:
+            self.leave(table)
 
     @rule(data=st.data())
     def adopt(self, data: st.DataObject) -> None:
         """A new sequence finds a few pages by their keys, free ones among them."""
-        keys = data.draw(st.lists(st.sampled_from(sorted(self.keys.values())), unique=True)) if self.keys else []
+        known = st.sampled_from(sorted(self.keys.values())) if self.keys else st.nothing()
+        keys = data.draw(st.lists(known, unique=True))
         pages = [page for key in keys if (page := self.pool.find(key)) is not None]
         assert [self.keys[page] for page in pages] == keys
         table = PageTable(self.pool)
@@ -102,17 +111,20 @@ class PageMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
         if self.tables:
-            table = data.draw(st.sampled_from(self.tables))
-            before = list(table.pages)
-            table.free()
-            self.tables.remove(table)
-            self.dropped(before)
+            self.leave(data.draw(st.sampled_from(self.tables)))
 
-    @rule()
-    def forget(self) -> None:
-        self.pool.forget()
-        self.keys.clear()
-        self.idle.clear()
+    def leave(self, table: PageTable) -> None:
+        before = list(table.pages)
+        table.free()
+        self.tables.remove(table)
+        self.dropped(before)
+
+    @rule(sure=st.integers(0, 9))
+    def forget(self, sure: int) -> None:
+        if sure == 9:
+            self.pool.forget()
+            self.keys.clear()
+            self.idle.clear()
 
     @invariant()
     def accounted(self) -> None:
@@ -131,7 +143,7 @@ class PageMachine(RuleBasedStateMachine):
 
 
 TestPageMachine = PageMachine.TestCase
-TestPageMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPageMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_slots_and_run_agree() -> None:
