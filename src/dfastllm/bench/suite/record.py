@@ -46,6 +46,7 @@ class Recorder:
                 "tpot": answer.tpot,
                 "e2el": answer.end,
                 "ttfa": answer.call_at,
+                "wants_call": m.prompt.wants_call,
                 "prompt_tokens": answer.prompt_tokens,
                 "output_tokens": answer.completion_tokens,
                 "tokens_source": answer.tokens_source,
