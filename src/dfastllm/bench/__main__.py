@@ -1,10 +1,11 @@
 """`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders, formats,
-kernels, and cpu (a group of its own)."""
+kernels, prefix, servers, and cpu (a group of its own)."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +17,13 @@ from rich.progress import track
 from rich.table import Table
 
 from dfastllm.bench.cpu.commands import app as cpu
+from dfastllm.bench.cpu.environment import default_cache
 from dfastllm.bench.measure import write_record
 
 app = typer.Typer(add_completion=False, help=__doc__)
 app.add_typer(cpu, name="cpu")
 console = Console(stderr=True)
+CACHE = default_cache()
 Out = Annotated[Path, typer.Option(help="Directory of the records.")]
 
 
@@ -82,6 +85,38 @@ def batching(out: Out = Path("benchmarks"), requests: int = 32, repeats: int = 3
 
 
 @app.command()
+def prefix(
+    out: Out = Path("benchmarks"),
+    repeats: int = 3,
+    threads: int = 0,
+    shape: Annotated[str, typer.Option(help="Random 8-bit weights of this shape beside the demo models.")] = (
+        "qwen2.5-0.5b"
+    ),
+) -> None:
+    """Prefix sharing on and off: time to first token and rows computed. Wants an idle machine."""
+    import torch
+
+    from dfastllm import assemble
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.cpu.weights import packed
+    from dfastllm.bench.prefix import measure_prefix, workloads
+    from dfastllm.kernels.extension import describe, set_threads
+    from dfastllm.llm import resolve
+    from dfastllm.models import build
+
+    threads = threads or os.cpu_count() or 1
+    set_threads(threads)
+    models = [assemble.load(resolve(name)).model for name in ("demo-ar", "demo-block")]
+    models.append(packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8"))
+    rows = []
+    for model in models:
+        for work, limits in track(workloads(model.info.max_len), model.info.name, console=console):
+            rows.append(measure_prefix(model, work, repeats, **limits))
+    write_record(out / "prefix.json", "prefix", rows, threads=threads, kernels=describe(), repeats=repeats)
+    _table("prefix sharing: median (low–high); ratios off / on", rows)
+
+
+@app.command()
 def decoders(
     out: Out = Path("benchmarks"),
     model: str = "demo-diffusion",
@@ -134,6 +169,33 @@ def formats(
         found.append(compare_format(name, case, per_task=per_task, losses=losses))
         write_record(out / "formats.json", "formats", [as_record(o) for o in found], per_task=per_task, losses=losses)
     _table("formats, simulated in torch", [as_row(outcome) for outcome in found])
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def servers(
+    context: typer.Context,
+    only: Annotated[list[str] | None, typer.Option(help="dfastllm, llama-cpp-python or transformers.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("bench-results"),
+    cache: Annotated[Path, typer.Option(help="Environments and model files.", envvar="BENCH_CACHE")] = CACHE,
+    threads: Annotated[int, typer.Option(help="Of each server; 0: as many as cores.", min=0)] = 0,
+) -> None:
+    """`dfastllm bench` against ours and other servers, each started with demo-ar. Other options go to it: --quick."""
+    from dfastllm.bench.suite.others import MODEL, SERVERS, across_servers, running_server
+    from dfastllm.bench.suite.schema import Results, load_results
+    from dfastllm.bench.suite.terminal import print_tables
+
+    found: dict[str, Results] = {}
+    failed = False
+    for name in only or SERVERS:
+        console.print(f"[bold]{name}[/bold]")
+        results = out / name / "test_results.json"
+        with running_server(name, cache, out / name / "server.log", threads or os.cpu_count() or 1) as url:
+            run = [sys.executable, "-c", "from dfastllm.cli import main; main()", "bench", url, "--model", MODEL]
+            failed |= subprocess.run([*run, "--out", str(out / name), *context.args]).returncode != 0
+        if results.exists():
+            found[name] = load_results(results)
+    print_tables([across_servers(found)])
+    raise typer.Exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ class Environment:
         root.mkdir(parents=True, exist_ok=True)
         log = root / "install.txt"
         print(f"{self.name}: making its environment in {root} (output in {log})", file=sys.stderr)
-        venv.create(root / "venv", with_pip=bool(self.steps))
+        if not python.exists():  # steps that changed are made up for in the environment that is there
+            venv.create(root / "venv", with_pip=bool(self.steps))
         log.write_bytes(b"")
         for step in self.steps:
             self._run(python, ["-m", "pip", "install", *step], log)
@@ -64,8 +65,12 @@ PEERS: Mapping[str, Environment] = {
         Environment(
             "llama.cpp",
             # No cache: pip would take a wheel built earlier with other flags for the one asked for.
-            (("--no-cache-dir", "--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3", "gguf>=0.19"),),
-            "import llama_cpp, gguf",
+            (
+                ("--no-cache-dir", "--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3", "gguf>=0.19"),
+                # Its server, for the suite's trials; the library is there by now.
+                ("--no-binary", "llama-cpp-python", "llama-cpp-python[server]>=0.3"),
+            ),
+            "import llama_cpp.server.app, gguf",
             {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
         ),
         Environment(
