@@ -44,14 +44,16 @@ def joint(p: Table, length: int) -> dict[tuple[int, ...], float]:
     return out
 
 
-def speculated(p: Table, q: Table, k: int, prefix: tuple[int, ...], length: int, share: float) -> Counter[tuple[int, ...]]:
+def speculated(
+    p: Table, q: Table, k: int, prefix: tuple[int, ...], length: int, share: float
+) -> Counter[tuple[int, ...]]:
     """Exact distribution of the first `length` tokens when drafts of k tokens are judged by `odds`: every draft, every
     judgement, every draw of the rest, each with its probability."""
-    out: Counter[tuple[int, ...]] = Counter()
+    out: Counter[tuple[int, ...]] = Counter()  # of probabilities
     if share == 0:
         return out
     if len(prefix) >= length:
-        out[prefix[:length]] = share
+        out[prefix[:length]] = share  # type: ignore[assignment]
         return out
     for draft in itertools.product(range(WORDS), repeat=k):
         chance, text = share, prefix
@@ -111,9 +113,9 @@ SEEDS = 24_000
 MODEL = info("ar", vocab_size=4, eos_ids=())
 
 
-def sequences(acceptance: str, temperature: float = 1.0, **sampling: object) -> list[SequenceState]:
+def sequences(acceptance: str) -> list[SequenceState]:
     asked = SpeculativeParams("draft_model", acceptance=acceptance)  # type: ignore[arg-type]
-    request = Request("r", (1, 2), SamplingParams(temperature=temperature, **sampling), speculative=asked)  # type: ignore[arg-type]
+    request = Request("r", (1, 2), SamplingParams(temperature=1.0), speculative=asked)
     return [SequenceState(request, MODEL, [1, 2], seed) for seed in range(SEEDS)]
 
 
@@ -122,9 +124,9 @@ def markov(seed: int) -> Tensor:
     return 1.2 * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def play(target: Tensor, drafter: Tensor, acceptance: str, k: int = 2, **sampling: object) -> Counter[tuple[int, int]]:
+def play(target: Tensor, drafter: Tensor, acceptance: str, k: int = 2) -> Counter[tuple[int, int]]:
     """The first two tokens of every seed: drafts of k tokens drawn from one table, judged by another, then plainly."""
-    seqs = sequences(acceptance, **sampling)
+    seqs = sequences(acceptance)
     drafts = [Draft((), 2) for _ in seqs]
     probs: list[list[Tensor]] = [[] for _ in seqs]
     last = [2] * len(seqs)
@@ -143,8 +145,8 @@ def play(target: Tensor, drafter: Tensor, acceptance: str, k: int = 2, **samplin
     out: Counter[tuple[int, int]] = Counter()
     more = []
     for number, (seq, draft) in enumerate(zip(seqs, drafts, strict=True)):
-        mine = tokens[number * (k + 1) : (number + 1) * (k + 1)]
-        given = mine[: standing(mine, draft) + 1]
+        row = tokens[number * (k + 1) : (number + 1) * (k + 1)]
+        given = row[: standing(row, draft) + 1]
         seq.tokens += given[:2]
         if len(given) < 2:
             more.append(seq)

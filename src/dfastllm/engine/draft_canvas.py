@@ -79,6 +79,7 @@ class DraftCanvas:
     def passes(self, most: int) -> int:
         return 1
 
+    @torch.inference_mode()
     def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> list[Draft]:
         drafts = [Draft((), len(seq.tokens)) for seq, _ in wanted]
         if self.mirrors is None:

@@ -67,6 +67,7 @@ class DraftModel:
     def passes(self, most: int) -> int:
         return most
 
+    @torch.inference_mode()
     def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> list[Draft]:
         drafts = [Draft((), len(seq.tokens)) for seq, _ in wanted]
         tasks = []

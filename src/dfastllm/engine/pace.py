@@ -6,7 +6,7 @@ and all before it stand. So the best step of so many draft rows takes the most l
 best of all steps is found by trying every number of rows.
 
 What was measured fades while it is not measured again: chances towards a hopeful guess, costs downwards. So what was
-switched off is tried again now and then, and recovers when it pays.
+switched off is tried again now and then, and recovers when it pays; the fading sets how seldom.
 
 Lengths found here follow from times, so they are for coupled acceptance only, where a draft changes no token.
 """
@@ -24,11 +24,13 @@ __all__ = ["Candidate", "Chances", "CostTable", "Pace", "best_lengths"]
 
 Floats = NDArray[np.float64]
 
-HOPE = 0.6  # chance of a draft token believed before anything was measured, with the weight of so many tries:
-HOPE_WEIGHT = 3.0
+HOPE, HOPE_WEIGHT = 0.5, 1.0  # chance of a draft token believed before anything was measured, and for how many tries
+METHOD_WEIGHT = 2.0  # what a method's chances count for those of a request
 KEEP_REQUEST, KEEP_METHOD = 0.95, 0.99  # weight of the past at each draft
-FADE_REQUEST, FADE_METHOD, FADE_COST = 0.97, 0.995, 0.998  # at each step without one
+FADE_CHANCE, FADE_COST = 0.995, 0.9995  # at each step without one
 PLAIN_EVERY = 128  # steps with drafts before one without, to measure that again
+REST = 8  # steps that nothing is drafted once it was found not to pay: looking costs time too
+REUSE = 4  # steps that lengths found stay in use while the same sequences run
 
 
 class CostTable:
@@ -38,18 +40,21 @@ class CostTable:
     def __init__(self) -> None:
         self._rows: Floats = np.empty(0)
         self._seconds: Floats = np.empty(0)
+        self._belief: Floats = np.empty(0)  # 1 when just measured, less with time
 
     def __bool__(self) -> bool:
         return len(self._rows) > 0
 
     def add(self, rows: int, seconds: float) -> None:
-        key = float(rows if rows < 16 else rows >> (rows.bit_length() - 4) << (rows.bit_length() - 4))
+        coarse = max(0, rows.bit_length() - 6)  # beyond 64 rows one more is less than the noise
+        key = float(rows >> coarse << coarse)
         at = int(np.searchsorted(self._rows, key))
         if at == len(self._rows) or self._rows[at] != key:
             self._rows = np.insert(self._rows, at, key)
             self._seconds = np.insert(self._seconds, at, seconds)
+            self._belief = np.insert(self._belief, at, 1.0)
             return
-        old = self._seconds[at]
+        old, self._belief[at] = self._seconds[at], 1.0
         self._seconds[at] += (0.5 if seconds < old else 0.125) * (min(seconds, 4 * old) - old)
 
     def seconds(self, rows: NDArray[np.int64]) -> Floats:
@@ -57,13 +62,13 @@ class CostTable:
         proportion. Both are hopeful, so that what was never measured is tried. Nothing measured: 0."""
         if not self:
             return np.zeros(rows.shape)
-        known = np.maximum.accumulate(self._seconds)
+        known = np.maximum.accumulate(self._seconds * self._belief)
         out: Floats = np.interp(rows, self._rows, known)
         return np.where(rows < self._rows[0], known[0] * rows / self._rows[0], out)
 
-    def fade(self, above: int = 0) -> None:
-        """Believe a little less of what numbers of rows above `above` cost."""
-        self._seconds[self._rows > above] *= FADE_COST
+    def fade(self, steps: int, above: int = 0) -> None:
+        """Steps went by: believe a little less of what numbers of rows above `above` cost, until it is measured."""
+        self._belief[self._rows > above] *= FADE_COST**steps
 
 
 class Chances:
@@ -150,44 +155,60 @@ class Pace:
         self._methods: dict[str, Chances] = {}
         self._requests: dict[str, Chances] = {}
         self._since_plain = 0
+        self._still = 0  # steps that the last answer stays good
+        self._asked: tuple[str, ...] = ()
+        self._found: list[int] = []
 
     def lengths(
         self, asks: Sequence[tuple[str, str, int]], rows: int, tokens: int, passes: Mapping[str, Sequence[int]]
     ) -> list[int]:
         """Draft lengths of this step. asks: (request id, method, most tokens). rows, tokens: of the step without these
         drafts. passes: method -> [1 + most] forwards of its model by the longest draft; lookups are not named."""
+        names = tuple([request for request, _, _ in asks])
+        if self._since_plain >= PLAIN_EVERY:  # one step without, to measure that again
+            self._since_plain = self._still = 0
+            return [0] * len(asks)
+        self._since_plain += 1
+        if self._still and (names == self._asked or not any(self._found)):
+            self._still -= 1
+            same = self._found if names == self._asked else [0] * len(asks)
+            return [min(n, most) for n, (_, _, most) in zip(same, asks, strict=True)]
+        before = any(self._found)
+        self._asked, self._found = names, self._best(asks, rows, tokens, passes)
+        steps = REST if not any(self._found) else REUSE if before else 1  # a try lasts one step
+        self._still = steps - 1
+        self._fade(asks, rows, steps)
+        return self._found
+
+    def _best(
+        self, asks: Sequence[tuple[str, str, int]], rows: int, tokens: int, passes: Mapping[str, Sequence[int]]
+    ) -> list[int]:
         priors = {method: self._method(method).given(HOPE, HOPE_WEIGHT) for _, method, _ in asks}
         candidates = []
         for request, method, most in asks:
             own = self._requests.get(request)
-            chances = priors[method] if own is None else own.given(priors[method], HOPE_WEIGHT)
+            chances = priors[method] if own is None else own.given(priors[method], METHOD_WEIGHT)
             worth: Floats = np.cumprod(chances[:most], dtype=np.float64)
             candidates.append(Candidate(method, most, worth))
-        self._since_plain += 1
-        if self._since_plain > PLAIN_EVERY:
-            found = [0] * len(asks)
-        else:
-            total = sum(most for _, _, most in asks)
-            drafting = {}
-            for method, counts in passes.items():
-                members = sum(m == method for _, m, _ in asks)
-                each = self._cost(method).seconds(np.array([members]))[0]
-                drafting[method] = each * np.asarray(counts, dtype=np.float64)
-            found = best_lengths(candidates, tokens, self.step.seconds(rows + np.arange(total + 1)), drafting)
-        self._fade(asks, found, rows)
-        return found
+        total = sum(most for _, _, most in asks)
+        drafting = {}
+        for method, counts in passes.items():
+            members = sum(m == method for _, m, _ in asks)
+            each = self._cost(method).seconds(np.array([members]))[0]
+            drafting[method] = each * np.asarray(counts, dtype=np.float64)
+        return best_lengths(candidates, tokens, self.step.seconds(rows + np.arange(total + 1)), drafting)
 
-    def _fade(self, asks: Sequence[tuple[str, str, int]], found: Sequence[int], rows: int) -> None:
-        """What is not tried in this step is believed a little less."""
-        busy = {method for (_, method, _), n in zip(asks, found, strict=True) if n}
-        for (request, _, _), n in zip(asks, found, strict=True):
+    def _fade(self, asks: Sequence[tuple[str, str, int]], rows: int, steps: int) -> None:
+        """What is not tried in the coming steps is believed a little less."""
+        busy = {method for (_, method, _), n in zip(asks, self._found, strict=True) if n}
+        for (request, _, _), n in zip(asks, self._found, strict=True):
             if not n and request in self._requests:
-                self._requests[request].fade(FADE_REQUEST)
+                self._requests[request].fade(FADE_CHANCE**steps)
         for method in {method for _, method, _ in asks} - busy:
-            self._method(method).fade(FADE_METHOD)
-            self._cost(method).fade()
+            self._method(method).fade(FADE_CHANCE**steps)
+            self._cost(method).fade(steps)
         if not busy:
-            self.step.fade(rows)
+            self.step.fade(steps, rows)
             self._since_plain = 0
 
     def drafted(self, method: str, sequences: int, passes: int, seconds: float) -> None:

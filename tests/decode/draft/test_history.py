@@ -18,7 +18,7 @@ def test_length_follows_what_stood() -> None:
 
 
 def test_misses_in_a_row_pause_ever_longer_and_one_hit_ends_that() -> None:
-    h, at, pauses = None, 100, []
+    h, at, pauses = History(5), 100, []
     for _ in range(6):
         for _ in range(4):
             h = after(h, 5, 1, 0, at)

@@ -21,9 +21,7 @@ def search(tokens: Sequence[int], least: int, most: int, count: int) -> list[int
     return []
 
 
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 4), st.integers(0, 4), st.integers(1, 6)
-)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 4), st.integers(0, 4), st.integers(1, 6))
 @settings(max_examples=400, deadline=None)
 def test_it_is_what_a_search_finds(tokens: list[int], least: int, more: int, count: int) -> None:
     assert lookup(tokens, least, least + more, count) == search(tokens, least, least + more, count)
