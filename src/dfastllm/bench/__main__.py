@@ -1,4 +1,4 @@
-"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, decoders, formats,
+"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, speculation, decoders, formats,
 kernels, prefix, servers, and cpu (a group of its own)."""
 
 from __future__ import annotations
@@ -149,6 +149,97 @@ def decoders(
     _table(f"{model}, {samples} held-out samples", as_rows(points[0] + points[1]))
     for line in refused:
         console.print(f"refused: {line}")
+
+
+@app.command()
+def lossless(
+    out: Out = Path("benchmarks"),
+    samples: int = 30,
+    canvas: int = 64,
+    repeats: int = 3,
+    threads: int = 0,
+    shape: Annotated[str, typer.Option(help="Random 8-bit weights of this shape: what a branch costs.")] = (
+        "qwen2.5-0.5b"
+    ),
+) -> None:
+    """free_dave against the plain schedule: forwards, time, the cost of a branch. Wants an idle machine."""
+    import torch
+
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.cpu.weights import packed
+    from dfastllm.bench.lossless import measure_branches, measure_drafts
+    from dfastllm.kernels.extension import describe, set_threads
+    from dfastllm.llm import LLM
+    from dfastllm.models import build
+
+    threads = threads or os.cpu_count() or 1
+    set_threads(threads)
+    rows: list[Any] = []
+    for name in ("demo-block", "demo-diffusion"):
+        with LLM(name) as llm:
+            found = measure_drafts(llm, name, samples if name == "demo-block" else samples // 3, canvas, repeats)
+            rows += track(found, name, 14, console=console)
+    model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8")
+    costs = [measure_branches(model, shape, b, 256, 4, 9, (0.5, 0.7, 0.8, 0.9)) for b in (4, 8, 32)]
+    record = {"drafts": [asdict(r) for r in rows], "branches": [asdict(c) for c in costs]}
+    write_record(out / "lossless.json", "lossless", record, threads=threads, kernels=describe(), repeats=repeats)
+    _table("free_dave, token for token the schedule's answers; seconds: median (low–high)", [vars(r) for r in rows])
+    lines = [
+        {"block": c.block, **{f"{k} branches, ms": 1e3 * t.median for k, t in enumerate(c.seconds)}}
+        | {"forward_rows": c.forward_rows, **{f"gain at {rate:.0%}": x for rate, x in c.gain.items()}}
+        for c in costs
+    ]
+    _table(f"a step of a block behind 256 tokens, {shape}, 8-bit", lines)
+
+
+@app.command()
+def speculation(
+    out: Out = Path("benchmarks"),
+    part: Annotated[list[str] | None, typer.Option(help="acceptance, speed, oracle; repeatable, default: all.")] = None,
+    drafter: Annotated[list[str] | None, typer.Option(help="Of part speed; repeatable, default: all.")] = None,
+    samples: Annotated[int, typer.Option(help="Of every task, for part acceptance.")] = 20,
+    repeats: int = 5,
+    threads: int = 0,
+    shape: Annotated[str, typer.Option(help="Random 8-bit weights of this shape, for part oracle.")] = "qwen2.5-0.5b",
+) -> None:
+    """Speculative decoding against plain: acceptance by task, speedup by draft length and batch, what verifying costs.
+    Parts that are not asked for stay as they are in the record. Wants an idle machine."""
+    import json
+
+    import torch
+
+    from dfastllm.bench import speculation as bench
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.cpu.weights import packed
+    from dfastllm.kernels.extension import describe, set_threads
+    from dfastllm.models import build
+
+    known = ("acceptance", "speed", "oracle")
+    if set(part or known) - set(known) or set(drafter or ()) - set(bench.DRAFTERS):
+        raise typer.BadParameter(f"parts are {', '.join(known)}; drafters are {', '.join(bench.DRAFTERS)}.")
+    threads = threads or os.cpu_count() or 1
+    set_threads(threads)
+    path = out / "speculation.json"
+    record: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    if "acceptance" in (part or known):
+        record["acceptance"] = bench.acceptance(samples)
+        _table("accepted draft tokens by task, k = 5", record["acceptance"])
+    if "speed" in (part or known):
+        names = drafter or list(bench.DRAFTERS)
+        kept = [row for row in record.get("speed", []) if row["drafter"] not in names]
+        made = [row for n in track(names, "speed", console=console) for row in bench.speed(n, repeats=repeats)]
+        record["speed"] = kept + made
+        _table("tokens per second over plain decoding: median (low-high)", made)
+    if "oracle" in (part or known):
+        model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8")
+        record["oracle_model"] = shape
+        record["verify"] = bench.verify_costs(model)
+        record["oracle"] = list(track(bench.oracle(model), "oracle", 40, console=console))
+        _table(f"a step with draft tokens, {shape}, 8-bit", record["verify"])
+        _table("a free drafter that is right at a given rate", record["oracle"])
+    write_record(path, "speculation", record, threads=threads, kernels=describe(), samples=samples, repeats=repeats)
+    if importlib.util.find_spec("matplotlib") is not None:
+        bench.plot(json.loads(path.read_text())["results"], out / "speculation.png")
 
 
 @app.command()

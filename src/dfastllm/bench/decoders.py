@@ -39,7 +39,7 @@ def decoder_grid(rules: Sequence[str], caches: Sequence[str], block: int, canvas
     for rule in rules:
         for cache in caches:
             params: dict[str, Any] = {"rule": rule, "cache": cache, "block_length": block}
-            if rule in ("schedule", "dream"):
+            if rule in ("schedule", "free_dave", "dream"):
                 params["steps"] = canvas
             yield rule, "default", DecodeParams(**params)
 

@@ -1,0 +1,136 @@
+"""Free draft-and-verify against the plain schedule: forwards and time on the shipped models, and what a branch costs at
+a real model's shape.
+
+Every answer with guesses is compared with the plain one, token for token; a difference is an error, not a row. The
+demo models are so small that a forward is mostly Python. So the second part measures one step of a block with 0, 1, 2,
+... branches on random weights of a real shape: from those times follow the fixed cost of a forward in rows (the option
+`forward_rows`) and, with the share of guesses that held on the demo models, what the decoder would gain there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dfastllm.bench.measure import Spread, spread
+from dfastllm.bench.workload import gradable, run
+from dfastllm.core import Branch, DecodeParams, SamplingParams, Span
+from dfastllm.decode.dave import branches_worth
+from dfastllm.engine.kv import Pages, PageTable
+from dfastllm.engine.native import NativeRunner
+from dfastllm.llm import LLM
+from dfastllm.models import PackedDecoder
+
+__all__ = ["Drafted", "StepCost", "measure_branches", "measure_drafts"]
+
+FREE = 1e6  # forward_rows: every branch is worth running
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """The schedule of one token a step, with at most draft_steps branches. held: share of the drafted tokens that
+    stood; seconds: of all samples in flight at once; alone: one after the other."""
+
+    model: str
+    draft_steps: int
+    forward_rows: float
+    temperature: float
+    forwards: int
+    tokens: int
+    held: float
+    seconds: Spread
+    alone: Spread
+
+
+def measure_drafts(llm: LLM, name: str, samples: int, canvas: int, repeats: int) -> Iterator[Drafted]:
+    """In turns, so that a change of the machine's mood meets all alike. Raises AssertionError when tokens differ."""
+    work = gradable(samples)
+    settings: list[dict[str, Any]] = [
+        {"draft_steps": 0},
+        *({"draft_steps": d, "forward_rows": FREE} for d in (1, 2, 4, 8)),
+        {"draft_steps": 4, "forward_rows": 64.0},
+        {"draft_steps": 4},
+    ]
+    for temperature in (0.0, 0.7):
+        sampling = SamplingParams(temperature=temperature, seed=1, max_tokens=canvas)
+        times: list[tuple[list[float], list[float]]] = [([], []) for _ in settings]
+        told: dict[int, tuple[Any, Any]] = {}
+        for turn in range(repeats + 1):  # the first is not counted
+            for i, options in enumerate(settings):
+                decode = DecodeParams(rule="free_dave", steps=canvas, options=options)
+                one, done = run(llm, work, sampling, decode)
+                other, _ = run(llm, work, sampling, decode, together=False)
+                told[i] = (one, done)
+                if turn:
+                    times[i][0].append(one.seconds)
+                    times[i][1].append(other.seconds)
+        plain = [c.text for c in told[0][1]]
+        for i, options in enumerate(settings):
+            one, done = told[i]
+            assert [c.text for c in done] == plain, f"{name}: {options} changed the answers"
+            drafted = sum(c.usage.draft_tokens for c in done)
+            held = sum(c.usage.accepted_tokens for c in done) / drafted if drafted else 0.0
+            rows = float(options.get("forward_rows", 16.0))
+            sizes = (one.forwards, one.tokens, held)
+            yield Drafted(
+                name, options["draft_steps"], rows, temperature, *sizes, spread(times[i][0]), spread(times[i][1])
+            )
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of one step of a block of `block` tokens behind `cached` ones, by the number of branches.
+
+    forward_rows: fixed cost in rows, of a straight line through those times. gain: by share of guesses that hold, steps
+    per time with as many branches as are best, over those of the plain step."""
+
+    shape: str
+    block: int
+    cached: int
+    seconds: tuple[Spread, ...]
+    forward_rows: float
+    gain: Mapping[float, float]
+
+
+def measure_branches(
+    model: PackedDecoder, name: str, block: int, cached: int, most: int, repeats: int, rates: Sequence[float]
+) -> StepCost:
+    """Forward and head of every masked row of every branch, as the decoder asks for them."""
+    pool = Pages(-(-(cached + block) // 16) + 1, 16)
+    runner = NativeRunner(model, pool.count * 16, model.dtype, 16)
+    table = PageTable(pool)
+    table.grow(cached + block)
+    rng = np.random.default_rng(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in rng.integers(1, model.info.vocab_size, n))
+
+    if cached:
+        runner.run([(Span(0, ids(cached), "block", "keep", block=block), table, 0)])
+    want = tuple(range(block))
+    spans = [
+        Span(
+            cached, ids(block), "block", "scratch", want, block,
+            branches=tuple(Branch(cached, ids(block), want[j + 1 :]) for j in range(k)),
+        )
+        for k in range(most + 1)
+    ]  # fmt: skip
+    times: list[list[float]] = [[] for _ in spans]
+    for turn in range(repeats + 1):
+        for k, span in enumerate(spans):
+            began = time.perf_counter()
+            runner.run([(span, table, cached)]).stats(norm=True)
+            if turn:
+                times[k].append(time.perf_counter() - began)
+    found = tuple(spread(t) for t in times)
+    slope, fixed = np.polyfit([s.rows for s in spans], [t.median for t in found], 1)
+    rows = max(0.0, float(fixed / slope))
+    gain = {}
+    for rate in rates:
+        k = branches_worth(rate, most, block, rows)
+        gain[rate] = sum(rate**j for j in range(k + 1)) * found[0].median / found[k].median
+    return StepCost(name, block, cached, found, rows, gain)
