@@ -359,6 +359,20 @@ def test_requests_that_arrive_together_compute_their_beginning_once(kind: str, c
         assert sum(s.rows for s in stats) == queries - hits + decoding
 
 
+@pytest.mark.parametrize("kind", ["ar", "block"])
+def test_nobody_waits_for_what_it_must_compute_itself(kind: str) -> None:
+    """Equal prompts of whole pages: the last page (block) is everybody's own, since its row decides."""
+    config = EngineConfig(kv_tokens=2048, page_size=8)
+    engine = fake_engine(kind, config)
+    for i in range(6):
+        engine.add(Request(f"r{i}", FAMILIES[0], GREEDY))
+    engine.step()
+    assert [live.state.forwards for live in engine.scheduler.running] == [1, 0, 0, 0, 0, 0]
+    engine.step()
+    assert [live.state.forwards for live in engine.scheduler.running] == [2, 1, 1, 1, 1, 1]
+    assert all(live.trail is not None and live.trail.cached == 32 for live in engine.scheduler.running[1:])
+
+
 def test_one_that_waits_for_another_goes_on_without_it() -> None:
     """The first of two is cancelled in the middle of the common beginning."""
     config = EngineConfig(kv_tokens=2048, prefill_chunk=16)

@@ -112,7 +112,7 @@ class PrefixCache:
         trail = live.trail
         assert trail is not None
         assert not live.table.pages, "only a sequence without K,V can be admitted"
-        trail.goal = len(trail.keys) * self.pages.page_size
+        trail.goal = self._reach(live, len(trail.keys) * self.pages.page_size) if trail.keys else 0
         trail.admitted += 1
         trail.held = trail.straight = live.state.kv_len = 0
         if trail.admitted == 1:
