@@ -59,8 +59,9 @@ void each_tile(const Linear& w, const Acts& x, Finish&& finish) {
   if (x.rows <= 0) return;
   const int64_t blocks = (x.rows + block - 1) / block;
   const auto tile_of = linear_ops().tile[static_cast<int>(w.format)];
-  Stretches stretches(panels * blocks);
-  parallel(thread_count(), [&](int64_t, int) {
+  const int64_t pieces = panels * blocks;
+  Stretches stretches(pieces);
+  parallel(pieces < thread_count() ? pieces : thread_count(), [&](int64_t, int) {
     char* memory = thread_scratch(kTaskBytes);
     float* tile = reinterpret_cast<float*>(memory + kTileScratch);
     int64_t at, last;
