@@ -1,5 +1,5 @@
-"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, speculation, decoders, formats,
-kernels, prefix, servers, and cpu (a group of its own)."""
+"""`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, speculation, decoders,
+formats, kernels, prefix, servers, and cpu (a group of its own)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,11 @@ def prefix(
         for work, limits in track(workloads(model.info.max_len), model.info.name, console=console):
             rows.append(measure_prefix(model, work, repeats, **limits))
     write_record(out / "prefix.json", "prefix", rows, threads=threads, kernels=describe(), repeats=repeats)
-    _table("prefix sharing: median (low–high); ratios off / on", rows)
+    for name, sizes in (("rows", ("prompt_tokens", "cached_tokens", "rows_off", "rows_on", "same_tokens")),
+                        ("first token, ms", ("first_token_ms_off", "first_token_ms_on", "first_token_ratio")),
+                        ("whole run", ("seconds_ratio", "one_run_off", "one_run_on"))):  # fmt: skip
+        shown = [{key: row[key] for key in ("model", "workload", *sizes)} for row in rows]
+        _table(f"prefix sharing, {name}: median (low–high); ratios off / on", shown)
 
 
 @app.command()
