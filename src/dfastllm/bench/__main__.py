@@ -171,7 +171,7 @@ def lossless(
 
     from dfastllm.bench.cpu.shapes import find_shape
     from dfastllm.bench.cpu.weights import packed
-    from dfastllm.bench.lossless import measure_branches, measure_drafts
+    from dfastllm.bench.lossless import fit, measure_branches, measure_drafts
     from dfastllm.kernels.extension import describe, set_threads
     from dfastllm.llm import LLM
     from dfastllm.models import build
@@ -184,16 +184,22 @@ def lossless(
             found = measure_drafts(llm, name, samples if name == "demo-block" else samples // 3, canvas, repeats)
             rows += track(found, name, 14, console=console)
     model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8")
-    costs = [measure_branches(model, shape, b, 256, 4, 9, (0.5, 0.7, 0.8, 0.9)) for b in (4, 8, 32)]
-    record = {"drafts": [asdict(r) for r in rows], "branches": [asdict(c) for c in costs]}
+    costs = [measure_branches(model, shape, b, 256, 4, 9) for b in (4, 8, 32)]
+    free, error = fit(costs)
+    gains = [{f"gain at {r:.0%}": c.gain(r, free) for r in (0.5, 0.6, 0.7, 0.8, 0.9)} for c in costs]
+    record = {
+        "drafts": [asdict(r) for r in rows],
+        "branches": [asdict(c) | gain for c, gain in zip(costs, gains, strict=True)],
+        "forward_rows": free,
+        "largest_error_of_the_fit": error,
+    }
     write_record(out / "lossless.json", "lossless", record, threads=threads, kernels=describe(), repeats=repeats)
     _table("free_dave, token for token the schedule's answers; seconds: median (low–high)", [vars(r) for r in rows])
     lines = [
-        {"block": c.block, **{f"{k} branches, ms": 1e3 * t.median for k, t in enumerate(c.seconds)}}
-        | {"forward_rows": c.forward_rows, **{f"gain at {rate:.0%}": x for rate, x in c.gain.items()}}
-        for c in costs
+        {"block": c.block, **{f"{k} branches, ms": 1e3 * t.median for k, t in enumerate(c.seconds)}, **gain}
+        for c, gain in zip(costs, gains, strict=True)
     ]
-    _table(f"a step of a block behind 256 tokens, {shape}, 8-bit", lines)
+    _table(f"a step behind 256 tokens, {shape}, 8-bit; forward_rows {free:.1f}, within {error:.0%}", lines)
 
 
 @app.command()
