@@ -45,9 +45,7 @@ def bench(
         str | None, typer.Option(help="Model to ask for. Default: the first the server lists; ours: demo-ar.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("bench-results"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer of all: under a minute on a demo model.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer of all: under a minute on a demo model.")] = False,
     parts: Annotated[str, typer.Option(help="Of status, sweep, systems, load.")] = "status,sweep,systems,load",
     types: Annotated[str, typer.Option(help="Prompt types; all: every one. \\[default: all; --quick: four]")] = "",
     prompts: Annotated[Path | None, typer.Option(help="JSON Lines of own prompts, in place of the built-in.")] = None,
@@ -68,7 +66,7 @@ def bench(
     threshold: Annotated[str, typer.Option(help="Diffusion thresholds. \\[default: 0.7,0.8,0.9,0.95]")] = "",
     factor: Annotated[str, typer.Option(help="Diffusion factors.")] = "",
     steps: Annotated[str, typer.Option(help="Diffusion steps.")] = "",
-    rule: Annotated[str, typer.Option(help="Diffusion unmasking rules.")] = "",
+    rule: Annotated[str, typer.Option(help="Diffusion unmasking rules. \\[default: free_dave]")] = "",
     config: Annotated[list[str] | None, typer.Option(help="NAME=JSON of request fields; repeatable.")] = None,
     load: Annotated[str | None, typer.Option(help="Requests in flight to try. \\[default: 1,2,4,8,16]")] = None,
     rate: Annotated[str | None, typer.Option(help="Requests per second to try. \\[default: 2,8]")] = None,

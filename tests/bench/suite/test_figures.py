@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from dfastllm.bench.suite.client import Answer, Chunk
-from dfastllm.bench.suite.figures import Measured, block_seconds, figures, gaps, latency, token_gaps, wilson
+from dfastllm.bench.suite.figures import Measured, block_seconds, figures, first_call, gaps, latency, token_gaps, wilson
 from dfastllm.bench.suite.run import accuracy_vs_parallelism
 from dfastllm.bench.suite.schema import Accuracy, ConfigurationResult, Figures, Forwards, Output, Speed
 from dfastllm.bench.suite.sweep import compare
@@ -164,3 +164,40 @@ def test_area_under_accuracy_and_parallelism() -> None:
     assert made.area == pytest.approx(0.9 + 1.4)
     assert made.mean_accuracy == pytest.approx(2.3 / 3)
     assert accuracy_vs_parallelism([]) is None
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "set_timer",
+        "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}, "required": ["minutes"]},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "at"),
+    [
+        ("set_timer", '{"minutes": 5}', 0.4),
+        ("set_timer", '{"minutes": "five"}', None),
+        ("set_timer", "{}", None),
+        ("other", '{"minutes": 5}', None),
+        ("set_timer", '{"minutes": 5', None),
+    ],
+)
+def test_a_tool_call_counts_when_it_fits_its_schema(name: str, arguments: str, at: float | None) -> None:
+    prompt = Prompt("t", "tools", OPEN.messages, (TOOL,), wants_call=True)
+    parsed = answer([0.1, 0.4], [1, 1], text="", call_at=0.4, tool_calls=[{"name": name, "arguments": arguments}])
+    assert first_call(prompt, parsed) == at
+
+
+def test_a_tool_call_in_the_text_is_found_with_its_last_character() -> None:
+    """For servers that parse no calls: five chunks, the fourth closes the markup."""
+    prompt = Prompt("t", "tools", OPEN.messages, (TOOL,), wants_call=True)
+    pieces = ["<tool_call>", '{"name": "set_timer", ', '"arguments": {"minutes": 5}}', "</tool_call>", " ok"]
+    made = answer([0.1, 0.2, 0.3, 0.4, 0.5], [1] * 5, text="".join(pieces))
+    made.chunks = [Chunk(c.at, len(piece), 1) for c, piece in zip(made.chunks, pieces, strict=True)]
+    assert first_call(prompt, made) == 0.4
+    found = figures([Measured(prompt, made)], 1.0).speed.ttfa
+    assert found is not None
+    assert found.p50 == pytest.approx(400)

@@ -200,7 +200,7 @@ def test_configurations_of_each_kind() -> None:
     assert names[0] == "plain"
     assert {"none-t0.7", "dual-t0.9", "dual-f0.5", "dual-s4", "dual-free_dave", "dual-plain"} <= set(names)
     assert len(names) == 1 + 5 + 6
-    assert [c.name for c in configurations("block", Axes(thresholds=(0.9,)), 16)] == ["plain", "t0.9"]
+    assert [c.name for c in configurations("block", Axes(thresholds=(0.9,), rules=()), 16)] == ["plain", "t0.9"]
 
 
 def test_remembered_answers_are_kept_out_of_suffix_drafts() -> None:

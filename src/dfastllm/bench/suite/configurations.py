@@ -47,7 +47,7 @@ class Axes:
     thresholds: Sequence[float] = (0.7, 0.8, 0.9, 0.95)
     factors: Sequence[float] = ()
     steps: Sequence[int] = ()
-    rules: Sequence[str] = ()
+    rules: Sequence[str] = ("free_dave",)
     adaptive: bool | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ def configurations(
         found = [base, *_diffusion(axes, max_tokens)]
     elif kind == "block":
         base = Configuration("plain", "threshold 1", "baseline", {"threshold": 1.0})
-        found = [base, *_block(axes)]
+        found = [base, *_block(axes, max_tokens)]
     else:
         base = Configuration(
             "none", "no speculation", "baseline", {"speculative_config": {"method": "none"}}, method="none"
@@ -100,7 +100,7 @@ def _speculation(axes: Axes) -> Iterable[Configuration]:
         )
 
 
-def _settings(axes: Axes) -> Iterable[tuple[str, str, dict[str, Any]]]:
+def _settings(axes: Axes, max_tokens: int) -> Iterable[tuple[str, str, dict[str, Any]]]:
     """(name, label, fields) of the ways to choose what is unmasked."""
     for threshold in axes.thresholds:
         yield f"t{threshold:g}", f"threshold {threshold:g}", {"threshold": threshold}
@@ -109,7 +109,8 @@ def _settings(axes: Axes) -> Iterable[tuple[str, str, dict[str, Any]]]:
     for steps in axes.steps:
         yield f"s{steps}", f"{steps} steps", {"steps": steps}
     for rule in axes.rules:
-        yield rule, f"rule {rule}", {"rule": rule}
+        # free_dave repeats the baseline's schedule, which is one of so many steps
+        yield rule, f"rule {rule}", {"rule": rule, **({"steps": max_tokens} if rule == "free_dave" else {})}
 
 
 def _diffusion(axes: Axes, max_tokens: int) -> Iterable[Configuration]:
@@ -117,12 +118,12 @@ def _diffusion(axes: Axes, max_tokens: int) -> Iterable[Configuration]:
         if cache != "none":  # that one is the baseline
             fields = {"cache": cache, "steps": max_tokens}
             yield Configuration(f"{cache}-plain", f"{cache} cache, a step a token", "diffusion", fields)
-        for name, label, options in _settings(axes):
+        for name, label, options in _settings(axes, max_tokens):
             yield Configuration(f"{cache}-{name}", f"{cache} cache, {label}", "diffusion", {"cache": cache, **options})
 
 
-def _block(axes: Axes) -> Iterable[Configuration]:
-    for name, label, options in _settings(axes):
+def _block(axes: Axes, max_tokens: int) -> Iterable[Configuration]:
+    for name, label, options in _settings(axes, max_tokens):
         yield Configuration(name, label, "diffusion", options)
 
 

@@ -23,8 +23,21 @@ from dfastllm.bench.suite.schema import (
     Speed,
 )
 from dfastllm.bench.suite.workloads import Prompt
+from dfastllm.errors import ValidationError
+from dfastllm.text import CallFinder, ToolCall
 
-__all__ = ["Measured", "block_seconds", "equal", "figures", "gaps", "latency", "spec_counts", "token_gaps", "wilson"]
+__all__ = [
+    "Measured",
+    "block_seconds",
+    "equal",
+    "figures",
+    "first_call",
+    "gaps",
+    "latency",
+    "spec_counts",
+    "token_gaps",
+    "wilson",
+]
 
 POINTS = tuple(range(0, 101, 5))  # percentiles of a distribution that is drawn
 Z95 = 1.959963984540054
@@ -94,6 +107,23 @@ def block_seconds(answer: Answer, block: int | None) -> list[float]:
     return [b - a for a, b in pairwise([0.0, *ends])]
 
 
+def first_call(prompt: Prompt, answer: Answer) -> float | None:
+    """Seconds to the first complete call that fits the schema of a tool of the question: one that the server parsed, or
+    one in the text of a server that parses none. None when there is none."""
+    try:
+        finder = CallFinder(prompt.tools or None)
+        if answer.call_at is not None and finder.fits(ToolCall(**answer.tool_calls[0])):
+            return answer.call_at
+        start = 0
+        for chunk in answer.chunks:
+            if finder.push(answer.text[start : start + chunk.characters]) is not None:
+                return chunk.at
+            start += chunk.characters
+    except (ValidationError, ValueError):  # a schema that cannot be used, arguments that are no JSON
+        pass
+    return None
+
+
 def wilson(correct: int, n: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927): sensible for small n and at 0 and 1."""
     if n == 0:
@@ -139,7 +169,7 @@ def _speed(
         "e2el": [a.e2e for a in answers],
         "icl": [gap for a in answers for gap in gaps(a)],
         "block": [seconds for a in answers for seconds in block_seconds(a, block)],
-        "ttfa": [m.answer.call_at for m in good if m.prompt.wants_call],
+        "ttfa": [first_call(m.prompt, m.answer) for m in good if m.prompt.wants_call],
     }
     found = {name: made for name, values in series.items() if (made := latency(values)) is not None}
     counted = [a for a in answers if a.completion_tokens is not None]

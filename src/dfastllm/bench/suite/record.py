@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dfastllm.bench.suite.figures import Measured
+from dfastllm.bench.suite.figures import Measured, first_call
 
 __all__ = ["Recorder"]
 
@@ -45,7 +45,7 @@ class Recorder:
                 "ttft": answer.first,
                 "tpot": answer.tpot,
                 "e2el": answer.end,
-                "ttfa": answer.call_at,
+                "ttfa": first_call(m.prompt, answer) if m.prompt.wants_call else None,
                 "wants_call": m.prompt.wants_call,
                 "prompt_tokens": answer.prompt_tokens,
                 "output_tokens": answer.completion_tokens,

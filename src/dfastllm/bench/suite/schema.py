@@ -108,7 +108,7 @@ class Speed(Part):
     ttft          first content; for a diffusion model the first committed block or token. tpot: (e2el-ttft)/(n-1).
     itl           gap between tokens: a chunk of m tokens counts its gap / m, m times; absent where the tokens of a
                   chunk are not known. icl: gap between chunks. block: time per block of a diffusion model.
-    ttfa          milliseconds to the first complete tool call, over the requests that should call one.
+    ttfa          to the first complete tool call that fits its tool's schema, over the requests that should make one.
     cdf           metric to its quantiles at 0, 5, ..., 100 % in ms.
     """
 
