@@ -93,8 +93,11 @@ class Case:
             return [replace(r, speculative=drafts) for r in asked]
         block = 4 if model(self.model).info.kind == "block" else 6
 
+        options = {"forward_rows": 200} if self.rule == "free_dave" else {}
+
         def decode(**changes: Any) -> DecodeParams:
-            return DecodeParams(rule=self.rule, cache=self.cache, **{"block_length": block, **changes})  # type: ignore[arg-type]
+            fields = {"block_length": block, "options": options, **changes}
+            return DecodeParams(rule=self.rule, cache=self.cache, **fields)  # type: ignore[arg-type]
 
         out = [
             request((5, 6, 7), name="greedy", decode=decode(), max_tokens=12),

@@ -3,14 +3,14 @@ a real model's shape.
 
 Every answer with guesses is compared with the plain one, token for token; a difference is an error, not a row. The
 demo models are so small that a forward is mostly Python. So the second part measures one step of a block with 0, 1, 2,
-... branches on random weights of a real shape: from those times follow the fixed cost of a forward in rows (the option
+... branches on random weights of a real shape: from those times follow the rows that are nearly free (the option
 `forward_rows`) and, with the share of guesses that held on the demo models, what the decoder would gain there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ from dfastllm.bench.measure import Spread, spread
 from dfastllm.bench.workload import gradable, run
 from dfastllm.core import Branch, DecodeParams, SamplingParams, Span
 from dfastllm.decode.dave import branches_worth
+from dfastllm.decode.unmask import RULES
 from dfastllm.engine.kv import Pages, PageTable
 from dfastllm.engine.native import NativeRunner
 from dfastllm.llm import LLM
 from dfastllm.models import PackedDecoder
 
-__all__ = ["Drafted", "StepCost", "measure_branches", "measure_drafts"]
+__all__ = ["Drafted", "StepCost", "fit", "measure_branches", "measure_drafts"]
 
 FREE = 1e6  # forward_rows: every branch is worth running
 
@@ -74,7 +75,7 @@ def measure_drafts(llm: LLM, name: str, samples: int, canvas: int, repeats: int)
             assert [c.text for c in done] == plain, f"{name}: {options} changed the answers"
             drafted = sum(c.usage.draft_tokens for c in done)
             held = sum(c.usage.accepted_tokens for c in done) / drafted if drafted else 0.0
-            rows = float(options.get("forward_rows", 16.0))
+            rows = float(options.get("forward_rows", RULES["free_dave"].options["forward_rows"].default))
             sizes = (one.forwards, one.tokens, held)
             yield Drafted(
                 name, options["draft_steps"], rows, temperature, *sizes, spread(times[i][0]), spread(times[i][1])
@@ -83,22 +84,34 @@ def measure_drafts(llm: LLM, name: str, samples: int, canvas: int, repeats: int)
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of one step of a block of `block` tokens behind `cached` ones, by the number of branches.
-
-    forward_rows: fixed cost in rows, of a straight line through those times. gain: by share of guesses that hold, steps
-    per time with as many branches as are best, over those of the plain step."""
+    """Seconds of one step of a block of `block` tokens behind `cached` ones, by the number of branches."""
 
     shape: str
     block: int
     cached: int
     seconds: tuple[Spread, ...]
-    forward_rows: float
-    gain: Mapping[float, float]
+
+    def gain(self, rate: float, forward_rows: float) -> float:
+        """Steps per time with as many branches as the decoder would run, over those of the plain step, when this share
+        of guesses holds."""
+        k = branches_worth(rate, len(self.seconds) - 1, self.block, forward_rows)
+        return float(sum(rate**j for j in range(k + 1)) * self.seconds[0].median / self.seconds[k].median)
 
 
-def measure_branches(
-    model: PackedDecoder, name: str, block: int, cached: int, most: int, repeats: int, rates: Sequence[float]
-) -> StepCost:
+def fit(costs: Sequence[StepCost]) -> tuple[float, float]:
+    """(forward_rows for which the times go as hypot(forward_rows, rows), the largest relative error of that)."""
+    points = [(c.block * (k + 1), t.median) for c in costs for k, t in enumerate(c.seconds)]
+    rows, seconds = (np.array(x, dtype=np.float64) for x in zip(*points, strict=True))
+    best = (0.0, np.inf, np.inf)
+    for free in np.geomspace(0.5, 2000, 400):
+        off = np.log(seconds / np.hypot(free, rows))
+        off -= off.mean()
+        if (off**2).sum() < best[1]:
+            best = (float(free), float((off**2).sum()), float(np.expm1(np.abs(off).max())))
+    return best[0], best[2]
+
+
+def measure_branches(model: PackedDecoder, name: str, block: int, cached: int, most: int, repeats: int) -> StepCost:
     """Forward and head of every masked row of every branch, as the decoder asks for them."""
     pool = Pages(-(-(cached + block) // 16) + 1, 16)
     runner = NativeRunner(model, pool.count * 16, model.dtype, 16)
@@ -126,11 +139,4 @@ def measure_branches(
             runner.run([(span, table, cached)]).stats(norm=True)
             if turn:
                 times[k].append(time.perf_counter() - began)
-    found = tuple(spread(t) for t in times)
-    slope, fixed = np.polyfit([s.rows for s in spans], [t.median for t in found], 1)
-    rows = max(0.0, float(fixed / slope))
-    gain = {}
-    for rate in rates:
-        k = branches_worth(rate, most, block, rows)
-        gain[rate] = sum(rate**j for j in range(k + 1)) * found[0].median / found[k].median
-    return StepCost(name, block, cached, found, rows, gain)
+    return StepCost(name, block, cached, tuple(spread(t) for t in times))

@@ -23,6 +23,8 @@ class SequenceState:
     forwards  forward passes so far, prefill and rebuilding included (nfe). Randomness is keyed by (seed, decode
               step, position), the decode step being the policy's own count, never this one: rebuilding changes no draw.
     policy    the policy's own state, last returned by `begin` or in a Commit.
+    company   sequences that run when this one is planned, itself included. Only how much is tried may follow from it
+              (guesses, see `decode.dave`), never what comes out.
     draft     what a drafter proposes to follow `tokens`, if one was asked; good for one deciding forward.
     """
 
@@ -34,6 +36,7 @@ class SequenceState:
     forwards: int = 0
     policy: Any = None
     stable: int = 0
+    company: int = 1
     draft: Draft | None = None
     canvas_start: int = field(init=False)
     sampling: SamplingParams = field(init=False)

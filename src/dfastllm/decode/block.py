@@ -114,7 +114,7 @@ class BlockDiffusion:
         want, shadows = span_rows(active, low, high - low)
         if active.state.ahead is None:
             return Span(low, ids, "block", store, want, size, shadows, (), (active,))  # by name it takes longer
-        steps = chain(active, _rows_of)
+        steps = chain(active, _rows_of, size)
         branches = within([_branch(a, high - size) for a in steps[1:]], limit - len(ids))
         steps = steps[: 1 + len(branches)]
         return Span(low, ids, "block", store, want, block=size, shadows=shadows, branches=branches, plan=steps)

@@ -13,6 +13,7 @@ those that held, their number. Not here: where spans lie (the policies) and what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,17 +31,20 @@ __all__ = ["absorb", "branches_worth", "chain", "within"]
 
 FIRST_RATE = 0.6  # believed before anything was measured: enough to try where rows are cheap
 MEMORY = 0.85  # weight of the past in the mean of what held
+PROBE = 4  # steps between guesses that are only compared
 
 RowsOf = Callable[[SequenceState, int, int], Active]
 
 
-def chain(active: Active, rows_of: RowsOf) -> tuple[Active, ...]:
-    """The step itself, then the steps on the canvases it is guessed to lead to. rows_of: the rows of a step on a block
-    of a sequence, as the policy would plan them."""
+def chain(active: Active, rows_of: RowsOf, rows: int) -> tuple[Active, ...]:
+    """The step itself, then the steps on the canvases it is guessed to lead to, fewer where many sequences share the
+    fixed cost of a forward. rows_of: the rows of a step on a block of a sequence, as the policy would plan them; rows:
+    of the span of a step."""
     ahead = active.state.ahead
     out = [active]
     if ahead is not None:
-        for step in ahead.steps[: ahead.branches]:
+        share = active.state.choice.options["forward_rows"] / active.seq.company
+        for step in ahead.steps[: branches_worth(ahead.rate, ahead.branches, rows, share)]:
             seq = _after(out[-1], step)
             out.append(rows_of(seq, *seq.policy.bounds))
     return tuple(out)
@@ -169,8 +173,9 @@ def _look_ahead(walks: Sequence[Walk], reach: Callable[[Active], tuple[int, bool
         options = w.last.state.choice.options
         depths.append(branches_worth(w.rate, options["draft_steps"], rows, options["forward_rows"]))
         crossing.append(crosses and w.commit.state.block + 1 < w.last.state.layout.count)
-    # one guess at least, to learn from, even where no branch is worth its rows
-    guessed = _guesses(walks, [0 if w.commit.finish else max(1, d) for w, d in zip(walks, depths, strict=True)])
+    # now and then a guess to learn from, even where no branch is worth its rows
+    wanted = [d or int(w.commit.state.step % PROBE == 0) for w, d in zip(walks, depths, strict=True)]
+    guessed = _guesses(walks, [0 if w.commit.finish else n for w, n in zip(walks, wanted, strict=True)])
     out = []
     for w, steps, depth, crosses in zip(walks, guessed, depths, crossing, strict=True):
         run = min(depth, len(steps))
@@ -183,11 +188,13 @@ def _look_ahead(walks: Sequence[Walk], reach: Callable[[Active], tuple[int, bool
 
 def branches_worth(rate: float, most: int, rows: int, forward_rows: float) -> int:
     """How many branches to run: the number k <= most with the most steps per time, 1 + rate + ... + rate^k steps in a
-    forward that costs forward_rows + (1 + k) rows. rate: share of guesses that hold, each given those before it."""
+    forward of (1 + k) rows. Its time goes as hypot(forward_rows, rows): weights are read whatever the rows, arithmetic
+    grows with them, and the one hides behind the other (within 10 % on CPUs, benchmarks/lossless.json). rate: share of
+    guesses that hold, each given those before it."""
     best, speed, steps = 0, 0.0, 0.0
     for k in range(most + 1):
         steps += rate**k
-        now = steps / (forward_rows + (1 + k) * rows)
+        now = steps / math.hypot(forward_rows, (1 + k) * rows)
         if now > speed:
             best, speed = k, now
     return best

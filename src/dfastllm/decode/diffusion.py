@@ -133,7 +133,7 @@ def _span(active: Active, low: int, high: int, store: Store, limit: int) -> Span
     want, shadows = span_rows(active, low, high - low)
     if active.state.ahead is None:
         return Span(low, ids, "full", store, want, 0, shadows, (), (active,))  # by name it takes longer
-    steps = chain(active, active_rows)
+    steps = chain(active, active_rows, high - low)
     maybe = [Branch(low, tuple(a.seq.tokens[low:high]), span_rows(a, low, high - low)[0]) for a in steps[1:]]
     branches = within(maybe, limit - len(ids))
     return Span(low, ids, "full", store, want, branches=branches, plan=steps[: 1 + len(branches)])

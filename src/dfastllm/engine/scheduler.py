@@ -82,6 +82,7 @@ class Scheduler:
         if prefix is not None and prefix.join(live):
             return 0
         # Chunks are cut the same whatever else runs: how a prompt is cut must not depend on the neighbours.
+        live.state.company = len(self.running)
         span = live.policy.plan(live.state, self._chunk)
         size = span.rows
         if size > rows and chosen:
