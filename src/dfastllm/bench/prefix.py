@@ -92,7 +92,7 @@ def play(engine: Engine, stats: list[StepStats], prompts: Sequence[tuple[int, ..
         engine.add(Request(f"{engine.steps}-{i}", prompt, sampling))
         tokens[f"{engine.steps}-{i}"] = []
     lives = list(engine.scheduler.waiting)
-    runs = {}
+    runs: dict[str, int | None] = {}
     while engine.has_work:
         runs |= {live.request.request_id: live.table.run(live.table.capacity) for live in lives if live.held}
         for event in engine.step():
