@@ -196,12 +196,14 @@ def _latency_cdf(results: Results) -> Figure | None:
 
 
 def _log_where_wide(axes: Axes, values: Sequence[float]) -> None:
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    """One slow request would press all others against the axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     positive = [v for v in values if v > 0]
     if positive and max(positive) > 20 * min(positive):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -325,7 +327,10 @@ def _speedups(results: Results) -> Figure | None:
 
 def _parallelism(results: Results) -> Figure | None:
     found = results.accuracy_vs_parallelism
-    if found is None or len(found.points) < 2:
+    if found is None or not found.points:
+        return None
+    reached = [p.tokens_per_forward for p in found.points]
+    if max(reached) < 1.05 * min(reached):  # one parallelism is a point, not a line
         return None
     drawn, (axes,) = _figure()
     points = sorted(found.points, key=lambda p: p.tokens_per_forward)
