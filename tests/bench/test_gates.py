@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from dfastllm.bench.gates import SpeedReport, check, evaluate_speed_gates, load_report, make_report, save_report
+from dfastllm.bench.gates import (
+    SpeedReport,
+    check,
+    evaluate_speed_gates,
+    load_report,
+    make_report,
+    same_machine,
+    save_report,
+)
 from dfastllm.errors import ValidationError
 from dfastllm.metrics.speed import aggregate
 
@@ -79,6 +87,10 @@ def test_ttfa_gate_fail() -> None:
     assert got["ttfa_gate"]["passed"] is False
     assert "TTFA gate failed" in got["errors"][0]
     assert evaluate_speed_gates(now(ttfa_tokens={"p95": math.inf}), BASE)["gates_passed"] is False
+    assert evaluate_speed_gates(now(ttfa_tokens={"p95": 30.0}), BASE, ttfa_limit=30.0)["gates_passed"] is True
+    for bad in (-1.0, math.nan):
+        with pytest.raises(ValidationError, match="ttfa_limit"):
+            evaluate_speed_gates(now(), BASE, ttfa_limit=bad)
 
 
 @pytest.mark.parametrize("base", [3.0, 0.1, 123.456, 7e5, 1e-3])
@@ -208,8 +220,9 @@ def test_missing_undecodable_and_empty_baselines(tmp_path: Path) -> None:
 
 def test_a_baseline_of_another_machine(tmp_path: Path) -> None:
     save_report(report("there"), tmp_path / "base.json")
-    with pytest.raises(ValidationError, match="measured on there, this machine is here"):
-        load_report(tmp_path / "base.json", key="here")
+    with pytest.raises(ValidationError, match="baseline was measured on there, the current report on here"):
+        same_machine(report("here"), load_report(tmp_path / "base.json"))
+    same_machine(report("there"), load_report(tmp_path / "base.json"))
     got = check(report("here"), load_report(tmp_path / "base.json"))
     assert (got["gates_passed"], got["skipped"], got["reason"]) == (True, True, "hardware_mismatch")
 

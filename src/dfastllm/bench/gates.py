@@ -27,6 +27,8 @@ __all__ = [
     "evaluate_speed_gates",
     "load_report",
     "make_report",
+    "read_json",
+    "same_machine",
     "save_report",
 ]
 
@@ -76,9 +78,9 @@ def save_report(report: SpeedReport, path: Path) -> None:
     part.replace(path)
 
 
-def load_report(path: Path, *, key: str | None = None) -> SpeedReport:
-    """A report or baseline. key: the hardware profile it must have. Raises ValidationError for a file that is missing,
-    cut short, of another version, incomplete, without requests, or of another machine."""
+def load_report(path: Path) -> SpeedReport:
+    """A report or baseline. Raises ValidationError for a file that is missing, cut short, of another version,
+    incomplete or without requests."""
     data = read_json(path)
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -95,12 +97,6 @@ def load_report(path: Path, *, key: str | None = None) -> SpeedReport:
         raise ValidationError(f"{path} is no speed report: {first['msg']} at {where}.", param="baseline") from error
     if report.n < 1:
         raise ValidationError(f"{path} holds no measured request (n = {report.n}).", param="baseline")
-    if key is not None and report.hardware_profile_key != key:
-        raise ValidationError(
-            f"{path} was measured on {report.hardware_profile_key}, this machine is {key}.",
-            param="baseline",
-            hint="A speed is comparable on the same hardware only: record a baseline here.",
-        )
     return report
 
 
@@ -126,11 +122,28 @@ def _numbers(value: Any) -> Any:
     return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
-def check(current: SpeedReport, baseline: SpeedReport | None, *, regression_threshold: float = 0.05) -> dict[str, Any]:
+def same_machine(current: SpeedReport, baseline: SpeedReport) -> None:
+    """Raises ValidationError when the two were measured on different hardware."""
+    if current.hardware_profile_key != baseline.hardware_profile_key:
+        raise ValidationError(
+            f"the baseline was measured on {baseline.hardware_profile_key}, the current report on"
+            f" {current.hardware_profile_key}.",
+            param="baseline",
+            hint="A speed is comparable on the same hardware only: record a baseline there.",
+        )
+
+
+def check(
+    current: SpeedReport,
+    baseline: SpeedReport | None,
+    *,
+    regression_threshold: float = 0.05,
+    ttfa_limit: float = TTFA_LIMIT,
+) -> dict[str, Any]:
     """`evaluate_speed_gates` of two reports; another hardware profile skips the gates. Raises ValidationError when they
     measured different things (fingerprints workload and threads, where both have them)."""
     if baseline is None:
-        return evaluate_speed_gates(current.speed_metrics, None, True, regression_threshold)
+        return evaluate_speed_gates(current.speed_metrics, None, True, regression_threshold, ttfa_limit)
     match = current.hardware_profile_key == baseline.hardware_profile_key
     for name in SAME if match else ():
         mine, theirs = current.fingerprints.get(name), baseline.fingerprints.get(name)
@@ -139,7 +152,8 @@ def check(current: SpeedReport, baseline: SpeedReport | None, *, regression_thre
                 f"current and baseline are not comparable: {name} is {mine!r}, in the baseline {theirs!r}.",
                 param="baseline",
             )
-    return evaluate_speed_gates(current.speed_metrics, baseline.speed_metrics, match, regression_threshold)
+    before = baseline.speed_metrics
+    return evaluate_speed_gates(current.speed_metrics, before, match, regression_threshold, ttfa_limit)
 
 
 def evaluate_speed_gates(
@@ -147,16 +161,19 @@ def evaluate_speed_gates(
     baseline: Mapping[str, Any] | None = None,
     hardware_match: bool = True,
     regression_threshold: float = 0.05,
+    ttfa_limit: float = TTFA_LIMIT,
 ) -> dict[str, Any]:
     """Compare the aggregates of two measurements (`metrics.speed.aggregate`).
 
     TTFT p50 and p95 may grow by `regression_threshold` of the baseline's, TPS p50, p95 and p05 (where the baseline has
-    it) may fall by it; the p95 of ttfa_tokens may be at most 25. A value that the current measurement lacks fails its
-    gate. Without a baseline, or with one of other hardware, all gates are skipped and pass.
+    it) may fall by it; the p95 of ttfa_tokens may be at most `ttfa_limit`. A value that the current measurement lacks
+    fails its gate. Without a baseline, or with one of other hardware, all gates are skipped and pass.
 
     Returns {gates_passed, skipped, reason, ttft_regression, tps_regression, ttfa_gate, errors}: a regression holds per
     percentile {passed, regression, current, baseline} or {passed, skipped, reason}; `errors` says in words what failed.
-    Raises ValidationError for a threshold that is negative or no number."""
+    Raises ValidationError for a threshold or limit that is negative or no number."""
+    if not ttfa_limit >= 0:
+        raise ValidationError(f"ttfa_limit must be a number >= 0, got {ttfa_limit}.", param="ttfa_limit")
     if not regression_threshold >= 0 or math.isinf(regression_threshold):
         raise ValidationError(
             f"regression_threshold must be a number >= 0, got {regression_threshold}.", param="regression_threshold"
@@ -172,7 +189,7 @@ def evaluate_speed_gates(
     gates = {
         "ttft_regression": _regressions("ttft_ms", TTFT, current, baseline, regression_threshold, errors),
         "tps_regression": _regressions("tps", TPS, current, baseline, regression_threshold, errors),
-        "ttfa_gate": _ttfa_gate(current, errors),
+        "ttfa_gate": _ttfa_gate(current, ttfa_limit, errors),
     }
     return {"gates_passed": not errors, "skipped": False, "reason": None, **gates, "errors": errors}
 
@@ -220,14 +237,12 @@ def _regressions(
     return found
 
 
-def _ttfa_gate(current: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
+def _ttfa_gate(current: Mapping[str, Any], limit: float, errors: list[str]) -> dict[str, Any]:
     tokens = _value(current, "ttfa_tokens", "p95")
     if "ttfa_hit_rate" in current and current["ttfa_hit_rate"] is None and current.get("n"):
-        return {"passed": True, "skipped": True, "reason": "no_tool_requests", "threshold": TTFA_LIMIT}
-    passed = tokens is not None and tokens <= TTFA_LIMIT
+        return {"passed": True, "skipped": True, "reason": "no_tool_requests", "threshold": limit}
+    passed = tokens is not None and tokens <= limit
     if not passed:
-        got = (
-            "is missing from the current measurement" if tokens is None else f"is {tokens:.4g}, at most {TTFA_LIMIT:g}"
-        )
+        got = "is missing from the current measurement" if tokens is None else f"is {tokens:.4g}, at most {limit:g}"
         errors.append(f"TTFA gate failed: p95 tokens {got}")
-    return {"passed": passed, "ttfa_tokens_p95": tokens, "threshold": TTFA_LIMIT}
+    return {"passed": passed, "ttfa_tokens_p95": tokens, "threshold": limit}

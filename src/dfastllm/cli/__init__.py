@@ -11,6 +11,7 @@ from dfastllm.cli.bench import bench
 from dfastllm.cli.chat import chat
 from dfastllm.cli.check import check
 from dfastllm.cli.doctor import doctor
+from dfastllm.cli.gate import app as gate
 from dfastllm.cli.generate import generate
 from dfastllm.cli.output import Group
 from dfastllm.cli.quantize import quantize
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for _command in (generate, chat, serve, bench, train, quantize, check, doctor):
     app.command()(_command)
+app.add_typer(gate)
 
 
 def _version(wanted: bool) -> None:

@@ -145,19 +145,29 @@ class Timeline:
         Where arrivals do not tell their tokens the index is estimated from the share of the answer's characters that
         had come, rounded up."""
         finder, parts = CallFinder(tools), _Calls()
-        tokens, characters = 0, 0
         for arrival in self.arrivals:
-            tokens += arrival.tokens or 0
-            characters += _size(arrival)
             found = finder.push(arrival.text)
             if found is None:
                 found = next((call for call in parts.push(arrival.calls) if finder.fits(call)), None)
             if found is not None:
-                if any(a.tokens is None for a in self.arrivals):
-                    whole = sum(map(_size, self.arrivals))
-                    return (math.inf if self.n is None else math.ceil(self.n * characters / whole)), arrival.at
-                return float(tokens), arrival.at
+                return self._tokens_with(arrival), arrival.at
         return NEVER
+
+    def tokens_by(self, at: float) -> float:
+        """Tokens that had come by a moment; estimated as in `ttfa`."""
+        came = [arrival for arrival in self.arrivals if arrival.at <= at]
+        return self._tokens_with(came[-1]) if came else 0.0
+
+    def _tokens_with(self, last: Arrival) -> float:
+        """Tokens up to and including an arrival; inf when nothing tells."""
+        came = self.arrivals[: next(i for i, arrival in enumerate(self.arrivals) if arrival is last) + 1]
+        counts = [arrival.tokens for arrival in self.arrivals]
+        if None not in counts:
+            return float(sum(arrival.tokens or 0 for arrival in came))
+        whole = sum(map(_size, self.arrivals))
+        if self.n is None or not whole:
+            return math.inf
+        return float(math.ceil(self.n * sum(map(_size, came)) / whole))
 
     def metrics(self, tools: Tools | None = None) -> dict[str, float | None]:
         """The figures that `aggregate` takes. tools: those the request should call one of; None: it should not, and its

@@ -1,0 +1,280 @@
+"""`dfastllm gate`: is it slower than before. Four commands: record and check (absolute times of one machine), compare
+(two sides in turns), counters (exact numbers).
+
+Exit codes of all four: 0 passed or skipped, 1 failed, 2 wrong usage or unusable files, 3 no verdict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfastllm.cli.output import console, working
+from dfastllm.settings import Settings
+
+if TYPE_CHECKING:
+    from dfastllm.bench.compare import Compared
+    from dfastllm.bench.counters import Change, Counters
+
+__all__ = ["app"]
+
+COUNTERS = Path("benchmarks/gates/counters.json")
+EXIT = {"pass": 0, "skipped": 0, "fail": 1, "no verdict": 3}
+Json = Annotated[bool, typer.Option("--json", help="The last line on stdout is the result as one JSON object.")]
+
+app = typer.Typer(
+    name="gate",
+    no_args_is_help=True,
+    help="Speed gates. Exit codes: 0 pass or skipped, 1 fail, 2 usage, 3 no verdict. See docs/gates.md.",
+)
+
+
+def _end(verdict: str, as_json: bool, **found: Any) -> None:
+    """The verdict in words or as the last line, and the exit code."""
+    if as_json:
+        typer.echo(json.dumps(_finite({"verdict": verdict, "exit_code": EXIT[verdict], **found}), allow_nan=False))
+    raise typer.Exit(EXIT[verdict])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: as in reports it is "Infinity"."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return "Infinity" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:,.4g}"
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    model: Annotated[str, typer.Option(help="A shipped model's name, a directory or a GGUF file.")] = "demo-ar",
+    requests: Annotated[int, typer.Option(min=1, help="Measured requests; every other one should call a tool.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on this machine and keep the speed as a report: a baseline, or what `check` holds against one."""
+    settings = Settings.load({"threads": threads})
+    with working("loading"):
+        from dfastllm.bench.gates import make_report, save_report
+        from dfastllm.bench.speed import measure_speed, speed_samples
+        from dfastllm.core import SamplingParams
+        from dfastllm.kernels.extension import set_threads
+        from dfastllm.llm import LLM, model_options
+        from dfastllm.metrics.speed import aggregate
+
+        set_threads(settings.threads)
+        llm = LLM(model, **model_options(settings))
+    with llm, working(f"measuring {requests} requests"):
+        samples = speed_samples(requests, seed)
+        rows = measure_speed(llm, samples, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    workload = {
+        "name": "task mix",
+        "requests": requests,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "model": llm.info.name,
+    }
+    report = make_report(aggregate(rows), workload=workload)
+    save_report(report, out)
+    screen = console(stderr=as_json)
+    _show_metrics(report.speed_metrics)
+    screen.print(f"{report.n} requests on {report.hardware_profile_key}: {out}", markup=False)
+    _end("pass", as_json, report=str(out), hardware_profile_key=report.hardware_profile_key, n=report.n)
+
+
+def _show_metrics(metrics: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("", "p05", "p50", "p90", "p95")
+    for name, label in (
+        ("ttft_ms", "TTFT, ms"),
+        ("tps", "TPS"),
+        ("ttfa_tokens", "TTFA, tokens"),
+        ("ttfa_ms", "TTFA, ms"),
+    ):
+        values = metrics.get(name) or {}
+        table.add_row(label, *(_number(values.get(p)) if p in values else "" for p in ("p05", "p50", "p90", "p95")))
+    console(stderr=True).print(table)
+
+
+@app.command()
+def check(
+    current: Annotated[Path, typer.Argument(help="A report of `gate record`, or test_results.json of `bench`.")],
+    baseline: Annotated[Path | None, typer.Option(help="The same of before; without it all gates are skipped.")] = None,
+    threshold: Annotated[float, typer.Option(help="Allowed regression; 0.05 is 5 %.")] = 0.05,
+    ttfa_limit: Annotated[float, typer.Option(help="Most tokens (p95) until the first complete tool call.")] = 25.0,
+    configuration: Annotated[
+        str | None, typer.Option(help="Of a test_results.json; default: its baseline configuration.")
+    ] = None,
+    same_hardware: Annotated[
+        bool, typer.Option("--same-hardware", help="A baseline of another machine is an error, not a reason to skip.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Hold a measurement against a baseline of the same hardware: TTFT, TPS, TTFA."""
+    from dfastllm.bench.gates import check as hold
+    from dfastllm.bench.gates import same_machine
+    from dfastllm.bench.speed import load_current
+
+    now = load_current(current, configuration)
+    before = load_current(baseline, configuration) if baseline is not None else None
+    if same_hardware and before is not None:
+        same_machine(now, before)
+    found = hold(now, before, regression_threshold=threshold, ttfa_limit=ttfa_limit)
+    verdict = "skipped" if found["skipped"] else "pass" if found["gates_passed"] else "fail"
+    _show_gates(found, verdict, threshold)
+    _end(verdict, as_json, **found)
+
+
+def _show_gates(found: dict[str, Any], verdict: str, threshold: float) -> None:
+    from rich.table import Table
+
+    screen = console()
+    if found["skipped"]:
+        screen.print(f"skipped: {found['reason']}")
+        return
+    table = Table("gate", "baseline", "current", "change", "limit", "")
+    for gate, label in (("ttft_regression", "TTFT {}, ms"), ("tps_regression", "TPS {}")):
+        for percentile, one in found[gate].items():
+            change = one.get("regression")
+            shown = "–" if change is None else f"{change:+.1%} slower" if change > 0 else f"{-change:.1%} faster"
+            word = one.get("reason") or ("pass" if one["passed"] else "FAIL")
+            values = (_number(one["baseline"]), _number(one["current"]))
+            table.add_row(label.format(percentile), *values, shown, f"{threshold:.1%} slower", word)
+    ttfa = found["ttfa_gate"]
+    word = ttfa.get("reason") or ("pass" if ttfa["passed"] else "FAIL")
+    limit = f"{ttfa['threshold']:g} tokens"
+    table.add_row("TTFA p95, tokens", "", _number(ttfa.get("ttfa_tokens_p95")), "", limit, word)
+    screen.print(table)
+    for error in found["errors"]:
+        screen.print(error, markup=False)
+    screen.print(verdict)
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help='A command, a URL, "model:NAME?cache=dual", or git:REVISION.')],
+    new: Annotated[str, typer.Argument(help="The other side; fails when it is slower than BASE by more than MARGIN.")],
+    pairs: Annotated[int, typer.Option(min=1, help="Measurements of each side.")] = 15,
+    margin: Annotated[float, typer.Option(help="Allowed slow-down; 0.05 is 5 %.")] = 0.05,
+    warmups: Annotated[int, typer.Option(min=0, help="Unmeasured turns before.")] = 2,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of a measurement (not of commands).")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each request.")] = 64,
+    model: Annotated[
+        str | None, typer.Option(help="Model of commits, default demo-ar, and of servers, default their first.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure two sides in turns: the ratio of their times with its interval, and a verdict unless the noise wins."""
+    from contextlib import ExitStack
+
+    from rich.progress import Progress
+
+    from dfastllm.bench.compare import compare as take
+    from dfastllm.bench.sides import Asked, open_side
+
+    asked = Asked(requests, max_tokens, model)
+    with ExitStack() as stack:
+        with working("opening both sides"):
+            sides = [stack.enter_context(open_side(side, asked)) for side in (base, new)]
+        bar = stack.enter_context(Progress(console=console(stderr=True), transient=True))
+        task = bar.add_task("pairs", total=pairs)
+        found = take(
+            *sides, pairs=pairs, margin=margin, warmups=warmups, progress=lambda n: bar.update(task, completed=n)
+        )
+    _show_compared(base, new, found)
+    _end(found.verdict, as_json, **{k: v for k, v in dataclasses.asdict(found).items() if k != "verdict"})
+
+
+def _show_compared(base: str, new: str, found: Compared) -> None:
+    from rich.table import Table
+
+    screen = console()
+    table = Table("side", "what", "median, ms", "quartiles")
+    for side, what, times in (("base", base, found.base), ("new", new, found.new)):
+        table.add_row(side, what, f"{1e3 * times.median:,.4g}", f"{1e3 * times.q1:,.4g} – {1e3 * times.q3:,.4g}")
+    screen.print(table)
+    ratio = found.ratio
+    screen.print(
+        f"new takes {ratio.median:.3f} times as long, 95 % interval {ratio.low:.3f} – {ratio.high:.3f} over {ratio.n}"
+        f" pairs; limit {1 + found.margin:.3f}"
+    )
+    screen.print(f"{found.verdict}: {found.reason}" if found.reason else found.verdict)
+
+
+@app.command()
+def counters(
+    baseline: Annotated[Path, typer.Option(help="The baseline file.")] = COUNTERS,
+    case: Annotated[list[str] | None, typer.Option(help="Only cases that begin so; repeatable.")] = None,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Count with every kind of kernels this machine can run, and write the file."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Exact counters of the shipped models on fixed requests, against the baseline in git."""
+    from rich.progress import track
+
+    from dfastllm.bench import counters as exact
+    from dfastllm.errors import ValidationError
+
+    if update:
+        if case:
+            raise ValidationError("--update writes the whole file: leave --case out.", param="case")
+        with working("counting with every kind of kernels, a process each"):
+            kinds = dict(exact.count_everywhere())
+        exact.save_counters(baseline, kinds)
+        _show_counters(kinds[exact.counters_key()])
+        console().print(f"wrote {baseline}: {', '.join(kinds)}", markup=False)
+        _end("pass", as_json, kinds=list(kinds), baseline=str(baseline))
+    key = exact.counters_key()
+    before = exact.load_counters(baseline, key)
+    cases = exact.cases_of(case)
+    if before is None:
+        console().print(f"skipped: {baseline} has no counters for kernels of kind {key}", markup=False)
+        _end("skipped", as_json, key=key, reason="no_baseline")
+    screen = console(stderr=True)
+    found = {c.name: exact.count(c) for c in track(cases, "counting", console=screen, transient=True)}
+    changes = exact.differences(found, before or {})
+    _show_counters(found)
+    _show_changes(changes)
+    verdict = "fail" if changes else "pass"
+    console().print(f"{verdict}: {len(changes)} of the counters of {len(found)} cases differ ({key})", markup=False)
+    _end(verdict, as_json, key=key, counters=found, changes=[dataclasses.asdict(change) for change in changes])
+
+
+def _show_counters(found: dict[str, Counters]) -> None:
+    from rich.table import Table
+
+    table = Table("case", "nfe", "steps", "rows", "tokens", "tokens/forward", "drafts", "accepted", "acceptance length")
+    for name, c in found.items():
+        nfe, tokens, drafts, accepted = (
+            int(c.get(k, 0)) for k in ("nfe", "completion_tokens", "drafts", "accepted_tokens")
+        )
+        length = f"{1 + accepted / drafts:.2f}" if drafts else ""
+        drafted = (f"{drafts}", f"{accepted} of {c['draft_tokens']}", length) if "drafts" in c else ("", "", "")
+        table.add_row(name, f"{nfe}", f"{c['steps']}", f"{c['rows']}", f"{tokens}", f"{tokens / nfe:.2f}", *drafted)
+    console().print(table)
+
+
+def _show_changes(changes: list[Change]) -> None:
+    from rich.table import Table
+
+    if not changes:
+        return
+    table = Table("case", "counter", "baseline", "now", title="changed", title_justify="left")
+    for change in changes:
+        table.add_row(change.case, change.counter, str(change.baseline), str(change.current))
+    console().print(table)
