@@ -33,8 +33,8 @@ FREE = 1e6  # forward_rows: every branch is worth running
 
 @dataclass(frozen=True)
 class Drafted:
-    """The schedule of one token a step, with at most draft_steps branches. held: share of the drafted tokens that
-    stood; seconds: of all samples in flight at once; alone: one after the other."""
+    """The schedule of one token a step, with at most draft_steps branches. forwards, seconds: one sample after the
+    other; crowd_*: all in flight at once, where fewer guesses run. held: share of the drafted tokens that stood."""
 
     model: str
     draft_steps: int
@@ -44,7 +44,8 @@ class Drafted:
     tokens: int
     held: float
     seconds: Spread
-    alone: Spread
+    crowd_forwards: int
+    crowd_seconds: Spread
 
 
 def measure_drafts(llm: LLM, name: str, samples: int, canvas: int, repeats: int) -> Iterator[Drafted]:
@@ -59,26 +60,35 @@ def measure_drafts(llm: LLM, name: str, samples: int, canvas: int, repeats: int)
     for temperature in (0.0, 0.7):
         sampling = SamplingParams(temperature=temperature, seed=1, max_tokens=canvas)
         times: list[tuple[list[float], list[float]]] = [([], []) for _ in settings]
-        told: dict[int, tuple[Any, Any]] = {}
+        told: dict[int, tuple[Any, Any, Any]] = {}
         for turn in range(repeats + 1):  # the first is not counted
             for i, options in enumerate(settings):
                 decode = DecodeParams(rule="free_dave", steps=canvas, options=options)
-                one, done = run(llm, work, sampling, decode)
-                other, _ = run(llm, work, sampling, decode, together=False)
-                told[i] = (one, done)
+                one, done = run(llm, work, sampling, decode, together=False)
+                crowd, same = run(llm, work, sampling, decode)
+                assert [c.text for c in done] == [c.text for c in same], f"{name}: answers change in company"
+                told[i] = (one, crowd, done)
                 if turn:
                     times[i][0].append(one.seconds)
-                    times[i][1].append(other.seconds)
-        plain = [c.text for c in told[0][1]]
+                    times[i][1].append(crowd.seconds)
+        plain = [c.text for c in told[0][2]]
         for i, options in enumerate(settings):
-            one, done = told[i]
+            one, crowd, done = told[i]
             assert [c.text for c in done] == plain, f"{name}: {options} changed the answers"
             drafted = sum(c.usage.draft_tokens for c in done)
             held = sum(c.usage.accepted_tokens for c in done) / drafted if drafted else 0.0
             rows = float(options.get("forward_rows", RULES["free_dave"].options["forward_rows"].default))
-            sizes = (one.forwards, one.tokens, held)
             yield Drafted(
-                name, options["draft_steps"], rows, temperature, *sizes, spread(times[i][0]), spread(times[i][1])
+                model=name,
+                draft_steps=options["draft_steps"],
+                forward_rows=rows,
+                temperature=temperature,
+                forwards=one.forwards,
+                tokens=one.tokens,
+                held=held,
+                seconds=spread(times[i][0]),
+                crowd_forwards=crowd.forwards,
+                crowd_seconds=spread(times[i][1]),
             )
 
 

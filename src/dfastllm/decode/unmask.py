@@ -361,7 +361,7 @@ def _drafts(steps: int) -> dict[str, Option]:
     return {
         "draft_steps": Option(steps, "lossless: run up to so many guessed next steps beside each step; 0: none", 0, 64),
         "forward_rows": Option(
-            8.0, "rows that a forward computes nearly for free; weighs how many guesses to run. Hundreds on a GPU", 0
+            12.0, "rows that a forward computes nearly for free; weighs how many guesses to run. Hundreds on a GPU", 0
         ),
     }
 
