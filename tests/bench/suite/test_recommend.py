@@ -143,7 +143,22 @@ def test_system_prompts() -> None:
     assert "no verdict" in said(prompts((100, 28), (101, 28)))
     assert "'concise' answers soonest" in said(prompts((100, 28), (200, 28)))
     assert "most right answers: 'empty', 93.3 %" in said(prompts((100, 28), (200, 20)))
-    assert "'concise' costs accuracy: 33.3 % (10/30)" in warnings(prompts((100, 28), (200, 10)))
+    assert "'concise' costs accuracy: 33.3 % (10/30), the best has 93.3 % (28/30)" in warnings(
+        prompts((100, 28), (200, 10))
+    )
+    # 29 of 30 and 30 of 30 are not told apart by their intervals.
+    assert "costs accuracy" not in warnings(prompts((100, 30), (200, 29)))
+
+
+def test_system_prompts_are_judged_within_the_advised_configuration() -> None:
+    made = results()
+    slow = made.system_prompts
+    fast = [p.model_copy(update={"configuration": "ngram-k5", "figures": figures(300)}) for p in slow]
+    fast[1] = fast[1].model_copy(update={"figures": figures(600)})
+    said = [r for r in recommend(results(system_prompts=(*slow, *fast))) if r.kind == "system_prompt"]
+    assert len(said) == 1
+    assert said[0].configuration == "ngram-k5"
+    assert "'concise' answers soonest" in said[0].text
 
 
 def test_load_names_the_knee_and_the_goodput() -> None:

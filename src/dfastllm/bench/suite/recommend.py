@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dfastllm.bench.suite.cells import accuracy, figure, times
 from dfastllm.bench.suite.schema import (
@@ -27,6 +28,7 @@ from dfastllm.bench.suite.schema import (
 __all__ = ["Judged", "disqualified", "judge", "recommend"]
 
 ENOUGH = 0.9  # of the highest throughput: past this point load only adds waiting
+Part = TypeVar("Part", LoadPoint, SystemPromptResult)
 MORE = "Measure on an idle machine, or more: --rounds, --requests."
 
 
@@ -82,8 +84,9 @@ def recommend(results: Results) -> tuple[Recommendation, ...]:
     out = [_configuration(results, judged, best), *_rejected(judged, best)]
     if best is not None:
         out += _use_cases(results, best.configuration)
-    out += _system_prompt(results)
-    out += _load(_loaded(results, best))
+    advised = [j.name for j in (best.configuration if best else None, results.baseline) if j is not None]
+    out += _system_prompt(_of(advised, results.system_prompts))
+    out += _load(_of(advised, results.load))
     out += _warnings(results)
     return tuple(out)
 
@@ -187,26 +190,23 @@ def _use_cases(results: Results, config: ConfigurationResult) -> Iterator[Recomm
             )
 
 
-def _system_prompt(results: Results) -> Iterator[Recommendation]:
-    """Accuracy first: only prompts whose interval reaches the best one's may win by time."""
-    prompts = results.system_prompts
+def _system_prompt(prompts: Sequence[SystemPromptResult]) -> Iterator[Recommendation]:
+    """Accuracy first: of the prompts of one configuration only the most accurate may win by time."""
     if len(prompts) < 2:
         return
-    graded = [p for p in prompts if p.figures.accuracy is not None]
-    top = max((p.figures.accuracy.value for p in graded if p.figures.accuracy), default=None)
-    for p in graded:
-        found = p.figures.accuracy
-        if found is not None and top is not None and found.high < top:
-            text = f"System prompt {p.name!r} costs accuracy: {accuracy(found)}, the best has {100 * top:.0f} %."
+    graded = [(p, p.figures.accuracy) for p in prompts if p.figures.accuracy is not None]
+    top = max((found for _, found in graded), key=lambda found: found.value, default=None)
+    for p, found in graded:
+        if top is not None and found.high < top.low:
+            text = f"System prompt {p.name!r} costs accuracy: {accuracy(found)}, the best has {accuracy(top)}."
             yield Recommendation(kind="warning", text=text)
-    fit = [p for p in prompts if p.figures.accuracy is None or top is None or p.figures.accuracy.value >= top]
+    fit = [p for p in prompts if p.figures.accuracy is None or top is None or p.figures.accuracy.value >= top.value]
     timed = [(p, p.figures.speed.e2el) for p in fit if p.figures.speed.e2el is not None]
-    if len(timed) < 2:
-        if len(fit) == 1 and top is not None:
-            text = f"System prompt with the most right answers: {fit[0].name!r}, {accuracy(fit[0].figures.accuracy)}."
-            yield Recommendation(kind="system_prompt", text=text, configuration=fit[0].configuration)
-        return
-    yield _shortest(timed)
+    if len(timed) > 1:
+        yield _shortest(timed)
+    elif len(fit) == 1 and top is not None:
+        text = f"System prompt with the most right answers: {fit[0].name!r}, {accuracy(top)}."
+        yield Recommendation(kind="system_prompt", text=text, configuration=fit[0].configuration)
 
 
 def _shortest(timed: Sequence[tuple[SystemPromptResult, Latency]]) -> Recommendation:
@@ -231,11 +231,10 @@ def _differs(a: Latency, b: Latency) -> bool:
     return abs(a.mean - b.mean) > 1.96 * error
 
 
-def _loaded(results: Results, best: Judged | None) -> list[LoadPoint]:
-    """The load points of the advised configuration, or of the baseline where that one was not put under load."""
-    names = [j.name for j in (best.configuration if best else None, results.baseline) if j is not None]
-    found = ([p for p in results.load if p.configuration == name] for name in names)
-    return next((points for points in found if points), [])
+def _of(names: Sequence[str], parts: Sequence[Part]) -> list[Part]:
+    """Those of the first of these configurations that has any: the advised one, else the baseline."""
+    found = ([part for part in parts if part.configuration == name] for name in names)
+    return next((kept for kept in found if kept), [])
 
 
 def _load(points: Sequence[LoadPoint]) -> Iterator[Recommendation]:

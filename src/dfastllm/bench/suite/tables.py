@@ -146,14 +146,14 @@ def _configurations(results: Results) -> Table:
             number(speed.output_throughput),
             number(speed.duration, "s"),
             _gain(figures.versus_baseline, config is base),
+            Cell(BEST if config.name == best else "", float(config.name == best), "good"),
             _accuracy(figures.accuracy, base_accuracy),
             _verdict(figures.versus_baseline),
             _equal(figures.equality),
             _errors(figures),
-            Cell(BEST if config.name == best else "", float(config.name == best), "good"),
         )
         rows.append(cells)
-    columns = named("Configuration", "Tok/s|Time|Speedup|Accuracy|Verdict|Equals baseline|Errors|Best")
+    columns = named("Configuration", "Tok/s|Time|Speedup|Best|Accuracy|Verdict|Equals baseline|Errors")
     lines = _unmeasured([c for c in results.configurations if c.figures is None])
     lines += _about_tokens([f for _, f in _measured(results)])
     return Table("configurations", "Performance by configuration", columns, tuple(rows), tuple(lines))
