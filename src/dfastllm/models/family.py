@@ -129,7 +129,7 @@ class Family:
     read     config.json -> shape. write: shape and capabilities -> the fields of config.json (without the token ids and
              `architectures`, `model_type`, which `checkpoint` adds).
     names    the published tensor names.
-    kind, shift, ar_first, causal: see core.ModelInfo. block: (field of config.json, fallback) of the native block length.
+    kind, shift, ar_first, causal: see core.ModelInfo. block: (field of config.json, fallback) of the native block.
     ids      used where the model's own files say nothing. end_tokens, mask_tokens: contents of added tokens of the
              tokenizer that also end a text, or are the mask.
     harmless patterns (re.fullmatch) of tensors that may be in a file and are not parameters.
