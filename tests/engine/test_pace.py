@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfastllm.engine.pace import PLAIN_EVERY, Candidate, Chances, CostTable, Pace, best_lengths
+from dfastllm.engine.pace import PLAIN_EVERY, TRIAL, Candidate, Chances, CostTable, Pace, best_lengths
 
 RATES = st.floats(0.0, 1.0, allow_nan=False)
 
@@ -89,20 +89,21 @@ def simulate(
     passes = {"m": list(range(6))} if each else {}
     for step in range(steps):
         asks = [(f"r{i}", "m", 5) for i in range(sequences)]
-        lengths = pace.lengths(asks, sequences, sequences, passes)
+        lengths = [0] * sequences if pace.resting() else pace.lengths(asks, sequences, sequences, passes)
         drafting = each * max(lengths)
         if drafting:
             pace.drafted("m", sum(n > 0 for n in lengths), max(lengths), drafting)
         took = cost(sequences + sum(lengths)) * (1 + noise * abs(rng.standard_normal()))
+        made = 0
         for (request, method, _), n in zip(asks, lengths, strict=True):
             stood = 0
             while stood < n and rng.random() < rate(step):
                 stood += 1
-            tokens += 1 + stood
+            made += 1 + stood
             if n:
                 pace.judged(request, method, n, stood)
-        pace.step.add(sequences + sum(lengths), took)
-        seconds += took + drafting
+        pace.took(sequences, sequences + sum(lengths), made, took, drafting)
+        tokens, seconds = tokens + made, seconds + took + drafting
         used.append(sum(lengths))
     return tokens / seconds, sequences / cost(sequences), used
 
@@ -158,3 +159,28 @@ def test_it_recovers_when_drafts_become_good() -> None:
 def test_plain_steps_are_measured_again() -> None:
     _, _, used = simulate(3 * PLAIN_EVERY, 1, lambda _: 0.95, memory_bound, each=0.0)
     assert 2 <= sum(n == 0 for n in used) <= 12
+
+
+def test_what_loses_as_a_whole_is_left_for_a_while() -> None:
+    """Chances and costs that promise a gain which is not there: time that nobody measured goes into every draft."""
+    pace, steps, drafted = Pace(8), 0, 0
+    for _ in range(4000):
+        lengths = [0] if pace.resting() else pace.lengths([("r", "m", 3)], 1, 1, {})
+        n = lengths[0]
+        pace.took(1, 1 + n, 1 + n, 1.0, 5.0 if n else 0.0)  # drafting is measured by the whole only
+        if n:
+            pace.judged("r", "m", n, n)
+        steps, drafted = steps + 1, drafted + (n > 0)
+    assert TRIAL <= drafted < 0.03 * steps
+
+
+def test_a_whole_that_gains_is_never_left() -> None:
+    pace, drafted = Pace(8), 0
+    for _ in range(1000):
+        lengths = [0] if pace.resting() else pace.lengths([("r", "m", 3)], 1, 1, {})
+        n = lengths[0]
+        pace.took(1, 1 + n, 1 + n, 1.0, 0.5 if n else 0.0)
+        if n:
+            pace.judged("r", "m", n, n)
+        drafted += n == 3
+    assert drafted > 950

@@ -324,7 +324,8 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     for across_row in panels:
         across_row[0].set_ylabel("tokens per second, plain = 1")
-        across_row[0].legend(fontsize=7)
+        if across_row[0].lines:
+            across_row[0].legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

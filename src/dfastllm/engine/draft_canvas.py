@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["DraftCanvas"]
 
 WINDOW = 1024
-CANVAS = 32
+CANVAS = 16
 
 
 class DraftCanvas:
     """Drafts with a masked `model`, kind "diffusion" or "block". config: the engine's.
 
     window  tokens of the text that a full-attention model sees at most.
-    canvas  mask tokens it gets at least, more than are drafted: with few of them it believes that the text ends there.
+    canvas  mask tokens it gets at least, if more than are drafted: with fewer its guesses are a little worse.
             A block-causal model gets the rest of its block, and further blocks as far as the draft reaches.
 
     Raises UnsupportedError for an autoregressive model or one without a mask token.

@@ -53,6 +53,8 @@ class Drafting:
         self.pace = Pace(MOST_TOKENS)
         self.suppressed = 0
         self._watching = False  # whether this step's cost is to be measured
+        self._seconds = 0.0  # that drafting took in this step
+        self._unpaced = self._paced = 0  # requests here that draft whatever it costs; that draft where it pays
 
     def resolve(self, request: Request, model: ModelInfo) -> Request:
         """The request with the engine's default where it names no method. A canvas has none. model: as the request
@@ -81,18 +83,28 @@ class Drafting:
             )
         drafter.check(request, model)
 
+    def admit(self, live: Live) -> None:
+        """The request joined the engine."""
+        self._count(live, 1)
+
     def draft(self, running: Sequence[Live]) -> float:
         """Ask for drafts of the sequences whose next forward can use one. Returns the seconds it took."""
-        self.suppressed, self._watching = 0, False
+        self._watching, self._seconds = False, 0.0
+        if not self._unpaced and self.pace.resting():  # not even looked at: that costs time too
+            self.suppressed = min(self._paced, len(running))
+            self._watching = self.suppressed > 0 and self.pace.curious
+            return 0.0
+        self.suppressed = 0
+        began = time.monotonic()
         asks = [ask for live in running if (ask := self._ask(live)) is not None]
         if not asks:
             return 0.0
-        began = time.monotonic()
         lookups = [a for a in asks if not self.drafters[a.method].passes(1)]
         self._propose(lookups)
         self._pace(running, asks)
         self._propose([a for a in asks if self.drafters[a.method].passes(1) and a.length])
-        return time.monotonic() - began
+        self._seconds = time.monotonic() - began
+        return self._seconds
 
     def _ask(self, live: Live) -> _Ask | None:
         state = live.state
@@ -157,21 +169,32 @@ class Drafting:
         """What the step cost, drafting not counted, and what became of its drafts."""
         if not self._watching:
             return
-        rows, clean = 0, bool(chosen)
+        rows, tokens, clean = 0, 0, bool(chosen)
         for (live, span), commit in zip(chosen, commits, strict=True):
             rows += span.rows
             clean &= span.rows == span.wanted  # a step that reads prompts says nothing about others
             asked = live.state.request.speculative
+            tokens += len(commit.fixed) if isinstance(commit, Commit) else 0
             if asked is None or not isinstance(commit, Commit) or not commit.drafted or commit.finish is not None:
                 continue
             if asked.adaptive and not rejects(live.state):
                 self.pace.judged(live.request.request_id, asked.method, commit.drafted, commit.accepted)
         if clean:
-            self.pace.step.add(rows, seconds)
+            self.pace.took(len(chosen), rows, tokens, seconds, self._seconds)
 
     def release(self, live: Live) -> None:
         """The request left the engine."""
+        self._count(live, -1)
         asked = live.request.speculative
         if asked is not None and asked.method in self.drafters:
             self.drafters[asked.method].release(live.state)
             self.pace.release(live.request.request_id)
+
+    def _count(self, live: Live, by: int) -> None:
+        asked = live.request.speculative
+        if asked is None or asked.method in ("none", "self"):
+            return
+        if asked.adaptive and not rejects(live.state):
+            self._paced += by
+        else:
+            self._unpaced += by

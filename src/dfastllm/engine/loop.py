@@ -196,6 +196,7 @@ class Engine:
         self._added += 1
         self._deadline = min(self._deadline, _deadline(request))
         self.scheduler.add(live)
+        self.drafting.admit(live)
 
     def check_room(self) -> None:
         """Raises QueueFullError when the waiting queue is at its limit. Thread-safe."""

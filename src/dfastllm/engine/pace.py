@@ -8,6 +8,9 @@ best of all steps is found by trying every number of rows.
 What was measured fades while it is not measured again: chances towards a hopeful guess, costs downwards. So what was
 switched off is tried again now and then, and recovers when it pays; the fading sets how seldom.
 
+Last, the whole is held against plain decoding: the seconds of the steps with drafts, everything included, against those
+that as many tokens take without. If that loses, nothing is drafted for a while, each time twice as long.
+
 Lengths found here follow from times, so they are for coupled acceptance only, where a draft changes no token.
 """
 
@@ -29,7 +32,9 @@ METHOD_WEIGHT = 2.0  # what a method's chances count for those of a request
 KEEP_REQUEST, KEEP_METHOD = 0.95, 0.99  # weight of the past at each draft
 FADE_CHANCE, FADE_COST = 0.995, 0.9995  # at each step without one
 PLAIN_EVERY = 128  # steps with drafts before one without, to measure that again
-REST = 8  # steps that nothing is drafted once it was found not to pay: looking costs time too
+REST, LONGEST_REST = 8, 64  # steps that nothing is drafted once it was found not to pay: looking costs time too
+TRIAL = 12  # steps with drafts that are held against plain ones
+PAUSE, LONGEST_PAUSE = 128, 4096  # steps without drafts when they lost
 REUSE = 4  # steps that lengths found stay in use while the same sequences run
 
 
@@ -156,8 +161,22 @@ class Pace:
         self._requests: dict[str, Chances] = {}
         self._since_plain = 0
         self._still = 0  # steps that the last answer stays good
+        self._rest = 0  # steps to come without drafts
+        self._next_rest, self._next_pause = REST, PAUSE
+        self._gain = self._spent = 0.0  # seconds plain decoding would have taken; that it took
+        self._trial = 0  # steps they are of
         self._asked: tuple[str, ...] = ()
         self._found: list[int] = []
+
+    @property
+    def curious(self) -> bool:
+        """Whether a step of a rest is to be measured: a few are."""
+        return self._rest % 8 == 0
+
+    def resting(self) -> bool:
+        """Whether nothing is drafted in this step, because that did not pay lately. Asked once a step."""
+        self._rest = max(0, self._rest - 1)
+        return self._rest > 0
 
     def lengths(
         self, asks: Sequence[tuple[str, str, int]], rows: int, tokens: int, passes: Mapping[str, Sequence[int]]
@@ -169,14 +188,17 @@ class Pace:
             self._since_plain = self._still = 0
             return [0] * len(asks)
         self._since_plain += 1
-        if self._still and (names == self._asked or not any(self._found)):
+        if self._still and names == self._asked:
             self._still -= 1
-            same = self._found if names == self._asked else [0] * len(asks)
-            return [min(n, most) for n, (_, _, most) in zip(same, asks, strict=True)]
+            return [min(n, most) for n, (_, _, most) in zip(self._found, asks, strict=True)]
         before = any(self._found)
         self._asked, self._found = names, self._best(asks, rows, tokens, passes)
-        steps = REST if not any(self._found) else REUSE if before else 1  # a try lasts one step
-        self._still = steps - 1
+        if any(self._found):
+            steps = REUSE if before else 1  # a try lasts one step
+            self._still, self._next_rest = steps - 1, REST
+        else:
+            steps = self._next_rest
+            self._rest, self._still, self._next_rest = steps, 0, min(LONGEST_REST, 2 * steps)
         self._fade(asks, rows, steps)
         return self._found
 
@@ -219,6 +241,22 @@ class Pace:
         """What became of a draft."""
         self._requests.setdefault(request, Chances(self.most)).add(drafted, accepted, KEEP_REQUEST)
         self._method(method).add(drafted, accepted, KEEP_METHOD)
+
+    def took(self, sequences: int, rows: int, tokens: int, seconds: float, drafting: float) -> None:
+        """A step that read no prompts: its sequences, rows and tokens, seconds without drafting and of drafting."""
+        self.step.add(rows, seconds)
+        if rows == sequences and (self._rest or not drafting):
+            return
+        plain = float(self.step.seconds(np.array([sequences]))[0]) / sequences
+        self._gain, self._spent = self._gain + tokens * plain, self._spent + seconds + drafting
+        self._trial += 1
+        if self._trial < TRIAL:
+            return
+        if self._gain < self._spent:
+            self._rest, self._next_pause = self._next_pause, min(LONGEST_PAUSE, 2 * self._next_pause)
+        else:
+            self._next_pause = max(PAUSE, self._next_pause // 2)
+        self._gain, self._spent, self._trial = 0.0, 0.0, 0
 
     def release(self, request: str) -> None:
         self._requests.pop(request, None)
