@@ -246,3 +246,4 @@ TWINS: dict[str, Callable[[Ask], Answer]] = {
     f.__name__: f
     for f in (schedule, dream, threshold, factor, entropy_bound, credit, hierarchy, klass, local_leap, wino, edit, apd)
 }
+TWINS["free_dave"] = schedule  # which it reproduces in fewer forwards

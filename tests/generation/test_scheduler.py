@@ -271,8 +271,9 @@ def test_a_bad_depth_is_refused(fields: dict[str, Any]) -> None:
     assert caught.value.param == "speculative_depth"
 
 
-@pytest.mark.parametrize("model", ["demo-ar", "demo-diffusion"])
+@pytest.mark.parametrize("model", ["demo-ar", "demo-block", "demo-diffusion"])
 def test_speculation_changes_no_token_and_saves_forwards(model: str) -> None:
+    """On a whole canvas a guessed step costs what a step does, so there it saves nothing and is not tried."""
     def answer(config: SchedulerConfig) -> tuple[tuple[int, ...], int, int]:
         with Scheduler(config, model) as scheduler:
             text = "one two three one two three one two three one two"
@@ -282,8 +283,12 @@ def test_speculation_changes_no_token_and_saves_forwards(model: str) -> None:
 
     plain, fast = answer(SchedulerConfig()), answer(SchedulerConfig(enable_speculative=True, speculative_depth=3))
     assert fast[0] == plain[0]
-    assert fast[1] < plain[1]
-    assert fast[2] > plain[2] == 0
+    assert plain[2] == 0
+    if model == "demo-diffusion":
+        assert fast[1] == plain[1]
+    else:
+        assert fast[1] < plain[1]
+        assert fast[2] > 0
 
 
 def test_a_request_that_cannot_draft_is_refused() -> None:
