@@ -21,8 +21,8 @@ __all__ = ["bench"]
 
 COMPLETE, FAILED, PARTIAL, INTERRUPTED = 0, 1, 3, 130
 # what a run of under a minute does on the demo models
-QUICK = {"requests": 2, "rounds": 3, "load": "1,4", "rate": "4", "load_requests": 8, "load_seconds": 2.0}
-FULL = {"requests": 6, "rounds": 5, "load": "1,2,4,8,16", "rate": "2,8", "load_requests": 32, "load_seconds": 10.0}
+QUICK = {"requests": 1, "rounds": 6, "load": "1,4", "rate": "4", "load_requests": 8, "load_seconds": 2.0}
+FULL = {"requests": 5, "rounds": 6, "load": "1,2,4,8,16", "rate": "2,8", "load_requests": 32, "load_seconds": 10.0}
 QUICK_AXES = {"method": "ngram,suffix", "k": "3,5", "cache": "none,dual", "threshold": "0.9"}
 QUICK_TYPES = "code,extraction,arithmetic,tools"
 # drafters of the demo models, for a server that is started here
@@ -51,7 +51,7 @@ def bench(
     prompts: Annotated[Path | None, typer.Option(help="JSON Lines of own prompts, in place of the built-in.")] = None,
     system: Annotated[str, typer.Option(help="System prompts to compare.")] = "direct,empty,expert,concise",
     requests: Annotated[int | None, typer.Option(help="Prompts of each type in a round.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds; verdicts need 3.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds; verdicts need 6.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight in sweep and systems.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most; a diffusion model's canvas.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 compares answers token for token.")] = 0.0,

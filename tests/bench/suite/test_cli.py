@@ -25,7 +25,7 @@ from dfastllm.cli.bench import _serve_arguments
 from tests.bench.suite.mock_server import Behaviour, MockServer, faster
 
 SPECULATES = Behaviour(ttft=0.005, itl=0.002, tokens=12, honours={"speculative_config": faster(1.1)})
-SMALL = ["--requests", "1", "--rounds", "3", "--types", "code,security", "--k", "3", "--method", "ngram"]
+SMALL = ["--requests", "1", "--rounds", "6", "--types", "code,security", "--k", "3", "--method", "ngram"]
 SMALL += ["--system", "empty,concise", "--load", "1,2", "--rate", "20", "--load-requests", "4", "--load-seconds", "0.2"]
 
 

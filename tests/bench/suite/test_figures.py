@@ -133,10 +133,13 @@ def test_equality_by_tokens_or_by_text() -> None:
 @pytest.mark.parametrize(
     ("over", "verdict"),
     [
-        ([120, 121, 122, 120, 121], "faster"),
-        ([80, 81, 82, 80, 81], "slower"),
-        ([101, 99, 100, 100, 101], "same"),
-        ([70, 140, 80, 130, 100], "no verdict"),
+        ([120, 121, 122, 120, 121, 119], "faster"),
+        ([80, 81, 82, 80, 81, 79], "slower"),
+        ([101, 99, 100, 100, 101, 99], "same"),
+        ([70, 140, 80, 130, 100, 90], "no verdict"),
+        # Five on one side by chance: one in sixteen for each of the two sides and every configuration.
+        ([107, 111, 116, 108, 110], "no verdict"),
+        ([107, 111, 116, 108, 110, 99], "no verdict"),
         ([150, 150], "no verdict"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dfastllm.bench.suite.recommend import judge, recommend
-from dfastllm.bench.suite.schema import Client, ConfigurationResult, Recommendation, Results, Target
+from dfastllm.bench.suite.schema import Client, ConfigurationResult, Forwards, Recommendation, Results, Target
 from tests.bench.suite.example import against, configuration, figures, load_point, results
 
 BASE = configuration("baseline", "No speculation")
@@ -65,6 +65,24 @@ def test_ungraded_answers_must_equal_the_baselines(equal: int | None, wanted: st
         assert "1 of 60 answers differ" in warnings(found)
     if equal is None:
         assert "nothing says whether its answers are still right" in warnings(found)
+
+
+@pytest.mark.parametrize(("nfe", "wanted"), [(20.5, None), (21.0, None), (12.0, "a")])
+def test_speculation_that_saved_no_forward_is_not_faster(nfe: float, wanted: str | None) -> None:
+    config = configuration("a", "A", 1.5)
+    assert config.figures is not None
+    work = {"speculation": None, "forwards": Forwards(nfe=nfe, tokens_per_forward=1.0)}
+    found = results(BASE, config.model_copy(update={"figures": config.figures.model_copy(update=work)}))
+    assert advised(found).configuration == wanted
+    if wanted is None:
+        assert "made as many forward passes as the baseline" in warnings(found)
+
+
+def test_a_cache_may_be_faster_with_as_many_forwards() -> None:
+    config = configuration("a", "A", 1.5, axis="diffusion")
+    assert config.figures is not None
+    config = config.model_copy(update={"figures": config.figures.model_copy(update={"speculation": None})})
+    assert advised(results(BASE, config)).configuration == "a"
 
 
 def test_more_failures_than_the_baseline_disqualify() -> None:

@@ -245,7 +245,7 @@ def test_a_sweep_finds_the_known_speedup(tmp_path: Path) -> None:
     with MockServer(replace(SPECULATES, ttft=0.02, itl=0.02)) as server, Recorder(tmp_path / "r.jsonl") as record:
 
         async def work(client: Client) -> Sweep:
-            sweep = Sweep(client, trials("ngram-3"), sources, FEW, record=record)
+            sweep = Sweep(client, trials("ngram-3"), sources, replace(FEW, rounds=6), record=record)
             await sweep.run()
             return sweep
 
@@ -258,34 +258,23 @@ def test_a_sweep_finds_the_known_speedup(tmp_path: Path) -> None:
     gain = fast.versus_baseline
     assert gain is not None
     assert gain.verdict == "faster"
-    assert len(gain.rounds) == 3
+    assert len(gain.rounds) == 6
     assert gain.ratio == pytest.approx(240 / 64, rel=0.3)
     assert fast.equality is not None
-    assert (fast.equality.compared, fast.equality.equal, fast.equality.by) == (12, 12, "tokens")
+    assert (fast.equality.compared, fast.equality.equal, fast.equality.by) == (24, 24, "tokens")
     assert fast.speculation is not None
     assert fast.speculation.acceptance_length == pytest.approx(4.0)
     assert fast.forwards is not None
     assert fast.forwards.tokens_per_forward == pytest.approx(4.0)
-    # six answers of 12 tokens a type; the warm-up and the one-token questions count in nothing
-    assert base.speed.output_tokens == fast.speed.output_tokens == 2 * 6 * 12
+    # twelve answers of 12 tokens a type; the warm-up and the one-token questions count in nothing
+    assert base.speed.output_tokens == fast.speed.output_tokens == 2 * 12 * 12
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 12
+    assert len(rows) == 2 * 24
     assert {row["name"] for row in rows} == {"none", "ngram-3"}
     # round by round both configurations asked the same questions, and another one began
     asked = [body for body in bodies if body["max_tokens"] == 16][4:]  # after the warm-up
     methods = [body["speculative_config"]["method"] for body in asked]
-    assert (
-        methods
-        == ["none", "none", "ngram", "ngram"] * 2
-        + ["ngram", "ngram", "none", "none"] * 2
-        + [
-            "none",
-            "none",
-            "ngram",
-            "ngram",
-        ]
-        * 2
-    )
+    assert methods == (["none", "none", "ngram", "ngram"] * 2 + ["ngram", "ngram", "none", "none"] * 2) * 3
 
 
 def test_other_answers_are_not_equal_and_failures_are_counted() -> None:

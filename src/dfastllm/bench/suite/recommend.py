@@ -3,7 +3,8 @@ that acceleration loses here.
 
 A configuration is advised only when all of this holds: its speedup over the baseline has the verdict "faster"; no more
 of its requests failed than of the baseline's; and its answers are as right: not fewer exact matches than the baseline,
-or, where nothing is graded, every answer equal to the baseline's. Of those the one with the highest lower end of the
+or, where nothing is graded, every answer equal to the baseline's; and, where it speculates, its drafts saved forward
+passes. Of those the one with the highest lower end of the
 interval is the best, so that luck does not win."""
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def disqualified(figures: Figures, base: Figures) -> str | None:
     return None
 
 
+def _idle(figures: Figures, base: Figures) -> str | None:
+    """Speculation whose drafts saved no forward pass did the baseline's work: whatever the clock says is chance."""
+    drafts, ours, theirs = figures.speculation, figures.forwards, base.forwards
+    if ours is None or theirs is None or ours.nfe < theirs.nfe or (drafts is not None and drafts.num_accepted_tokens):
+        return None
+    return f"it made as many forward passes as the baseline ({figure(ours.nfe)} an answer): nothing was accelerated"
+
+
 def judge(results: Results, prompt_type: str | None = None) -> list[Judged]:
     """All configurations that have a speedup, in the order measured; over one prompt type or all."""
 
@@ -72,6 +81,8 @@ def judge(results: Results, prompt_type: str | None = None) -> list[Judged]:
         figures = of(config)
         if config is not base and figures is not None and figures.versus_baseline is not None:
             why_not = disqualified(figures, base_figures)
+            if config.axis == "speculation" and why_not is None:
+                why_not = _idle(figures, base_figures)
             out.append(Judged(config, figures, figures.versus_baseline, why_not))
     return out
 
@@ -137,7 +148,7 @@ def _nothing(results: Results, judged: Sequence[Judged]) -> str:
     if len(slower) == len(judged):
         return f"{what} loses here: at best {_said(best)}. {off}."
     if any(j.gain.verdict == "faster" for j in judged):
-        return "No configuration is advised: those that are faster do not answer as well. Keep the baseline."
+        return "No configuration is advised: those that look faster are out, see below. Keep the baseline."
     if any(j.gain.verdict == "no verdict" for j in judged):
         return f"No verdict: the noise is wider than the difference; at best {_said(best)}. {MORE}"
     return f"{what} gains nothing here: at best {_said(best)}. {off}."

@@ -199,9 +199,10 @@ class Equality(Part):
 
 
 class Comparison(Part):
-    """Speed over the baseline's, paired per round: ratio above 1 is faster. low, high: 95 % bootstrap interval of the
-    median over rounds. verdict: same, when the whole interval is within the margin of 1; else faster or slower, when
-    the whole interval is on that side of 1; else "no verdict", as with fewer than three rounds: the noise won."""
+    """Speed over the baseline's, paired per round: ratio above 1 is faster. low, high: 95 % interval of the median over
+    rounds, the wider of the bootstrap's and the sign test's. verdict: same, when the whole interval is within the
+    margin of 1; else faster or slower, when the whole interval is on that side of 1; else "no verdict", as with fewer
+    than six rounds: the noise won."""
 
     ratio: float
     low: float

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dfastllm.bench.stats import paired_ratio
+from dfastllm.bench.stats import paired_ratio, sign_interval
 from dfastllm.bench.suite.client import Answer, Call, Client
 from dfastllm.bench.suite.counting import Counters, TokenCounter
 from dfastllm.bench.suite.figures import Measured, figures
@@ -26,7 +26,7 @@ __all__ = ["Progress", "ServerLost", "Settings", "Sweep", "Trial", "ask_all", "c
 
 Progress = Callable[[str, int, int, str], None]  # part, done, of so many, what now
 GONE = {"connect", "disconnected", "timeout"}
-LEAST_ROUNDS = 3  # for a verdict
+LEAST_ROUNDS = 6  # for a verdict: with fewer, all on one side is too often luck
 
 
 class ServerLost(Exception):
@@ -48,7 +48,7 @@ class Settings:
     """requests: of each type in a round, `concurrency` at a time. margin: see schema.Comparison."""
 
     requests: int = 8
-    rounds: int = 5
+    rounds: int = 6
     concurrency: int = 1
     max_tokens: int = 128
     temperature: float = 0.0
@@ -250,19 +250,23 @@ def _ask(prompt: Prompt, trial: Trial) -> Prompt:
 def compare(over: Sequence[float], under: Sequence[float], margin: float) -> Comparison:
     """Paired throughputs as a ratio with its interval and a verdict, see schema.Comparison."""
     ratio = paired_ratio(over, under)
-    verdict = "no verdict"
-    if len(over) >= LEAST_ROUNDS:
-        if 1 - margin <= ratio.low and ratio.high <= 1 + margin:
+    rounds = tuple(a / b for a, b in zip(over, under, strict=True))
+    low, high, verdict = ratio.low, ratio.high, "no verdict"
+    if len(rounds) >= LEAST_ROUNDS:
+        # Of few pairs a bootstrap promises more than it holds; the interval of the sign test does not.
+        sure = sign_interval(rounds)
+        low, high = min(low, sure[0]), max(high, sure[1])
+        if 1 - margin <= low and high <= 1 + margin:
             verdict = "same"
-        elif ratio.low > 1:
+        elif low > 1:
             verdict = "faster"
-        elif ratio.high < 1:
+        elif high < 1:
             verdict = "slower"
     return Comparison(
         ratio=ratio.median,
-        low=ratio.low,
-        high=ratio.high,
-        rounds=tuple(a / b for a, b in zip(over, under, strict=True)),
+        low=low,
+        high=high,
+        rounds=rounds,
         margin=margin,
         verdict=verdict,  # type: ignore[arg-type]
     )
