@@ -258,7 +258,10 @@ def counters(
 def _show_counters(found: dict[str, Counters]) -> None:
     from rich.table import Table
 
-    table = Table("case", "nfe", "steps", "rows", "tokens", "tokens/forward", "drafts", "accepted", "acceptance length")
+    table = Table()
+    table.add_column("case", no_wrap=True)
+    for title in ("nfe", "steps", "rows", "tokens", "tokens/ forward", "drafts", "accepted", "acceptance length"):
+        table.add_column(title, justify="right")
     for name, c in found.items():
         nfe, tokens, drafts, accepted = (
             int(c.get(k, 0)) for k in ("nfe", "completion_tokens", "drafts", "accepted_tokens")
