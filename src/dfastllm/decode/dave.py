@@ -111,13 +111,14 @@ def absorb(
 class Walk:
     """One forward of one sequence: the commit of all its steps that count, and the last of them.
 
-    rate  share of guesses that came true, this forward's included.
+    rate  share of guesses that came true, this forward's included. company: see SequenceState.
     """
 
     commit: Commit
     last: Active
     decision: Decision
     rate: float
+    company: int
 
 
 def _walk(steps: Sequence[Active], decisions: Sequence[Decision], first: Commit) -> Walk:
@@ -140,7 +141,7 @@ def _walk(steps: Sequence[Active], decisions: Sequence[Decision], first: Commit)
         commits.append(settle(last, decisions[held], kv_len=None, counts=own))
     ran = [len(guess) for guess in guesses[: len(steps) - 1]]
     commit = _together(commits, drafted=sum(ran), accepted=sum(ran[: len(commits) - 1]))
-    return Walk(commit, last, decisions[len(commits) - 1], rate)
+    return Walk(commit, last, decisions[len(commits) - 1], rate, steps[0].seq.company)
 
 
 def _together(commits: Sequence[Commit], drafted: int, accepted: int) -> Commit:
@@ -171,7 +172,7 @@ def _look_ahead(walks: Sequence[Walk], reach: Callable[[Active], tuple[int, bool
     for w in walks:
         rows, crosses = reach(w.last)
         options = w.last.state.choice.options
-        depths.append(branches_worth(w.rate, options["draft_steps"], rows, options["forward_rows"]))
+        depths.append(branches_worth(w.rate, options["draft_steps"], rows, options["forward_rows"] / w.company))
         crossing.append(crosses and w.commit.state.block + 1 < w.last.state.layout.count)
     # now and then a guess to learn from, even where no branch is worth its rows
     wanted = [d or int(w.commit.state.step % PROBE == 0) for w, d in zip(walks, depths, strict=True)]
