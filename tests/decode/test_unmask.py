@@ -57,6 +57,7 @@ VARIED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "apd": {"apd_mixture_weight": st.floats(0.2, 0.9), "max_lookahead": st.integers(1, 12)},
 }
+VARIED["free_dave"] = VARIED["schedule"]
 
 
 class Opinion:
