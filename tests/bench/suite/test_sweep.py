@@ -51,6 +51,10 @@ def babbling(reply: bytes) -> Iterator[str]:
                     with connection:
                         connection.recv(4096)
                         connection.sendall(reply)
+                        connection.shutdown(socket.SHUT_WR)
+                        connection.settimeout(1)
+                        while connection.recv(4096):  # closing on unread bytes would reset the connection
+                            pass
             except OSError:
                 return
 
