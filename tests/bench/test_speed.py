@@ -195,6 +195,11 @@ def test_bad_suite_files(tmp_path: Path) -> None:
     (tmp_path / "requests.jsonl").write_text(json.dumps(row()) + '\n{"part": "swe')
     with pytest.raises(ValidationError, match="line 2, is no JSON"):
         load_current(path)
+    older = {name: value for name, value in row().items() if name != "wants_call"}
+    for line in (older, 3):
+        (tmp_path / "requests.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValidationError, match="another version of the suite"):
+            load_current(path)
     (tmp_path / "requests.jsonl").write_text(json.dumps(row(error="timeout")) + "\n")
     with pytest.raises(ValidationError, match="no request of 'plain' ended well"):
         load_current(path)

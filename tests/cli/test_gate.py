@@ -42,7 +42,7 @@ def test_check_passes(cli: Cli, tmp_path: Path) -> None:
     result = cli("gate", "check", b, "--baseline", a, "--json")
     assert result.exit_code == 0, result.output
     assert last(result)["verdict"] == "pass"
-    assert "+5.0% slower" in result.stdout
+    assert "5.0% slower" in result.stdout
     assert "5.0% faster" in result.stdout
 
 

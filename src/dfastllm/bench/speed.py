@@ -139,8 +139,15 @@ def _of_requests(path: Path, name: str) -> dict[str, Any]:
             raise ValidationError(
                 f"{path}, line {number}, is no JSON: the file was cut short.", param="current"
             ) from error
-        if row["part"] == "sweep" and row["name"] == name and row["error"] is None:
-            rows.append(_of_request(row))
+        try:
+            if row["part"] == "sweep" and row["name"] == name and row["error"] is None:
+                rows.append(_of_request(row))
+        except (KeyError, TypeError) as error:
+            raise ValidationError(
+                f"{path}, line {number}: {error} is missing; another version of the suite wrote it.",
+                param="current",
+                hint="Run the suite again, or move the file away to use the percentiles of test_results.json.",
+            ) from error
     return aggregate(rows)
 
 

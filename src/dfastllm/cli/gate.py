@@ -149,7 +149,7 @@ def _show_gates(found: dict[str, Any], verdict: str, threshold: float) -> None:
     for gate, label in (("ttft_regression", "TTFT {}, ms"), ("tps_regression", "TPS {}")):
         for percentile, one in found[gate].items():
             change = one.get("regression")
-            shown = "–" if change is None else f"{change:+.1%} slower" if change > 0 else f"{-change:.1%} faster"
+            shown = "–" if change is None else f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"
             word = one.get("reason") or ("pass" if one["passed"] else "FAIL")
             values = (_number(one["baseline"]), _number(one["current"]))
             table.add_row(label.format(percentile), *values, shown, f"{threshold:.1%} slower", word)
@@ -260,14 +260,14 @@ def _show_counters(found: dict[str, Counters]) -> None:
 
     table = Table()
     table.add_column("case", no_wrap=True)
-    for title in ("nfe", "steps", "rows", "tokens", "tokens/ forward", "drafts", "accepted", "acceptance length"):
+    for title in ("nfe", "steps", "rows", "tokens", "per nfe", "drafts", "drafted", "accepted", "length"):
         table.add_column(title, justify="right")
     for name, c in found.items():
         nfe, tokens, drafts, accepted = (
             int(c.get(k, 0)) for k in ("nfe", "completion_tokens", "drafts", "accepted_tokens")
         )
         length = f"{1 + accepted / drafts:.2f}" if drafts else ""
-        drafted = (f"{drafts}", f"{accepted} of {c['draft_tokens']}", length) if "drafts" in c else ("", "", "")
+        drafted = (f"{drafts}", f"{c['draft_tokens']}", f"{accepted}", length) if "drafts" in c else ("",) * 4
         table.add_row(name, f"{nfe}", f"{c['steps']}", f"{c['rows']}", f"{tokens}", f"{tokens / nfe:.2f}", *drafted)
     console().print(table)
 
