@@ -256,9 +256,10 @@ def counters(
 
 
 def _show_counters(found: dict[str, Counters]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     for title in ("nfe", "steps", "rows", "tokens", "per nfe", "drafts", "drafted", "accepted", "length"):
         table.add_column(title, justify="right")
