@@ -27,7 +27,7 @@ __all__ = ["Candidate", "Chances", "CostTable", "Pace", "best_lengths"]
 
 Floats = NDArray[np.float64]
 
-HOPE, HOPE_WEIGHT = 0.5, 1.0  # chance of a draft token believed before anything was measured, and for how many tries
+HOPE, HOPE_WEIGHT = 0.8, 1.0  # chance of a draft token believed before anything was measured, and for how many tries
 METHOD_WEIGHT = 2.0  # what a method's chances count for those of a request
 KEEP_REQUEST, KEEP_METHOD = 0.95, 0.99  # weight of the past at each draft
 FADE_CHANCE, FADE_COST = 0.995, 0.9995  # at each step without one
