@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from dfastllm import assemble
-from dfastllm.core import Commit, DecodeParams, Request, SequenceState, Span
+from dfastllm.core import Branch, Commit, DecodeParams, Request, SequenceState, Span
 from dfastllm.decode.dave import branches_worth
 from dfastllm.decode.registry import POLICIES, RULES
 from dfastllm.engine import Engine, EngineConfig
+from dfastllm.engine.kv import Pages, PageTable
+from dfastllm.engine.native import NativeRunner
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.models import tiny
 from tests.decode import published
@@ -286,6 +288,25 @@ def test_in_the_engine_among_others(family: str, native: bool) -> None:
         assert got[f"fast{i}"] == got[f"plain{i}"]
     assert forwards["fast"] < forwards["plain"]
     assert accepted > 0
+
+
+@pytest.mark.parametrize("quantization", [None, "w8"])
+def test_a_branch_within_a_block_gives_the_bits_of_the_plain_step(quantization: str | None) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 160, "heads": 4, "kv_heads": 2}
+    model = assemble.pack(tiny("sdar", seed=5, **wide), quantization)  # type: ignore[arg-type]
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        base = 4 * int(torch.randint(1, 20, (1,), generator=g))
+        known, one, other = (tuple(torch.randint(3, 150, (n,), generator=g).tolist()) for n in (base, 4, 4))
+        pool = Pages(8, 16)
+        table = PageTable(pool)
+        table.grow(base + 4)
+        runner = NativeRunner(model, 128, torch.float32, 16)
+        runner.run([(Span(0, known, "block", "keep", block=4), table, 0)])
+        rows = (0, 1, 2, 3)
+        plain = runner.run([(Span(base, other, "block", "scratch", rows, 4), table, base)]).logits().clone()
+        beside = Span(base, one, "block", "scratch", (0,), 4, branches=(Branch(base, other, rows),))
+        assert torch.equal(runner.run([(beside, table, base)]).logits()[1:], plain)
 
 
 @pytest.mark.parametrize(
