@@ -222,6 +222,7 @@ def oracle(
             for k in lengths:
                 asked = SpeculativeParams("draft_model", k or ADAPTIVE_MOST, adaptive=k is None)
                 ratios = []
+                answer(engine, [replace(r, speculative=asked) for r in requests])  # what is learned here may be kept
                 for _ in range(repeats):
                     plain = answer(engine, requests)
                     run = answer(engine, [replace(r, speculative=asked) for r in requests])

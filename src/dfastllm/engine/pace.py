@@ -155,11 +155,12 @@ class Pace:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.step = CostTable()
+        self.plain = CostTable()  # steps without drafts, by sequences
+        self.step = CostTable()  # steps with drafts, by rows: a row of a draft costs less than a sequence
         self.drafting: dict[str, CostTable] = {}  # seconds of one forward by sequences
         self._methods: dict[str, Chances] = {}
         self._requests: dict[str, Chances] = {}
-        self._since_plain = 0
+        self._since_plain = PLAIN_EVERY - 4  # the first plain step comes soon
         self._still = 0  # steps that the last answer stays good
         self._rest = 0  # steps to come without drafts
         self._next_rest, self._next_pause = REST, PAUSE
@@ -205,6 +206,7 @@ class Pace:
     def _best(
         self, asks: Sequence[tuple[str, str, int]], rows: int, tokens: int, passes: Mapping[str, Sequence[int]]
     ) -> list[int]:
+        plain = self.plain.seconds(np.array([tokens]))
         priors = {method: self._method(method).given(HOPE, HOPE_WEIGHT) for _, method, _ in asks}
         candidates = []
         for request, method, most in asks:
@@ -218,7 +220,10 @@ class Pace:
             members = sum(m == method for _, m, _ in asks)
             each = self._cost(method).seconds(np.array([members]))[0]
             drafting[method] = each * np.asarray(counts, dtype=np.float64)
-        return best_lengths(candidates, tokens, self.step.seconds(rows + np.arange(total + 1)), drafting)
+        seconds = np.maximum(self.step.seconds(rows + np.arange(total + 1)), plain)
+        if self.plain and rows == tokens:  # nobody else drafts
+            seconds[0] = plain[0]
+        return best_lengths(candidates, tokens, seconds, drafting)
 
     def _fade(self, asks: Sequence[tuple[str, str, int]], rows: int, steps: int) -> None:
         """What is not tried in the coming steps is believed a little less."""
@@ -244,10 +249,10 @@ class Pace:
 
     def took(self, sequences: int, rows: int, tokens: int, seconds: float, drafting: float) -> None:
         """A step that read no prompts: its sequences, rows and tokens, seconds without drafting and of drafting."""
-        self.step.add(rows, seconds)
-        if rows == sequences and (self._rest or not drafting):
+        (self.step if rows > sequences else self.plain).add(rows, seconds)
+        if (rows == sequences and (self._rest or not drafting)) or not self.plain:
             return
-        plain = float(self.step.seconds(np.array([sequences]))[0]) / sequences
+        plain = float(self.plain.seconds(np.array([sequences]))[0]) / sequences
         self._gain, self._spent = self._gain + tokens * plain, self._spent + seconds + drafting
         self._trial += 1
         if self._trial < TRIAL:
