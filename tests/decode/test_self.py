@@ -248,7 +248,10 @@ def test_which_policy() -> None:
     both = info("block", causal=True)
     assert policy_for(request(), both) is POLICIES["block"]
     assert policy_for(replace(request(), decode=AR), both) is POLICIES["ar"]
-    assert policy_for(replace(request(), speculative=SELF), both) is POLICIES["self"]
+    for decode in (None, DecodeParams(), AR):
+        assert policy_for(replace(request(), speculative=SELF, decode=decode), both) is POLICIES["self"]
+    with pytest.raises(UnsupportedError):
+        policy_for(replace(request(), decode=DecodeParams()), info("ar"))
     assert policy_for(replace(request(), decode=AR), info("ar")) is POLICIES["ar"]
     assert tiny("fast_dllm_v2").info.causal
     assert not tiny("sdar").info.causal

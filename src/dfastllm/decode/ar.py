@@ -42,7 +42,8 @@ class Autoregressive:
             raise UnsupportedError(
                 f"the ar decoder needs a causal model, but {model.name} is of kind {model.kind!r}.", param="model"
             )
-        if request.decode is not None and request.decode != DecodeParams(rule="ar"):
+        plain = DecodeParams(rule=None if model.causal and request.decode == DecodeParams() else "ar")
+        if request.decode is not None and request.decode != plain:
             raise UnsupportedError(
                 f"model {model.name} is autoregressive and has no diffusion options."
                 if request.decode.rule != "ar"
