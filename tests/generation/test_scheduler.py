@@ -274,6 +274,7 @@ def test_a_bad_depth_is_refused(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model", ["demo-ar", "demo-block", "demo-diffusion"])
 def test_speculation_changes_no_token_and_saves_forwards(model: str) -> None:
     """On a whole canvas a guessed step costs what a step does, so there it saves nothing and is not tried."""
+
     def answer(config: SchedulerConfig) -> tuple[tuple[int, ...], int, int]:
         with Scheduler(config, model) as scheduler:
             text = "one two three one two three one two three one two"
