@@ -174,6 +174,20 @@ def test_what_loses_as_a_whole_is_left_for_a_while() -> None:
     assert TRIAL <= drafted < 0.03 * steps
 
 
+def test_prompts_that_a_drafter_reads_count_against_it() -> None:
+    """Drafts are always right, but every step reads prompts, and so does the drafter."""
+    for drafting, leaves in ((5.0, True), (1.0, False)):
+        pace, drafted = Pace(8), 0
+        pace.took(1, 1, 1, 1.0, 0.0)
+        for _ in range(1000):
+            lengths = [0] if pace.resting() else pace.lengths([("r", "m", 3)], 1, 1, {})
+            if lengths[0]:
+                pace.mixed(1, lengths[0], drafting)
+                pace.judged("r", "m", lengths[0], lengths[0])
+                drafted += 1
+        assert (drafted < 100) == leaves
+
+
 def test_a_whole_that_gains_is_never_left() -> None:
     pace, drafted = Pace(8), 0
     for _ in range(1000):

@@ -169,18 +169,21 @@ class Drafting:
         """What the step cost, drafting not counted, and what became of its drafts."""
         if not self._watching:
             return
-        rows, tokens, clean = 0, 0, bool(chosen)
+        rows, tokens, accepted, clean = 0, 0, 0, bool(chosen)
         for (live, span), commit in zip(chosen, commits, strict=True):
             rows += span.rows
             clean &= span.rows == span.wanted  # a step that reads prompts says nothing about others
             asked = live.state.request.speculative
-            tokens += len(commit.fixed) if isinstance(commit, Commit) else 0
+            if isinstance(commit, Commit):
+                tokens, accepted = tokens + len(commit.fixed), accepted + commit.accepted
             if asked is None or not isinstance(commit, Commit) or not commit.drafted or commit.finish is not None:
                 continue
             if asked.adaptive and not rejects(live.state):
                 self.pace.judged(live.request.request_id, asked.method, commit.drafted, commit.accepted)
         if clean:
             self.pace.took(len(chosen), rows, tokens, seconds, self._seconds)
+        elif self._seconds:
+            self.pace.mixed(len(chosen), accepted, self._seconds)
 
     def release(self, live: Live) -> None:
         """The request left the engine."""

@@ -252,9 +252,21 @@ class Pace:
         (self.step if rows > sequences else self.plain).add(rows, seconds)
         if (rows == sequences and (self._rest or not drafting)) or not self.plain:
             return
-        plain = float(self.plain.seconds(np.array([sequences]))[0]) / sequences
-        self._gain, self._spent = self._gain + tokens * plain, self._spent + seconds + drafting
-        self._trial += 1
+        self._hold(tokens * self._each(sequences), seconds + drafting)
+
+    def mixed(self, sequences: int, accepted: int, drafting: float) -> None:
+        """A step that read prompts too: what it cost besides drafting says nothing, but drafters read prompts as well,
+        and that is paid by what they bring."""
+        if self.plain and not self._rest:
+            self._hold(accepted * self._each(sequences), drafting)
+
+    def _each(self, sequences: int) -> float:
+        """Seconds of a token without drafts."""
+        return float(self.plain.seconds(np.array([sequences]))[0]) / sequences
+
+    def _hold(self, gain: float, spent: float) -> None:
+        """Hold seconds that plain decoding would have taken against those that were spent."""
+        self._gain, self._spent, self._trial = self._gain + gain, self._spent + spent, self._trial + 1
         if self._trial < TRIAL:
             return
         if self._gain < self._spent:
