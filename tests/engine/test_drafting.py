@@ -414,7 +414,10 @@ def test_by_rejection_the_engine_draws_from_the_targets_distribution() -> None:
 def demo() -> Callable[..., Engine]:
     """Engines over demo-ar with every drafter, on the native kernels where they are built."""
     set_threads(1)
-    loaded = {name: assemble.load(resolve(name)) for name in ("demo-ar", "demo-draft", "demo-diffusion", "demo-block")}
+    names = ("demo-ar", "demo-draft", "demo-diffusion", "demo-block")
+    # bits are the kernels' promise: the twins sum by the batch's shape, and bfloat16 would make tokens of that
+    dtype = None if native() is not None else "float32"
+    loaded = {name: assemble.load(resolve(name), backend="native", dtype=dtype) for name in names}
     tokenizer = loaded["demo-ar"].tokenizer
 
     def make(config: EngineConfig, canvas: str = "demo-diffusion") -> Engine:
@@ -474,7 +477,9 @@ def test_answers_and_their_bits_are_plain_decodings(
             batch += spoken(plain_engine.tokenizer, asked, offset=100 * n)
         batch += spoken(plain_engine.tokenizer, None, offset=900)
         wanted = run(plain_engine, [dataclasses.replace(r, speculative=None) for r in batch])
-        assert run(engine, batch) == wanted
+        parts = 5 if native() is not None else 3  # of an answer: all, or tokens, reason and stop
+        got = run(engine, batch)
+        assert {name: a[:parts] for name, a in got.items()} == {name: a[:parts] for name, a in wanted.items()}
         assert sum(accepted) > (0 if adaptive else 100)
         assert (engine.scheduler.preempted > 0) == (kv_tokens == 256)
 

@@ -43,11 +43,12 @@ ADAPTIVE_MOST = 7
 def engine_of(label: str, places: int = 64) -> Engine:
     """demo-ar with the drafter of that label, `places` requests at once, nothing shared between requests."""
     config = EngineConfig(kv_tokens=32768, max_sequences=places, prefix_caching=False)
-    loaded = assemble.load(resolve(TARGET))
+    # packed, with kernels or twins: bfloat16 on the torch backend rounds by the batch's shape
+    loaded = assemble.load(resolve(TARGET), backend="native")
     method, name = DRAFTERS[label]
     drafters = {}
     if name is not None:
-        model = assemble.load(resolve(name)).model
+        model = assemble.load(resolve(name), backend="native").model
         drafters[method] = (DraftModel if method == "draft_model" else DraftCanvas)(model, config)
     return Engine(loaded.model, loaded.tokenizer, config, drafters=drafters)
 
