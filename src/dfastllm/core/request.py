@@ -8,17 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from dfastllm.core.check import require
 from dfastllm.core.speculative import SpeculativeParams
-from dfastllm.errors import ValidationError
 
 __all__ = ["Cache", "DecodeParams", "Request", "SamplingParams"]
 
 Cache = Literal["none", "prefix", "dual", "windowed"]
-
-
-def _require(ok: bool, message: str, param: str) -> None:
-    if not ok:
-        raise ValidationError(message, param=param)
 
 
 @dataclass(frozen=True)
@@ -61,39 +56,39 @@ class SamplingParams:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float):
-                _require(math.isfinite(value), f"{f.name} must be finite, got {value}.", f.name)
-        _require(self.n >= 1, f"n must be at least 1, got {self.n}.", "n")
+                require(math.isfinite(value), f"{f.name} must be finite, got {value}.", f.name)
+        require(self.n >= 1, f"n must be at least 1, got {self.n}.", "n")
         for name in ("presence_penalty", "frequency_penalty"):
             v = getattr(self, name)
-            _require(-2.0 <= v <= 2.0, f"{name} must be in [-2, 2], got {v}.", name)
-        _require(
+            require(-2.0 <= v <= 2.0, f"{name} must be in [-2, 2], got {v}.", name)
+        require(
             self.repetition_penalty > 0,
             f"repetition_penalty must be > 0, got {self.repetition_penalty}.",
             "repetition_penalty",
         )
-        _require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}.", "temperature")
-        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}.", "top_p")
-        _require(self.top_k >= -1, f"top_k must be >= -1 (0 or -1: off), got {self.top_k}.", "top_k")
-        _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}.", "min_p")
-        _require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}.", "max_tokens")
-        _require(
+        require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}.", "temperature")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}.", "top_p")
+        require(self.top_k >= -1, f"top_k must be >= -1 (0 or -1: off), got {self.top_k}.", "top_k")
+        require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}.", "min_p")
+        require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}.", "max_tokens")
+        require(
             0 <= self.min_tokens <= self.max_tokens,
             f"min_tokens must be in [0, max_tokens={self.max_tokens}], got {self.min_tokens}.",
             "min_tokens",
         )
-        _require(
+        require(
             self.logprobs is None or 0 <= self.logprobs <= 20,
             f"logprobs must be in [0, 20], got {self.logprobs}.",
             "logprobs",
         )
-        _require(all(self.stop), "stop strings must not be empty.", "stop")
-        _require(
+        require(all(self.stop), "stop strings must not be empty.", "stop")
+        require(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids must not be empty.",
             "allowed_token_ids",
         )
         for token, bias in self.logit_bias.items():
-            _require(
+            require(
                 -100 <= bias <= 100, f"logit_bias of token {token} must be in [-100, 100], got {bias}.", "logit_bias"
             )
 
@@ -129,28 +124,28 @@ class DecodeParams:
     provisional: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}.", "steps")
-        _require(
+        require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}.", "steps")
+        require(
             self.block_length is None or self.block_length >= 1,
             f"block_length must be at least 1, got {self.block_length}.",
             "block_length",
         )
-        _require(
+        require(
             self.threshold is None or 0 < self.threshold <= 1,
             f"threshold must be in (0, 1], got {self.threshold}.",
             "threshold",
         )
-        _require(
+        require(
             self.factor is None or (math.isfinite(self.factor) and self.factor > 0),
             f"factor must be > 0, got {self.factor}.",
             "factor",
         )
-        _require(
+        require(
             self.cache in (None, "none", "prefix", "dual", "windowed"),
             f"cache must be none, prefix, dual or windowed, got {self.cache!r}.",
             "cache",
         )
-        _require(
+        require(
             self.remasking in ("low_confidence", "random", "entropy", "margin"),
             f"remasking must be low_confidence, random, entropy or margin, got {self.remasking!r}.",
             "remasking",
@@ -178,5 +173,5 @@ class Request:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
-        _require(len(self.prompt) > 0, "prompt must hold at least one token, got none.", "prompt")
-        _require(self.timeout is None or self.timeout > 0, f"timeout must be > 0 s, got {self.timeout}.", "timeout")
+        require(len(self.prompt) > 0, "prompt must hold at least one token, got none.", "prompt")
+        require(self.timeout is None or self.timeout > 0, f"timeout must be > 0 s, got {self.timeout}.", "timeout")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from dfastllm.core.check import require
 from dfastllm.core.value import value
 from dfastllm.errors import ValidationError
 
@@ -22,11 +23,6 @@ __all__ = [
 SpeculativeMethod = Literal["none", "ngram", "suffix", "draft_model", "diffusion", "self"]
 Acceptance = Literal["coupled", "rejection"]
 MOST_TOKENS = 64
-
-
-def _require(ok: bool, message: str, param: str) -> None:
-    if not ok:
-        raise ValidationError(message, param=param)
 
 
 @dataclass(frozen=True)
@@ -65,24 +61,24 @@ class SpeculativeParams:
     def __post_init__(self) -> None:
         for name, known in (("method", SpeculativeMethod), ("acceptance", Acceptance)):
             got = getattr(self, name)
-            _require(got in get_args(known), f"{name} must be one of {', '.join(get_args(known))}, got {got!r}.", name)
+            require(got in get_args(known), f"{name} must be one of {', '.join(get_args(known))}, got {got!r}.", name)
         k = self.num_speculative_tokens
-        _require(
+        require(
             1 <= k <= MOST_TOKENS, f"num_speculative_tokens must be in [1, {MOST_TOKENS}], got {k}.",
             "num_speculative_tokens",
         )  # fmt: skip
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
-        _require(low >= 1, f"prompt_lookup_min must be at least 1, got {low}.", "prompt_lookup_min")
-        _require(
+        require(low >= 1, f"prompt_lookup_min must be at least 1, got {low}.", "prompt_lookup_min")
+        require(
             high >= low, f"prompt_lookup_max must be at least prompt_lookup_min {low}, got {high}.", "prompt_lookup_max"
         )
         for name, least in (("suffix_decoding_max_tree_depth", 1), ("suffix_decoding_max_cached_requests", 0)):
-            _require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}.", name)
+            require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}.", name)
         factor, prob = self.suffix_decoding_max_spec_factor, self.suffix_decoding_min_token_prob
         name = "suffix_decoding_max_spec_factor"
-        _require(0 < factor < float("inf"), f"{name} must be finite and above 0, got {factor}.", name)
+        require(0 < factor < float("inf"), f"{name} must be finite and above 0, got {factor}.", name)
         name = "suffix_decoding_min_token_prob"
-        _require(0 <= prob <= 1, f"{name} must be in [0, 1], got {prob}.", name)
+        require(0 <= prob <= 1, f"{name} must be in [0, 1], got {prob}.", name)
 
 
 @value(frozen=True, slots=True)
@@ -111,8 +107,8 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         method = self.params.method
         needs = method in ("draft_model", "diffusion")
-        _require(self.model is not None or not needs, f"method {method} needs a model.", "speculative_config")
-        _require(needs or self.model is None, f"method {method} takes no model, got {self.model!r}.", "model")
+        require(self.model is not None or not needs, f"method {method} needs a model.", "speculative_config")
+        require(needs or self.model is None, f"method {method} takes no model, got {self.model!r}.", "model")
 
     @classmethod
     def parse(cls, text: str) -> tuple[SpeculativeConfig, ...]:
@@ -124,17 +120,17 @@ class SpeculativeConfig:
         except ValueError as error:
             raise ValidationError(f"speculative_config is not JSON: {error}.", param="speculative_config") from error
         parts = given if isinstance(given, list) else [given]
-        _require(bool(parts), "speculative_config holds no configuration.", "speculative_config")
+        require(bool(parts), "speculative_config holds no configuration.", "speculative_config")
         return tuple(cls._of(part) for part in parts)
 
     @classmethod
     def _of(cls, given: Any) -> SpeculativeConfig:
-        _require(
+        require(
             isinstance(given, dict), f"speculative_config must be an object, got {given!r:.80}.", "speculative_config"
         )
         chosen = dict(given)
         model = chosen.pop("model", None)
-        _require(model is None or isinstance(model, str), f"model must be a path or name, got {model!r}.", "model")
+        require(model is None or isinstance(model, str), f"model must be a path or name, got {model!r}.", "model")
         chosen.setdefault("method", "draft_model" if model is not None else None)
         return cls(speculative_params(chosen), model)
 
@@ -144,16 +140,16 @@ def speculative_params(given: Mapping[str, Any], default: SpeculativeParams | No
     bad value, or no method at all."""
     types = {f.name: type(f.default) for f in fields(SpeculativeParams)}
     for name, got in given.items():
-        _require(
+        require(
             name in types,
             f"speculative_config has no field {name!r:.80}; there are: {', '.join(types)}.",
             "speculative_config",
         )
         wanted = types[name]
         fits = type(got) is wanted or (wanted is float and type(got) is int)
-        _require(
+        require(
             fits or (name == "method" and got is None), f"{name} must be a {wanted.__name__}, got {got!r:.80}.", name
         )
     chosen = {name: value for name, value in given.items() if value is not None}
-    _require("method" in chosen or default is not None, "speculative_config names no method.", "speculative_config")
+    require("method" in chosen or default is not None, "speculative_config names no method.", "speculative_config")
     return replace(default or SpeculativeParams(), **chosen)

@@ -28,7 +28,7 @@ from dfastllm.decode.sampling import check_sampling
 from dfastllm.decode.verify import Cell, cells_of, choose, rejects, standing
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 
-__all__ = ["Autoregressive", "check_prompt", "deciding", "draft_room", "enders", "settled"]
+__all__ = ["Autoregressive", "check_prompt", "deciding", "draft_room", "enders", "settled", "tokens_left"]
 
 
 class Autoregressive:
@@ -125,8 +125,12 @@ def draft_room(seq: SequenceState, limit: int) -> int:
     known = len(seq.tokens)
     if known - min(seq.kv_len, known - 1) > max(1, limit):
         return 0
-    stop = min(seq.canvas_start + seq.sampling.max_tokens, seq.model.max_len)
-    return max(0, stop - known - 1)
+    return max(0, tokens_left(seq) - 1)
+
+
+def tokens_left(seq: SequenceState) -> int:
+    """Tokens that max_tokens and the model's context still leave."""
+    return min(seq.canvas_start + seq.sampling.max_tokens, seq.model.max_len) - len(seq.tokens)
 
 
 def check_prompt(request: Request, model: ModelInfo) -> None:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from dfastllm.core import Commit, Draft, ModelInfo, Request, SequenceState, Span, SpeculativeParams, value
-from dfastllm.decode.ar import Autoregressive, deciding, enders, settled
+from dfastllm.decode.ar import Autoregressive, deciding, enders, settled, tokens_left
 from dfastllm.decode.rows import Rows
 from dfastllm.decode.verify import Cell, cells_of, choose
 from dfastllm.errors import UnsupportedError
@@ -118,13 +118,12 @@ def _length(seq: SequenceState) -> int:
     """Tokens of the next draft; 0: none."""
     state: SelfState = seq.policy
     asked, known = _asked(seq.request), len(seq.tokens)
-    room = min(seq.canvas_start + seq.sampling.max_tokens, seq.model.max_len) - known - 1
     if known == seq.canvas_start or known < state.resume:
         return 0
     most = asked.num_speculative_tokens
     if asked.adaptive:
         most = min(most, 1 + math.ceil(2 * state.gain))
-    return max(0, min(most, room))
+    return max(0, min(most, tokens_left(seq) - 1))
 
 
 def _drafted(seq: SequenceState, tokens: Sequence[int]) -> Commit:
