@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="module")
 def llama() -> Any:
     pytest.importorskip("llama_cpp")
-    return pytest.importorskip("tests.quant.gguf.reference")
+    return pytest.importorskip("tests.kit.gguf_reference")
 
 
 @pytest.fixture(scope="module")

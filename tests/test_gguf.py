@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dfastllm.core import SamplingParams, Span
-from dfastllm.engine.kv import Pages, PageTable
-from dfastllm.engine.native import NativeRunner
+from dfastllm.engine.pages import Pages, PageTable
+from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.llm import LLM, SHIPPED
 from dfastllm.models import Ids, PackedDecoder, build, describe, pack_decoder, tiny, tiny_config
 from dfastllm.models.gguf import open_gguf, write_gguf

@@ -20,12 +20,12 @@ import torch
 from dfastllm.core import DecodeParams, ModelInfo, Request, SpeculativeMethod, SpeculativeParams
 from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for, seen_by
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.draft_canvas import DraftCanvas
-from dfastllm.engine.draft_model import DraftModel
+from dfastllm.engine.speculate.canvas import DraftCanvas
+from dfastllm.engine.speculate.model import DraftModel
 from dfastllm.errors import UnsupportedError
 from dfastllm.models import tiny
-from tests.decode.driver import request, run
 from tests.decode.test_conformance import FakeScorer
+from tests.kit.driver import request, run
 
 torch.set_num_threads(1)
 CONFIG = EngineConfig(max_batch_rows=192, kv_tokens=512, page_size=16)

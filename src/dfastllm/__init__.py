@@ -9,6 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dfastllm.compat import (
+        APDConfig,
+        APDDecoder,
+        AsyncScheduler,
+        DiffusionConfig,
+        DiffusionGenerator,
+        GenerationMode,
+        GenerationResult,
+        ModelRegistry,
+        Request,
+        RequestState,
+        Scheduler,
+        SchedulerConfig,
+        SchedulerStats,
+        StreamChunk,
+        create_generator,
+        create_scheduler,
+    )
     from dfastllm.core import DecodeParams, FinishReason, SamplingParams, StepEvent, Usage
     from dfastllm.engine import Engine, EngineConfig
     from dfastllm.errors import (
@@ -30,24 +48,6 @@ if TYPE_CHECKING:
         UnsupportedError,
         ValidationError,
     )
-    from dfastllm.generation import (
-        APDConfig,
-        APDDecoder,
-        AsyncScheduler,
-        DiffusionConfig,
-        DiffusionGenerator,
-        GenerationMode,
-        GenerationResult,
-        ModelRegistry,
-        Request,
-        RequestState,
-        Scheduler,
-        SchedulerConfig,
-        SchedulerStats,
-        StreamChunk,
-        create_generator,
-        create_scheduler,
-    )
     from dfastllm.llm import LLM, Completion, RequestOutput
     from dfastllm.text import Tokenizer
 
@@ -59,7 +59,7 @@ _ROOMS = {
     "errors": "AuthenticationError CancelledError CheckpointError ContextLengthError DFastLLMError GenerationError "
     "ModelLoadError ModelNotFoundError NotReadyError PayloadTooLargeError QueueFullError RateLimitError "
     "RequestNotFoundError TimeoutError TokenizerError UnsupportedError ValidationError",
-    "generation": "APDConfig APDDecoder AsyncScheduler DiffusionConfig DiffusionGenerator GenerationMode "
+    "compat": "APDConfig APDDecoder AsyncScheduler DiffusionConfig DiffusionGenerator GenerationMode "
     "GenerationResult ModelRegistry Request RequestState Scheduler SchedulerConfig SchedulerStats StreamChunk "
     "create_generator create_scheduler",
     "llm": "LLM Completion RequestOutput",

@@ -31,13 +31,13 @@ from dfastllm.core import (
     TokenLogprob,
     Usage,
 )
+from dfastllm.decode.canvas.scorer import ModelScorer
 from dfastllm.decode.draft import Drafter
 from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import policy_for
-from dfastllm.decode.scorer import ModelScorer
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
-from dfastllm.engine.draft_canvas import DraftCanvas
-from dfastllm.engine.draft_model import DraftModel, check_vocabulary
+from dfastllm.engine.speculate.canvas import DraftCanvas
+from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
 from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.models import load
 from dfastllm.settings import Settings

@@ -25,7 +25,7 @@ from dfastllm.bench.workload import gradable
 from dfastllm.core import SamplingParams
 from dfastllm.errors import GenerationError, ValidationError
 from dfastllm.llm import LLM
-from tests.house.source import ROOT
+from tests.kit.source import ROOT
 
 BASELINE = ROOT / "benchmarks" / "gates" / "counters.json"
 

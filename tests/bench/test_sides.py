@@ -14,8 +14,8 @@ from dfastllm.bench.cpu.wire import Peer, PeerError
 from dfastllm.bench.sides import Asked, open_side
 from dfastllm.errors import GenerationError, ValidationError
 from dfastllm.llm import load_engine
-from tests.house.source import ROOT
-from tests.server.live import Live, serving
+from tests.kit.live import Live, serving
+from tests.kit.source import ROOT
 
 SMALL = Asked(requests=1, max_tokens=4)
 

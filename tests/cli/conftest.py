@@ -11,14 +11,14 @@ from dfastllm.cli import app
 
 @pytest.fixture(scope="session")
 def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.cli.models import write_model
+    from tests.kit.cli_models import write_model
 
     return write_model(tmp_path_factory.mktemp("models") / "canvas", "llada")
 
 
 @pytest.fixture(scope="session")
 def ar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.cli.models import write_model
+    from tests.kit.cli_models import write_model
 
     return write_model(tmp_path_factory.mktemp("models") / "causal", "llama")
 

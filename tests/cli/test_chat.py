@@ -66,7 +66,7 @@ def test_what_has_no_place_in_a_conversation(cli: Cli, diffusion: Path, option: 
 
 
 def test_a_model_without_template(cli: Cli, tmp_path: Path) -> None:
-    from tests.cli.models import write_model
+    from tests.kit.cli_models import write_model
 
     model = write_model(tmp_path / "bare", "llama", chat=False)
     result = cli("chat", "--model", model)

@@ -14,7 +14,7 @@ from typer.testing import Result
 from dfastllm.bench import counters as exact
 from dfastllm.bench.gates import SpeedReport, load_report, save_report
 from dfastllm.cli.gate import COUNTERS
-from tests.house.source import ROOT
+from tests.kit.source import ROOT
 
 Cli = Callable[..., Result]
 BASE = {

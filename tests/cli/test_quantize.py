@@ -14,7 +14,7 @@ from dfastllm.cli.quantize import FORMATS as WRITTEN
 from dfastllm.convert import GGUF_FORMATS
 from dfastllm.models import check, save, tiny
 from dfastllm.quant import FORMATS
-from tests.cli.models import write_tokenizer
+from tests.kit.cli_models import write_tokenizer
 
 Cli = Callable[..., Result]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert.models import write_tiny
+from tests.kit.convert_models import write_tiny
 
 
 @pytest.fixture(scope="session")

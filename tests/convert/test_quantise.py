@@ -30,7 +30,7 @@ from dfastllm.models import check, dense_attention, load, save, tiny
 from dfastllm.models.checkpoint import read_model, read_weights, skeleton
 from dfastllm.quant import FORMATS, quantise
 from dfastllm.text import Tokenizer
-from tests.convert.models import write_tiny
+from tests.kit.convert_models import write_tiny
 
 
 def weights_of(directory: Path) -> dict[str, QTensor | torch.Tensor]:

@@ -21,7 +21,7 @@ from dfastllm.models import load, save
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.text import Tokenizer
 from dfastllm.train.objectives import loss
-from tests.convert.models import write_tiny
+from tests.kit.convert_models import write_tiny
 
 
 def test_files_to_calibrate_on(llama: Path, tmp_path: Path) -> None:

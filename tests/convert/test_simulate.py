@@ -11,7 +11,7 @@ from dfastllm.errors import (
 )
 from dfastllm.models import tiny
 from dfastllm.quant import quantise
-from tests.convert.models import SIZES
+from tests.kit.convert_models import SIZES
 
 
 def test_activations_round_as_documented() -> None:

@@ -11,7 +11,7 @@ from dfastllm.core import DecodeParams
 from dfastllm.decode.registry import POLICIES
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
 from dfastllm.models import tiny
-from tests.decode.driver import FakeModel, attention, info, request, run
+from tests.kit.driver import FakeModel, attention, info, request, run
 
 torch.set_num_threads(1)
 AR = POLICIES["ar"]

@@ -15,10 +15,10 @@ import torch
 
 from dfastllm.core import Commit, DecodeParams, Request, SequenceState, Span, SpeculativeParams
 from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for
-from dfastllm.decode.rows import DenseRows
 from dfastllm.errors import UnsupportedError
+from dfastllm.kernels.rows import DenseRows
 from dfastllm.models import tiny
-from tests.decode.driver import FakeModel, Result, Store, apply, info, request, run, run_span, start
+from tests.kit.driver import FakeModel, Result, Store, apply, info, request, run, run_span, start
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from dfastllm.decode.registry import CACHES, POLICIES, RULES
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import UnsupportedError
 from dfastllm.models import tiny
-from tests.decode.driver import request, run
+from tests.kit.driver import request, run
 
 torch.set_num_threads(1)
 

@@ -12,7 +12,7 @@ from dfastllm.core import DecodeParams
 from dfastllm.decode.registry import POLICIES
 from dfastllm.models import tiny
 from tests.decode import published
-from tests.decode.driver import FakeModel, info, request, run
+from tests.kit.driver import FakeModel, info, request, run
 
 torch.set_num_threads(1)
 

@@ -12,18 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.core import SamplingParams
-from dfastllm.decode.sampling import (
-    Draw,
-    check_sampling,
-    draw,
-    gumbel,
-    log_normaliser,
-    row_keys,
-    spread,
-    uniform,
-)
+from dfastllm.decode.sampling import Draw, check_sampling, draw, gumbel, row_keys, uniform
 from dfastllm.errors import UnsupportedError, ValidationError
-from tests.decode.driver import info
+from dfastllm.kernels.statistics import log_normaliser, spread
+from tests.kit.driver import info
 
 torch.set_num_threads(1)
 CHI2_001 = {4: 18.5, 7: 24.3, 9: 27.9, 15: 37.7, 19: 43.8, 63: 103.4}  # p = 0.001 by degrees of freedom

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dfastllm.core import Branch, Span
 from dfastllm.engine.batch import pack, pack_rows
-from dfastllm.engine.kv import Pages, PageTable
-from dfastllm.engine.runner import Runner
-from tests.engine.fake import FakeModel
+from dfastllm.engine.pages import Pages, PageTable
+from dfastllm.engine.runners.torch import Runner
+from tests.kit.fake import FakeModel
 
 
 def brute(span: Span, cached: int) -> np.ndarray:

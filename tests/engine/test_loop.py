@@ -16,7 +16,7 @@ from dfastllm.decode.ar import Autoregressive
 from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import ContextLengthError, QueueFullError, ValidationError
-from tests.engine.fake import MASK, FakeModel
+from tests.kit.fake import MASK, FakeModel
 
 
 class AnyKindAr(Autoregressive):

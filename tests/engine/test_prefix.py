@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from dfastllm import assemble
 from dfastllm.core import DecodeParams, Finish, Request, SamplingParams, Span, SpeculativeParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.kv import Pages, PageTable
-from dfastllm.engine.native import NativeRunner
+from dfastllm.engine.pages import Pages, PageTable
+from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.errors import GenerationError, UnsupportedError
 from dfastllm.kernels import native
 from dfastllm.models import tiny
-from tests.engine.fake import FakeModel
 from tests.engine.test_native import WIDE
+from tests.kit.fake import FakeModel
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 BLOCK = 4  # of the fake block model

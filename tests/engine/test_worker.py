@@ -21,8 +21,8 @@ from dfastllm.errors import (
     TimeoutError,
     ValidationError,
 )
-from tests.engine.fake import FakeModel
 from tests.engine.test_loop import either, long_request, solo
+from tests.kit.fake import FakeModel
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from tests.house.source import ROOT, modules
+from tests.kit.source import ROOT, modules
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHIPPED = ROOT / "src" / "dfastllm" / "shipped"

@@ -8,7 +8,7 @@ import pytest
 
 from dfastllm.errors import ValidationError
 from dfastllm.settings import SETTINGS, Setting, Settings, reference, unknown_variables
-from tests.house.source import ROOT, modules
+from tests.kit.source import ROOT, modules
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 # A value for each setting that differs from its default, as text, and the same typed.

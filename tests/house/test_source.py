@@ -10,7 +10,7 @@ import re
 import pytest
 
 import dfastllm.errors as errors
-from tests.house.source import ROOT, Module, modules, shipped_files, text_of
+from tests.kit.source import ROOT, Module, modules, shipped_files, text_of
 
 # file -> reason. An entry that is no longer needed fails the test.
 ALLOWED_CALLS: dict[str, str] = {}

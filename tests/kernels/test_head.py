@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.weights import CASES, random_qtensor
+from tests.kit.weights import CASES, random_qtensor
 from torch import Tensor
 
 from dfastllm.errors import ValidationError
-from dfastllm.kernels.acts import HeadStats
+from dfastllm.kernels.activations import HeadStats
 from dfastllm.kernels.extension import native, set_threads, threads
 from dfastllm.kernels.linear import head_stats, linear, pack
 from dfastllm.kernels.linear_plain import stats_of

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.weights import CASES, exact, random_qtensor
+from tests.kit.weights import CASES, exact, random_qtensor
 
 from dfastllm.errors import ValidationError
 from dfastllm.kernels import linear_plain as plain
-from dfastllm.kernels.acts import act_kind
+from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.extension import native, set_threads, threads
 from dfastllm.kernels.linear import linear, linear_swiglu, pack, prepare, weight_rows
 from dfastllm.kernels.packed import GROUP, Packed, QTensor, pack_panels
@@ -176,9 +176,9 @@ def test_small_float16_scales_are_read() -> None:
 SCRIPT = """
 import json, sys, torch
 from dfastllm.kernels import extension
-from dfastllm.kernels.acts import act_kind
+from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.linear import head_stats, linear, linear_swiglu, pack, prepare
-from tests.kernels.weights import CASES, random_qtensor
+from tests.kit.weights import CASES, random_qtensor
 out, bits = {}, []
 for format, mins in CASES:
     x = torch.randn(13, 160, generator=torch.Generator().manual_seed(5))

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.weights import CASES, exact
+from tests.kit.weights import CASES, exact
 from torch import Tensor
 
 from dfastllm.kernels import linear_plain as plain
-from dfastllm.kernels.acts import act_kind
+from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.linear import linear, pack, prepare
 from dfastllm.kernels.packed import GROUP, QTensor

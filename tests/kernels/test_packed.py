@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.weights import CASES, random_qtensor
+from tests.kit.weights import CASES, random_qtensor
 
 from dfastllm.errors import ValidationError
 from dfastllm.kernels.packed import GROUP, Packed, QTensor, pack_panels, unpack_panels

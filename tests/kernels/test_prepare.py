@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.weights import INT_KINDS
+from tests.kit.weights import INT_KINDS
 from torch import Tensor
 
 from dfastllm.errors import ValidationError
 from dfastllm.kernels import linear_plain as plain
-from dfastllm.kernels.acts import ACT_KINDS, Acts, act_kind
+from dfastllm.kernels.activations import ACT_KINDS, Acts, act_kind
 from dfastllm.kernels.extension import native, set_threads, threads
 from dfastllm.kernels.linear import linear_swiglu, prepare
 from dfastllm.kernels.packed import QTensor, pack_panels

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.server.live import Live, serving
-from tests.server.models import Parrot, parrot_engine, random_engine
+from tests.kit.live import Live, serving
+from tests.kit.served import Parrot, parrot_engine, random_engine
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.server.live import Live
-from tests.server.models import VOCAB, Parrot, byte_tokenizer
+from tests.kit.live import Live
+from tests.kit.served import VOCAB, Parrot, byte_tokenizer
 
 HELLO: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 WEATHER: list[Any] = [

@@ -7,8 +7,8 @@ import math
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.server.live import Live
-from tests.server.models import Parrot, byte_tokenizer
+from tests.kit.live import Live
+from tests.kit.served import Parrot, byte_tokenizer
 
 TOKENS = {"return_token_ids": True}
 

@@ -11,8 +11,8 @@ from typing import Any
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.engine import Engine
 from dfastllm.llm import LLM
-from tests.server.live import Live
-from tests.server.models import random_engine
+from tests.kit.live import Live
+from tests.kit.served import random_engine
 
 
 @dataclass(frozen=True)

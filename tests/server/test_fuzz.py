@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dfastllm.server.schemas import ChatRequest, CompletionRequest
-from tests.server.live import Live
+from tests.kit.live import Live
 
 NUMBERS = st.one_of(
     st.integers(-3, 40),

@@ -16,8 +16,8 @@ from openai import APIError, AuthenticationError, InternalServerError, RateLimit
 from dfastllm.server.app import create_app
 from dfastllm.server.run import Server, listen
 from dfastllm.settings import Settings
-from tests.server.live import Live, serving
-from tests.server.models import parrot_engine, random_engine, slow
+from tests.kit.live import Live, serving
+from tests.kit.served import parrot_engine, random_engine, slow
 
 LONG: dict[str, Any] = {"model": "slow", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
 

@@ -11,7 +11,7 @@ from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.server.options import decode_params, sampling_params
 from dfastllm.server.schemas import ChatRequest, CompletionRequest
 from dfastllm.server.serving import ServedModel
-from tests.server.models import byte_tokenizer
+from tests.kit.served import byte_tokenizer
 
 
 def served(kind: Any) -> ServedModel:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.server.live import Live, serving
-from tests.server.models import random_engine
+from tests.kit.live import Live, serving
+from tests.kit.served import random_engine
 
 SYSTEM = "You are a careful assistant. Answer in one short sentence. "  # a token per byte
 CHUNK = 16  # the torch backend shares whole chunks

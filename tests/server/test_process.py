@@ -21,7 +21,7 @@ import pytest
 from dfastllm.errors import ValidationError
 from dfastllm.models import save
 from dfastllm.server.run import listen
-from tests.server.models import TEMPLATE, random_engine
+from tests.kit.served import TEMPLATE, random_engine
 
 MAIN = (sys.executable, "-c", "from dfastllm.cli import main; main()")
 # The command as a user gives it, with steps slowed down so that a request is surely running when the signal comes.

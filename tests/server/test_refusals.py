@@ -9,8 +9,8 @@ import httpx2 as httpx
 import pytest
 from openai import BadRequestError, NotFoundError
 
-from tests.server.live import Live
-from tests.server.models import Parrot, byte_tokenizer
+from tests.kit.live import Live
+from tests.kit.served import Parrot, byte_tokenizer
 
 GOOD: dict[str, Any] = {"model": "causal", "prompt": "x", "max_tokens": 1}
 

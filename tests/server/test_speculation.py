@@ -14,7 +14,7 @@ import pytest
 from dfastllm.core import SpeculativeConfig
 from dfastllm.errors import DFastLLMError, UnsupportedError
 from dfastllm.llm import LLM, load_engine, resolve
-from tests.server.live import Live, serving
+from tests.kit.live import Live, serving
 
 CONFIG = json.dumps(
     [

@@ -9,8 +9,8 @@ import pytest
 from dfastllm.core import CanvasUpdate, Finish, FinishReason, Request, StepEvent, Usage
 from dfastllm.metrics import Metrics
 from dfastllm.server.timings import RequestTimings
-from tests.server.live import Live
-from tests.server.models import Parrot
+from tests.kit.live import Live
+from tests.kit.served import Parrot
 from tests.server.test_chat import CALL, HELLO, WEATHER, teach
 
 

@@ -172,7 +172,7 @@ def test_sentencepiece_that_marks_only_the_start_carries_its_json(tmp_path: Path
 
 @pytest.fixture
 def vocabulary_file(tmp_path: Path) -> Iterator[Any]:
-    llama = pytest.importorskip("llama_cpp") and pytest.importorskip("tests.quant.gguf.reference")
+    llama = pytest.importorskip("llama_cpp") and pytest.importorskip("tests.kit.gguf_reference")
     opened = []
 
     def make(fields: dict[str, Any]) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfastllm.tasks import draw
 from dfastllm.text.tokenizer import Tokenizer
-from dfastllm.train.tasks import draw
 from dfastllm.train.vocab import PLAIN, ROLES, SPECIAL, train_tokenizer
 
 MARKS = (*SPECIAL.values(), *ROLES)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dfastllm.bench.cpu.ceilings import Ceilings
 from dfastllm.bench.measure import spread
 from dfastllm.kernels import linear_plain as plain
-from dfastllm.kernels.acts import act_kind
+from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.linear import head_stats, linear, linear_swiglu, pack, prepare
 from dfastllm.kernels.packed import GROUP, Packed, QTensor
 

@@ -19,10 +19,10 @@ import numpy as np
 from dfastllm.bench.measure import Spread, spread
 from dfastllm.bench.workload import gradable, run
 from dfastllm.core import Branch, DecodeParams, SamplingParams, Span
-from dfastllm.decode.dave import branches_worth
-from dfastllm.decode.unmask import RULES
-from dfastllm.engine.kv import Pages, PageTable
-from dfastllm.engine.native import NativeRunner
+from dfastllm.decode.canvas.lookahead import branches_worth
+from dfastllm.decode.canvas.rules import RULES
+from dfastllm.engine.pages import Pages, PageTable
+from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.llm import LLM
 from dfastllm.models import PackedDecoder
 

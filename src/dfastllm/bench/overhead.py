@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfastllm.bench.measure import Spread, spread
 from dfastllm.core import DecodeParams, ModelInfo, Request, SamplingParams, Span, StepStats
-from dfastllm.decode.rows import Rows, RowStats
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.batch import pack_rows
-from dfastllm.engine.kv import PageTable
-from dfastllm.engine.native import step_of
+from dfastllm.engine.pages import PageTable
+from dfastllm.engine.runners.native import step_of
+from dfastllm.kernels.rows import Rows, RowStats
 
 __all__ = ["NullModel", "NullRunner", "step_overhead"]
 

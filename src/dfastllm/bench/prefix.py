@@ -16,7 +16,7 @@ import torch
 from dfastllm.bench.measure import Spread, spread
 from dfastllm.core import Request, SamplingParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.runner import Runnable
+from dfastllm.engine.runners.torch import Runnable
 from dfastllm.models import PackedDecoder
 
 __all__ = ["Chat", "Crowd", "Served", "measure_prefix", "play", "workloads"]

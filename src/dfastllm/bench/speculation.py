@@ -21,10 +21,10 @@ from dfastllm import assemble
 from dfastllm.bench.measure import Spread, spread
 from dfastllm.core import Draft, ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams, Usage
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.draft_canvas import DraftCanvas
-from dfastllm.engine.draft_model import DraftModel
+from dfastllm.engine.speculate.canvas import DraftCanvas
+from dfastllm.engine.speculate.model import DraftModel
 from dfastllm.llm import resolve
-from dfastllm.train.tasks import TASKS, draw
+from dfastllm.tasks import TASKS, draw
 
 __all__ = ["DRAFTERS", "LENGTHS", "Oracle", "acceptance", "engine_of", "oracle", "plot", "speed", "verify_costs"]
 

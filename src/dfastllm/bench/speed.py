@@ -21,7 +21,7 @@ from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.errors import ValidationError
 from dfastllm.llm import LLM
 from dfastllm.metrics.speed import Arrival, Timeline, aggregate, measure, record
-from dfastllm.train.tasks import Sample, draw
+from dfastllm.tasks import Sample, draw
 
 __all__ = ["load_current", "measure_speed", "speed_samples", "suite_report"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.llm import LLM, Completion
-from dfastllm.train.tasks import TASKS, Sample, draw, grade
+from dfastllm.tasks import TASKS, Sample, draw, grade
 
 __all__ = ["Outcome", "gradable", "run"]
 

@@ -15,10 +15,10 @@ import torch
 
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.models.decoder import Decoder
+from dfastllm.tasks import Split, draw
 from dfastllm.text import Tokenizer
 from dfastllm.train.data import Example, encode
 from dfastllm.train.objectives import MaskedDiffusion, Objective, Rows, make_objective
-from dfastllm.train.tasks import Split, draw
 
 __all__ = ["file_examples", "rows_of", "task_examples"]
 

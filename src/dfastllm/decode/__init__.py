@@ -4,9 +4,9 @@ Here: the policy protocol and its law, sampling, autoregression, the unmasking r
 block diffusion, the registry. Not here: K,V storage, scheduling, models, tokenizers, stop strings.
 """
 
-from dfastllm.decode.evidence import Scorer
+from dfastllm.decode.canvas.evidence import Scorer
+from dfastllm.decode.canvas.scorer import ModelScorer
 from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for
-from dfastllm.decode.scorer import ModelScorer
 
 __all__ = ["CACHES", "POLICIES", "RULES", "ModelScorer", "Policy", "Scorer", "policies", "policy_for"]

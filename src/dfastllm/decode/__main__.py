@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dfastllm.decode.canvas import CACHES
-from dfastllm.decode.unmask import RULES, Option
+from dfastllm.decode.canvas.layout import CACHES
+from dfastllm.decode.canvas.rules import RULES, Option
 
 __all__ = ["reference"]
 

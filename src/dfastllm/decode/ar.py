@@ -23,10 +23,10 @@ from dfastllm.core import (
     TokenLogprob,
 )
 from dfastllm.decode.draft.history import History, after
-from dfastllm.decode.rows import Rows
+from dfastllm.decode.draft.verify import Cell, cells_of, choose, rejects, standing
 from dfastllm.decode.sampling import check_sampling
-from dfastllm.decode.verify import Cell, cells_of, choose, rejects, standing
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
+from dfastllm.kernels.rows import Rows
 
 __all__ = ["Autoregressive", "check_prompt", "deciding", "draft_room", "enders", "settled", "tokens_left"]
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dfastllm.core import Commit, ModelInfo, Request, SequenceState, Span
 
 if TYPE_CHECKING:
-    from dfastllm.decode.rows import Rows
+    from dfastllm.kernels.rows import Rows
 
 __all__ = ["Policy"]
 

@@ -7,13 +7,13 @@ from functools import cache
 
 from dfastllm.core import ModelInfo, Request
 from dfastllm.decode.ar import Autoregressive
-from dfastllm.decode.block import BlockDiffusion
-from dfastllm.decode.canvas import CACHES
-from dfastllm.decode.diffusion import MaskedDiffusion
-from dfastllm.decode.evidence import Scorer
+from dfastllm.decode.canvas.block import BlockDiffusion
+from dfastllm.decode.canvas.diffusion import MaskedDiffusion
+from dfastllm.decode.canvas.evidence import Scorer
+from dfastllm.decode.canvas.layout import CACHES
+from dfastllm.decode.canvas.rules import RULES
+from dfastllm.decode.draft.self_draft import SelfSpeculation
 from dfastllm.decode.policy import Policy
-from dfastllm.decode.self_speculation import SelfSpeculation
-from dfastllm.decode.unmask import RULES
 from dfastllm.errors import UnsupportedError, ValidationError
 
 __all__ = ["CACHES", "POLICIES", "RULES", "policies", "policy_for", "seen_by"]

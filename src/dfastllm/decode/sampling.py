@@ -9,7 +9,7 @@ Greedy rows without edits cost one argmax and no copy of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,33 +18,22 @@ from torch import Tensor
 
 from dfastllm.core import ModelInfo, SamplingParams
 from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.kernels.statistics import best_tokens, row_chunks
 
 __all__ = [
     "Draw",
-    "best_tokens",
     "check_sampling",
     "distribution",
     "draw",
     "edits",
     "gumbel",
-    "log_normaliser",
-    "on_capable_device",
     "penalised",
     "row_keys",
-    "spread",
     "take",
     "uniform",
 ]
 
 _U64 = np.uint64
-
-
-def _chunks(like: Tensor) -> Iterator[slice]:
-    """Slices of rows small enough that a temporary of them stays in a CPU's cache, or in 256 MiB of a GPU's memory. A
-    row's result never depends on its chunk."""
-    rows, width = like.shape
-    step = max(1, (1 << 17 if like.device.type == "cpu" else 1 << 26) // max(1, width))
-    return (slice(at, min(rows, at + step)) for at in range(0, rows, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,54 +162,11 @@ def gumbel(keys: np.ndarray, vocab: int, device: torch.device) -> Tensor:
     high = torch.from_numpy(halves[:, 1].copy()).to(device)[:, None]
     column = torch.arange(vocab, dtype=torch.int32, device=device)[None, :] * -1640531527  # 0x9E3779B9 as int32
     out = torch.empty(len(keys), vocab, device=device)
-    for rows in _chunks(out):
+    for rows in row_chunks(out):
         bits = _mix32(_mix32(column + low[rows]).bitwise_xor_(high[rows]))
         v = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
         out[rows] = v.neg_().log1p_().neg_().log_().neg_()
     return out
-
-
-def on_capable_device(logits: Tensor) -> Tensor:
-    """The same logits where float64 exists: MPS has none, so its rows go to the CPU."""
-    return logits.cpu() if logits.device.type == "mps" else logits
-
-
-def best_tokens(logits: Tensor) -> Tensor:
-    """int64 [rows]: the first of a row's largest logits, so the lowest id of a tie. numpy's argmax is vectorised on CPU
-    where torch's is not (13 times as fast at [1116, 2048])."""
-    if logits.device.type == "cpu" and logits.shape[0]:
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))
-    return logits.argmax(dim=-1)
-
-
-# ---- statistics of raw rows -----------------------------------------------------------------------------------------
-
-
-def log_normaliser(logits: Tensor) -> Tensor:
-    """logsumexp per row, float32 [rows], from logits float32 [rows, vocab].
-
-    Summed in float64, so the value does not depend on how many rows are reduced together; rows go in chunks, so the
-    temporary stays small.
-    """
-    out = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    for rows in _chunks(logits):
-        top = logits[rows].amax(dim=-1, keepdim=True)
-        total = (logits[rows] - top).exp_().sum(dim=-1, dtype=torch.float64)
-        out[rows] = (total.log() + top[:, 0]).float()
-    return out
-
-
-def spread(logits: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy in nats and margin p1 - p2 per row, float32 [rows] each. logits [rows, vocab], norm [rows]."""
-    entropy, margin = torch.empty_like(norm), torch.empty_like(norm)
-    for rows in _chunks(logits):
-        logp = logits[rows] - norm[rows, None]
-        best = logp.topk(min(2, logp.shape[1]), dim=-1).values.exp()
-        margin[rows] = best[:, 0] - (best[:, 1] if best.shape[1] > 1 else 0)
-        p = logp.exp()
-        terms = p.mul_(logp.clamp_(min=-200.0))  # p of -inf is 0, and 0 * -200 is too
-        entropy[rows] = -terms.sum(dim=-1, dtype=torch.float64).float()
-    return entropy, margin
 
 
 # ---- the draw -------------------------------------------------------------------------------------------------------
@@ -325,7 +271,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         if d.sampling.temperature > 0 or d.edits:
             special += range(len(rows), len(rows) + len(d.positions))
         rows += ((d, i) for i in range(len(d.positions)))
-    for part in _chunks(logits[: len(special)]):
+    for part in row_chunks(logits[: len(special)]):
         some = special[part]
         where = torch.tensor(some, dtype=torch.long, device=logits.device)
         edited = logits[where]

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from dfastllm.core import Span, Store, value
-from dfastllm.decode.rows import int64s
-from dfastllm.engine.kv import PageTable
+from dfastllm.engine.pages import PageTable
+from dfastllm.kernels.rows import int64s
 
 __all__ = ["Packed", "PackedRows", "SpanKeys", "pack", "pack_rows", "visibility"]
 

@@ -25,12 +25,12 @@ from dfastllm.core import (
 )
 from dfastllm.decode.registry import policy_for, seen_by
 from dfastllm.engine.config import EngineConfig
-from dfastllm.engine.drafting import Drafting
-from dfastllm.engine.kv import Pages, PageTable
+from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.prefix import PrefixCache, refusal
-from dfastllm.engine.runner import Runnable, runner_for
+from dfastllm.engine.runners.torch import Runnable, runner_for
 from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
+from dfastllm.engine.speculate.drafting import Drafting
 from dfastllm.errors import (
     ContextLengthError,
     GenerationError,
@@ -44,7 +44,7 @@ from dfastllm.text import Detokenizer
 if TYPE_CHECKING:
     from dfastllm.decode.draft import Drafter
     from dfastllm.decode.policy import Policy
-    from dfastllm.decode.rows import Rows
+    from dfastllm.kernels.rows import Rows
     from dfastllm.models import PackedDecoder
     from dfastllm.text import Tokenizer
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dfastllm.core import Kind, ModelInfo, Span
-from dfastllm.engine.kv import Pages
+from dfastllm.engine.pages import Pages
 
 if TYPE_CHECKING:
     from dfastllm.engine.sequence import Live

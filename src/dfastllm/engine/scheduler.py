@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from dfastllm.core import Span
 from dfastllm.engine.config import EngineConfig
-from dfastllm.engine.kv import Pages
+from dfastllm.engine.pages import Pages
 from dfastllm.engine.prefix import PrefixCache
 from dfastllm.engine.sequence import Live
 

@@ -19,7 +19,7 @@ from dfastllm.core import (
     Usage,
 )
 from dfastllm.decode.policy import Policy
-from dfastllm.engine.kv import PageTable
+from dfastllm.engine.pages import PageTable
 from dfastllm.engine.prefix import Trail
 from dfastllm.errors import DFastLLMError
 from dfastllm.text import Detokenizer

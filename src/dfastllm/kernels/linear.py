@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dfastllm.errors import ValidationError
+from dfastllm.kernels import hugepages
 from dfastllm.kernels import linear_plain as plain
-from dfastllm.kernels import pages
-from dfastllm.kernels.acts import (
+from dfastllm.kernels.activations import (
     ACT_KINDS,
     Acts,
     HeadStats,
@@ -160,7 +160,7 @@ def pack(tensor: QTensor) -> Packed:
     )
     sizes = _sizes(tensor.format, n, k)
     dtype = tensor.codes.dtype if tensor.format in ("f32", "bf16") else torch.uint8
-    data = pages.empty(sizes[0] * dtype.itemsize).view(dtype)
+    data = hugepages.empty(sizes[0] * dtype.itemsize).view(dtype)
     sides = [None if t is None else aligned(sizes[1], t.dtype) for t in (scales, mins)]
     where = [_address(t) for t in (codes, scales, mins, data, *sides)]
     module.pack(FORMATS.index(tensor.format), n, k, *where)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfastllm.kernels.acts import Acts, HeadStats
+from dfastllm.kernels.activations import Acts, HeadStats
 from dfastllm.kernels.packed import Packed, QTensor, unpack_panels
 
 __all__ = ["head_stats", "linear", "linear_swiglu", "prepare", "weight_rows"]

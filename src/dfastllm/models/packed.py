@@ -19,7 +19,7 @@ from torch import Tensor
 from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, UnsupportedError
 from dfastllm.kernels import attention, linear
-from dfastllm.kernels.acts import Acts, act_kind
+from dfastllm.kernels.activations import Acts, act_kind
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.kv import KvCache
 from dfastllm.kernels.packed import PANEL, Packed, QTensor

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from dfastllm.core import Finish, StepEvent
 from dfastllm.errors import DFastLLMError, ValidationError
 from dfastllm.server.canvas import canvas_chunk
-from dfastllm.server.generation import (
+from dfastllm.server.jobs import (
     Events,
     Job,
     Result,

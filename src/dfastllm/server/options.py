@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dfastllm.compat import DiffusionConfig
 from dfastllm.core import Cache, DecodeParams, SamplingParams, SpeculativeParams
 from dfastllm.core import speculative_params as parse_speculative
 from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
-from dfastllm.generation import DiffusionConfig
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dfastllm.engine import Engine, Worker
-    from dfastllm.server.generation import Job
+    from dfastllm.server.jobs import Job
     from dfastllm.text import Tokenizer
 
 __all__ = ["Phase", "ServedModel", "Serving"]

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dfastllm.errors import DFastLLMError, GenerationError
-from dfastllm.server.generation import disconnected
+from dfastllm.server.jobs import disconnected
 from dfastllm.server.refusals import error_body
 
 __all__ = ["EventStream"]

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from dfastllm.tasks import Sample, Split, draw
 from dfastllm.text.tokenizer import Tokenizer
-from dfastllm.train.tasks import Sample, Split, draw
 
 __all__ = ["Batch", "Example", "Stream", "encode"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.llm import LLM
+from dfastllm.tasks import SPLITS, TASKS, Split, draw, grade
 from dfastllm.train.data import encode
-from dfastllm.train.tasks import SPLITS, TASKS, Split, draw, grade
 
 __all__ = ["Result", "evaluate"]
 

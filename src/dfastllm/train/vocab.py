@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dfastllm.train.tasks import Sample, draw
+from dfastllm.tasks import Sample, draw
 
 __all__ = ["CHAT_TEMPLATE", "MAX_LEN", "PLAIN", "SPECIAL", "VOCAB_SIZE", "train_tokenizer"]
 

@@ -22,7 +22,7 @@ from dfastllm.bench.suite.sweep import Settings
 from dfastllm.bench.suite.workloads import prompt_types
 from dfastllm.cli import app
 from dfastllm.cli.bench import _serve_arguments
-from tests.bench.suite.mock_server import Behaviour, MockServer, faster
+from tests.kit.mock_server import Behaviour, MockServer, faster
 
 SPECULATES = Behaviour(ttft=0.005, itl=0.002, tokens=12, honours={"speculative_config": faster(1.1)})
 SMALL = ["--requests", "1", "--rounds", "6", "--types", "code,security", "--k", "3", "--method", "ngram"]

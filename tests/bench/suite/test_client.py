@@ -12,7 +12,7 @@ import pytest
 from dfastllm.bench.suite.client import Answer, Call, Client, Features, as_prompt, error_message
 from dfastllm.bench.suite.counting import Counters, TokenCounter
 from dfastllm.bench.suite.watch import Watch
-from tests.bench.suite.mock_server import Behaviour, Fault, MockServer
+from tests.kit.mock_server import Behaviour, Fault, MockServer
 
 HELLO = Call(({"role": "user", "content": "Hello?"},))
 SLACK = 0.04  # s that a busy machine may add to a chunk

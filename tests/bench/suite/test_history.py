@@ -23,7 +23,7 @@ from dfastllm.bench.suite.history import (
 from dfastllm.bench.suite.recommend import recommend
 from dfastllm.bench.suite.schema import ConfigurationResult, Results, Round, save_results
 from dfastllm.errors import ValidationError
-from tests.bench.suite.example import configuration, figures, results
+from tests.kit.suite_example import configuration, figures, results
 
 
 def base(rates: tuple[float, ...], **more: Any) -> ConfigurationResult:

@@ -15,7 +15,7 @@ from dfastllm.bench.suite.html import render_html, write_html
 from dfastllm.bench.suite.recommend import recommend
 from dfastllm.bench.suite.schema import Results
 from dfastllm.bench.suite.tables import tables
-from tests.bench.suite.example import configuration, load_point, results
+from tests.kit.suite_example import configuration, load_point, results
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

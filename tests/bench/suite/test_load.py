@@ -14,7 +14,7 @@ from dfastllm.bench.suite.load import Driver, Point, arrivals, parse_ramp, parse
 from dfastllm.bench.suite.sweep import Settings, Trial
 from dfastllm.bench.suite.workloads import prompt_types
 from dfastllm.errors import ValidationError
-from tests.bench.suite.mock_server import Behaviour, MockServer
+from tests.kit.mock_server import Behaviour, MockServer
 
 SOURCES = {"security": prompt_types()["security"]}
 STEADY = Behaviour(ttft=0.05, itl=0.005, tokens=11)  # an answer takes 0.1 s

@@ -20,7 +20,7 @@ from dfastllm.bench.suite.others import OTHERS, SERVERS, across_servers, running
 from dfastllm.bench.suite.probe import Fields, connect, probe
 from dfastllm.bench.suite.schema import ServerStatus, Target, load_results
 from dfastllm.errors import GenerationError, ValidationError
-from tests.bench.suite.example import configuration, results
+from tests.kit.suite_example import configuration, results
 
 CACHE = default_cache()
 QUESTION = Call(({"role": "user", "content": "What is 12 + 30?"},), max_tokens=64)

@@ -6,7 +6,7 @@ import pytest
 
 from dfastllm.bench.suite.recommend import judge, recommend
 from dfastllm.bench.suite.schema import Client, ConfigurationResult, Forwards, Recommendation, Results, Target
-from tests.bench.suite.example import against, configuration, figures, load_point, results
+from tests.kit.suite_example import against, configuration, figures, load_point, results
 
 BASE = configuration("baseline", "No speculation")
 

@@ -21,7 +21,7 @@ from dfastllm.bench.suite.record import Recorder
 from dfastllm.bench.suite.sweep import ServerLost, Settings, Sweep, Trial
 from dfastllm.bench.suite.workloads import prompt_types
 from dfastllm.errors import ValidationError
-from tests.bench.suite.mock_server import Behaviour, MockServer, faster
+from tests.kit.mock_server import Behaviour, MockServer, faster
 
 SPECULATES = Behaviour(ttft=0.01, itl=0.004, tokens=12, honours={"speculative_config": faster(1.1)})
 FEW = Settings(requests=2, rounds=3, max_tokens=16)

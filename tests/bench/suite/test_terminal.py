@@ -15,7 +15,7 @@ from dfastllm.bench.suite.recommend import recommend
 from dfastllm.bench.suite.schema import ConfigurationResult, Results, save_results
 from dfastllm.bench.suite.tables import tables
 from dfastllm.bench.suite.terminal import fold, print_report, print_tables
-from tests.bench.suite.example import configuration, figures, load_point, results
+from tests.kit.suite_example import configuration, figures, load_point, results
 
 RULES = "|╭╮╰╯─│├┤┼┬┴"
 

@@ -9,7 +9,7 @@ import pytest
 
 from dfastllm.bench.suite.workloads import LABELS, load_prompts, prompt_types
 from dfastllm.errors import ValidationError
-from dfastllm.train.tasks import draw
+from dfastllm.tasks import draw
 
 
 def test_every_type_has_prompts_that_can_be_graded() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dfastllm.core import ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams
 from dfastllm.decode.draft.suffix import Corpus, Suffix, propose
 from dfastllm.errors import ValidationError
-from tests.decode.driver import info
+from tests.kit.driver import info
 
 Texts = list[list[int]]
 WORDS = st.lists(st.integers(0, 3), min_size=0, max_size=25)

@@ -18,7 +18,7 @@ from dfastllm.bench.workload import gradable, run
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.engine import EngineConfig
 from dfastllm.llm import LLM, load_engine
-from dfastllm.train.tasks import Sample, grade
+from dfastllm.tasks import Sample, grade
 
 __all__ = ["AR", "Accuracy", "Contender", "Pass", "contenders", "measure_accuracy", "measure_speed", "plot", "winners"]
 

@@ -13,8 +13,8 @@ import torch
 from dfastllm.bench.cpu.cases import Case
 from dfastllm.core import Span
 from dfastllm.engine import EngineConfig
-from dfastllm.engine.kv import Pages, PageTable
-from dfastllm.engine.runner import runner_for
+from dfastllm.engine.pages import Pages, PageTable
+from dfastllm.engine.runners.torch import runner_for
 from dfastllm.kernels.extension import set_threads
 
 if TYPE_CHECKING:

@@ -95,7 +95,7 @@ def _pattern(text: str, expected: Any) -> bool:
 
 def _task(name: str) -> Callable[[str, Any], bool]:
     def grader(text: str, expected: Any) -> bool:
-        from dfastllm.train.tasks import GRADERS as TASK_GRADERS
+        from dfastllm.tasks import GRADERS as TASK_GRADERS
 
         return TASK_GRADERS[name](text, expected)
 
@@ -174,7 +174,7 @@ def _sampled(type: str, seed: int) -> PromptSource:
     tasks = TASKS[type]
 
     def source(index: int) -> Prompt:
-        from dfastllm.train.tasks import draw
+        from dfastllm.tasks import draw
 
         task = tasks[index % len(tasks)]
         sample = draw("test", seed, index // len(tasks), task)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dfastllm.core import value
-from dfastllm.decode.rows import Rows
+from dfastllm.decode.draft.verify import DRAFT_SALT, Cell, draw_of, edited, rejects
 from dfastllm.decode.sampling import distribution, draw
-from dfastllm.decode.verify import DRAFT_SALT, Cell, draw_of, edited, rejects
+from dfastllm.kernels.rows import Rows
 
 __all__ = ["Proposal", "pick"]
 

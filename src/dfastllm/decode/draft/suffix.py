@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfastllm.core import Draft, ModelInfo, Request, SequenceState, SpeculativeParams
-from dfastllm.decode.verify import rejects
+from dfastllm.decode.draft.verify import rejects
 from dfastllm.errors import ValidationError
 
 __all__ = ["Corpus", "Suffix", "propose"]

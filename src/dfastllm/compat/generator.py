@@ -1,0 +1,265 @@
+"""DiffusionGenerator: one prompt in, one answer out or a stream of its denoising, over the one engine.
+
+It chooses decoder options from a mode and reads the engine's events; it runs no forward pass and has no decoding loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dfastllm.compat.config import DiffusionConfig, GenerationMode, GenerationResult, StreamChunk, configure
+from dfastllm.core import CanvasUpdate, Request, SamplingParams, StepEvent
+from dfastllm.decode.policy import Policy
+from dfastllm.decode.registry import policy_for
+from dfastllm.engine import Engine, EngineConfig
+from dfastllm.errors import ValidationError
+from dfastllm.llm import LLM, Prompt, load_engine
+from dfastllm.text import Tokenizer
+
+__all__ = ["DiffusionGenerator", "build_engine", "create_generator", "open_llm"]
+
+_UNDECIDED = "\u2591"
+
+
+def open_llm(model: Any, tokenizer: Tokenizer | None = None) -> tuple[LLM, bool]:
+    """An LLM over `model`, and whether the caller must close it: an LLM is used as it is, anything else as in
+    `build_engine`, an Engine itself being run."""
+    if isinstance(model, LLM | Engine):
+        _refuse_second(tokenizer, "an LLM or Engine")
+        return (model, False) if isinstance(model, LLM) else (LLM(engine=model), True)
+    return LLM(engine=build_engine(model, tokenizer)), True
+
+
+def build_engine(
+    model: Any,
+    tokenizer: Tokenizer | None = None,
+    config: EngineConfig | None = None,
+    choose: Callable[..., Policy] | None = None,
+) -> Engine:
+    """A new engine with `config`, its policies chosen by `choose` (None: as the model's own engine does).
+
+    model: a shipped model's name, a directory, a model built by dfastllm.models together with its tokenizer, or an LLM
+    or Engine, whose weights it shares. Raises ValidationError for anything else and what loading raises:
+    ModelNotFoundError, ModelLoadError, TokenizerError."""
+    if isinstance(model, str | Path):
+        _refuse_second(tokenizer, "a model's name or directory")
+        loaded = load_engine(model, config=config)
+        if choose is None:
+            return loaded
+        model = loaded
+    if isinstance(model, LLM | Engine):
+        _refuse_second(tokenizer, "an LLM or Engine")
+        engine = model.engine if isinstance(model, LLM) else model
+        kept = choose or engine.choose
+        return Engine(engine.runner.model, engine.tokenizer, config, device=engine.runner.device, choose=kept)
+    if getattr(model, "info", None) is None or not callable(getattr(model, "head", None)):
+        raise ValidationError(
+            f"model must be an LLM, an Engine, a name, a directory or a model of dfastllm.models, got "
+            f"{type(model).__name__}.",
+            param="model",
+            hint="For a checkpoint of another library, save it and give its directory.",
+        )
+    if tokenizer is not None:
+        tokenizer.check_fits(model.info.vocab_size, model.info.mask_id)
+    return Engine(model, tokenizer, config, device=getattr(model, "device", "cpu"), choose=choose or policy_for)
+
+
+def _refuse_second(tokenizer: Tokenizer | None, what: str) -> None:
+    if tokenizer is not None:
+        raise ValidationError(f"{what} brings its own tokenizer; got a second one.", param="tokenizer")
+
+
+class DiffusionGenerator:
+    """Generates with a masked-diffusion or block-diffusion model. Use as a context manager, or call `close`.
+
+    model, tokenizer: see `open_llm`. config: a DiffusionConfig, or None for STANDARD. Every call may raise
+    ValidationError, UnsupportedError or ContextLengthError for what cannot be honoured, TimeoutError or GenerationError
+    for what went wrong underway.
+    """
+
+    default_config = DiffusionConfig()
+
+    def __init__(
+        self, model: Any = "demo-diffusion", tokenizer: Tokenizer | None = None, config: DiffusionConfig | None = None
+    ) -> None:
+        self.config = config or self.default_config
+        self.llm, self._owned = open_llm(model, tokenizer)
+        try:
+            self._check()
+        except Exception:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        """Refuse now what no request could be served with: a model of the wrong kind, options it does not have."""
+        sampling = SamplingParams(max_tokens=self.config.min_steps)
+        decode = self.config.decode_params(sampling.max_tokens, self.llm.info)
+        self.llm.engine.check(Request("check", (self._word(),), sampling, decode))
+
+    def _word(self) -> int:
+        """An ordinary token of the model."""
+        info = self.llm.info
+        return next(i for i in range(info.vocab_size) if i != info.mask_id and i not in info.eos_ids)
+
+    def close(self) -> None:
+        """End the engine thread, if this generator started it."""
+        if self._owned:
+            self.llm.close()
+
+    def __enter__(self) -> DiffusionGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        timeout: float | None = None,
+    ) -> GenerationResult:
+        """The whole answer. prompt: text, or token ids taken as they are. max_tokens (128 by default) and temperature
+        (the config's) win over those of `sampling`, which carries seed, stop, top_p and the rest. timeout: seconds."""
+        began = time.perf_counter()
+        steps = 0
+        ids: list[int] = []
+        text: list[str] = []
+        for event in self._events(prompt, self._sampling(max_tokens, temperature, sampling), timeout):
+            steps += _is_step(event.canvas)
+            ids += event.token_ids
+            text.append(event.text)
+            finish = event.finish
+        assert finish is not None, "a stream ends with a finish or raises"
+        return GenerationResult(
+            text="".join(text),
+            tokens=tuple(ids),
+            num_generated=finish.usage.completion_tokens,
+            steps_taken=steps,
+            generation_time_ms=(time.perf_counter() - began) * 1000,
+            forwards=finish.usage.forwards,
+            prompt_tokens=finish.usage.prompt_tokens,
+            finish_reason=finish.reason,
+            exactness=finish.usage.exactness,
+        )
+
+    def generate_stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[StreamChunk]:
+        """The answer as it forms: a chunk every `stream_interval` denoise steps, and one at the end.
+        Arguments as in `generate`. Closing the iterator cancels the request."""
+        chosen = self._sampling(max_tokens, temperature, sampling)
+        interval = self.config.stream_interval or 1
+        view = _Canvas(self.llm.engine.tokenizer, chosen)
+        told, steps = "", 0
+        for event in self._events(prompt, chosen, timeout):
+            view.add(event)
+            steps += _is_step(event.canvas)
+            if event.finish is not None or (_is_step(event.canvas) and steps % interval == 0):
+                yield view.chunk(told, event)
+                told = view.text
+
+    def warmup(self, max_tokens: int = 32) -> float:
+        """Run one short answer, so that the first real one does not pay for lazy initialisation. Returns seconds."""
+        began = time.perf_counter()
+        self.generate([self._word()], max(max_tokens, self.config.min_steps))
+        return time.perf_counter() - began
+
+    def _sampling(
+        self, max_tokens: int | None, temperature: float | None, sampling: SamplingParams | None
+    ) -> SamplingParams:
+        base = sampling or SamplingParams(max_tokens=128, temperature=self.config.temperature)
+        changes: dict[str, Any] = {}
+        if max_tokens is not None:
+            changes["max_tokens"] = max_tokens
+        if temperature is not None:
+            changes["temperature"] = temperature
+        return dataclasses.replace(base, **changes)
+
+    def _events(self, prompt: Prompt, sampling: SamplingParams, timeout: float | None) -> Iterator[StepEvent]:
+        decode = self.config.decode_params(sampling.max_tokens, self.llm.info)
+        return self.llm.stream(prompt, sampling, decode, timeout=timeout)
+
+
+def _is_step(canvas: CanvasUpdate | None) -> bool:
+    """Whether an event is of a denoise step, and not of a prompt or cache pass."""
+    return canvas is not None and bool(canvas.commit or canvas.revise)
+
+
+class _Canvas:
+    """The canvas as its events tell it."""
+
+    def __init__(self, tokenizer: Tokenizer | None, sampling: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = sampling.skip_special_tokens
+        self._visible = sampling.max_tokens  # the canvas is rounded up to whole blocks; what is beyond is never output
+        self._decided: dict[int, int] = {}
+        self._guessed: dict[int, int] = {}
+        self._length = 0
+        self._masked = 0
+        self.tokens: list[int] = []
+        self.text = ""
+
+    def add(self, event: StepEvent) -> None:
+        self.tokens += event.token_ids
+        self.text += event.text
+        canvas = event.canvas
+        if canvas is None:
+            return
+        self._length, self._masked = canvas.length, canvas.masked
+        self._guessed = dict(canvas.provisional)
+        canvas.apply(self._decided)
+
+    def chunk(self, told: str, event: StepEvent) -> StreamChunk:
+        finished = event.finish is not None
+        unmasked = self._length - self._masked
+        return StreamChunk(
+            text=self.text,
+            new_text=self.text[len(told) :],
+            tokens=tuple(self.tokens),
+            unmasked_count=unmasked,
+            total_tokens=self._length,
+            progress=1.0 if finished else unmasked / self._length if self._length else 0.0,
+            finished=finished,
+            preview=self.text if finished else self._preview(),
+            finish_reason=event.finish.reason if event.finish is not None else None,
+        )
+
+    def _preview(self) -> str:
+        if self._tokenizer is None:
+            return self.text
+        parts: list[str] = []
+        run: list[int] = []
+        length = min(self._length, self._visible)
+        for position in range(length):
+            token = self._decided.get(position, self._guessed.get(position))
+            if token is not None:
+                run.append(token)
+            if token is None or position == length - 1:
+                parts.append(self._tokenizer.decode(run, skip_special=self._skip_special) if run else "")
+                run = []
+            if token is None:
+                parts.append(_UNDECIDED)
+        return "".join(parts)
+
+
+def create_generator(
+    model: Any = "demo-diffusion",
+    tokenizer: Tokenizer | None = None,
+    mode: GenerationMode | str = GenerationMode.STANDARD,
+    **fields: Any,
+) -> DiffusionGenerator:
+    """A DiffusionGenerator with DiffusionConfig(mode, **fields). Raises ValidationError for an unknown field."""
+    return DiffusionGenerator(model, tokenizer, configure(DiffusionConfig, {"mode": mode, **fields}))

@@ -1,0 +1,159 @@
+"""Block diffusion: blocks aligned to absolute positions, block-causal attention, exact K,V of what is finished.
+
+A step on the active block is scratch: its K,V are not stored. When the block is final one forward must store them; it
+is fused with the next block's first step (the span covers both, and the commit truncates to the end of the finished
+block). That forward runs on the final ids by construction: a block closes only with the commit that fixes its last
+token, or, under a rule that edits, with a step that changed nothing. Prefill and rebuilding after a preemption are the
+same span over earlier blocks.
+
+`block_length` shorter than the model's block (and dividing it) makes sub-blocks: they are filled left to right, while
+attention and K,V keep to the model's blocks.
+
+Models with shift 1 (Fast-dLLM v2): within a block row i-1 predicts position i; the first position of a block comes from
+the last row of the forward that stores the block before it, which is then not fused, because the rest of the new block
+can only be denoised once its first token is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.decode.canvas.candidates import Active, active_rows
+from dfastllm.decode.canvas.denoise import Decision, settle, span_rows
+from dfastllm.decode.canvas.evidence import Scorer
+from dfastllm.decode.canvas.layout import CanvasState, Choice, Layout, check_canvas, choose, lay_out
+from dfastllm.decode.canvas.lookahead import absorb, chain, within
+from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.kernels.rows import Rows
+
+__all__ = ["BlockDiffusion"]
+
+
+class BlockDiffusion:
+    """The `block` policy. scorer: the autoregressive model of rule `apd`, None: that rule is refused."""
+
+    name = "block"
+
+    def __init__(self, scorer: Scorer | None = None) -> None:
+        self.scorer = scorer
+
+    def check(self, request: Request, model: ModelInfo) -> None:
+        """Raises ValidationError, ContextLengthError or UnsupportedError naming the field."""
+        if model.kind != "block" or model.mask_id is None or model.block < 1:
+            raise UnsupportedError(
+                f"the block decoder needs a block-diffusion model; {model.name} is of kind {model.kind!r}.",
+                param="model",
+            )
+        if model.shift and not model.ar_first:
+            raise UnsupportedError(
+                f"{model.name} predicts from the row before but not the first token of a block.", param="model"
+            )
+        if request.suffix:
+            raise UnsupportedError(
+                f"{model.name} is block-causal: it cannot see a suffix while it writes.",
+                param="suffix",
+                hint="Choose a masked diffusion model.",
+            )
+        decode = request.decode or DecodeParams()
+        if decode.cache is not None:
+            raise UnsupportedError(
+                f"{model.name} keeps exact K,V; cache {decode.cache!r} does not apply.",
+                param="cache",
+                hint="Leave it out.",
+            )
+        length = decode.block_length or model.block
+        if model.block % length:
+            raise ValidationError(
+                f"block_length must divide the block of {model.name}, {model.block}, got {length}.",
+                param="block_length",
+            )
+        choice, layout = self._choose(request, model)
+        check_canvas(request, model, choice, layout, scorer=self.scorer.vocab_size if self.scorer else None)
+
+    def begin(self, request: Request, model: ModelInfo) -> tuple[list[int], Any]:
+        """The canvas all masked. Raises what `check` raises."""
+        self.check(request, model)
+        assert model.mask_id is not None
+        choice, layout = self._choose(request, model)
+        return [*request.prompt, *[model.mask_id] * (layout.stop - layout.start)], CanvasState(choice, layout)
+
+    def bound(self, request: Request, model: ModelInfo) -> int:
+        """Forwards at most after the prompt is in, rebuilding after preemptions not counted."""
+        choice, layout = self._choose(request, model)
+        most = sum(layout.share(b) for b in range(layout.count))
+        return most + layout.count * (int(choice.options.get("max_post_steps", 0)) + model.ar_first)
+
+    def exactness(self, request: Request) -> str:
+        return "exact-fast"
+
+    def plan(self, seq: SequenceState, limit: int) -> Span:
+        """Stores finished blocks (at most `limit` rows of whole blocks) or denoises the active one, or both at once."""
+        state: CanvasState = seq.policy
+        size = seq.model.block
+        start, stop = state.bounds
+        base = start // size * size  # the model block the active block lies in
+        held = min(seq.kv_len, base) // size * size
+        active = _rows_of(seq, start, stop)
+        if held == base:
+            return self._span(seq, base, base + size, "scratch", active, limit)
+        most = max(size, limit // size * size)
+        if _from_before(active):
+            end = min(base, held + most)
+            return self._span(seq, held, end, "keep", active if end == base else None, limit)
+        if base + size - held > max(most, 2 * size):
+            return self._span(seq, held, held + min(most, base - held), "keep", None, limit)
+        return self._span(seq, held, base + size, "keep", active, limit)
+
+    @staticmethod
+    def _span(seq: SequenceState, low: int, high: int, store: Store, active: Active | None, limit: int) -> Span:
+        ids, size = tuple(seq.tokens[low:high]), seq.model.block
+        if active is None:
+            return Span(low, ids, "block", store, block=size)
+        want, shadows = span_rows(active, low, high - low)
+        if active.state.ahead is None:
+            return Span(low, ids, "block", store, want, size, shadows, (), (active,))  # by name it takes longer
+        steps = chain(active, _rows_of, size)
+        branches = within([_branch(a, high - size) for a in steps[1:]], limit - len(ids))
+        steps = steps[: 1 + len(branches)]
+        return Span(low, ids, "block", store, want, block=size, shadows=shadows, branches=branches, plan=steps)
+
+    def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
+        def first(seq: SequenceState, span: Span, a: Active, decision: Decision) -> Commit:
+            base = a.start // seq.model.block * seq.model.block
+            return settle(a, decision, kv_len=base if span.store == "keep" else None, counts=not _from_before(a))
+
+        return absorb(items, rows, self.scorer, first, _waiting, _reach)
+
+    def _choose(self, request: Request, model: ModelInfo) -> tuple[Choice, Layout]:
+        choice = choose(request.decode or DecodeParams(), request.sampling, model.block)
+        return choice, lay_out(request, choice, align=model.block)
+
+
+def _rows_of(seq: SequenceState, start: int, stop: int) -> Active:
+    """The rows of a step on the block [start, stop): where its first token comes from the row before it, that one."""
+    if seq.model.ar_first and start % seq.model.block == 0 and seq.tokens[start] == seq.model.mask_id:
+        return Active(seq, seq.policy, start, stop, (0,), (True,))
+    return active_rows(seq, start, stop)
+
+
+def _from_before(a: Active) -> bool:
+    """Whether this is a block's first token, from the row before the block."""
+    return a.masked is not None and a.seq.model.ar_first
+
+
+def _branch(a: Active, base: int) -> Branch:
+    """A canvas from the model block at `base` on, in which it may be finished and the next one active."""
+    size = a.seq.model.block
+    stop = a.start // size * size + (0 if _from_before(a) else size)
+    return Branch(base, tuple(a.seq.tokens[base:stop]), span_rows(a, base, stop - base)[0])
+
+
+def _waiting(seq: SequenceState, span: Span) -> Commit:
+    """Of a forward that only stores K,V."""
+    return Commit(state=seq.policy, stable=max(seq.stable, 0))
+
+
+def _reach(last: Active) -> tuple[int, bool]:
+    return last.seq.model.block, True

@@ -1,0 +1,333 @@
+"""What every canvas decoder shares: the choice a request makes, where its blocks lie, when its text ends.
+
+No forward passes and no logits here. The canvas begins after the prompt and has `max_tokens` rounded up to whole blocks
+(with a suffix it is exactly `max_tokens` and the last block may be shorter, because a cut would leave a hole before the
+suffix). The text ends at the first EOS or stop token with no mask before it, or after `max_tokens`. `Commit.stable`
+never passes that end, so the result is tokens[canvas_start : stable of the last commit], the ending token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, SequenceState, value
+from dfastllm.decode.ar import check_prompt
+from dfastllm.decode.canvas.rules import RULES, Option, Rule
+from dfastllm.decode.sampling import check_sampling, edits
+from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
+
+__all__ = [
+    "CACHES",
+    "Ahead",
+    "CanvasState",
+    "Choice",
+    "Ending",
+    "Layout",
+    "check_canvas",
+    "choose",
+    "ending",
+    "fill_id",
+    "lay_out",
+]
+
+CACHES: dict[str, dict[str, Option]] = {
+    "none": {},
+    "prefix": {},
+    "dual": {},
+    "windowed": {
+        "window": Option(16, "positions recomputed on each side of the block"),
+        "refresh": Option(8, "a full forward every so many steps of a block", 1),
+        "warmup": Option(4, "first steps of a request that are full forwards"),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Decoder options of one request, complete and checked, and what follows from them for every step.
+
+    steps    over the canvas, None: one per token.
+    needs    of the rule.
+    spreads  the rule looks at entropy or margin. noisy: it draws positions. revises: it changes what it committed.
+    reports  the request asks for guesses or records, or drafts (then all candidates of a step are wanted after it).
+    drafts   it guesses its next steps and runs some of them beside this one.
+    way      (whether the rows are edited, drawn from or compared, so that their statistics alone do not do; if not:
+             whether they need records, entropy and margin): rows of one way are looked at together.
+    """
+
+    rule: str
+    cache: str
+    block_length: int
+    steps: int | None
+    early_stop: bool
+    provisional: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+    spreads: bool = False
+    noisy: bool = False
+    revises: bool = False
+    reports: bool = False
+    drafts: bool = False
+    way: tuple[bool, ...] = (True,)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the blocks of a canvas lie. Positions are absolute; block b begins at origin + b * length.
+
+    start, stop  the canvas. origin: start, or for block diffusion the multiple of `length` at or before it.
+    steps        denoise steps of the whole canvas, or None for one per token.
+    """
+
+    start: int
+    stop: int
+    origin: int
+    length: int
+    steps: int | None
+    bounds: tuple[tuple[int, int], ...] = field(init=False)  # [start, stop) of each block's canvas positions
+
+    def __post_init__(self) -> None:
+        begins = range(self.origin, self.stop, self.length)
+        bounds = tuple([(max(b, self.start), min(b + self.length, self.stop)) for b in begins])
+        object.__setattr__(self, "bounds", bounds)
+
+    @property
+    def count(self) -> int:
+        return len(self.bounds)
+
+    def share(self, block: int) -> int:
+        """Denoise steps of a block: a fair share of `steps`, the first blocks getting one more, and no more than it has
+        tokens (a step commits at least one)."""
+        begin, end = self.bounds[block]
+        if self.steps is None:
+            return end - begin
+        return min(end - begin, self.steps // self.count + (block < self.steps % self.count))
+
+
+@value(frozen=True, slots=True)
+class Ahead:
+    """What a sequence expects of its own next steps (see `dave`).
+
+    steps     per step what it would commit, (position, token) pairs ascending; the last one at most fills the block.
+    branches  how many of the canvases after them run beside the next step.
+    rate      share of guesses that held, the recent ones weighing most.
+    """
+
+    steps: tuple[tuple[tuple[int, int], ...], ...]
+    branches: int
+    rate: float
+
+
+@value(frozen=True, slots=True)
+class CanvasState:
+    """Policy state of a canvas.
+
+    block       the active block; step: denoise steps so far (it keys the draws); block_step: those within the block.
+    snapshot    ids of the active block when the K,V outside it were made; what a rebuild runs over.
+    end         one past the first stable ending token, once there is one.
+    memory      the rule's own, for this block.
+    open        the columns of the active block that are still masked, as the last step left them; None: `tokens` say.
+    ahead       guesses of the next steps, of a request that asks for them.
+    """
+
+    choice: Choice
+    layout: Layout
+    block: int = 0
+    step: int = 0
+    block_step: int = 0
+    snapshot: tuple[int, ...] = ()
+    end: int | None = None
+    memory: Any = None
+    open: tuple[int, ...] | None = None
+    ahead: Ahead | None = None
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.layout.bounds[self.block]
+
+
+def _rule_of(decode: DecodeParams) -> Rule:
+    name = decode.rule
+    if name is None:
+        name = "factor" if decode.factor is not None else "threshold" if decode.threshold is not None else "schedule"
+    if name not in RULES:
+        raise UnsupportedError(f"rule {name!r} is unknown.", param="rule", hint=f"Known: {', '.join(sorted(RULES))}.")
+    return RULES[name]
+
+
+def _option(name: str, value: Any, option: Option) -> Any:
+    """`value` converted to the option's type; ValidationError when it does not fit."""
+    if option.choices:
+        if value not in option.choices:
+            raise ValidationError(f"{name} must be one of {', '.join(option.choices)}, got {value!r}.", param=name)
+        return value
+    whole = isinstance(option.default, int)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and option.low <= value <= option.high
+    if not good or (whole and not float(value).is_integer()):
+        kind = "a whole number" if whole else "a number"
+        raise ValidationError(f"{name} must be {kind} in [{option.low:g}, {option.high:g}], got {value!r}.", param=name)
+    return int(value) if whole else float(value)
+
+
+def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) -> Choice:
+    """The complete choice of a request. Raises UnsupportedError for an unknown or unusable name, ValidationError for a
+    bad value."""
+    rule = _rule_of(decode)
+    given: dict[str, Any] = dict(decode.options)
+    for name in ("threshold", "factor", "remasking"):
+        value = getattr(decode, name)
+        if value is None or (name == "remasking" and value == "low_confidence"):
+            continue
+        if name in given:
+            raise ValidationError(f"{name} is given twice, as a field and in options.", param=name)
+        if name in rule.options:
+            given[name] = value
+        elif not (name == "threshold" and rule.name == "factor"):  # factor overrides threshold by definition
+            raise UnsupportedError(f"rule {rule.name!r} has no {name}.", param=name, hint="Leave it out.")
+    cache = "none" if decode.cache is None else decode.cache
+    known = {**rule.options, **CACHES[cache]}
+    for name in given:
+        if name not in known:
+            raise UnsupportedError(
+                f"option {name!r} is unknown to rule {rule.name!r} with cache {cache!r}.",
+                param=name,
+                hint=f"Known: {', '.join(sorted(known))}.",
+            )
+    options = {name: _option(name, given.get(name, o.default), o) for name, o in known.items()}
+    order = options.get("remasking") or options.get("ordering")
+    spreads = "spread" in rule.needs or order in ("entropy", "margin", "topk_margin")
+    logits = sampling.temperature > 0 or sampling.min_tokens > 0 or edits(sampling) or not rule.needs <= {"spread"}
+    return Choice(
+        rule=rule.name,
+        cache=cache,
+        block_length=decode.block_length or default_length,
+        steps=decode.steps,
+        early_stop=decode.early_stop,
+        provisional=decode.provisional,
+        options=options,
+        needs=rule.needs,
+        spreads=spreads,
+        noisy=order in ("random", "origin") or options.get("alg_temp", 0) > 0,
+        revises=rule.revise is not None,
+        reports=decode.provisional or sampling.logprobs is not None or options.get("draft_steps", 0) > 0,
+        drafts=options.get("draft_steps", 0) > 0,
+        way=(True,) if logits else (False, sampling.logprobs is not None, spreads),
+    )
+
+
+def lay_out(request: Request, choice: Choice, align: int = 0) -> Layout:
+    """The layout of a request's canvas. align: 0, or the model's block length: then blocks lie at absolute multiples
+    and the canvas ends with a whole model block."""
+    start, length = len(request.prompt), choice.block_length
+    stop = start + request.sampling.max_tokens
+    if align:
+        return Layout(start, -(-stop // align) * align, start // length * length, length, choice.steps)
+    if not request.suffix:
+        stop = start + -(-request.sampling.max_tokens // length) * length
+    return Layout(start, stop, start, length, choice.steps)
+
+
+def check_canvas(request: Request, model: ModelInfo, choice: Choice, layout: Layout, *, scorer: int | None) -> None:
+    """Raises ValidationError, ContextLengthError or UnsupportedError naming the field. scorer: its vocabulary size, or
+    None when the policy has none."""
+    check_prompt(request, model)
+    check_sampling(request.sampling, model)
+    total = layout.stop + len(request.suffix)
+    if total > model.max_len:
+        raise ContextLengthError(
+            f"prompt ({layout.start}), canvas ({layout.stop - layout.start}) and suffix ({len(request.suffix)}) make "
+            f"{total} tokens, but the context of {model.name} is {model.max_len}.",
+            param="max_tokens" if layout.start + len(request.suffix) < model.max_len else "prompt",
+            hint="Shorten the prompt or lower max_tokens.",
+        )
+    if choice.steps is not None and choice.steps < layout.count:
+        raise ValidationError(
+            f"steps must be at least the number of blocks, {layout.count} (canvas {layout.stop - layout.start}, "
+            f"block_length {choice.block_length}), got {choice.steps}.",
+            param="steps",
+            hint="Raise steps or block_length.",
+        )
+    most = choice.options["max_parallel_tokens"]
+    if choice.steps is not None and most and -(-choice.block_length // (choice.steps // layout.count)) > most:
+        raise ValidationError(
+            f"steps {choice.steps} needs more commits a step than max_parallel_tokens {most} allows.",
+            param="max_parallel_tokens",
+            hint="Raise steps or max_parallel_tokens.",
+        )
+    if choice.drafts and choice.cache in ("dual", "windowed"):
+        raise UnsupportedError(
+            f"draft_steps run beside a step whose K,V are not stored; cache {choice.cache!r} stores every step's.",
+            param="cache",
+            hint="Use cache none or prefix, or draft_steps 0.",
+        )
+    _check_rule(RULES[choice.rule], model, scorer)
+
+
+def _check_rule(rule: Rule, model: ModelInfo, scorer: int | None) -> None:
+    """Rules that need something of the model."""
+    if "held" in rule.needs and not model.edit:
+        raise UnsupportedError(
+            f"rule {rule.name!r} needs a model trained to edit its tokens; {model.name} was not.", param="rule"
+        )
+    if "held" in rule.needs and model.ar_first:
+        raise UnsupportedError(
+            f"rule {rule.name!r} looks at every token of a block again; the first one of a block of {model.name} is "
+            "predicted outside it.",
+            param="rule",
+        )
+    if "shadow" in rule.needs and model.shift:
+        raise UnsupportedError(
+            f"rule {rule.name!r} hides a token from its own row; in {model.name} the row before predicts it.",
+            param="rule",
+        )
+    if "scorer" not in rule.needs:
+        return
+    if scorer is None:
+        raise UnsupportedError(f"rule {rule.name!r} needs a draft model, and none is configured.", param="rule")
+    if scorer != model.vocab_size:
+        raise UnsupportedError(
+            f"the draft model has a vocabulary of {scorer}, {model.name} one of {model.vocab_size}.", param="rule"
+        )
+
+
+def fill_id(model: ModelInfo) -> int:
+    """What undecided positions after the end of the text become in the last commit, so that no mask id is left."""
+    if model.pad_id is not None and model.pad_id != model.mask_id:
+        return model.pad_id
+    return model.eos_ids[0] if model.eos_ids else int(model.mask_id == 0)
+
+
+@value(frozen=True, slots=True)
+class Ending:
+    """stable and finish of a commit, `end` for the state, `fill`: positions still masked at the finish."""
+
+    stable: int
+    end: int | None
+    finish: FinishReason | None
+    fill: tuple[int, ...] = ()
+
+
+def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], firm: int) -> Ending | None:
+    """Where the text stands after a commit. changed: what the commit writes, position -> id; firm: absolute position
+    before which nothing is masked and nothing can change any more. Stopping early is lossless: what lies behind an
+    ending token or max_tokens is never shown. None: nothing became stable and nothing ended, as at most steps."""
+    layout, end = state.layout, state.end
+    if end is None and firm <= seq.stable and firm < layout.stop and firm < layout.start + seq.sampling.max_tokens:
+        return None
+    tokens, visible = seq.tokens, min(layout.stop, layout.start + seq.sampling.max_tokens)
+    fresh = range(max(seq.stable, layout.start), min(firm, visible))
+    if end is None and fresh:
+        stops, eos = seq.sampling.stop_token_ids, () if seq.sampling.ignore_eos else seq.model.eos_ids
+        for p in fresh:
+            token = changed.get(p, tokens[p])
+            if token in eos or token in stops:
+                end = p + 1
+                break
+    stable = max(seq.stable, min(firm, visible if end is None else end))
+    if firm < layout.stop and not (state.choice.early_stop and (end is not None or firm >= visible)):
+        return Ending(stable, end, None)
+    mask = seq.model.mask_id
+    fill = tuple([p for p in range(layout.start, layout.stop) if changed.get(p, tokens[p]) == mask])
+    return Ending(stable, end, FinishReason.LENGTH if end is None else FinishReason.STOP, fill)

@@ -1,0 +1,63 @@
+"""Weight memory: pieces are aligned, apart from one another, and given back."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import mmap
+import weakref
+
+import pytest
+import torch
+
+from dfastllm.kernels import hugepages
+
+sizes = pytest.mark.parametrize(
+    "size", [0, 1, 100, hugepages.SMALL, 3_000_001, hugepages.SLAB // 2, hugepages.SLAB + 5]
+)
+
+
+@sizes
+def test_a_piece_is_aligned_and_writable(size: int) -> None:
+    piece = hugepages.empty(size)
+    assert piece.dtype == torch.uint8
+    assert piece.shape == (size,)
+    assert piece.data_ptr() % 64 == 0 or size == 0
+    piece.fill_(7)
+    assert bool((piece == 7).all())
+
+
+def test_pieces_do_not_overlap() -> None:
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(hugepages.SMALL, 6 << 20, (30,), generator=draw).tolist()
+    pieces = [hugepages.empty(count).fill_(i) for i, count in enumerate(counts)]
+    for i, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
+        assert piece.shape == (count,)
+        assert bool((piece == i).all())
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel()) for p in pieces)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
+def test_a_mapping_goes_with_its_last_piece() -> None:
+    hugepages._slab = None
+    first, second = hugepages.empty(hugepages.SMALL), hugepages.empty(hugepages.SMALL)
+    assert second.data_ptr() - first.data_ptr() == hugepages.SMALL
+    slab = hugepages._slab
+    assert isinstance(slab, weakref.ref)
+    view = second.view(torch.int32)[:100].fill_(5)
+    del first, second
+    gc.collect()
+    assert slab() is not None
+    assert bool((view == 5).all())
+    del view
+    gc.collect()
+    assert slab() is None
+    assert hugepages.empty(hugepages.SMALL).fill_(1).sum() == hugepages.SMALL  # a new one
+
+
+def test_without_huge_pages_it_is_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    piece = hugepages.empty(hugepages.SLAB)
+    assert piece.data_ptr() % 64 == 0
+    assert piece.fill_(3).sum(dtype=torch.int64) == 3 * hugepages.SLAB
