@@ -17,8 +17,9 @@ NAN, INF = float("nan"), float("inf")
     [
         ("n", 0), ("presence_penalty", 2.1), ("presence_penalty", NAN), ("frequency_penalty", -2.1),
         ("repetition_penalty", 0.0), ("repetition_penalty", INF), ("temperature", -0.1), ("temperature", NAN),
-        ("temperature", INF), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -2), ("min_p", -0.1), ("min_p", 1.1),
-        ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 17), ("logprobs", -1), ("logprobs", 21), ("stop", ("",)),
+        ("temperature", INF), ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("min_p", -0.1), ("min_p", 1.1),
+        ("max_tokens", 0), ("min_tokens", -1), ("temperature", "hot"), ("n", 1.5), ("top_k", True), ("ignore_eos", 1),
+        ("logprobs", -1), ("logprobs", 21), ("stop", ("",)),
         ("logit_bias", {3: 101.0}), ("allowed_token_ids", ()),
     ],
 )  # fmt: skip
@@ -53,7 +54,7 @@ def test_vllm_defaults() -> None:
     """The names and defaults users of vLLM know."""
     params = SamplingParams()
     assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
-    assert (params.max_tokens, params.min_tokens, params.logprobs, params.ignore_eos) == (16, 0, None, False)
+    assert (params.max_tokens, params.min_tokens, params.logprobs, params.ignore_eos) == (None, 0, None, False)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.0, 0.0, 1.0)
     assert SamplingParams(stop="x").stop == ("x",)
 

@@ -1,0 +1,117 @@
+"""The table of options: what is given and what is not, layers of defaults, the wire, the reference page."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+
+from dfastllm.core import DecodeParams, SamplingParams, SpeculativeParams
+from dfastllm.errors import ValidationError
+from dfastllm.options import (
+    FRONTS,
+    HINTS,
+    OPTIONS,
+    changed,
+    generation_defaults,
+    kind_defaults,
+    reference,
+    resolved,
+    wire_fields,
+)
+from tests.kit.source import ROOT
+
+
+def test_parameters_know_what_was_given() -> None:
+    assert SamplingParams().given == frozenset()
+    params = SamplingParams(2, temperature=1.0, stop="x")
+    assert params.given == {"n", "temperature", "stop"}
+    assert params == SamplingParams(n=2, stop=("x",)), "a default that was given is still the default"
+    more = dataclasses.replace(params, seed=3)
+    assert (more.given, more.temperature, more.seed) == (params.given | {"seed"}, 1.0, 3)
+    assert dataclasses.replace(SamplingParams(), min_tokens=0).given == frozenset()
+    assert changed(SamplingParams(), min_tokens=0).given == {"min_tokens"}
+    for twin in (copy.copy(params), pickle.loads(pickle.dumps(params))):
+        assert (twin, twin.given) == (params, params.given)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.n = 3  # type: ignore[misc]
+    assert DecodeParams().options is not DecodeParams().options
+
+
+def test_wrong_arguments_are_type_errors() -> None:
+    for args, fields in (((), {"temprature": 1}), ((1,), {"n": 2}), (tuple(range(40)), {})):
+        with pytest.raises(TypeError, match="SamplingParams got"):
+            SamplingParams(*args, **fields)
+    assert "temperature" in inspect.signature(SamplingParams).parameters
+
+
+def test_layers_of_defaults() -> None:
+    asked = SamplingParams(top_k=3)
+    got = resolved(asked, {"top_k": 9, "temperature": 0.5}, {"temperature": 0.1, "max_tokens": 128, "cache": "dual"})
+    assert (got.top_k, got.temperature, got.max_tokens) == (3, 0.5, 128)
+    assert got.given == {"top_k"}
+    assert asked.temperature == 1.0
+    assert resolved(asked, {"top_k": 9}) is asked
+    assert kind_defaults("ar") == {}
+    assert kind_defaults("diffusion") == {"max_tokens": 128, "cache": "dual", "steps": 128, "block_length": 32}
+    assert kind_defaults("block") == {"max_tokens": 128}
+
+
+def test_min_tokens_is_held_against_a_given_max_tokens() -> None:
+    assert SamplingParams(min_tokens=17).max_tokens is None
+    with pytest.raises(ValidationError, match=r"min_tokens must be in \[0, max_tokens=16\], got 17"):
+        SamplingParams(min_tokens=17, max_tokens=16)
+
+
+def test_generation_config() -> None:
+    config = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 9, "do_sample": True, "eos_token_id": 3}
+    assert generation_defaults(config) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 9}
+    assert generation_defaults({"temperature": 0.6, "do_sample": False}) == {"temperature": 0.0}
+    assert generation_defaults({"temperature": None}) == {}
+    assert generation_defaults({"dfastllm": {"cache": "none", "threshold": 0.8}}) == {"cache": "none", "threshold": 0.8}
+    for bad in ({"top_p": 2}, {"temperature": "hot"}, {"dfastllm": {"cashe": "dual"}}, {"dfastllm": 3}):
+        with pytest.raises(ValidationError):
+            generation_defaults(bad)
+
+
+@pytest.mark.parametrize("row", OPTIONS, ids=lambda row: row.name)
+def test_every_option_says_what_it_is(row: Any) -> None:
+    assert row.help.endswith(".")
+    assert row.default is not None or row.default_help
+    assert row.default is None or row.check(row.default) == row.default
+    assert row.wire
+    assert all(row.check(value) == value for value in row.kinds.values())
+
+
+def test_wire_names_are_of_one_option_each() -> None:
+    for front in FRONTS:
+        names = [f.name for f in wire_fields(front)] + [hint.name for hint in HINTS]
+        assert len(names) == len(set(names))
+    assert {f.name for f in wire_fields("chat")} >= {"max_tokens", "max_completion_tokens", "top_logprobs", "use_cache"}
+
+
+def test_lists_and_mappings_are_checked() -> None:
+    assert SamplingParams(stop_token_ids=[3, 4]).stop_token_ids == (3, 4)
+    assert SamplingParams(stop=None).stop == ()
+    for field, value in (
+        ("stop", (3,)),
+        ("stop_token_ids", ("3",)),
+        ("stop_token_ids", 3),
+        ("logit_bias", {"3": 1.0}),
+        ("logit_bias", [3]),
+    ):
+        with pytest.raises(ValidationError) as error:
+            SamplingParams(**{field: value})
+        assert error.value.param == field
+    with pytest.raises(ValidationError, match=r"logit_bias of 3 must be a number in \[-100, 100\], got 101.0"):
+        SamplingParams(logit_bias={3: 101.0})
+    with pytest.raises(ValidationError, match="prompt_lookup_max must be at least prompt_lookup_min 4, got 3"):
+        SpeculativeParams(prompt_lookup_min=4, prompt_lookup_max=3)
+
+
+def test_the_page_is_the_table() -> None:
+    assert (ROOT / "docs" / "options.md").read_text() == reference(), "run python -m dfastllm.options > docs/options.md"
