@@ -30,7 +30,7 @@ def test_backend_auto_takes_the_kernels_where_they_are_built() -> None:
 def test_a_shipped_model_quantised_while_loading_still_answers(weights: str) -> None:
     sums = [(3, 4), (12, 30), (21, 17), (40, 50), (8, 9), (33, 25)]
     with LLM("demo-ar", quantization=weights) as llm:
-        model = llm.engine.runner.model
+        model = llm.engine.model
         assert isinstance(model, PackedDecoder)
         assert set(model.formats) <= {"w8", "w8g", "w6g", "w4g"}
         prompts = [llm.render([{"role": "user", "content": f"What is {a} + {b}?"}]) for a, b in sums]

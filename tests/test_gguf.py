@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dfastllm.core import SamplingParams, Span
+from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.llm import LLM, SHIPPED
@@ -62,7 +63,7 @@ def logits(model: PackedDecoder, ids: list[int]) -> np.ndarray:
     table.grow(len(ids))
     attend = "causal" if model.info.kind == "ar" else "full"
     span = Span(0, tuple(ids), attend, "keep" if attend == "causal" else "none", want=tuple(range(len(ids))))
-    return NativeRunner(model, 8 * 16, torch.float32, 16).run([(span, table, 0)]).logits().numpy()
+    return NativeRunner(model, 8 * 16, torch.float32, 16).run(pack([(span, table, 0)])).logits().numpy()
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

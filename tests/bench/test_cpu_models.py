@@ -54,14 +54,13 @@ def test_our_forwards_are_the_spans_a_case_describes(
     native: bool, case: Case, attend: str, store: str, want: tuple[int, ...], starts: list[int]
 ) -> None:
     side, seen = ours(native), []
-    runner = side._runner
-    run = runner.run
+    run = side._run
 
     def watched(items: list[tuple[Span, object, int]]) -> object:
         seen.extend(span for span, _, _ in items)
         return run(items)
 
-    runner.run = watched  # type: ignore[method-assign, assignment]
+    side._run = watched  # type: ignore[method-assign, assignment]
     seconds = side.measure(case, 3)
     assert len(seconds) == 3
     assert min(seconds) > 0
@@ -79,13 +78,13 @@ def test_decoding_follows_its_own_argmax() -> None:
     case, fed = Case("decode", 1, 20, grow=True), []
     for answer in ("stats", "logits"):
         side = ours(False)
-        run, ids = side._runner.run, []
+        run, ids = side._run, []
 
         def watched(items: list[tuple[Span, object, int]], run=run, ids=ids) -> object:  # type: ignore[no-untyped-def]
             ids.append(items[0][0].ids)
             return run(items)
 
-        side._runner.run = watched  # type: ignore[method-assign, assignment]
+        side._run = watched  # type: ignore[method-assign, assignment]
         side.measure(case, 6, answer)  # type: ignore[arg-type]
         fed.append(ids[2:])
     assert fed[0] == fed[1]

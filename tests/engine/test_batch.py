@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.core import Branch, Span
-from dfastllm.engine.batch import pack, pack_rows
+from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
-from dfastllm.engine.runners.torch import Runner
+from dfastllm.engine.runners.torch import TorchRunner
+from dfastllm.kernels.step import Step
 from tests.kit.fake import FakeModel
 
 
@@ -54,9 +55,19 @@ def spans(draw: st.DrawFn) -> tuple[Span, int]:
     return span, cached
 
 
-@given(st.lists(spans(), min_size=1, max_size=4), st.integers(1, 40))
+def seen(step: Step, number: int) -> np.ndarray:
+    """Bool [rows, keys] of a span, as the step says it."""
+    row0, row1, cached, own, *_, mask_at = step.spans[number].tolist()
+    parts = [np.arange(n) < limit[row0:row1, None] for n, limit in ((cached, step.cached_limit), (own, step.own_limit))]
+    out = np.concatenate(parts, axis=1)
+    if mask_at >= 0:
+        out &= dict(step.span_masks())[number] != 0
+    return out
+
+
+@given(st.lists(spans(), min_size=1, max_size=4), st.sampled_from([1, 2, 4]))
 @settings(max_examples=300, deadline=None)
-def test_packed_rows_are_what_spans_say(cases: list[tuple[Span, int]], min_rows: int) -> None:
+def test_a_step_is_what_spans_say(cases: list[tuple[Span, int]], block: int) -> None:
     """Ids, positions, slots, visible keys and wanted rows of each span, by Span's docstring."""
     pool = Pages(64, 4)
     items = []
@@ -66,32 +77,30 @@ def test_packed_rows_are_what_spans_say(cases: list[tuple[Span, int]], min_rows:
         pool.alloc(i % 2)  # some tables are scattered
         table.grow(max(cached, span.stop))
         items.append((span, table, cached if span.store == "replace" else span.start))
-    packed, tensors = pack_rows(items, min_rows), pack(items, "cpu", min_rows)
+    step = pack(items, block)
+    step.check(pool.count * 4 // block, len(step.own_blocks))
     want: list[int] = []
     for i, ((span, table, _), (_, cached)) in enumerate(zip(items, cases, strict=True)):
-        row0, row1, held, own0, page0 = packed.spans[i].tolist()
+        row0, row1, held, own, at, own_at, own_start, _ = step.spans[i].tolist()
         places = [*range(span.start, span.stop), *(p for p, _ in span.shadows)]
-        assert packed.ids[row0:row1].tolist() == [*span.ids, *(t for _, t in span.shadows)]
-        assert packed.positions[row0:row1].tolist() == places
+        assert step.ids[row0:row1].tolist() == [*span.ids, *(t for _, t in span.shadows)]
+        assert step.positions[row0:row1].tolist() == places
         stored = list(table.slots(span.start, span.stop)) if span.store in ("keep", "replace") else []
-        assert packed.slots[row0:row1].tolist() == stored + [-1] * (row1 - row0 - len(stored))
-        assert (held, own0) == (cached, len(stored))
-        pages = packed.pages[page0 : page0 + -(-cached // 4)]
-        assert [int(p) * 4 + o for p in pages for o in range(4)][:cached] == list(table.slots(0, cached))
-        expected = brute(span, cached)
-        assert (packed.mask(i) == expected).all()
-        keys = tensors.spans[i]
-        assert (keys.mask is None) == bool(expected.all())
-        assert keys.mask is None or (keys.mask.numpy() == expected).all()
-        slots = np.arange(pool.count * 4)[keys.cached] if keys.cached is not None else []
-        assert list(slots) == list(table.slots(0, cached))
-        if not span.shadows:
-            assert (packed.limits[row0:row1] == expected.sum(axis=1)).all()
+        assert step.slot[row0:row1].tolist() == stored + [-1] * (row1 - row0 - len(stored))
+        assert (held, own) == (cached, row1 - row0 - len(stored))
+        assert own_start == span.start + len(stored)
+        blocks = step.blocks[at : at + -(-cached // block)]
+        assert [int(b) * block + o for b in blocks for o in range(block)][:cached] == list(table.slots(0, cached))
+        passing = step.own_blocks[own_at : own_at + -(-own // block)]
+        slots = [int(b) * block + o for b in passing for o in range(block)][:own]
+        assert step.own_slot[row0:row1].tolist() == [-1] * len(stored) + slots
+        assert (seen(step, i) == brute(span, cached)).all()
+        assert (step.spans[i, 7] >= 0) == bool(span.shadows)
         want += [row0 + r for r in span.want]
-    assert len(packed.ids) == max(min_rows, packed.spans[-1][1])
-    assert packed.limits[packed.spans[-1][1] :].sum() == 0
-    assert packed.wanted == len(want)
-    assert packed.want.tolist() == want + want[:1] * (min_rows - len(want))
+    assert step.want.tolist() == want
+    assert not step.adapter.any()
+    taken = step.own_slot[step.own_slot >= 0]
+    assert len(set(taken.tolist())) == len(taken)
 
 
 @given(st.lists(spans(), min_size=1, max_size=3), st.data())
@@ -113,12 +122,10 @@ def test_branches_are_packed_as_spans_that_store_nothing(cases: list[tuple[Span,
         flat.append((span, table, held))
         store = "none" if span.store == "none" else "scratch"
         flat += [(Span(b.start, b.ids, span.attend, store, b.want, span.block), table, b.start) for b in branches]
-    packed, expected = pack_rows(with_branches), pack_rows(flat)
-    assert packed.wanted == sum(span.wanted for span, _, _ in with_branches) == expected.wanted
-    assert packed.spans[-1][1] == sum(span.rows for span, _, _ in with_branches)
-    for name in ("ids", "positions", "slots", "limits", "want", "spans", "pages"):
-        assert (getattr(packed, name) == getattr(expected, name)).all()
-    assert all((packed.masks[n] == expected.masks[n]).all() for n in expected.masks)
+    packed, expected = pack(with_branches, 4), pack(flat, 4)
+    assert len(packed.want) == sum(span.wanted for span, _, _ in with_branches)
+    assert len(packed) == sum(span.rows for span, _, _ in with_branches)
+    assert packed.words.tolist() == expected.words.tolist()
 
 
 def test_a_branch_of_a_span_that_replaces_is_refused() -> None:
@@ -126,13 +133,13 @@ def test_a_branch_of_a_span_that_replaces_is_refused() -> None:
     table.grow(8)
     span = Span(0, (1, 2), "full", "replace", branches=(Branch(0, (3, 4), (0,)),))
     with pytest.raises(AssertionError, match="replaces"):
-        pack_rows([(span, table, 4)])
+        pack([(span, table, 4)], 4)
 
 
 def test_packed_spans_equal_each_alone() -> None:
     def run(groups: list[list[int]]) -> dict[int, torch.Tensor]:
         pool = Pages(16, 4)
-        runner = Runner(FakeModel(), 64, torch.float64, "cpu", 16)
+        runner = TorchRunner(FakeModel(), 64, torch.float64, "cpu", 16, 4)
         tables = [PageTable(pool) for _ in range(3)]
         prompts = [(1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11, 12, 13, 14)]
         for table in tables:
@@ -140,12 +147,12 @@ def test_packed_spans_equal_each_alone() -> None:
         last = [(20,), (21, 22, 23), (24, 25)]
         out = {}
         for group in groups:
-            runner.run([(Span(0, prompts[i], "causal", "keep"), tables[i], 0) for i in group])
+            runner.run(pack([(Span(0, prompts[i], "causal", "keep"), tables[i], 0) for i in group], 4))
             n = {i: len(prompts[i]) for i in group}
             items = [
                 (Span(n[i], last[i], "causal", "scratch", tuple(range(len(last[i])))), tables[i], n[i]) for i in group
             ]
-            logits, at = runner.run(items).logits(), 0
+            logits, at = runner.run(pack(items, 4)).logits(), 0
             for i in group:
                 out[i] = logits[at : at + len(last[i])]
                 at += len(last[i])
@@ -160,18 +167,16 @@ def test_padding_rows_change_nothing() -> None:
     table = PageTable(Pages(4, 4))
     table.grow(8)
     span = Span(0, (1, 2, 3), "full", "none", (1, 2))
-    packed = pack([(span, table, 0)], "cpu", 8)
-    assert packed.ids.tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
-    assert packed.want.tolist() == [1, 2] + [1] * 6
-    assert packed.wanted == 2
     model = FakeModel()
-    rows = [Runner(model, 16, torch.float64, "cpu", m).run([(span, table, 0)]).logits() for m in (1, 8)]
+    step = pack([(span, table, 0)], 4)
+    rows = [TorchRunner(model, 16, torch.float64, "cpu", m, 4).run(step).logits() for m in (1, 8)]
+    assert model.heights == [3, 8]
     assert torch.equal(rows[0], rows[1])
 
 
 def test_scattered_pages_read_like_consecutive_ones() -> None:
     pool = Pages(8, 2)
-    runner = Runner(FakeModel(), 16, torch.float64, "cpu")
+    runner = TorchRunner(FakeModel(), 16, torch.float64, "cpu", 1, 2)
     apart, other, together = PageTable(pool), PageTable(pool), PageTable(pool)
     apart.grow(2)
     other.grow(2)
@@ -180,6 +185,6 @@ def test_scattered_pages_read_like_consecutive_ones() -> None:
     assert apart.run(5) is None
     logits = []
     for table in (apart, together):
-        runner.run([(Span(0, (1, 2, 3, 4), "causal", "keep"), table, 0)])
-        logits.append(runner.run([(Span(4, (5,), "causal", "keep", (0,)), table, 4)]).logits())
+        runner.run(pack([(Span(0, (1, 2, 3, 4), "causal", "keep"), table, 0)], 2))
+        logits.append(runner.run(pack([(Span(4, (5,), "causal", "keep", (0,)), table, 4)], 2)).logits())
     assert torch.equal(logits[0], logits[1])

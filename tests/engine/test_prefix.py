@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from dfastllm import assemble
 from dfastllm.core import DecodeParams, Finish, Request, SamplingParams, Span, SpeculativeParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
+from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.errors import GenerationError, UnsupportedError
 from dfastllm.kernels import native
+from dfastllm.kernels.step import Step
 from dfastllm.models import tiny
-from tests.engine.test_native import WIDE
+from tests.engine.runners.test_native import WIDE
 from tests.kit.fake import FakeModel
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -76,13 +78,10 @@ class Audit:
         self.salts: dict[bytes, str] = {}  # key -> salt of the sequence that made it
         inner = engine.runner.run
 
-        def run(items: Sequence[tuple[Span, PageTable, int]]) -> Any:
-            for span, table, _ in items:
-                if span.store in ("keep", "replace"):
-                    size = engine.pages.page_size
-                    for page in table.pages[span.start // size : -(-span.stop // size)]:
-                        assert engine.pages.writable(page), "a shared page is written"
-            return inner(items)
+        def run(step: Step) -> Any:
+            for page in set((step.slot[step.slot >= 0] // engine.pages.page_size).tolist()):
+                assert engine.pages.writable(page), "a shared page is written"
+            return inner(step)
 
         engine.runner.run = run  # type: ignore[method-assign]
 
@@ -308,7 +307,7 @@ def test_bits_of_a_row_do_not_depend_on_how_the_prompt_was_cut(
             table.grow(stop)
             want = tuple(range(stop - start - 16, stop - start)) if stop == count else ()
             span = Span(start, ids[start:stop], attend, "keep", want=want, block=block)
-            rows = runner.run([(span, table, start)])
+            rows = runner.run(pack([(span, table, start)]))
             logits = rows.logits() if want else None
         assert logits is not None
         store = runner.kv

@@ -19,7 +19,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.kernels import attention_plain, extension
 from dfastllm.kernels.attention import attention
 from dfastllm.kernels.kv import KV_TYPES, KvCache, KvLayer
-from dfastllm.kernels.step import BLOCK, Step
+from dfastllm.kernels.step import BLOCK, SPAN_WORDS, Step
 
 needs_native = pytest.mark.skipif(extension.native() is None, reason=extension.describe())
 SOME = settings(max_examples=40, deadline=None)
@@ -82,35 +82,31 @@ class Packed:
         self.cache, self.own = layers
         rows, at, spans, limits = 0, [0, 0], [], ([], [])
         q = [torch.zeros(0, shape.heads * shape.dim)]
-        masks, mask_at = [], []
+        masks: list[np.ndarray] = []
         for s, (nc, no) in zip(self.spans, counts, strict=True):
             rows += self.gap
             for limit, part in zip(limits, (s.cached_limit, s.own_limit), strict=True):
                 limit += [0] * self.gap + part
             q += [torch.full((self.gap, shape.heads * shape.dim), torch.nan), s.q]
-            spans.append([rows, rows + len(s.q), s.cached, s.own, *at])
+            area = sum(m.size for m in masks)
+            spans.append([rows, rows + len(s.q), s.cached, s.own, *at, s.cached, -1 if s.mask is None else area])
             rows += len(s.q)
             fill(self.cache, tables[0][at[0] : at[0] + nc], s.k[: s.cached], s.v[: s.cached])
             fill(self.own, tables[1][at[1] : at[1] + no], s.k[s.cached :], s.v[s.cached :])
             at = [at[0] + nc, at[1] + no]
-            mask_at.append(-1 if s.mask is None else sum(m.size for m in masks))
             if s.mask is not None:
                 masks.append(s.mask.astype(np.uint8).ravel())
         self.q = torch.cat(q)
-        none = np.full(rows, -1, dtype=np.int32)
-        self.step = Step(
-            ids=np.zeros(rows, np.int64),
-            positions=np.zeros(rows, np.int64),
-            slot=none,
-            own_slot=none,
-            spans=np.array(spans, np.int32).reshape(-1, 6),
-            blocks=tables[0],
-            own_blocks=tables[1],
-            cached_limit=np.array(limits[0], np.int32),
-            own_limit=np.array(limits[1], np.int32),
-            want=np.zeros(0, np.int64),
-            mask=np.concatenate(masks) if masks else None,
-            mask_at=np.array(mask_at, np.int64) if masks else None,
+        self.step = Step.of(
+            {
+                "ids": np.zeros(rows),
+                "spans": np.array(spans).reshape(-1, SPAN_WORDS),
+                "blocks": tables[0],
+                "own_blocks": tables[1],
+                "cached_limit": limits[0],
+                "own_limit": limits[1],
+                "mask": np.concatenate([np.zeros(0, np.uint8), *masks]),
+            }
         )
 
     def run(self, function: Callable[..., Tensor] = attention, scale: float | None = None) -> list[Tensor]:
@@ -371,7 +367,7 @@ def test_equal_scores_give_the_mean(function: Callable[..., Tensor]) -> None:
 
 def test_nothing_to_do() -> None:
     mix = Packed(Shape(), [])
-    empty = replace(mix.step, cached_limit=np.zeros(4, np.int32), own_limit=np.zeros(4, np.int32))
+    empty = Step.of({"ids": np.zeros(4)})
     assert not attention(torch.ones(4, 256), empty, mix.cache, mix.own, heads=4).any()
 
 
@@ -437,23 +433,22 @@ def _with(array: np.ndarray, index: int | tuple[int, int], value: int) -> np.nda
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {"blocks": _with(s.blocks, 0, 99)}, "blocks must be from 0 to"),
-        (lambda s: {"own_blocks": _with(s.own_blocks, 0, -1)}, "own_blocks must be from 0 to"),
+        (lambda s: {"blocks": _with(s.blocks, 0, 99)}, "blocks of the step must be from 0 to"),
+        (lambda s: {"own_blocks": _with(s.own_blocks, 0, -1)}, "own_blocks of the step must be from 0 to"),
         (lambda s: {"blocks": s.blocks[:2]}, "not the blocks for them"),
-        (lambda s: {"blocks": s.blocks.astype(np.int64)}, "int32"),
-        (lambda s: {"cached_limit": _with(s.cached_limit, 2, 41)}, "sees more than its 40 cached keys"),
-        (lambda s: {"own_limit": _with(s.own_limit, 2, -1)}, "own_limit must be from 0"),
-        (lambda s: {"own_limit": s.own_limit[:4]}, r"contiguous int32 \[5\]"),
+        (lambda s: {"cached_limit": _with(s.cached_limit, 2, 41)}, "sees 41 of 40 cached keys"),
+        (lambda s: {"own_limit": _with(s.own_limit, 2, -1)}, "of 5 own keys"),
         (lambda s: {"spans": _with(s.spans, (0, 1), 6)}, "wanted in order within 5"),
         (lambda s: {"spans": np.concatenate([s.spans, s.spans])}, "wanted in order within 5"),
-        (lambda s: {"spans": s.spans[:, :5]}, r"int32 \[spans, 6\]"),
-        (lambda s: {"mask_at": np.zeros(1, np.int64), "mask": np.ones(5, np.uint8)}, "the mask of span 0"),
+        (lambda s: {"spans": _with(s.spans, (0, 7), 0), "mask": np.ones(5)}, "the mask of span 0"),
+        (lambda s: {"want": [5]}, "want of the step must be from 0 to 4"),
+        (lambda s: {"ids": _with(s.ids, 1, -1)}, "ids of the step must be from 0"),
     ],
 )
 def test_bad_steps(change: Callable[[Step], dict[str, np.ndarray]], message: str) -> None:
     mix = _good()
     with pytest.raises(ValidationError, match=message):
-        attention(mix.q, replace(mix.step, **change(mix.step)), mix.cache, mix.own, heads=4)
+        attention(mix.q, Step.of(mix.step.arrays() | change(mix.step)), mix.cache, mix.own, heads=4)
 
 
 def test_bad_tensors() -> None:
@@ -470,11 +465,12 @@ def test_bad_tensors() -> None:
     refused("q must be", q=mix.q[:, :-1])
     refused("q must be", q=mix.q.double())
     refused("q must be", q=mix.q.t().contiguous().t())
-    refused("K of cache must be", cache=mix.cache._replace(k=mix.cache.k.half()))
-    refused("V of cache must be contiguous", cache=mix.cache._replace(v=mix.cache.k))
-    refused("only int8 has scales", cache=mix.cache._replace(k_scales=mix.cache.k))
+    refused("K must be", cache=mix.cache._replace(k=mix.cache.k.half()))
+    refused("V must be contiguous", cache=mix.cache._replace(v=mix.cache.k))
+    refused("only int8 K,V have scales", cache=mix.cache._replace(k_scales=mix.cache.k))
     refused(
-        "only int8 has scales", cache=mix.cache._replace(k=mix.cache.k.to(torch.int8), v=mix.cache.v.to(torch.int8))
+        "only int8 K,V have scales",
+        cache=mix.cache._replace(k=mix.cache.k.to(torch.int8), v=mix.cache.v.to(torch.int8)),
     )
     refused("one type", own=poisoned(Shape(type="bf16"), 4))
-    refused("own_blocks must be from", own=None)
+    refused("own_slot of the step must be|own_blocks of the step must be", own=None)

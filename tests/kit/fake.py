@@ -32,6 +32,7 @@ class FakeModel:
         self.fail_on: int | None = None  # a token id that makes the forward raise
         self.nan_on: int | None = None  # a token id whose rows give NaN logits
         self.forwards = 0
+        self.heights: list[int] = []  # rows of each forward
         fields: dict[str, Any] = {
             "name": "fake",
             "family": "fake",
@@ -49,6 +50,7 @@ class FakeModel:
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Any) -> torch.Tensor:
         self.forwards += 1
+        self.heights.append(len(ids))
         if self.fail_on is not None and (ids == self.fail_on).any():
             raise RuntimeError("told to fail")
         state = _mix(ids * 1024 + positions, 7)

@@ -132,12 +132,12 @@ def test_a_stream_on_the_wire_ends_with_done(slow_live: Live) -> None:
 def test_an_error_in_mid_stream_is_an_event() -> None:
     engine = parrot_engine()
     with serving({"parrot": slow(engine, 0.02)}) as live:
-        engine.runner.model.teach(1, "a" * 300)  # type: ignore[attr-defined]
+        engine.model.teach(1, "a" * 300)  # type: ignore[attr-defined]
         request = {"model": "parrot", "prompt": "x", "max_tokens": 300, "stream": True}
         with httpx.stream("POST", f"{live.url}/v1/completions", json=request) as answer:
             lines = (line for line in answer.iter_lines() if line)
             assert "error" not in json.loads(next(lines).removeprefix("data: "))
-            engine.runner.model.fail = True  # type: ignore[attr-defined]
+            engine.model.fail = True  # type: ignore[attr-defined]
             *_, error, done = lines
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "generation_failed"
         assert done == "data: [DONE]"

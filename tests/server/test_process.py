@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine.tokenizer.backend.save(str(directory / "tokenizer.json"))
     special = {**engine.tokenizer.special_tokens, "chat_template": TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(special))
-    return save(engine.runner.model, directory)  # type: ignore[arg-type]
+    return save(engine.model, directory)  # type: ignore[arg-type]
 
 
 class Running:

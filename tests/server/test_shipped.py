@@ -9,7 +9,7 @@ import pytest
 
 from dfastllm.engine import EngineConfig
 from dfastllm.llm import load_engine, shipped_models
-from tests.server.live import Live, serving
+from tests.kit.live import Live, serving
 from tests.server.test_concurrent import all_at_once, alone, cases
 
 pytestmark = pytest.mark.skipif(not shipped_models(), reason="no demo models are shipped yet")

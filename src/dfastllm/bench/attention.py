@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dfastllm.bench.measure import spread
-from dfastllm.kernels.attention import attention, span_attention
+from dfastllm.kernels import native
+from dfastllm.kernels.attention import attention
 from dfastllm.kernels.attention_plain import read_keys
 from dfastllm.kernels.kv import KV_TYPES, KvCache
 from dfastllm.kernels.step import BLOCK, Step
@@ -58,19 +60,16 @@ class Case:
             0 * first,
             first * blocks,
             0 * first,
+            0 * first,
+            0 * first - 1,
         ]
-        none = np.full(rows, -1, dtype=np.int32)
-        return Step(
-            ids=np.zeros(rows, dtype=np.int64),
-            positions=np.zeros(rows, dtype=np.int64),
-            slot=none,
-            own_slot=none,
-            spans=np.ascontiguousarray(np.stack(spans, axis=1), dtype=np.int32),
-            blocks=np.arange(self.spans * blocks, dtype=np.int32),
-            own_blocks=np.empty(0, dtype=np.int32),
-            cached_limit=np.tile(limit, self.spans).astype(np.int32),
-            own_limit=np.zeros(rows, dtype=np.int32),
-            want=np.empty(0, dtype=np.int64),
+        return Step.of(
+            {
+                "ids": np.zeros(rows),
+                "spans": np.stack(spans, axis=1),
+                "blocks": np.arange(self.spans * blocks),
+                "cached_limit": np.tile(limit, self.spans),
+            }
         )
 
 
@@ -136,19 +135,35 @@ def calls(case: Case, type: str) -> tuple[Callable[[int], object], Callable[[int
             scales.fill_(1 / 40)
     q = torch.randn(len(step.ids), case.heads * case.dim, generator=draw)
     each = [cache.layer(i) for i in range(layers)]
-    attention(q, step, each[0], heads=case.heads)  # checks the step
+    module, out = native(), torch.empty(len(step), case.heads * case.dim)
+    handles = [layer.native() for layer in each] if module is not None else []
     gathered = [list(_gathered(case, cache, i)) for i in range(layers)]
     limits = torch.from_numpy(step.cached_limit[: case.rows])
     mask = torch.arange(case.keys) < limits[:, None] if case.causal and case.rows > 1 else None
     by_span = q.view(case.spans, case.rows, case.heads, case.dim)
 
     def ours(i: int) -> object:
-        return attention(q, step, each[i % layers], heads=case.heads, check=False)
+        if module is None:
+            return attention(q, step, each[i % layers], heads=case.heads)
+        module.attention(q, case.heads, case.dim**-0.5, handles[i % layers], None, step.native(), out)
+        return out
 
     def theirs(i: int) -> object:
-        return [span_attention(x, k, v, mask) for x, (k, v) in zip(by_span, gathered[i % layers], strict=True)]
+        return [_by_span(x, k, v, mask) for x, (k, v) in zip(by_span, gathered[i % layers], strict=True)]
 
     return ours, theirs, size
+
+
+def _by_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(dim)) v of one span. q [rows, heads, dim]; k, v [keys, kv_heads, dim]; mask [rows, keys].
+    The query heads that share a K,V head are folded into the rows, so K and V are never expanded."""
+    rows, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    folded = q.view(rows, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * rows, dim)
+    seen = mask.repeat(group, 1) if mask is not None and group > 1 else mask
+    k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+    return functional.scaled_dot_product_attention(folded, k, v, attn_mask=seen)
 
 
 def _gathered(case: Case, cache: KvCache, layer: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,6 +21,7 @@ from dfastllm.bench.workload import gradable, run
 from dfastllm.core import Branch, DecodeParams, SamplingParams, Span
 from dfastllm.decode.canvas.lookahead import branches_worth
 from dfastllm.decode.canvas.rules import RULES
+from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.llm import LLM
@@ -133,7 +134,7 @@ def measure_branches(model: PackedDecoder, name: str, block: int, cached: int, m
         return tuple(int(i) for i in rng.integers(1, model.info.vocab_size, n))
 
     if cached:
-        runner.run([(Span(0, ids(cached), "block", "keep", block=block), table, 0)])
+        runner.run(pack([(Span(0, ids(cached), "block", "keep", block=block), table, 0)]))
     want = tuple(range(block))
     spans = [
         Span(
@@ -146,7 +147,7 @@ def measure_branches(model: PackedDecoder, name: str, block: int, cached: int, m
     for turn in range(repeats + 1):
         for k, span in enumerate(spans):
             began = time.perf_counter()
-            runner.run([(span, table, cached)]).stats(norm=True)
+            runner.run(pack([(span, table, cached)])).stats(norm=True)
             if turn:
                 times[k].append(time.perf_counter() - began)
     return StepCost(name, block, cached, tuple(spread(t) for t in times))

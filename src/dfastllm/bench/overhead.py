@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfastllm.bench.measure import Spread, spread
-from dfastllm.core import DecodeParams, ModelInfo, Request, SamplingParams, Span, StepStats
+from dfastllm.core import DecodeParams, ModelInfo, Request, SamplingParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.batch import pack_rows
-from dfastllm.engine.pages import PageTable
-from dfastllm.engine.runners.native import step_of
+from dfastllm.kernels import native
 from dfastllm.kernels.rows import Rows, RowStats
+from dfastllm.kernels.step import BLOCK, Step
 
 __all__ = ["NullModel", "NullRunner", "step_overhead"]
 
@@ -83,7 +81,10 @@ class NullRows(Rows):
 
 
 class NullRunner:
-    """In place of a native runner: packs the step as that does, computes nothing."""
+    """In place of a native runner: reads the step as that does, computes nothing."""
+
+    block_size = BLOCK
+    cut_free = True
 
     def __init__(self, vocab: int) -> None:
         random = np.random.default_rng(0)
@@ -91,8 +92,10 @@ class NullRunner:
         self._vocab = vocab
         self._table = RowStats(random.integers(2, vocab, TABLE), best, np.ones(TABLE, dtype=np.bool_), norm + 5)
 
-    def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> Rows:
-        return NullRows(len(step_of(pack_rows(items)).want), self._vocab, self._table)
+    def run(self, step: Step) -> Rows:
+        if native() is not None:
+            step.native()
+        return NullRows(len(step.want), self._vocab, self._table)
 
 
 def step_overhead(kind: str, sequences: int, steps: int = 60) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _scorer(draft: Any) -> ModelScorer:
     if isinstance(draft, LLM):
         draft = draft.engine
     if isinstance(draft, Engine):
-        draft = draft.runner.model
+        draft = draft.model
     if getattr(draft, "info", None) is None:
         raise ValidationError(
             f"draft must be an autoregressive model, its name, directory, LLM or Engine, got {type(draft).__name__}.",

@@ -1,122 +1,124 @@
-"""Packing: many spans end to end, no padding, as the arrays one forward pass needs.
+"""Packing: many spans end to end, no padding, as one step.
 
-Everything that depends only on the spans (positions, slots, what is visible) is worked out once per step here and
-reused by all layers. `pack_rows` gives it as numpy arrays, which is what a native forward takes; `pack` as the index
-tensors and boolean masks of the torch runner.
+Everything that depends only on the spans (positions, slots, what is visible) is worked out here, once for all layers.
 
-The keys of a span are numbered: first the cached positions [0, cached), then its own rows from `own0` on (own rows
-before it are among the cached ones, written before attention reads). Without shadows every row sees a prefix of them,
-so one number a row, `limits`, says it all; a span with shadows has a mask. A branch of a span is packed as a span of
-its own after it: what it sees of the cache may have been written in this very pass.
+The keys of a span are numbered: first the cached positions [0, cached), then its own rows that are not among those
+(those a span stores are, written before attention reads). Without shadows every row sees a prefix of its keys, so two
+numbers a row say it all; a span with shadows has a mask. A branch of a span is packed as a span of its own after it:
+what it sees of the cache may have been written in this very pass.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dfastllm.core import Span, Store, value
+from dfastllm.core import Span, Store
 from dfastllm.engine.pages import PageTable
-from dfastllm.kernels.rows import int64s
+from dfastllm.kernels.step import BLOCK, Step, put
 
-__all__ = ["Packed", "PackedRows", "SpanKeys", "pack", "pack_rows", "visibility"]
+__all__ = ["Items", "pack", "visibility"]
 
 Ints = NDArray[np.int64]
 Items = Sequence[tuple[Span, PageTable, int]]  # a span, its sequence's pages, its kv_len
 
 
-@value(frozen=True, slots=True)
-class PackedRows:
-    """One forward pass. All arrays int64, contiguous; rows of a span are consecutive, shadows after the ordinary ones.
-    Spans here are those asked for and, after each, its branches.
-
-    ids, positions  [rows], padding at the end: token 0 at position 0, read by nobody, attending to nothing.
-    slots           [rows]: where the row's K,V are written, page * page_size + offset; -1: nowhere.
-    limits          [rows]: the row sees the keys [0, limit) of its span; 0 for padding.
-    want            [wanted + padding]: the rows whose logits are wanted, the first `wanted` of them.
-    spans           [spans, 5]: row0, row1, cached, own0 (relative to row0), page0 (where its pages begin in `pages`).
-    pages           [sum over spans]: pages of the cached positions, ceil(cached / page_size) a span.
-    masks           span number -> bool [rows, keys], of the spans that have shadows: it replaces `limits` there.
-    """
-
-    ids: Ints
-    positions: Ints
-    slots: Ints
-    limits: Ints
-    want: Ints
-    wanted: int
-    spans: Ints
-    pages: Ints
-    page_size: int
-    masks: dict[int, NDArray[np.bool_]]
-
-    def mask(self, number: int) -> NDArray[np.bool_]:
-        """Bool [rows, keys] of a span, True where visible."""
-        if number in self.masks:
-            return self.masks[number]
-        row0, row1, cached, own0, _ = self.spans[number].tolist()
-        keys = np.arange(cached + row1 - row0 - own0)
-        return keys < self.limits[row0:row1, None]
-
-
-def pack_rows(items: Items, min_rows: int = 1) -> PackedRows:
-    """Pack spans, at least one. The tables must already hold the pages that `span.stored` needs. The pass is padded to
-    `min_rows` rows, and so are the wanted rows if there are any (with the first one)."""
+def pack(items: Items, block_size: int = BLOCK) -> Step:
+    """The step of these spans, at least one, each followed by its branches. The tables must already hold the pages that
+    `span.stored` needs. block_size: of the runner; divides the page size."""
     if [1 for span, _, _ in items if span.branches]:
         items = [part for item in items for part in _unfolded(item)]
-    size = items[0][1].pool.page_size
-    f = _flatten(items, size)
-    total = len(f.tokens)
-    padded = max(total, min_rows)
-    table = int64s([f.facts]).reshape(-1, 9)
-    spans = np.ascontiguousarray(table[:, :5])
-    counts = spans[:, 1] - spans[:, 0]
-    positions = np.arange(total) + table[:, 5].repeat(counts)
+    page_size = items[0][1].pool.page_size
+    f = _flatten(items, page_size)
+    facts = np.array(f.facts, dtype=np.int64).reshape(-1, _FACTS)
+    row0, row1, cached, own0, page0, shift, block, offset, own_start = facts.T
+    counts = row1 - row0
+    own = counts - own0
+    # Keys of this pass alone lie in blocks of their own, span after span.
+    own_blocks = -(-own // block_size)
+    own_first = np.cumsum(own_blocks) - own_blocks
+    total_own = int(own_blocks.sum())
+    masks = {i: visibility(items[i][0], int(cached[i])) for i in f.shadowed}
+    step = Step.blank(
+        len(f.tokens),
+        len(facts),
+        blocks=len(f.pages) * (page_size // block_size),
+        own_blocks=total_own,
+        wanted=len(f.want),
+        mask=sum(mask.size for mask in masks.values()),
+        block_size=block_size,
+    )
+    put(f.tokens, step.ids)
+    rows = np.arange(len(f.tokens))
+    positions = rows + shift.repeat(counts)
     for i in f.shadowed:
         shadows = items[i][0].shadows
-        positions[spans[i, 1] - len(shadows) : spans[i, 1]] = [p for p, _ in shadows]
-    pages = int64s([f.pages])
+        positions[row1[i] - len(shadows) : row1[i]] = [p for p, _ in shadows]
+    step.positions[:] = positions
+    _fill_slots(step, facts, counts, positions, f, page_size)
 
-    limits = table[:, 6].repeat(counts)
+    limits = (cached + own).repeat(counts)
     if f.partial:
-        reach = table[:, 7].repeat(counts)
-        limits = np.minimum((positions // reach + 1) * reach - table[:, 8].repeat(counts), limits)
-    masks = {i: visibility(items[i][0], int(spans[i, 2])) for i in f.shadowed}
+        reach = block.repeat(counts)
+        limits = np.minimum((positions // reach + 1) * reach - offset.repeat(counts), limits)
+    if total_own:
+        held = cached.repeat(counts)
+        own_slot = rows - (row0 + own0 - own_first * block_size).repeat(counts)
+        own_slot[rows < (row0 + own0).repeat(counts)] = -1
+        step.own_slot[:] = own_slot
+        np.minimum(limits, held, out=step.cached_limit, casting="unsafe")
+        np.subtract(limits, step.cached_limit, out=step.own_limit, casting="unsafe")
+        step.own_blocks[:] = np.arange(total_own)
+    else:  # every key is a cached one
+        step.own_slot[:] = -1
+        step.cached_limit[:] = limits
 
-    wanted = len(f.want)
-    want = int64s([f.want])
-    want += spans[:, 0].repeat(f.asked)
-    if 0 < wanted < min_rows:
-        want = np.concatenate([want, np.full(min_rows - wanted, want[0])])
-    slots = _slots(spans, counts, positions, pages, size, f.stored)
-    ids = int64s([f.tokens], padded - total)
-    if padded > total:
-        more = padded - total
-        positions, limits, slots = np.pad(positions, (0, more)), np.pad(limits, (0, more)), np.pad(slots, (0, more))
-        slots[total:] = -1
-    return PackedRows(ids, positions, slots, limits, want, wanted, spans, pages, size, masks)
+    spans = step.spans
+    spans[:, :3], spans[:, 3] = facts[:, :3], own
+    spans[:, 4], spans[:, 5] = page0 * (page_size // block_size), own_first
+    spans[:, 6], spans[:, 7] = own_start, -1
+    _fill_masks(step, masks)
+    if f.want:
+        put(f.want, step.want)
+        step.want[:] += row0.repeat(f.asked).astype(np.int32)
+    return step
 
 
-def _slots(spans: Ints, counts: Ints, positions: Ints, pages: Ints, size: int, stored: int) -> Ints:
-    """int64 [rows]: where K,V of each row go, -1: nowhere. stored: rows that are stored."""
-    if not stored:
-        return np.full(len(positions), -1, dtype=np.int64)
-    page = positions // size
-    first = spans[:, 4].repeat(counts)
-    if stored == len(positions):
-        slots: Ints = (pages[first + page] - page) * size + positions
-        return slots
-    own0 = spans[:, 0] + spans[:, 3]
+def _fill_slots(step: Step, facts: Ints, counts: Ints, positions: Ints, f: _Flat, page_size: int) -> None:
+    """Blocks of the cached keys, and where K,V of the stored rows go; -1: nowhere."""
+    pages = np.array(f.pages, dtype=np.int64)
+    per_page = page_size // step.block_size
+    if per_page == 1:
+        step.blocks[:] = pages
+    elif len(pages):
+        step.blocks[:] = (pages[:, None] * per_page + np.arange(per_page)).ravel()
+    if not f.stored:
+        step.slot[:] = -1
+        return
+    page = positions // page_size
+    first = facts[:, 4].repeat(counts)
+    if f.stored == len(positions):
+        step.slot[:] = (pages[first + page] - page) * page_size + positions
+        return
+    own0 = facts[:, 0] + facts[:, 3]
     written = np.flatnonzero(np.arange(len(positions)) < own0.repeat(counts))
-    slots = np.full(len(positions), -1, dtype=np.int64)
     page = page[written]
-    slots[written] = (pages[first[written] + page] - page) * size + positions[written]
-    return slots
+    step.slot[:] = -1
+    step.slot[written] = (pages[first[written] + page] - page) * page_size + positions[written]
+
+
+def _fill_masks(step: Step, masks: dict[int, NDArray[np.bool_]]) -> None:
+    """The masks, end to end; limits of their rows give way to them."""
+    end = 0
+    for number, seen in masks.items():
+        row0, row1, cached, own = step.spans[number, :4].tolist()
+        step.spans[number, 7] = end
+        step.mask[end : end + seen.size] = seen.ravel()
+        end += seen.size
+        step.cached_limit[row0:row1], step.own_limit[row0:row1] = cached, own
 
 
 def _unfolded(item: tuple[Span, PageTable, int]) -> Items:
@@ -129,15 +131,17 @@ def _unfolded(item: tuple[Span, PageTable, int]) -> Items:
 
 
 _ALL = 1 << 40  # a block that holds every position
+_FACTS = 9
 
 
 @dataclass(slots=True)
 class _Flat:
     """What spans say, as lists, end to end.
 
-    facts   nine numbers a span: the five of `PackedRows.spans`; the position of row 0 of the step, were its rows to
-            begin there; its keys; the block within which rows see what comes after them (1 when causal, all when
-            full); the position of key 0.
+    facts   nine numbers a span: row0, row1; its cached keys; its rows that are among those; where its pages begin in
+            `pages`; the position of row 0 of the step, were its rows to begin there; the block within which rows see
+            what comes after them (1 when causal, all when full); the position of key 0; the position of its first own
+            key.
     tokens, pages, want  of all spans; want: relative to the span. asked: rows wanted of each. stored: rows that are
     stored. shadowed: the spans with shadows. partial: some rows do not see all keys of their span.
     """
@@ -182,7 +186,7 @@ def _flatten(items: Items, size: int) -> _Flat:
         else:
             offset = start
         stored += own0
-        facts += (row0, row1, cached, own0, page0, start - row0, cached + rows - own0, block, offset)
+        facts += (row0, row1, cached, own0, page0, start - row0, block, offset, start + own0)
         if cached:
             pages += table.pages[: -(-cached // size)]
             page0 = len(pages)
@@ -193,7 +197,7 @@ def _flatten(items: Items, size: int) -> _Flat:
 
 def visibility(span: Span, cached: int) -> NDArray[np.bool_]:
     """Bool [rows, keys] of Span's rules: which of the keys, `cached` positions and then the own rows that are not among
-    those, each row sees. Only spans with shadows need it; for the others `limits` says the same."""
+    those, each row sees. Only spans with shadows need it; for the others the limits say the same."""
     n, shadows = len(span.ids), len(span.shadows)
     own0 = n if span.store in ("keep", "replace") else 0
     places = np.array([*range(span.start, span.stop), *(p for p, _ in span.shadows)])
@@ -205,73 +209,3 @@ def visibility(span: Span, cached: int) -> NDArray[np.bool_]:
     seen[n:, :first] &= keys[:first] != places[n:, None]
     seen[np.arange(n, n + shadows), np.arange(first, first + shadows)] = True
     return seen
-
-
-@value(frozen=True, slots=True)
-class SpanKeys:
-    """Where the rows [row0, row1) of one span find their keys: cached slots first, then the span's own rows from `own0`
-    (relative to row0) on.
-
-    cached  a slice of slots when the pages are consecutive (a view), an int64 index tensor when not, None for no cache.
-    mask    bool [rows, keys], True where visible; None when every row sees every key.
-    """
-
-    row0: int
-    row1: int
-    cached: slice | torch.Tensor | None
-    own0: int
-    mask: torch.Tensor | None
-
-
-@value(frozen=True, slots=True)
-class Packed:
-    """The torch form: ids, positions [rows]; write_rows, write_slots [stored]; want [wanted]; all int64.
-
-    rows and wanted count padding rows at the end; `wanted` says how many of `want` are real.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    spans: tuple[SpanKeys, ...]
-    write_rows: torch.Tensor
-    write_slots: torch.Tensor
-    want: torch.Tensor
-    wanted: int
-
-
-def pack(items: Items, device: torch.device | str, min_rows: int = 1) -> Packed:
-    """`pack_rows` as tensors on a device."""
-    rows = pack_rows(items, min_rows)
-
-    home = torch.device(device).type == "cpu"
-
-    def tensor(values: NDArray[np.generic]) -> torch.Tensor:
-        made = torch.from_numpy(values)
-        return made if home else made.to(device)
-
-    breaks = np.flatnonzero(rows.pages[1:] != rows.pages[:-1] + 1).tolist()  # pages that the next one does not follow
-    row0, row1, cached, own0, _ = rows.spans.T
-    least = np.minimum.reduceat(rows.limits[: row1[-1]], row0)
-    partial = (least < cached + row1 - row0 - own0).tolist()
-    spans = []
-    for number, (start, stop, keys, own, page) in enumerate(rows.spans.tolist()):
-        slots: slice | torch.Tensor | None = None
-        end = page - (-keys // rows.page_size)
-        if keys and bisect_left(breaks, page) == bisect_left(breaks, end - 1):
-            first = int(rows.pages[page]) * rows.page_size
-            slots = slice(first, first + keys)
-        elif keys:
-            pages = rows.pages[page:end, None]
-            slots = tensor((pages * rows.page_size + np.arange(rows.page_size)).ravel()[:keys])
-        mask = tensor(rows.mask(number)) if partial[number] or number in rows.masks else None
-        spans.append(SpanKeys(start, stop, slots, own, mask))
-    written = np.flatnonzero(rows.slots >= 0)
-    return Packed(
-        tensor(rows.ids),
-        tensor(rows.positions),
-        tuple(spans),
-        tensor(written),
-        tensor(rows.slots[written]),
-        tensor(rows.want),
-        rows.wanted,
-    )

@@ -1,4 +1,4 @@
-"""Paged K,V: who owns which page (bookkeeping, no tensors) and the tensors themselves.
+"""Paged K,V: who owns which page. Bookkeeping, no tensors: those belong to the runners.
 
 A slot is one position's K,V: slot = page * page_size + offset. `Pages` hands out lowest-numbered pages first, so a
 table is usually one run of consecutive pages and its K,V can be read as a view instead of gathered. A free page keeps
@@ -10,14 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["KVStore", "OutOfPages", "PageTable", "Pages"]
+__all__ = ["OutOfPages", "PageTable", "Pages"]
 
 
 class OutOfPages(Exception):
@@ -186,20 +183,3 @@ class PageTable:
         pages = self.pages[: self.pool.pages_for(stop)]
         first = pages[0] if pages else 0
         return first * self.pool.page_size if pages == list(range(first, first + len(pages))) else None
-
-
-class KVStore:
-    """K and V of all layers: two tensors [layers, slots, kv_heads, head_dim] of the model's dtype on its device."""
-
-    def __init__(
-        self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        import torch
-
-        # Zeros, not empty: untouched pages cost no memory until written, and stale NaN bits can never be read.
-        self.k = torch.zeros(layers, slots, kv_heads, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(layers, slots, kv_heads, head_dim, dtype=dtype, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.k.numel() * self.k.element_size()

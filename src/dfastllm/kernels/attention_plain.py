@@ -1,15 +1,42 @@
-"""The plain torch twins of kernels/attention.py: same arguments, already checked."""
+"""Attention in plain torch: the twins of kernels/attention.py (same arguments, already checked), and the product of one
+group of sequences that training and scoring use."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfastllm.kernels.kv import KvLayer
 from dfastllm.kernels.step import BLOCK, Step
 
-__all__ = ["attention", "read_keys", "rope_store"]
+__all__ = ["attention", "masked_attention", "read_keys", "rope_store"]
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0
+) -> Tensor:
+    """softmax(score) v, score = scale * q k, or softcap * tanh(scale * q k / softcap) where softcap > 0.
+
+    q [batch, heads, rows, dim], k, v [batch, kv_heads, rows, dim]: every row is a query and a key; -> as q. seen: bool,
+    broadcastable to [batch, heads, rows, rows]; None: causal. window: of the keys before a row, only so many with its
+    own are seen; 0: all. Differentiable. A row that sees nothing gives NaN.
+    """
+    causal = seen is None and not window and not softcap
+    if not causal:
+        row = torch.arange(q.shape[-2], device=q.device)
+        ahead = row[:, None] - row[None, :]
+        seen = ahead >= 0 if seen is None else seen
+        seen = seen & (ahead < window) if window else seen
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1], scale=scale
+        )
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap))
+    assert seen is not None
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def rope_store(
@@ -79,7 +106,7 @@ def attention(q: Tensor, step: Step, cache: KvLayer, own: KvLayer | None, *, hea
     kv_heads, dim = cache.k.shape[1], cache.k.shape[2]
     group = heads // kv_heads
     out = q.new_zeros(q.shape[0], heads * dim)
-    for i, (row0, row1, cached, own_count, at, own_at) in enumerate(step.spans.tolist()):
+    for i, (row0, row1, cached, own_count, at, own_at, *_) in enumerate(step.spans.tolist()):
         parts = [_keys(cache, step.blocks, at, cached)]
         if own is not None:
             parts.append(_keys(own, step.own_blocks, own_at, own_count))
@@ -103,7 +130,7 @@ def _seen(step: Step, span: int) -> np.ndarray:
     row0, row1, cached, own = (int(x) for x in step.spans[span, :4])
     limits = np.arange(cached) < step.cached_limit[row0:row1, None], np.arange(own) < step.own_limit[row0:row1, None]
     seen: np.ndarray = np.concatenate(limits, axis=1)
-    at = -1 if step.mask_at is None else int(step.mask_at[span])
-    if at >= 0 and step.mask is not None:
+    at = int(step.spans[span, 7])
+    if at >= 0:
         seen &= step.mask[at : at + seen.size].reshape(seen.shape) != 0
     return seen

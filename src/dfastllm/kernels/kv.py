@@ -1,4 +1,4 @@
-"""K and V of past positions in the layout that attention reads: blocks of 16 positions.
+"""K and V of past positions, in the layout of each runner. That of the native kernels: blocks of 16 positions.
 
 | tensor | of one layer |
 |---|---|
@@ -12,19 +12,19 @@ A slot is one position's place: block * 16 + offset. Who owns which block is the
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dfastllm.errors import ValidationError
+from dfastllm.kernels.extension import native
 from dfastllm.kernels.step import BLOCK
 
-__all__ = ["KV_TYPES", "KvCache", "KvLayer"]
+__all__ = ["KV_TYPES", "KvCache", "KvLayer", "SlotCache"]
 
 KV_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # KvType of native/attention.h
 
 
 class KvLayer(NamedTuple):
@@ -39,14 +39,9 @@ class KvLayer(NamedTuple):
     def blocks(self) -> int:
         return self.k.shape[0]
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """What the native kernels call it: type, kv_heads, dim."""
-        return _CODES[self.k.dtype], self.k.shape[1], self.k.shape[2]
-
-    @property
-    def addresses(self) -> tuple[int, int, int, int]:
-        return self.k.data_ptr(), self.v.data_ptr(), _address(self.k_scales), _address(self.v_scales)
+    def native(self) -> Any:
+        """The native kernels' form of it, its arrays checked. Raises ValidationError."""
+        return _native(*(None if t is None else t.unsqueeze(0) for t in self))
 
 
 class KvCache:
@@ -74,6 +69,7 @@ class KvCache:
         scales = (layers, blocks, kv_heads, BLOCK)
         self.k_scales = _zeros(scales, torch.float32) if type == "int8" else None
         self.v_scales = _zeros(scales, torch.float32) if type == "int8" else None
+        self._handle: Any = None
 
     @property
     def layers(self) -> int:
@@ -88,21 +84,36 @@ class KvCache:
         """Memory once every block has been written."""
         return sum(t.nbytes for t in (self.k, self.v, self.k_scales, self.v_scales) if t is not None)
 
-    @property
-    def stride(self) -> int:
-        """Bytes from one layer's K (or V) to the next."""
-        return self.k.stride(0) * self.k.element_size()
-
-    @property
-    def scale_stride(self) -> int:
-        """Floats from one layer's scales to the next; 0 without scales."""
-        return 0 if self.k_scales is None else self.k_scales.stride(0)
+    def native(self) -> Any:
+        """The native kernels' form of all layers, made once."""
+        if self._handle is None:
+            self._handle = _native(self.k, self.v, self.k_scales, self.v_scales)
+        return self._handle
 
     def layer(self, index: int) -> KvLayer:
         """A view of one layer."""
         if self.k_scales is None or self.v_scales is None:
             return KvLayer(self.k[index], self.v[index])
         return KvLayer(self.k[index], self.v[index], self.k_scales[index], self.v_scales[index])
+
+
+class SlotCache:
+    """K and V of all layers as the torch runner reads them: k, v [layers, slots, kv_heads, dim] on any device."""
+
+    def __init__(
+        self, layers: int, slots: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        # Zeros, not empty: untouched pages cost no memory until written, and stale NaN bits can never be read.
+        self.k = torch.zeros(layers, slots, kv_heads, dim, dtype=dtype, device=device)
+        self.v = torch.zeros(layers, slots, kv_heads, dim, dtype=dtype, device=device)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -113,5 +124,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return raw[skip : skip + size].view(dtype).view(shape)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _native(k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> Any:
+    try:
+        return native().KvCache(k, v, k_scales, v_scales)
+    except ValueError as error:
+        raise ValidationError(str(error), param="kv") from error

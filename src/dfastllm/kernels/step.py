@@ -1,43 +1,204 @@
-"""One forward pass as the native kernels read it: flat arrays, no tensors, no padding."""
+"""A step: one forward pass over packed spans, as one contiguous array of int32 and nothing else.
+
+No page table, span or request is in it, so a step can be captured in a graph, copied to a device in one piece, sent to
+another process, recorded and replayed. The engine makes it (`engine.batch`), a runner runs it.
+
+Layout, in words of 4 bytes, `HEADER` words first and then the arrays one after the other:
+
+| array | shape | meaning |
+|---|---|---|
+| ids | [rows] | token ids |
+| positions | [rows] | positions in their sequences |
+| slot | [rows] | where a row's K,V are kept: block * block_size + offset; -1: nowhere |
+| own_slot | [rows] | the same for K,V of this pass only (rows that see each other but are not kept) |
+| cached_limit | [rows] | the row sees the first so many cached keys of its span |
+| own_limit | [rows] | and the first so many own keys |
+| adapter | [rows] | number of the adapter that the row's linear layers use; 0: none |
+| want | [wanted] | rows whose hidden states are wanted, ascending within a span |
+| spans | [spans, 8] | row0, row1; cached, own: numbers of keys; block0, own_block0: where its entries of `blocks` |
+| | | and `own_blocks` begin; own_start: position of its first own key; mask_at: byte of `mask`, -1: none |
+| blocks | [blocks] | block tables of the cached keys, ceil(cached / block_size) a span |
+| own_blocks | [own blocks] | those of the own keys |
+| mask | [mask bytes] | of the spans that have one: uint8 [rows, cached + own], nonzero: visible within the limits |
+
+The keys of a span are its cached ones, which are the positions [0, cached) of its sequence, and after them its own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "Step"]
+from dfastllm.errors import ValidationError
+from dfastllm.kernels.extension import native
 
-BLOCK = 16  # positions of a K,V block
+__all__ = ["BLOCK", "SPAN_WORDS", "Step", "put"]
+
+BLOCK = 16  # positions of a block of the native kernels
+HEADER = 16
+MAGIC = 0x53544531  # "STE1": the layout above
+SPAN_WORDS = 8
+_ROW_ARRAYS = ("ids", "positions", "slot", "own_slot", "cached_limit", "own_limit", "adapter")
+
+Ints = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """Rows of many spans packed end to end, and which keys each row sees. All arrays contiguous.
+    """One forward pass; every array is a view of `words`, see the table above. Nobody writes a step once it is made.
 
-    ids, positions  int64 [rows].
-    slot, own_slot  int32 [rows]: where a row's K,V go, block * 16 + offset; slot in the cache (kept), own_slot in the
-                    memory of this pass only (rows that see each other but are not kept); -1: not there.
-    spans           int32 [spans, 6]: row0, row1; cached: keys are the positions [0, cached) of the cache, then `own`
-                    keys of this pass; where its entries begin in `blocks` and in `own_blocks`.
-    blocks, own_blocks  int32: block numbers, ceil(cached / 16) and ceil(own / 16) per span.
-    cached_limit, own_limit  int32 [rows]: a row sees the first so many cached and the first so many own keys.
-    want            int64 [wanted]: rows whose hidden states are needed.
-    mask, mask_at   uint8, nonzero: visible, [rows of the span, cached + own] of the spans that need one, end to end;
-                    and int64 [spans], where a span's mask begins, -1: none. Both None when no span has one.
+    words       int32 [total]: the whole step.
+    block_size  positions of a block, of slots and block tables.
     """
 
-    ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    slot: NDArray[np.int32]
-    own_slot: NDArray[np.int32]
-    spans: NDArray[np.int32]
-    blocks: NDArray[np.int32]
-    own_blocks: NDArray[np.int32]
-    cached_limit: NDArray[np.int32]
-    own_limit: NDArray[np.int32]
-    want: NDArray[np.int64]
-    mask: NDArray[np.uint8] | None = None
-    mask_at: NDArray[np.int64] | None = None
-    own_keys: int = 0  # slots of own_slot in use: blocks of this pass's memory, times 16
+    __slots__ = (
+        *_ROW_ARRAYS, "_native", "block_size", "blocks", "mask", "own_blocks", "spans", "want", "words",
+    )  # fmt: skip
+    ids: Ints
+    positions: Ints
+    slot: Ints
+    own_slot: Ints
+    cached_limit: Ints
+    own_limit: Ints
+    adapter: Ints
+
+    def __init__(self, words: Ints) -> None:
+        """Of a whole step's words, whose counts must fit (`check` looks at the contents). Raises ValidationError."""
+        if words.dtype != np.int32 or words.ndim != 1 or not words.flags.c_contiguous:
+            raise ValidationError(
+                f"a step must be contiguous int32 [words], got {words.dtype} {list(words.shape)}.", param="step"
+            )
+        if len(words) < HEADER or words[0] != MAGIC:
+            raise ValidationError("the step is of another version, or no step at all.", param="step")
+        _, rows, spans, blocks, own_blocks, wanted, mask_words, self.block_size = words[:8].tolist()
+        sizes = [rows] * len(_ROW_ARRAYS) + [wanted, SPAN_WORDS * spans, blocks, own_blocks, mask_words]
+        if min(sizes) < 0 or len(words) != HEADER + sum(sizes):
+            raise ValidationError(
+                f"the step is cut or too long: {len(words)} words, wanted {HEADER + sum(sizes)}.", param="step"
+            )
+        self.words = words
+        self._native: Any = None
+        at = HEADER
+        for name in _ROW_ARRAYS:
+            setattr(self, name, words[at : at + rows])
+            at += rows
+        self.want: Ints = words[at : at + wanted]
+        at += wanted
+        self.spans: Ints = words[at : at + SPAN_WORDS * spans].reshape(-1, SPAN_WORDS)
+        at += SPAN_WORDS * spans
+        self.blocks: Ints = words[at : at + blocks]
+        at += blocks
+        self.own_blocks: Ints = words[at : at + own_blocks]
+        at += own_blocks
+        self.mask: NDArray[np.uint8] = words[at:].view(np.uint8)
+
+    @classmethod
+    def blank(
+        cls,
+        rows: int,
+        spans: int,
+        *,
+        blocks: int = 0,
+        own_blocks: int = 0,
+        wanted: int = 0,
+        mask: int = 0,
+        block_size: int = BLOCK,
+    ) -> Step:
+        """A step of these sizes, zeros, for its maker to fill in. mask: bytes."""
+        mask_words = -(-mask // 4)
+        total = HEADER + rows * len(_ROW_ARRAYS) + wanted + SPAN_WORDS * spans + blocks + own_blocks + mask_words
+        words = np.zeros(total, dtype=np.int32)
+        words[:8] = (MAGIC, rows, spans, blocks, own_blocks, wanted, mask_words, block_size)
+        return cls(words)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any], block_size: int = BLOCK) -> Step:
+        """A step of arrays by name, copied; what is left out is zeros (`slot`, `own_slot`: -1) or empty."""
+        given = {name: np.asarray(value) for name, value in arrays.items()}
+        rows = len(given["ids"])
+        spans = given.get("spans", np.zeros((0, SPAN_WORDS)))
+        counts = {name: len(given.get(name, ())) for name in ("blocks", "own_blocks", "mask")}
+        step = cls.blank(rows, len(spans), wanted=len(given.get("want", ())), block_size=block_size, **counts)
+        step.slot[:] = step.own_slot[:] = -1
+        for name, value in given.items():
+            getattr(step, name)[: len(value)] = value
+        return step
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Its arrays by name, views."""
+        return {name: getattr(self, name) for name in (*_ROW_ARRAYS, "want", "spans", "blocks", "own_blocks", "mask")}
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.ids)
+
+    @property
+    def own_keys(self) -> int:
+        """Slots of own K,V in use: own blocks times the block size."""
+        return len(self.own_blocks) * self.block_size
+
+    def span_masks(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(span number, uint8 [rows, cached + own]) of the spans that have a mask."""
+        for number in np.flatnonzero(self.spans[:, 7] >= 0).tolist() if self.mask.size else ():
+            row0, row1, cached, own, *_, at = self.spans[number].tolist()
+            yield number, self.mask[at : at + (row1 - row0) * (cached + own)].reshape(row1 - row0, cached + own)
+
+    def native(self) -> Any:
+        """The native kernels' form of it, checked. Raises ValidationError naming what does not fit."""
+        if self._native is None:
+            try:
+                self._native = native().Step(self.words)
+            except ValueError as error:
+                raise ValidationError(str(error), param="step") from error
+        return self._native
+
+    def check(self, cache_blocks: int, own_blocks: int = 0) -> None:
+        """Raises ValidationError unless its rows, limits and masks fit its spans and its blocks and slots lie in caches
+        of so many blocks: what the native kernels check by themselves."""
+        rows, size = len(self.ids), self.block_size
+        for name, values, least, end in (
+            ("ids", self.ids, 0, 1 << 31),
+            ("positions", self.positions, 0, 1 << 31),
+            ("slot", self.slot, -1, cache_blocks * size),
+            ("own_slot", self.own_slot, -1, own_blocks * size),
+            ("adapter", self.adapter, 0, 1 << 31),
+            ("blocks", self.blocks, 0, cache_blocks),
+            ("own_blocks", self.own_blocks, 0, own_blocks),
+            ("want", self.want, 0, rows),
+        ):
+            if len(values) and (values.min() < least or values.max() >= max(end, least + 1)):
+                raise ValidationError(
+                    f"{name} of the step must be from {least} to {end - 1}, got {values.min()} to {values.max()}.",
+                    param=name,
+                )
+        before = 0
+        for i, (row0, row1, cached, own, at, own_at, _, mask_at) in enumerate(self.spans.tolist()):
+            if not before <= row0 <= row1 <= rows:
+                raise ValidationError(
+                    f"span {i} has rows {row0} to {row1}, wanted in order within {rows}.", param="spans"
+                )
+            before = row1
+            for name, count, first, blocks, limit in (
+                ("cached", cached, at, self.blocks, self.cached_limit),
+                ("own", own, own_at, self.own_blocks, self.own_limit),
+            ):
+                if count < 0 or first < 0 or first + -(-count // size) > len(blocks):
+                    raise ValidationError(
+                        f"span {i} has {count} {name} keys, but not the blocks for them.", param="spans"
+                    )
+                seen = limit[row0:row1]
+                if row1 > row0 and (seen.min() < 0 or seen.max() > count):
+                    raise ValidationError(
+                        f"a row of span {i} sees {seen.max()} of {count} {name} keys.", param=f"{name}_limit"
+                    )
+            if mask_at >= 0 and mask_at + (row1 - row0) * (cached + own) > self.mask.size:
+                raise ValidationError(f"the mask of span {i} is too short.", param="mask")
+
+
+def put(values: Sequence[int], array: Ints) -> None:
+    """Write Python ints into an int32 array of the same length, a view of a step. By `struct`, which reads Python ints
+    four times as fast as numpy does."""
+    struct.pack_into(f"{len(values)}i", array.data, 0, *values)

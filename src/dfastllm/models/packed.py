@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import CheckpointError, UnsupportedError
+from dfastllm.errors import CheckpointError, UnsupportedError, ValidationError
 from dfastllm.kernels import attention, linear
 from dfastllm.kernels.activations import Acts, act_kind
 from dfastllm.kernels.extension import native
-from dfastllm.kernels.kv import KvCache
+from dfastllm.kernels.kv import KV_TYPES, KvCache
 from dfastllm.kernels.packed import PANEL, Packed, QTensor
 from dfastllm.kernels.step import Step
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.parts import inverse_frequencies
+from dfastllm.models.program import RopeTable
 
 __all__ = ["PackedDecoder", "Weights", "pack_decoder"]
 
@@ -82,9 +82,8 @@ class PackedDecoder:
     _native: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self._frequencies, self._rope_factor = inverse_frequencies(
-            self.config.rotary_dim, self.config.rope_theta, self.config.rope_scaling
-        )
+        table = RopeTable(self.config.rope_theta, self.config.rotary_dim, self.config.rope_scaling)
+        self._frequencies, self._rope_factor = inverse_frequencies(table)
 
     @property
     def head_weights(self) -> Packed:
@@ -114,10 +113,10 @@ class PackedDecoder:
 
     def _run_plain(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
         config = self.config
-        x = linear.weight_rows(self.embed, torch.from_numpy(step.ids))
+        x = linear.weight_rows(self.embed, torch.from_numpy(step.ids).long())
         angles = torch.from_numpy(step.positions).float()[:, None] * self._frequencies
         cos, sin = angles.cos() * self._rope_factor, angles.sin() * self._rope_factor
-        want = torch.from_numpy(step.want)
+        want = torch.from_numpy(step.want).long()
         for i, layer in enumerate(self.layers):
             qkv = torch.cat([linear.linear(self._in(x, w, layer.attn_norm), w.packed, w.bias) for w in layer.qkv], 1)
             kv = cache.layer(i), own.layer(0)
@@ -143,31 +142,10 @@ class PackedDecoder:
             self._native[cache.type] = self._compile(cache)
         out = torch.empty(len(step.want), self.config.hidden_size)
 
-        def at(array: np.ndarray | None) -> int:
-            return 0 if array is None else int(array.ctypes.data)
-
-        self._native[cache.type].run(
-            len(step.ids),
-            at(step.ids),
-            at(step.positions),
-            at(step.slot),
-            at(step.own_slot),
-            len(step.spans),
-            at(step.spans),
-            at(step.blocks),
-            at(step.own_blocks),
-            at(step.mask_at),
-            at(step.mask),
-            at(step.cached_limit),
-            at(step.own_limit),
-            len(step.want),
-            at(step.want),
-            *cache.layer(0).addresses,
-            cache.stride,
-            cache.scale_stride,
-            *own.layer(0).addresses,
-            out.data_ptr(),
-        )
+        try:
+            self._native[cache.type].run(step.native(), cache.native(), own.native(), out.numpy())
+        except ValueError as error:
+            raise ValidationError(str(error), param="step") from error
         return out
 
     def _compile(self, cache: KvCache) -> Any:
@@ -181,7 +159,7 @@ class PackedDecoder:
             eps=config.norm_eps,
             rope_factor=self._rope_factor,
             frequencies=self._frequencies.data_ptr(),
-            kv_type=cache.layer(0).shape[0],
+            kv_type=list(KV_TYPES).index(cache.type),
             embed=linear.describe(self.embed),
             norm=self.norm.data_ptr(),
             layers=[
@@ -282,7 +260,7 @@ def _layer(config: DecoderConfig, parts: dict[str, Value]) -> PackedLayer:
     def bias(*names: str) -> list[Tensor | None]:
         return [_vector(parts[n]) if n in parts else None for n in names]
 
-    names = ["attn.qkv_proj"] if config.fused_qkv else ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
+    names = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
     matrices = [_matrix(parts[f"{n}.weight"]) for n in names]
     biases = bias(*(f"{n}.bias" for n in names))
     gate, up = (_matrix(parts[f"mlp.{n}_proj.weight"]) for n in ("gate", "up"))

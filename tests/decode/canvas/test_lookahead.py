@@ -15,6 +15,7 @@ from dfastllm.core import Branch, Commit, DecodeParams, Request, SequenceState, 
 from dfastllm.decode.canvas.lookahead import branches_worth
 from dfastllm.decode.registry import POLICIES, RULES
 from dfastllm.engine import Engine, EngineConfig
+from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.errors import UnsupportedError, ValidationError
@@ -302,11 +303,11 @@ def test_a_branch_within_a_block_gives_the_bits_of_the_plain_step(quantization: 
         table = PageTable(pool)
         table.grow(base + 4)
         runner = NativeRunner(model, 128, torch.float32, 16)
-        runner.run([(Span(0, known, "block", "keep", block=4), table, 0)])
+        runner.run(pack([(Span(0, known, "block", "keep", block=4), table, 0)]))
         rows = (0, 1, 2, 3)
-        plain = runner.run([(Span(base, other, "block", "scratch", rows, 4), table, base)]).logits().clone()
+        plain = runner.run(pack([(Span(base, other, "block", "scratch", rows, 4), table, base)])).logits().clone()
         beside = Span(base, one, "block", "scratch", (0,), 4, branches=(Branch(base, other, rows),))
-        assert torch.equal(runner.run([(beside, table, base)]).logits()[1:], plain)
+        assert torch.equal(runner.run(pack([(beside, table, base)])).logits()[1:], plain)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import torch
 from dfastllm import assemble
 from dfastllm.core import Request, Span
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.batch import pack_rows
+from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
-from dfastllm.engine.runners.native import NativeRunner, step_of
-from dfastllm.engine.runners.torch import Runner
+from dfastllm.engine.runners.native import NativeRunner
+from dfastllm.engine.runners.torch import TorchRunner
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels import native, set_threads
 from dfastllm.models import Decoder, PackedDecoder, tiny
@@ -79,11 +79,11 @@ def test_logits_of_every_kind_of_span_equal_the_plain_models(family: str) -> Non
     model, packed = packed_of(family)
     pool = Pages(64, 16)
     many = [Sequence(pool, seed, 160) for seed in range(4)]
-    plain = Runner(model, 64 * 16, torch.float32, "cpu", min_rows=16)
+    plain = TorchRunner(model, 64 * 16, torch.float32, "cpu", min_rows=16)
     fast = NativeRunner(packed, 64 * 16, torch.float32, 16)
     for step in range(len(many[0].todo)):
         items = [s.item(step) for s in many]
-        wanted, got = plain.run(items).logits(), fast.run(items).logits()
+        wanted, got = plain.run(pack(items)).logits(), fast.run(pack(items)).logits()
         assert wanted.shape == got.shape
         torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
 
@@ -93,11 +93,12 @@ def test_pages_of_several_blocks_and_scattered_pages() -> None:
     pool = Pages(16, 64)
     many = [Sequence(pool, seed, 160) for seed in (1, 2)]
     many[0].table.pages = many[0].table.pages[::-1]
-    plain = Runner(model, 16 * 64, torch.float32, "cpu", min_rows=16)
+    plain = TorchRunner(model, 16 * 64, torch.float32, "cpu", min_rows=16, block_size=64)
     fast = NativeRunner(packed, 16 * 64, torch.float32, 64)
     for step in range(len(many[0].todo)):
         items = [s.item(step) for s in many]
-        torch.testing.assert_close(fast.run(items).logits(), plain.run(items).logits(), rtol=2e-4, atol=2e-4)
+        wanted, got = plain.run(pack(items, 64)).logits(), fast.run(pack(items)).logits()
+        torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
@@ -117,7 +118,7 @@ def test_bits_of_a_row_do_not_depend_on_neighbours_or_threads(weights: str | Non
         out = []
         for step in range(len(many[0].todo)):
             items = [s.item(step) for s in many]
-            logits = runner.run(items).logits()
+            logits = runner.run(pack(items)).logits()
             out.append(list(logits.split([len(i[0].want) for i in items])))
         return out
 
@@ -152,7 +153,7 @@ def test_stats_of_the_fused_head_equal_those_of_its_logits() -> None:
     pool = Pages(64, 16)
     many = [Sequence(pool, seed, 160) for seed in range(3)]
     runner = NativeRunner(packed, 64 * 16, torch.bfloat16, 16)
-    rows = runner.run([s.item(0) for s in many])
+    rows = runner.run(pack([s.item(0) for s in many]))
     logits = rows.logits().double()
     stats = rows.stats(ban=(7,), norm=True, spread=True, top=3)
     logits[:, 7] = -torch.inf
@@ -171,12 +172,12 @@ def test_quantised_logits_stay_close() -> None:
     model, _ = packed_of("llama")
     pool = Pages(64, 16)
     one = Sequence(pool, 1, 160)
-    exact = Runner(model, 1024, torch.float32, "cpu", min_rows=16).run([one.item(0)]).logits()
+    exact = TorchRunner(model, 1024, torch.float32, "cpu", min_rows=16).run(pack([one.item(0)])).logits()
     for weights in ("w8", "w8g", "w6", "w4m", "w4"):
         packed = assemble.pack(model, weights)
-        plain = Runner(dequantised(model, weights), 1024, torch.float32, "cpu", min_rows=16)
-        wanted = plain.run([one.item(0)]).logits()
-        got = NativeRunner(packed, 1024, torch.float32, 16).run([one.item(0)]).logits()
+        plain = TorchRunner(dequantised(model, weights), 1024, torch.float32, "cpu", min_rows=16)
+        wanted = plain.run(pack([one.item(0)])).logits()
+        got = NativeRunner(packed, 1024, torch.float32, 16).run(pack([one.item(0)])).logits()
         assert float((got - wanted).norm() / wanted.norm()) < 0.08, weights
         assert float((got - exact).norm() / exact.norm()) < 0.7, weights
 
@@ -197,20 +198,22 @@ def test_step_arrays() -> None:
     table = PageTable(pool)
     table.grow(40)
     other = PageTable(pool)
-    step = step_of(
-        pack_rows(
-            [
-                (Span(32, (1, 2), "causal", "keep", want=(1,)), table, 32),
-                (Span(3, (4, 5, 6), "full", "scratch", want=(0,)), table, 32),
-                (Span(0, (7,), "full", "none", want=(0,)), other, 0),
-            ]
-        )
+    step = pack(
+        [
+            (Span(32, (1, 2), "causal", "keep", want=(1,)), table, 32),
+            (Span(3, (4, 5, 6), "full", "scratch", want=(0,)), table, 32),
+            (Span(0, (7,), "full", "none", want=(0,)), other, 0),
+        ]
     )
     assert step.ids.tolist() == [1, 2, 4, 5, 6, 7]
     assert step.positions.tolist() == [32, 33, 3, 4, 5, 0]
     assert step.slot.tolist() == [32, 33, -1, -1, -1, -1]
     assert step.own_slot.tolist() == [-1, -1, 0, 1, 2, 16]
-    assert step.spans.tolist() == [[0, 2, 34, 0, 0, 0], [2, 5, 3, 3, 3, 0], [5, 6, 0, 1, 4, 1]]
+    assert step.spans.tolist() == [
+        [0, 2, 34, 0, 0, 0, 34, -1],
+        [2, 5, 3, 3, 3, 0, 3, -1],
+        [5, 6, 0, 1, 4, 1, 0, -1],
+    ]
     assert step.blocks.tolist() == [0, 1, 2, 0]
     assert step.own_blocks.tolist() == [0, 1]
     assert step.cached_limit.tolist() == [33, 34, 3, 3, 3, 0]

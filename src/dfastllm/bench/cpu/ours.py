@@ -13,9 +13,11 @@ import torch
 from dfastllm.bench.cpu.cases import Case
 from dfastllm.core import Span
 from dfastllm.engine import EngineConfig
+from dfastllm.engine.batch import Items, pack
 from dfastllm.engine.pages import Pages, PageTable
-from dfastllm.engine.runners.torch import runner_for
+from dfastllm.engine.runners import runner_for
 from dfastllm.kernels.extension import set_threads
+from dfastllm.kernels.rows import Rows
 
 if TYPE_CHECKING:
     from dfastllm.models import Decoder, PackedDecoder
@@ -57,7 +59,7 @@ class Ours:
             for i, table in enumerate(tables):
                 table.grow(length + room)
                 if length:
-                    self._runner.run([(Span(0, self._ids(i, length), "causal", "keep"), table, 0)])
+                    self._run([(Span(0, self._ids(i, length), "causal", "keep"), table, 0)])
             self._prompts[sequences, length] = tables
         for table in tables:
             table.grow(length + room)
@@ -84,10 +86,13 @@ class Ours:
             return Span(start, tuple(ids), "causal", "keep", want)
         return Span(start, tuple(ids), "full", "scratch", want)
 
+    def _run(self, items: Items) -> Rows:
+        return self._runner.run(pack(items, self._runner.block_size))
+
     @torch.inference_mode()
     def _answer(self, items: list[tuple[Span, PageTable, int]], case: Case, answer: Answer) -> list[int]:
         """The best token of every wanted row."""
-        rows = self._runner.run(items)
+        rows = self._run(items)
         if answer == "logits":
             logits = rows.logits()
             return [int(token) for token in logits.argmax(dim=-1)] if case.grow else [0] * len(logits)

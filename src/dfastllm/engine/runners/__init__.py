@@ -1,5 +1,67 @@
-"""Runners: what computes a step. Each owns the K,V of one model."""
+"""Runners: what computes a step. Each owns the K,V of one model; nobody else writes them.
 
-from dfastllm.engine.runners.torch import Runnable, Runner, runner_for
+| runner | where | what |
+|---|---|---|
+| native | CPU | one native call over packed weights; without the compiled kernels their plain torch twins |
+| torch | CPU, CUDA, MPS | the plain torch model: the reference, and what serves where no other runner does |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dfastllm.core import ModelInfo
+from dfastllm.engine.runners.native import NativeRunner
+from dfastllm.engine.runners.torch import Runnable, TorchRunner
+from dfastllm.errors import UnsupportedError
+from dfastllm.models import PackedDecoder
+
+if TYPE_CHECKING:
+    import torch as pytorch  # under its own name it would hide the module of this room
+
+    from dfastllm.kernels.rows import Rows
+    from dfastllm.kernels.step import Step
 
 __all__ = ["Runnable", "Runner", "runner_for"]
+
+
+class Runner(Protocol):
+    """Computes steps of one model.
+
+    info        the model's capabilities.
+    block_size  positions of a block of its K,V: what steps for it are packed with. Divides the page size.
+    cut_free    whether a row's bits do not depend on how its sequence was cut into spans.
+    """
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    block_size: int
+    cut_free: bool
+
+    def run(self, step: Step) -> Rows:
+        """Run one step: write K,V of the rows with a slot, and give back the wanted rows, in order. Raises
+        ValidationError for a step that does not fit the model or its K,V."""
+        ...
+
+
+def runner_for(
+    model: Runnable | PackedDecoder,
+    slots: int,
+    dtype: pytorch.dtype,
+    device: pytorch.device | str,
+    min_rows: int,
+    page_size: int,
+) -> Runner:
+    """The runner of this kind of model, with K,V of `slots` positions. dtype: of the K,V; int8 only with packed models.
+    min_rows: of a forward of the torch runner. Raises UnsupportedError."""
+    runner: Any
+    if isinstance(model, PackedDecoder):
+        runner = NativeRunner(model, slots, dtype, page_size)
+    elif not dtype.is_floating_point:
+        raise UnsupportedError(
+            f"K,V of dtype {dtype} need the native backend.", param="kv_cache_dtype", hint="Use auto."
+        )
+    else:
+        runner = TorchRunner(model, slots, dtype, device, min_rows, page_size)
+    return runner  # type: ignore[no-any-return]

@@ -1,28 +1,37 @@
-"""The only caller of a model: packs spans, runs one forward, returns the wanted rows."""
+"""The torch runner: the plain model on any device, the reference that every other runner is held to.
+
+No loop over spans inside a layer. Spans that are alike (the same numbers of rows and keys, each rounded up by the span
+alone) make a group: one gather of their keys by block table, one masked product. How a span is rounded never depends on
+its neighbours, so a row's bits do not either (with at least `min_rows` rows in the linear layers, whose products of
+fewer rows sum in another order).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
-from dfastllm.core import ModelInfo, Span
-from dfastllm.engine.batch import Packed, pack
-from dfastllm.engine.pages import KVStore, PageTable
+from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError
-from dfastllm.kernels.attention import span_attention
+from dfastllm.kernels.kv import SlotCache
 from dfastllm.kernels.rows import DenseRows, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dfastllm.engine.runners.native import NativeRunner
-    from dfastllm.models import PackedDecoder
+    from dfastllm.kernels.step import Step
 
-    Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-__all__ = ["Runnable", "Runner", "runner_for"]
+__all__ = ["Runnable", "TorchRunner"]
+
+Ints = NDArray[np.int64]
 
 
 class Runnable(Protocol):
@@ -33,80 +42,257 @@ class Runnable(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor: ...
+    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def head(self, hidden: Tensor) -> Tensor: ...
 
 
-class Runner:
-    """Owns the K,V tensors of one model. `run` writes them; nobody else does.
+class TorchRunner:
+    """Runs a torch model. K,V: `slots` positions of `dtype` on `device`.
 
-    cut_free: whether a row's bits do not depend on how its sequence was cut into spans."""
+    min_rows    a forward is padded to so many rows.
+    block_size  positions of a block, those of a page.
+    cut_free    False: matrix products of other heights sum in another order.
+    """
 
     cut_free = False
 
     def __init__(
-        self, model: Runnable, slots: int, dtype: torch.dtype, device: torch.device | str, min_rows: int = 1
+        self,
+        model: Runnable,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        min_rows: int = 1,
+        block_size: int = 16,
     ) -> None:
         info = model.info
         self.model = model
         self.device = torch.device(device)
         self.min_rows = min_rows
-        self.kv = KVStore(info.layers, slots, info.kv_heads, info.head_dim, dtype, self.device)
+        self.block_size = block_size
+        self.kv = SlotCache(info.layers, slots, info.kv_heads, info.head_dim, dtype, self.device)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.model.info
 
     @torch.inference_mode()
-    def run(self, items: Sequence[tuple[Span, PageTable, int]]) -> Rows:
-        """Rows, sum of `span.wanted`, in the order of items.
-
-        Writes K,V of the spans that keep or replace. items: (span, pages, kv_len before the step)."""
-        packed = pack(items, self.device, self.min_rows)
-        hidden = self.model(packed.ids, packed.positions, self._attend(packed))
-        if packed.wanted == 0:
+    def run(self, step: Step) -> Rows:
+        """See `runners.Runner`. Raises ValidationError, UnsupportedError for adapters."""
+        if step.adapter.any():
+            raise UnsupportedError("the torch runner has no adapters.", param="adapter")
+        step.check(-(-self.kv.slots // self.block_size), len(step.own_blocks))
+        plan = _Plan.of(step, self.device, self.min_rows)
+        hidden = self.model(plan.ids, plan.positions, self._attend(plan))
+        wanted = len(step.want)
+        if wanted == 0:
             return DenseRows(torch.empty(0, self.model.info.vocab_size, device=self.device))
-        return DenseRows(self.model.head(hidden[packed.want])[: packed.wanted].float())
+        return DenseRows(self.model.head(hidden[plan.want])[:wanted].float())
 
-    def _attend(self, packed: Packed) -> Attend:
+    def _attend(self, plan: _Plan) -> Attend:
         all_k, all_v = self.kv.k, self.kv.v
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layer_k, layer_v = all_k[layer], all_v[layer]
-            if packed.write_rows.numel():
-                layer_k[packed.write_slots] = k[packed.write_rows].to(layer_k.dtype)
-                layer_v[packed.write_slots] = v[packed.write_rows].to(layer_v.dtype)
-            out = []
-            for s in packed.spans:
-                own = slice(s.row0 + s.own0, s.row1)
-                if s.cached is None:
-                    keys, values = k[own], v[own]
-                else:
-                    keys, values = layer_k[s.cached], layer_v[s.cached]
-                    if keys.dtype != k.dtype:
-                        keys, values = keys.to(k.dtype), values.to(v.dtype)
-                    if own.start < own.stop:
-                        keys, values = torch.cat([keys, k[own]]), torch.cat([values, v[own]])
-                out.append(span_attention(q[s.row0 : s.row1], keys, values, s.mask))
-            out.append(torch.zeros_like(q[packed.spans[-1].row1 :]))  # padding rows
-            return torch.cat(out)
+            if plan.write_rows.numel():
+                layer_k[plan.write_slots] = k[plan.write_rows].to(layer_k.dtype)
+                layer_v[plan.write_slots] = v[plan.write_rows].to(layer_v.dtype)
+            parts = [group.attend(q, (layer_k, layer_v), (k, v)).flatten(0, 1) for group in plan.groups]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts))[plan.where]
 
         return attend
 
 
-def runner_for(
-    model: Runnable | PackedDecoder,
-    slots: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    min_rows: int,
-    page_size: int,
-) -> Runner | NativeRunner:
-    """The runner of this kind of model. dtype: of the K,V; int8 only with packed models. Raises UnsupportedError."""
-    from dfastllm.engine.runners.native import NativeRunner
-    from dfastllm.models import PackedDecoder
+@dataclass(slots=True)
+class _Group:
+    """Spans that are alike, each padded to `rows` rows, `cached` and `own` keys. B of them.
 
-    if isinstance(model, PackedDecoder):
-        return NativeRunner(model, slots, dtype, page_size)
-    if not dtype.is_floating_point:
-        raise UnsupportedError(
-            f"K,V of dtype {dtype} need the native backend.", param="kv_cache_dtype", hint="Use auto."
+    rows       int64 [B, rows]: rows of the step; those past a span's last are its last again.
+    slots      int64 [B, cached]: where their cached keys lie; past the last: any.
+    own        int64 [B, own]: rows of the step whose K,V they see beside those; past the last: any.
+    visible    bool [B, 1, rows, cached + own].
+    positions  int64 [B, rows] of the rows, and [B, cached + own] of the keys.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    own: Tensor
+    visible: Tensor
+    positions: tuple[Tensor, Tensor]
+    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: tuple[Tensor, Tensor],
+        fresh: tuple[Tensor, Tensor],
+        *,
+        scale: float | None = None,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """q [rows, heads, dim]; cache: K, V [slots, kv_heads, dim]; fresh: K, V [rows, kv_heads, dim] of this forward.
+        -> [B, rows, heads, dim], in which rows past a span's last are to be left out."""
+        heads, kv_heads = q.shape[1], fresh[0].shape[1]
+        k, v = (self._keys(old, new, q.dtype) for old, new in zip(cache, fresh, strict=True))
+        # The query heads that share a K,V head are folded into the rows, so K and V are never expanded.
+        group = heads // kv_heads
+        count, height = self.rows.shape
+        folded = q[self.rows].view(count, height, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask = self._mask(group, window)
+        if softcap:
+            out = _capped(folded, k, v, mask, scale or q.shape[2] ** -0.5, softcap)
+        else:
+            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+        return out.view(count, kv_heads, group, height, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _keys(self, cache: Tensor, fresh: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, kv_heads, cached + own, dim]."""
+        parts = []
+        if self.slots.shape[1]:
+            parts.append(cache[self.slots].to(dtype))
+        if self.own.shape[1]:
+            parts.append(fresh[self.own])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
+
+    def _mask(self, group: int, window: int) -> Tensor:
+        """`visible` within a window of so many positions (0: no window), once for each query head of a K,V head."""
+        if (group, window) not in self._masks:
+            seen = self.visible
+            if window:
+                rows, keys = self.positions
+                seen = seen & (keys[:, None, None, :] > rows[:, None, :, None] - window)
+            self._masks[group, window] = seen.repeat(1, 1, group, 1) if group > 1 else seen
+        return self._masks[group, window]
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Attention whose scores are softcap * tanh(score / softcap) (Gemma 2), softmax in float32."""
+    scores = (q @ k.transpose(-1, -2)).float() * (scale / softcap)
+    weights = (scores.tanh() * softcap).masked_fill(~mask, -torch.inf).softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a step is on a device: int64 tensors.
+
+    ids, positions  [rows and padding]; want [wanted and padding].
+    write_rows, write_slots  [stored]: rows whose K,V are kept, and where.
+    where           [rows and padding]: which of the groups' rows, end to end, a row is; padding is any.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    want: Tensor
+    write_rows: Tensor
+    write_slots: Tensor
+    where: Tensor
+    groups: list[_Group]
+
+    @classmethod
+    def of(cls, step: Step, device: torch.device, min_rows: int) -> _Plan:
+        """One upload; everything else is made of it on the device."""
+        shapes = _rounded(step)
+        kinds, which = np.unique(shapes, axis=0, return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        counts = np.bincount(which, minlength=len(kinds))
+        written = np.flatnonzero(step.slot >= 0)
+        wanted = len(step.want)
+        extra = (
+            np.zeros(max(0, min_rows - len(step)), dtype=np.int32),  # padding
+            np.full(max(0, min_rows - wanted) if wanted else 0, step.want[0] if wanted else 0, dtype=np.int32),
+            written,
+            order,
+            _places(step, order, shapes),
         )
-    return Runner(model, slots, dtype, device, min_rows)
+        flat = torch.from_numpy(np.concatenate([step.words, *extra], dtype=np.int32, casting="unsafe"))
+        words, *parts = flat.to(device).long().split([len(step.words), *map(len, extra)])
+        pad, again, write_rows, turns, where = parts
+        a = _on_device(step, words)
+        groups, at = [], 0
+        for (height, cached, own), count in zip(kinds.tolist(), counts.tolist(), strict=True):
+            groups.append(_group(a, turns[at : at + count], height, cached, own, step))
+            at += count
+        return cls(
+            torch.cat((a["ids"], pad)),
+            torch.cat((a["positions"], pad)),
+            torch.cat((a["want"], again)),
+            write_rows,
+            a["slot"][write_rows],
+            torch.cat((where, pad)),
+            groups,
+        )
+
+
+def _on_device(step: Step, words: Tensor) -> dict[str, Tensor]:
+    """The step's arrays as views of its words on a device, without the mask; and `own_rows`, which row's K,V lie in an
+    own slot."""
+    out, base = {}, step.words.ctypes.data
+    for name, array in step.arrays().items():
+        if name != "mask":
+            at = (array.ctypes.data - base) // 4
+            out[name] = words[at : at + array.size].view(array.shape)
+    passing = out["own_slot"]
+    out["own_rows"] = passing.new_zeros(step.own_keys + 1)  # own slot -> row; the last for rows that have none
+    out["own_rows"][passing] = torch.arange(len(passing), device=words.device)
+    return out
+
+
+def _group(a: dict[str, Tensor], spans: Tensor, height: int, cached: int, own: int, step: Step) -> _Group:
+    """The group of these spans (numbers, int64 [B])."""
+    device, size = spans.device, step.block_size
+    row0, row1, held, mine, block0, own_block0, own_start, _ = a["spans"][spans].T[:, :, None]  # [B, 1] each
+    rows = torch.minimum(row0 + torch.arange(height, device=device), row1 - 1)  # [B, rows]
+    k = torch.arange(cached, device=device)
+    o = torch.arange(own, device=device)
+    slots = _slots(a["blocks"], block0, k, held, size)
+    fresh = a["own_rows"][_slots(a["own_blocks"], own_block0, o, mine, size)]
+    visible = torch.cat(
+        (k < a["cached_limit"][rows][:, :, None], o < a["own_limit"][rows][:, :, None]), dim=2
+    )  # [B, rows, cached + own]
+    for number, mask in step.span_masks():
+        turn = (spans == number).nonzero()
+        if len(turn):
+            seen = torch.from_numpy(mask != 0).to(device)
+            keys = int(step.spans[number, 2])
+            part = visible[turn[0, 0], : seen.shape[0]]
+            part[:, :keys] &= seen[:, :keys]
+            part[:, cached : cached + seen.shape[1] - keys] &= seen[:, keys:]
+    visible[:, :, :1] |= ~visible.any(dim=2, keepdim=True)  # a row that sees nothing would give NaN
+    places = torch.cat((k.expand(len(spans), cached), own_start + o), dim=1)
+    return _Group(rows, slots, fresh, visible[:, None], (a["positions"][rows], places))
+
+
+def _slots(blocks: Tensor, first: Tensor, keys: Tensor, count: Tensor, size: int) -> Tensor:
+    """Where the keys [keys] of spans lie, int64 [B, keys]. first, count [B, 1]: where a span's entries of the block
+    table begin, and its keys. Past the last one it is the last again: what lies elsewhere must not be read (another
+    request's NaN counts even at weight 0)."""
+    if not len(keys):
+        return keys.expand(len(first), 0)
+    keys = torch.minimum(keys, count - 1)
+    return blocks[first + keys // size] * size + keys % size
+
+
+def _rounded(step: Step) -> Ints:
+    """int64 [spans, 3]: rows, cached and own keys of each span, rounded up to a quarter of the power of two below, keys
+    to 16 at least: few groups, at most a quarter of padding."""
+    spans = step.spans.astype(np.int64)
+    sizes = np.stack((spans[:, 1] - spans[:, 0], spans[:, 2], spans[:, 3]), axis=1)
+    unit = np.maximum(1 << np.maximum(np.log2(np.maximum(sizes, 1)).astype(np.int64) - 2, 0), (1, 16, 16))
+    rounded: Ints = -(-sizes // unit) * unit
+    return rounded
+
+
+def _places(step: Step, order: Ints, shapes: Ints) -> Ints:
+    """int64 [rows]: where each row lies among the groups' rows, group after group, span after span."""
+    heights = shapes[order, 0]
+    begin = np.empty(len(order), dtype=np.int64)
+    begin[order] = np.cumsum(heights) - heights
+    row0, row1 = step.spans[:, 0].astype(np.int64), step.spans[:, 1]
+    where = np.zeros(len(step), dtype=np.int64)
+    counts = row1 - row0
+    rows = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    where[np.repeat(row0, counts) + rows] = np.repeat(begin, counts) + rows
+    return where

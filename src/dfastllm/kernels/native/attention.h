@@ -55,6 +55,7 @@ struct SpanKeys {
   const int32_t* blocks;      // [ceil(cached / 16)]
   const int32_t* own_blocks;  // [ceil(own / 16)]
   const uint8_t* mask;        // [row1 - row0][cached + own], zero: hidden even within the limits; or null
+  int32_t own_start = 0;      // position of the first own key; those after it follow (shadows aside, which have a mask)
 };
 
 struct Attention {

@@ -1,91 +1,104 @@
-// Bindings of rotary, K,V writes and attention. Addresses are integers; kernels/attention.py keeps the memory alive and
-// has checked shapes, dtypes, contiguity and that every slot and block exists.
+// Bindings of rotary positions, K,V writes and attention one by one: what tests and benchmarks call. A forward pass calls
+// them itself.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/optional.h>
 
-#include <cstdint>
-#include <vector>
-
+#include "bind_step.h"
 #include "gil.h"
-#include "attention.h"
 
 namespace nb = nanobind;
 using namespace dfk;
 
 namespace {
 
-using Address = uintptr_t;
-using LayerTuple = std::tuple<Address, Address, Address, Address>;  // k, v, k_scales, v_scales
-using ShapeTuple = std::tuple<int, int64_t, int64_t>;               // type, kv_heads, dim
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+// Rows [rows][stride] of floats, of which the first `width` are looked at.
+float* rows_of(const AnyArray& a, const char* name, int64_t rows, int64_t width) {
+  const bool fits = a.dtype() == nb::dtype<float>() && a.ndim() == 2 && a.device_type() == nb::device::cpu::value &&
+                    static_cast<int64_t>(a.shape(0)) == rows && static_cast<int64_t>(a.shape(1)) >= width &&
+                    (a.stride(1) == 1 || a.size() == 0) && (rows <= 1 || a.stride(0) >= width);
+  if (!fits) {
+    throw std::invalid_argument(std::string(name) + " must be float32 [" + std::to_string(rows) + ", " +
+                                std::to_string(width) + " or more] on the CPU with columns side by side.");
+  }
+  return static_cast<float*>(a.data());
 }
 
-KvLayer layer_of(const LayerTuple& t) {
-  return {at<void>(std::get<0>(t)), at<void>(std::get<1>(t)), at<float>(std::get<2>(t)), at<float>(std::get<3>(t))};
+const float* vector_of(const std::optional<AnyArray>& a, const char* name, int64_t n) {
+  return a ? array_of<float>(*a, name, "float32", {n}) : nullptr;
 }
 
-KvShape shape_of(const ShapeTuple& t) { return {static_cast<KvType>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+// Layer 0 of both, checked against the step.
+void place(const Step& step, const BoundKv& cache, const BoundKv* own, KvLayer& first, KvLayer& second) {
+  if (own != nullptr) require_kv(step, cache, *own);
+  else require_blocks(step, cache.blocks, 0);
+  first = cache.layer(0);
+  second = own != nullptr ? own->layer(0) : KvLayer{nullptr, nullptr, nullptr, nullptr};
+}
+
+void require_heads(int64_t heads, const BoundKv& cache) {
+  if (heads < 1 || heads % cache.shape.kv_heads != 0) {
+    throw std::invalid_argument("heads must be a multiple of the " + std::to_string(cache.shape.kv_heads) +
+                                " K,V heads, got " + std::to_string(heads) + ".");
+  }
+}
 
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  using release = nb::call_guard<dfk::Unlocked>;
   m.def(
       "rope_store",
-      [](Address qkv, int64_t rows, int64_t stride, int64_t heads, Address q_norm, Address k_norm, float eps,
-         Address cos, Address sin, int64_t rotary, ShapeTuple shape, LayerTuple cache, LayerTuple own, Address slot,
-         Address own_slot) {
+      [](const AnyArray& qkv, int64_t heads, const std::optional<AnyArray>& q_norm, const std::optional<AnyArray>& k_norm,
+         float eps, const AnyArray& cos, const AnyArray& sin, const BoundKv& cache, const BoundKv* own,
+         const BoundStep& bound) {
+        const Step& step = bound.step;
+        require_heads(heads, cache);
         RopeStore a{};
-        a.qkv = at<float>(qkv);
-        a.rows = rows;
-        a.stride = stride;
+        a.shape = cache.shape;
+        a.rows = step.rows;
         a.heads = heads;
-        a.q_norm = at<float>(q_norm);
-        a.k_norm = at<float>(k_norm);
+        a.qkv = rows_of(qkv, "qkv", step.rows, (heads + 2 * a.shape.kv_heads) * a.shape.dim);
+        a.stride = step.rows > 1 ? qkv.stride(0) : static_cast<int64_t>(qkv.shape(1));
+        a.q_norm = vector_of(q_norm, "q_norm", a.shape.dim);
+        a.k_norm = vector_of(k_norm, "k_norm", a.shape.dim);
         a.eps = eps;
-        a.cos = at<float>(cos);
-        a.sin = at<float>(sin);
-        a.rotary = rotary;
-        a.shape = shape_of(shape);
-        a.cache = layer_of(cache);
-        a.own = layer_of(own);
-        a.slot = at<int32_t>(slot);
-        a.own_slot = at<int32_t>(own_slot);
+        const int64_t half = cos.ndim() == 2 ? static_cast<int64_t>(cos.shape(1)) : 0;
+        a.cos = array_of<float>(cos, "cos", "float32", {step.rows, half});
+        a.sin = array_of<float>(sin, "sin", "float32", {step.rows, half});
+        a.rotary = 2 * half;
+        if (a.rotary > a.shape.dim) {
+          throw std::invalid_argument(std::to_string(a.rotary) + " rotary dims do not fit into heads of " +
+                                      std::to_string(a.shape.dim) + ".");
+        }
+        place(step, cache, own, a.cache, a.own);
+        a.slot = step.slot;
+        a.own_slot = step.own_slot;
+        dfk::Unlocked unlocked;
         rope_store(a);
       },
-      release());
+      nb::arg("qkv"), nb::arg("heads"), nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("eps"),
+      nb::arg("cos"), nb::arg("sin"), nb::arg("cache"), nb::arg("own").none(), nb::arg("step"));
   m.def(
       "attention",
-      // spans [span_count][6] int32: row0, row1, cached, own, first of its entries in blocks and in own_blocks;
-      // mask_at [span_count] int64: where its mask begins in `mask`, below 0: none; or null.
-      [](Address q, int64_t rows, int64_t stride, int64_t heads, float scale, ShapeTuple shape, LayerTuple cache,
-         LayerTuple own, int64_t span_count, Address spans, Address blocks, Address own_blocks, Address mask_at,
-         Address mask, Address cached_limit, Address own_limit, Address out) {
-        std::vector<SpanKeys> keys(static_cast<size_t>(span_count));
-        for (int64_t i = 0; i < span_count; ++i) {
-          const int32_t* s = at<int32_t>(spans) + 6 * i;
-          const int64_t offset = mask_at == 0 ? -1 : at<int64_t>(mask_at)[i];
-          keys[static_cast<size_t>(i)] = {s[0], s[1], s[2], s[3], at<int32_t>(blocks) + s[4],
-                                          at<int32_t>(own_blocks) + s[5], offset < 0 ? nullptr : at<uint8_t>(mask) + offset};
-        }
+      [](const AnyArray& q, int64_t heads, float scale, const BoundKv& cache, const BoundKv* own, const BoundStep& bound,
+         const AnyArray& out) {
+        const Step& step = bound.step;
+        require_heads(heads, cache);
         Attention a{};
-        a.q = at<float>(q);
-        a.rows = rows;
-        a.stride = stride;
+        a.shape = cache.shape;
+        a.rows = step.rows;
         a.heads = heads;
         a.scale = scale;
-        a.shape = shape_of(shape);
-        a.cache = layer_of(cache);
-        a.own = layer_of(own);
-        a.spans = keys.data();
-        a.span_count = span_count;
-        a.cached_limit = at<int32_t>(cached_limit);
-        a.own_limit = at<int32_t>(own_limit);
-        a.out = at<float>(out);
+        a.q = rows_of(q, "q", step.rows, heads * a.shape.dim);
+        a.stride = step.rows > 1 ? q.stride(0) : static_cast<int64_t>(q.shape(1));
+        place(step, cache, own, a.cache, a.own);
+        a.spans = step.spans.data();
+        a.span_count = static_cast<int64_t>(step.spans.size());
+        a.cached_limit = step.cached_limit;
+        a.own_limit = step.own_limit;
+        a.out = array_of<float>(out, "out", "float32", {step.rows, heads * a.shape.dim});
+        dfk::Unlocked unlocked;
         attention(a);
       },
-      release());
+      nb::arg("q"), nb::arg("heads"), nb::arg("scale"), nb::arg("cache"), nb::arg("own").none(), nb::arg("step"),
+      nb::arg("out"));
 }

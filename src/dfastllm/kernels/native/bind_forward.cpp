@@ -4,8 +4,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include "gil.h"
+#include "bind_step.h"
 #include "forward.h"
+#include "gil.h"
 
 namespace nb = nanobind;
 using namespace dfk;
@@ -60,31 +61,20 @@ void bind_forward(nb::module_& m) {
           nb::arg("norm"), nb::arg("layers"))
       .def(
           "run",
-          // spans: [count][6] int32: row0, row1, cached, own, first of its entries in blocks and in own_blocks;
-          // masks: [count] int64 offsets into mask, or below 0 for none.
-          [](Forward& self, int64_t rows, Address ids, Address positions, Address slot, Address own_slot,
-             int64_t span_count, Address spans, Address blocks, Address own_blocks, Address mask_at, Address mask,
-             Address cached_limit, Address own_limit, int64_t wanted, Address want, Address k, Address v,
-             Address k_scales, Address v_scales, int64_t stride, int64_t scale_stride, Address own_k, Address own_v,
-             Address own_k_scales, Address own_v_scales, Address out) {
-            dfk::Unlocked unlocked;
-            std::vector<SpanKeys> keys(static_cast<size_t>(span_count));
-            for (int64_t i = 0; i < span_count; ++i) {
-              const int32_t* s = at<int32_t>(spans) + 6 * i;
-              const int64_t offset = mask_at == 0 ? -1 : at<int64_t>(mask_at)[i];
-              keys[static_cast<size_t>(i)] = {s[0], s[1], s[2], s[3], at<int32_t>(blocks) + s[4],
-                                              at<int32_t>(own_blocks) + s[5],
-                                              offset < 0 ? nullptr : at<uint8_t>(mask) + offset};
+          // out: float32 [wanted, hidden].
+          [](Forward& self, const BoundStep& bound, const BoundKv& cache, const BoundKv& own, AnyArray out) {
+            const Step& step = bound.step;
+            require_kv(step, cache, own);
+            self.require(step, cache.shape, cache.layers);
+            float* const to = array_of<float>(out, "out", "float32", {step.wanted, self.hidden()});
+            KvMemory memory{cache.layer(0), 0, 0};
+            if (cache.layers > 1) {
+              const KvLayer next = cache.layer(1);
+              memory.stride = static_cast<char*>(next.k) - static_cast<char*>(memory.first.k);
+              memory.scale_stride = next.k_scales - memory.first.k_scales;
             }
-            const Step step{rows, at<int64_t>(ids), at<int64_t>(positions), at<int32_t>(slot), at<int32_t>(own_slot),
-                            span_count, keys.data(), at<int32_t>(cached_limit), at<int32_t>(own_limit),
-                            wanted, at<int64_t>(want)};
-            const auto layer = [](Address a, Address b, Address c, Address d) {
-              return KvLayer{reinterpret_cast<void*>(a), reinterpret_cast<void*>(b), reinterpret_cast<float*>(c),
-                             reinterpret_cast<float*>(d)};
-            };
-            self.run(step, KvMemory{layer(k, v, k_scales, v_scales), stride, scale_stride},
-                     layer(own_k, own_v, own_k_scales, own_v_scales), reinterpret_cast<float*>(out));
+            dfk::Unlocked unlocked;
+            self.run(step, memory, own.layer(0), to);
           })
       .def_prop_ro("bytes_held", &Forward::bytes_held);
 }

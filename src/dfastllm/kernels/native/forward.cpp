@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "pool.h"
 
@@ -30,6 +32,18 @@ KvLayer KvMemory::layer(int64_t i) const {
     out.v_scales = first.v_scales + i * scale_stride;
   }
   return out;
+}
+
+void Forward::require(const Step& step, const KvShape& kv, int64_t layers) const {
+  if (step.id.most >= d_.embed.n) {
+    throw std::invalid_argument("the step has id " + std::to_string(step.id.most) + "; this model has " +
+                                std::to_string(d_.embed.n) + " embedding rows.");
+  }
+  if (kv.kv_heads != d_.kv.kv_heads || kv.dim != d_.kv.dim || kv.type != d_.kv.type ||
+      layers != static_cast<int64_t>(d_.layers.size())) {
+    throw std::invalid_argument("these K,V are not of this model's shape.");
+  }
+  if (step.adapted) throw std::invalid_argument("the step asks for adapters, which this forward has none of.");
 }
 
 size_t Forward::bytes_held() const {
@@ -74,8 +88,8 @@ void Forward::attend(const Layer& layer, const Step& step, const KvLayer& cache,
   a.shape = d_.kv;
   a.cache = cache;
   a.own = own;
-  a.spans = step.spans;
-  a.span_count = step.span_count;
+  a.spans = step.spans.data();
+  a.span_count = static_cast<int64_t>(step.spans.size());
   a.cached_limit = step.cached_limit;
   a.own_limit = step.own_limit;
   a.out = mixed_.floats(0);
@@ -83,7 +97,7 @@ void Forward::attend(const Layer& layer, const Step& step, const KvLayer& cache,
 }
 
 // Rows `index` of x [..][width] -> out, in order.
-static void gather(const float* x, int64_t width, const int64_t* index, int64_t count, float* out) {
+static void gather(const float* x, int64_t width, const int32_t* index, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(out + i * width, x + index[i] * width, static_cast<size_t>(width) * sizeof(float));
   }
@@ -99,7 +113,8 @@ void Forward::run(const Step& step, const KvMemory& cache, const KvLayer& own, f
   float* cos = cos_.floats(static_cast<size_t>(rows * half));
   float* sin = sin_.floats(static_cast<size_t>(rows * half));
 
-  weight_rows(d_.embed, step.ids, rows, x);
+  ids_.assign(step.ids, step.ids + rows);
+  weight_rows(d_.embed, ids_.data(), rows, x);
   parallel((rows + 7) / 8, [&](int64_t task, int) {
     for (int64_t r = task * 8; r < std::min(rows, task * 8 + 8); ++r) {
       for (int64_t i = 0; i < half; ++i) {

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "step.h"
 
 namespace dfk {
 
@@ -48,21 +49,6 @@ struct Decoder {
   std::vector<Layer> layers;
 };
 
-// One step's rows: spans packed end to end.
-struct Step {
-  int64_t rows;
-  const int64_t* ids;        // [rows]
-  const int64_t* positions;  // [rows]
-  const int32_t* slot;       // [rows] where K,V are kept, or -1
-  const int32_t* own_slot;   // [rows] where K,V of this pass only go, or -1
-  int64_t span_count;
-  const SpanKeys* spans;
-  const int32_t* cached_limit;
-  const int32_t* own_limit;
-  int64_t wanted;
-  const int64_t* want;  // [wanted] rows
-};
-
 // The K,V of all layers: layer i starts `stride` bytes after layer i - 1.
 struct KvMemory {
   KvLayer first;
@@ -77,6 +63,10 @@ class Forward {
   // out [wanted][hidden] float, after the final norm. `own` is the K,V of one layer, used by all in turn.
   void run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out);
 
+  // Throws std::invalid_argument unless the step's ids are the model's and K,V of this shape are.
+  void require(const Step& step, const KvShape& kv, int64_t layers) const;
+
+  int64_t hidden() const { return d_.hidden; }
   size_t bytes_held() const;
 
  private:
@@ -88,6 +78,7 @@ class Forward {
   std::array<Buffer, 4> acts_;  // by ActKind
   std::array<Acts, 4> at_{};
   Buffer next_;
+  std::vector<int64_t> ids_;
 };
 
 }  // namespace dfk

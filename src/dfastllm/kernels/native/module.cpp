@@ -11,6 +11,7 @@ namespace nb = nanobind;
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_forward(nb::module_& m);
+void bind_step(nb::module_& m);
 
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // an engine thread may outlive the interpreter's own cleaning up
@@ -22,5 +23,6 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_attention(m);
   bind_forward(m);
+  bind_step(m);
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&dfk::Unlocked::close));
 }
