@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dfastllm.core import ModelInfo
 from dfastllm.engine.runners.native import NativeRunner
+from dfastllm.engine.runners.record import recorded
 from dfastllm.engine.runners.torch import Runnable, TorchRunner
 from dfastllm.errors import UnsupportedError
 from dfastllm.models import PackedDecoder
@@ -64,4 +65,4 @@ def runner_for(
         )
     else:
         runner = TorchRunner(model, slots, dtype, device, min_rows, page_size)
-    return runner  # type: ignore[no-any-return]
+    return recorded(runner, slots=slots, kv=str(dtype).removeprefix("torch."))

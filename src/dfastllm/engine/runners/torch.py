@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dfastllm.kernels.step import Step
+    from dfastllm.models import Attend
 
-    Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    AttendFunction = Callable[[int, Attend, Tensor, Tensor, Tensor], Tensor]
 
 __all__ = ["Runnable", "TorchRunner"]
 
@@ -42,7 +43,7 @@ class Runnable(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
+    def __call__(self, ids: Tensor, positions: Tensor, attend: AttendFunction) -> Tensor: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...
 
@@ -90,15 +91,15 @@ class TorchRunner:
             return DenseRows(torch.empty(0, self.model.info.vocab_size, device=self.device))
         return DenseRows(self.model.head(hidden[plan.want])[:wanted].float())
 
-    def _attend(self, plan: _Plan) -> Attend:
+    def _attend(self, plan: _Plan) -> AttendFunction:
         all_k, all_v = self.kv.k, self.kv.v
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, op: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layer_k, layer_v = all_k[layer], all_v[layer]
             if plan.write_rows.numel():
                 layer_k[plan.write_slots] = k[plan.write_rows].to(layer_k.dtype)
                 layer_v[plan.write_slots] = v[plan.write_rows].to(layer_v.dtype)
-            parts = [group.attend(q, (layer_k, layer_v), (k, v)).flatten(0, 1) for group in plan.groups]
+            parts = [group.attend(op, q, (layer_k, layer_v), (k, v)).flatten(0, 1) for group in plan.groups]
             return (parts[0] if len(parts) == 1 else torch.cat(parts))[plan.where]
 
         return attend
@@ -122,16 +123,7 @@ class _Group:
     positions: tuple[Tensor, Tensor]
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        q: Tensor,
-        cache: tuple[Tensor, Tensor],
-        fresh: tuple[Tensor, Tensor],
-        *,
-        scale: float | None = None,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> Tensor:
+    def attend(self, op: Attend, q: Tensor, cache: tuple[Tensor, Tensor], fresh: tuple[Tensor, Tensor]) -> Tensor:
         """q [rows, heads, dim]; cache: K, V [slots, kv_heads, dim]; fresh: K, V [rows, kv_heads, dim] of this forward.
         -> [B, rows, heads, dim], in which rows past a span's last are to be left out."""
         heads, kv_heads = q.shape[1], fresh[0].shape[1]
@@ -140,11 +132,11 @@ class _Group:
         group = heads // kv_heads
         count, height = self.rows.shape
         folded = q[self.rows].view(count, height, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mask = self._mask(group, window)
-        if softcap:
-            out = _capped(folded, k, v, mask, scale or q.shape[2] ** -0.5, softcap)
+        mask = self._mask(group, op.window)
+        if op.softcap:
+            out = _capped(folded, k, v, mask, op.scale, op.softcap)
         else:
-            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=op.scale)
         return out.view(count, kv_heads, group, height, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _keys(self, cache: Tensor, fresh: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,8 +200,8 @@ class _Plan:
             _places(step, order, shapes),
         )
         flat = torch.from_numpy(np.concatenate([step.words, *extra], dtype=np.int32, casting="unsafe"))
-        words, *parts = flat.to(device).long().split([len(step.words), *map(len, extra)])
-        pad, again, write_rows, turns, where = parts
+        sizes = [len(step.words), *[len(part) for part in extra]]
+        words, pad, again, write_rows, turns, where = torch.split(flat.to(device).long(), sizes)
         a = _on_device(step, words)
         groups, at = [], 0
         for (height, cached, own), count in zip(kinds.tolist(), counts.tolist(), strict=True):

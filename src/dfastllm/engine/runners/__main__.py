@@ -1,0 +1,46 @@
+"""python -m dfastllm.engine.runners FILE --model MODEL [--runner native|torch]: replay a recorded run, and say how far
+the logits are from the recorded ones. Exit status 1 when they are further than --within."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+
+from dfastllm import assemble
+from dfastllm.engine.runners import runner_for
+from dfastllm.engine.runners.record import Recording, replay
+from dfastllm.errors import DFastLLMError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dfastllm.engine.runners", description=__doc__)
+    parser.add_argument("file", help="what DFASTLLM_RECORD_STEPS wrote")
+    parser.add_argument("--model", required=True, help="the model's directory or GGUF file")
+    parser.add_argument("--runner", choices=("native", "torch"), default="native")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--within", type=float, default=1e-4, help="largest difference of a logit; default 1e-4")
+    given = parser.parse_args()
+    try:
+        recording = Recording(given.file)
+        model = assemble.load(given.model, device=given.device, backend=given.runner).model
+        slots = 1 + max((int(step.slot.max(initial=0)) for step, _ in recording), default=0)
+        size = next((step.block_size for step, _ in recording), 16)
+        kv = getattr(torch, str(recording.header.get("kv", "float32")))
+        runner = runner_for(model, -(-slots // size) * size, kv, given.device, 16, size)
+        steps, rows, worst, equal = 0, 0, 0.0, True
+        for step, wanted, got in replay(recording, runner):
+            steps, rows = steps + 1, rows + len(step)
+            worst = max(worst, float(np.abs(wanted - got).max(initial=0.0)))
+            equal &= bool((wanted.view(np.int32) == got.view(np.int32)).all())
+    except (DFastLLMError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{steps} steps, {rows} rows: {'the same bits' if equal else f'logits differ by up to {worst:.3g}'}")
+    return 0 if worst <= given.within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
