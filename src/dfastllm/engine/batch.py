@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dfastllm.core import Span, Store
 from dfastllm.engine.pages import PageTable
+from dfastllm.kernels.rows import int64s
 from dfastllm.kernels.step import BLOCK, Step, put
 
 __all__ = ["Items", "pack", "visibility"]
@@ -33,7 +34,7 @@ def pack(items: Items, block_size: int = BLOCK) -> Step:
         items = [part for item in items for part in _unfolded(item)]
     page_size = items[0][1].pool.page_size
     f = _flatten(items, page_size)
-    facts = np.array(f.facts, dtype=np.int64).reshape(-1, _FACTS)
+    facts = int64s([f.facts]).reshape(-1, _FACTS)
     row0, row1, cached, own0, page0, shift, block, offset, own_start = facts.T
     counts = row1 - row0
     own = counts - own0
@@ -89,7 +90,7 @@ def pack(items: Items, block_size: int = BLOCK) -> Step:
 
 def _fill_slots(step: Step, facts: Ints, counts: Ints, positions: Ints, f: _Flat, page_size: int) -> None:
     """Blocks of the cached keys, and where K,V of the stored rows go; -1: nowhere."""
-    pages = np.array(f.pages, dtype=np.int64)
+    pages = int64s([f.pages])
     per_page = page_size // step.block_size
     if per_page == 1:
         step.blocks[:] = pages
