@@ -1,7 +1,7 @@
 // Reduces tiles of logits. Included inside a translation unit's own namespace, after simd.h.
 
 // Best and second of a panel that has something better than the second so far; sums move on to the new best.
-inline void better(const float* tile, int32_t first_id, HeadPart& part, F16& sum, F16& weighted) {
+inline void better(const float* tile, int32_t first_id, HeadPart& part, Floats16& sum, Floats16& weighted) {
   const float before = part.best;
   for (int32_t c = 0; c < kPanel; ++c) {
     if (tile[c] > part.best) {
@@ -13,8 +13,8 @@ inline void better(const float* tile, int32_t first_id, HeadPart& part, F16& sum
     }
   }
   if (part.best == before || part.token < 0) return;
-  const F16 lower = f16(before > part.best + kLowestExponent ? before - part.best : kLowestExponent);
-  const F16 factor = exp_inside(lower);
+  const Floats16 lower = floats16(before > part.best + kLowestExponent ? before - part.best : kLowestExponent);
+  const Floats16 factor = exp_inside(lower);
   weighted = factor * (weighted + lower * sum);
   sum = factor * sum;
 }
@@ -25,20 +25,20 @@ inline void head_rows(const float* tile, int64_t rows, int32_t first_id, bool ch
                       float* maxima) {
   for (int64_t r = 0; r < rows; ++r, tile += kPanel) {
     HeadPart& part = parts[r];
-    const F16 x[4] = {load(tile), load(tile + 16), load(tile + 32), load(tile + 48)};
-    F16 sum = load(part.sum), weighted = load(part.weighted);
+    const Floats16 x[4] = {load(tile), load(tile + 16), load(tile + 32), load(tile + 48)};
+    Floats16 sum = load(part.sum), weighted = load(part.weighted);
     if (check) {  // 0 * x is NaN where x is not finite
-      const F16 zero = f16(0.0f);
+      const Floats16 zero = floats16(0.0f);
       sum = sum + fma(x[0], zero, fma(x[1], zero, fma(x[2], zero, x[3] * zero)));
     }
-    const F16 high = max(max(x[0], x[1]), max(x[2], x[3]));
-    if (any_greater(high, f16(part.second))) better(tile, first_id, part, sum, weighted);  // rare after a few panels
+    const Floats16 high = max(max(x[0], x[1]), max(x[2], x[3]));
+    if (any_greater(high, floats16(part.second))) better(tile, first_id, part, sum, weighted);  // rare after a few panels
     if (maxima) maxima[r] = highest(high);
     if (part.token >= 0) {
-      const F16 best = f16(part.best);
-      for (const F16& value : x) {
-        const F16 below = max(value - best, f16(kLowestExponent));  // what is excluded adds 2e-38
-        const F16 e = exp_inside(below);
+      const Floats16 best = floats16(part.best);
+      for (const Floats16& value : x) {
+        const Floats16 below = max(value - best, floats16(kLowestExponent));  // what is excluded adds 2e-38
+        const Floats16 e = exp_inside(below);
         sum = sum + e;
         if (entropy) weighted = fma(e, below, weighted);
       }

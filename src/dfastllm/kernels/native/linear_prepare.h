@@ -24,30 +24,30 @@ struct NormedRow {
   const float* norm;
   float factor;
   int64_t k;
-  F16 at(int64_t i) const {
+  Floats16 at(int64_t i) const {
     const int64_t left = k - i;
     if (left >= 16) {
-      const F16 v = load(x + i);
-      return norm ? (v * f16(factor)) * load(norm + i) : v;
+      const Floats16 v = load(x + i);
+      return norm ? (v * floats16(factor)) * load(norm + i) : v;
     }
-    if (left <= 0) return f16(0.0f);
-    const F16 v = load(x + i, left);
-    return norm ? (v * f16(factor)) * load(norm + i, left) : v;
+    if (left <= 0) return floats16(0.0f);
+    const Floats16 v = load(x + i, left);
+    return norm ? (v * floats16(factor)) * load(norm + i, left) : v;
   }
 };
 
 // 1 / sqrt(mean(x^2) + eps). Four running sums of 16 lanes; the order depends on k alone.
 inline float rms_factor(const float* x, int64_t k, float eps) {
-  F16 sums[4] = {f16(0.0f), f16(0.0f), f16(0.0f), f16(0.0f)};
+  Floats16 sums[4] = {floats16(0.0f), floats16(0.0f), floats16(0.0f), floats16(0.0f)};
   int64_t i = 0;
   for (; i + 64 <= k; i += 64) {
     for (int j = 0; j < 4; ++j) {
-      const F16 v = load(x + i + 16 * j);
+      const Floats16 v = load(x + i + 16 * j);
       sums[j] = sums[j] + v * v;
     }
   }
   for (int j = 0; i < k; i += 16, ++j) {
-    const F16 v = k - i >= 16 ? load(x + i) : load(x + i, k - i);
+    const Floats16 v = k - i >= 16 ? load(x + i) : load(x + i, k - i);
     sums[j] = sums[j] + v * v;
   }
   const float mean = total((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(k);
@@ -56,9 +56,9 @@ inline float rms_factor(const float* x, int64_t k, float eps) {
 
 // 16 values -> codes at p. What lies in x must not exceed the quantiser's amax. A NaN times 0 (a group that is not
 // finite) would convert to garbage: the inverse 0 is applied as a mask.
-inline void quantise_16(F16 x, Quantiser q, int8_t* p) {
-  const I16 codes = to_int(round_even(x * f16(q.inverse)));
-  store8(p, q.inverse == 0.0f ? i16(0) : codes);
+inline void quantise_16(Floats16 x, Quantiser q, int8_t* p) {
+  const Ints16 codes = to_int(round_even(x * floats16(q.inverse)));
+  store8(p, q.inverse == 0.0f ? ints16(0) : codes);
 }
 
 // The least of {1, 1.25, 1.5, 1.75} x 2^n that is at least amax / 127 as the scale.
@@ -85,15 +85,15 @@ inline int32_t sum_16(const int8_t* p) {
 #endif
 }
 
-inline void bf16_16(F16 x, uint16_t* p) {
-  const I16 raw = bits(x);
-  const I16 rounded = raw + i16(0x7fff) + (shift_right<16>(raw) & i16(1));
-  const I16 nan = i16(0x7fc00000);
-  store16(p, shift_right<16>(where_greater(abs_bits(x), i16(kInfinityBits), nan, rounded)));
+inline void bf16_16(Floats16 x, uint16_t* p) {
+  const Ints16 raw = bits(x);
+  const Ints16 rounded = raw + ints16(0x7fff) + (shift_right<16>(raw) & ints16(1));
+  const Ints16 nan = ints16(0x7fc00000);
+  store16(p, shift_right<16>(where_greater(abs_bits(x), ints16(kInfinityBits), nan, rounded)));
 }
 
 // Two registers of a row into columns [column, column + 32).
-inline void put_32(F16 a, F16 b, const Acts& out, int64_t row, int64_t column) {
+inline void put_32(Floats16 a, Floats16 b, const Acts& out, int64_t row, int64_t column) {
   const int64_t at = row * out.stride + column;
   if (out.kind == ActKind::f32) {
     float* p = static_cast<float*>(out.data) + at;
@@ -133,7 +133,7 @@ inline void prepare_row(const float* x, const float* norm, float eps, const Acts
     for (int64_t i = 0; i < out.stride; i += 32) put_32(in.at(i), in.at(i + 16), out, row, i);
     return;
   }
-  I16 amax = i16(0);
+  Ints16 amax = ints16(0);
   for (int64_t i = 0; i < out.k; i += 16) amax = max(amax, abs_bits(in.at(i)));
   const Quantiser q = quantiser(highest(amax));
   int8_t* codes = static_cast<int8_t*>(out.data) + row * out.stride;
@@ -146,7 +146,7 @@ inline void prepare_row(const float* x, const float* norm, float eps, const Acts
   out.sums[row] = sum;
 }
 
-inline F16 silu_mul_16(F16 gate, F16 up) { return gate / (f16(1.0f) + exp(f16(0.0f) - gate)) * up; }
+inline Floats16 silu_mul_16(Floats16 gate, Floats16 up) { return gate / (floats16(1.0f) + exp(floats16(0.0f) - gate)) * up; }
 
 inline void silu_mul(const float* gate, const float* up, float* out, int64_t count) {
   int64_t i = 0;
@@ -160,10 +160,10 @@ inline void write_tile(const float* tile, int64_t rows, int64_t channels, const 
   for (int64_t c = 0; c < channels; c += 16) {
     const int64_t left = channels - c;
     const bool whole = left >= 16;
-    const F16 add = bias == nullptr ? f16(0.0f) : whole ? load(bias + c) : load(bias + c, left);
+    const Floats16 add = bias == nullptr ? floats16(0.0f) : whole ? load(bias + c) : load(bias + c, left);
     for (int64_t r = 0; r < rows; ++r) {
       float* to = y + r * ldy + c;
-      F16 v = load(tile + r * kPanel + c);
+      Floats16 v = load(tile + r * kPanel + c);
       if (bias) v = v + add;
       if (accumulate) v = (whole ? load(to) : load(to, left)) + v;
       if (whole) store(to, v);

@@ -12,8 +12,9 @@
 //   w6g         the same for each half of 16 inputs of group g; for the whole of it in slices of a panel whose halves
 //               share their scales and minima (AVX-512)
 //   with minima, after each group: y = fma(-min[g, n], act_scale[m, g] * float(code_sum[m, g]), y), each half of w6g
-// Group activation scales are powers of two, so the products with them are exact. (AVX2 and the portable kernels
-// multiply in another order, with a rounding more.)
+// Group activation scales are 1, 1.25, 1.5 or 1.75 times a power of two (linear_prepare.h), which takes 3 bits, and a
+// group's sum takes at most 20, so their product is exact. (AVX2 and the portable kernels multiply in another order,
+// with a rounding more.)
 // w8 sums fit 32 bits for k up to 133,152 (2^31 / 127^2), past any model's.
 //
 // The panel is walked in slices of 256 inputs (at most 16 KB, half of the L1 cache) and all row blocks of the call pass
