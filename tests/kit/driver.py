@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dfastllm.core import Commit, DecodeParams, ModelInfo, Request, SamplingParams, SequenceState, Span
 from dfastllm.kernels.rows import DenseRows
+from dfastllm.models import Attend
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+AttendFunction = Callable[[int, Attend, Tensor, Tensor, Tensor], Tensor]
 
 
 def info(kind: str = "diffusion", **changes: Any) -> ModelInfo:
@@ -53,6 +54,7 @@ class FakeModel:
             return torch.randn(a, b, generator=g, dtype=torch.float64) / math.sqrt(a)
 
         self.heads, self.dim = heads, dim
+        self.op = Attend(heads, heads, dim, dim**-0.5)
         self.embed = torch.randn(info.vocab_size, width, generator=g, dtype=torch.float64)
         self.place = torch.randn(info.max_len, width, generator=g, dtype=torch.float64)
         self.layers = [{n: matrix(width, width) for n in "qkvo"} for _ in range(info.layers)]
@@ -60,12 +62,12 @@ class FakeModel:
         self.bias = torch.zeros(info.vocab_size, dtype=torch.float64)
         self.bias[list(info.eos_ids)] = eos_bias
 
-    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, attend: AttendFunction) -> Tensor:
         x = self.embed[ids] + self.place[positions]
         for n, layer in enumerate(self.layers):
             h = x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
             q, k, v = ((h @ layer[w] * 1.7).view(-1, self.heads, self.dim) for w in "qkv")
-            x = x + 2.0 * attend(n, q, k, v).reshape(x.shape) @ layer["o"]
+            x = x + 2.0 * attend(n, self.op, q, k, v).reshape(x.shape) @ layer["o"]
         return x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def run_span(model: Any, seq: SequenceState, span: Span, store: Store) -> Tensor
 
     fresh: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         fresh[layer] = (k[:n], v[:n])
         if len(old):
             k = torch.cat([store.keys[layer][old], k])
@@ -195,13 +197,12 @@ def request(
     decode: DecodeParams | None = None,
     **sampling: Any,
 ) -> Request:
-    sampling.setdefault("temperature", 0.0)
+    sampling = {"temperature": 0.0, "max_tokens": 16, **sampling}
     return Request(name, tuple(prompt), SamplingParams(**sampling), decode, tuple(suffix))
 
 
 def start(policy: Any, req: Request, model: ModelInfo) -> SequenceState:
-    policy.check(req, model)
-    tokens, state = policy.begin(req, model)
+    tokens, state = policy.begin(req, model, policy.compile(req, model))
     seed = req.sampling.seed if req.sampling.seed is not None else 1234
     return SequenceState(req, model, tokens, seed, policy=state)
 

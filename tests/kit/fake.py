@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dfastllm.core import ModelInfo
+from dfastllm.models import Attend
 
 VOCAB, MASK, EOS = 48, 47, 46
 _M = (1 << 61) - 1
@@ -58,7 +59,7 @@ class FakeModel:
             v = torch.stack([positions == 0, state % 1009, torch.zeros_like(ids), torch.zeros_like(ids)], -1)
             v = v.double().unsqueeze(1)
             zero = torch.zeros_like(v)
-            out = attend(layer, zero, zero, v)[:, 0]
+            out = attend(layer, Attend(1, 1, 4, 0.5), zero, zero, v)[:, 0]
             count = (1 / out[:, 0].clamp_min(1e-9)).round()
             total = (out[:, 1] * count).round().long()
             state = _mix(state * 31 + total * 1013 + count.long(), 11 + layer) % (1 << 40)

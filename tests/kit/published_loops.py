@@ -44,7 +44,7 @@ def forward(
     after them. block > 0: block-causal."""
     seen = Cache()
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, _: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if cache is not None and replace:
             old_k, old_v = cache.k[layer].clone(), cache.v[layer].clone()
             old_k[start:stop], old_v[start:stop] = k, v

@@ -10,7 +10,7 @@ import torch
 
 from dfastllm import models
 from dfastllm.errors import DFastLLMError, ModelLoadError, ValidationError
-from tests.models import published
+from tests.kit import published_configs as published
 
 
 @pytest.fixture
@@ -100,17 +100,6 @@ def test_notes(sdar: Path) -> None:
     assert models.check(sdar).notes == ("no tokenizer.json: the model takes token ids only.",)
     models.save(models.tiny("llama", ids=models.Ids()), sdar)
     assert any("no end-of-text id" in note for note in models.check(sdar).notes)
-
-
-def test_note_on_a_sliding_window(sdar: Path) -> None:
-    models.save(models.tiny("mistral"), sdar)
-    raw = json.loads((sdar / "config.json").read_text())
-    (sdar / "config.json").write_text(json.dumps({**raw, "sliding_window": 100}))
-    report = models.check(sdar)
-    assert report.ok
-    assert report.info is not None
-    assert report.info.max_len == 100
-    assert "context limited from 256 to the sliding window of 100 tokens." in report.notes
 
 
 def test_several_problems_at_once(sdar: Path) -> None:

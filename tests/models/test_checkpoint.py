@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dfastllm import models
 from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
-from tests.models import published
+from tests.kit import published_configs as published
 
 FAMILIES = sorted(models.FAMILIES)
 

@@ -17,7 +17,7 @@ from dfastllm.errors import ModelLoadError, TokenizerError
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.family import Family, Fields, Ids, NameTable, family_of, register
 from dfastllm.models.ids import read_ids
-from tests.models import published
+from tests.kit import published_configs as published
 
 FAMILIES = sorted(models.FAMILIES)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dfastllm.errors import CheckpointError, ModelLoadError, TokenizerError, ValidationError
 from dfastllm.kernels.packed import QTensor
+from dfastllm.models import FAMILIES as MODELS
 from dfastllm.models import Decoder, RopeScaling, dense_attention, load, save, tiny, tiny_config
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.gguf import open_gguf, write_gguf
@@ -27,7 +28,7 @@ from dfastllm.quant.gguf import BY_NAME, GgufFile, Planned, to_float, write_file
 from dfastllm.text.gguf import read_tokenizer, tokenizer_metadata
 
 DEMO = Path(__file__).parents[2] / "src/dfastllm/shipped/demo-ar"
-FAMILIES = ["llama", "qwen2", "qwen3", "llada", "dream"]
+FAMILIES = sorted({found.gguf.arch: name for name, found in reversed(MODELS.items()) if found.gguf}.values())
 PROMPT = list(range(3, 60, 3))
 QUESTIONS = [
     "What is 22 + 39?",
@@ -354,12 +355,12 @@ def changed(tmp_path: Path, family: str = "llama", **changes: Any) -> Path:
     ("changes", "said"),
     [
         (
-            {"general__architecture": "gemma3"},
-            "'gemma3' is not supported; supported: dream, llada, llama, qwen2, qwen3",
+            {"general__architecture": "gpt2"},
+            "'gpt2' is not supported; supported: dream, gemma2, gemma3, llada, llada-moe, llama, qwen2, qwen3",
         ),
         ({"general__architecture": None}, "general.architecture' is missing"),
         ({"general__architecture": 7}, "must be str"),
-        ({"A__expert_count": 8}, "mixtures of experts"),
+        ({"A__expert_count": 8}, "expert_count=8 is not supported"),
         ({"A__attention__causal": False}, "not supported"),
         ({"A__logit_scale": 2.0}, "logit_scale=2.0 is not supported"),
         ({"A__block_count": 3}, "missing tensor blk.2"),
@@ -396,7 +397,7 @@ def test_settings_without_effect_are_taken(tmp_path: Path) -> None:
         A__expert_count=0,
     )
     with open_gguf(path) as opened:
-        assert (opened.config.heads, opened.config.max_len) == (4, 100)
+        assert (opened.config.heads, opened.config.window, opened.config.max_len) == (4, 100, 256)
 
 
 def test_a_diffusion_file_that_shifts_otherwise(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     ("make", "said"),
     [
         (lambda: tiny("fast_dllm_v2"), "no GGUF architecture"),
-        (lambda: tiny("llama", rope_dim=4), "rotates whole heads"),
+        (lambda: tiny("llama", rope_dim=4), "no place for rope_dim=4"),
         (lambda: tiny("qwen3", rope_scaling=SCALINGS[1]), "llama3 rope scaling"),
     ],
 )

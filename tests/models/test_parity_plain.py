@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dfastllm import models
-from tests.models import plain, published
+from tests.kit import plain_forward as plain
+from tests.kit import published_configs as published
 
 IDS = [3, 17, 38, 38, 5, 38, 9, 22, 38, 1, 30]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from dfastllm import models
+from dfastllm.errors import ModelLoadError
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,6 +37,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -47,7 +50,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-dim": ("Llama", {"head_dim": 12}),
     "mistral": ("Mistral", {"sliding_window": None}),
-    "mistral-window": ("Mistral", {"sliding_window": 64, "head_dim": 16}),
+    "mistral-window": ("Mistral", {"sliding_window": 24, "head_dim": 16}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3-window": (
+        "Qwen3",
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
@@ -72,14 +80,45 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "gemma2": ("Gemma2", {**GEMMA, "sliding_window": 16}),
+    "gemma2-wide-window": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-not-capped": ("Gemma2", {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("Gemma3", {**GEMMA, "sliding_window": 16, "num_hidden_layers": 7}),
+    "gemma3-linear": (
+        "Gemma3",
+        {
+            **GEMMA,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
 }
+# Which of the families that transformers has are not covered by plain forwards of their own (test_parity_plain).
+FAMILIES = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe"}
+FAMILIES |= {"Gemma2": "gemma2", "Gemma3": "gemma3"}
+SAVED = sorted(set(FAMILIES.values()) - {"qwen3_moe"})  # those that are written here for transformers to read
+
+
+def test_every_family_has_a_case() -> None:
+    """A family that is registered is compared with transformers here or with a plain forward there."""
+    from tests.models.test_parity_plain import CASES as PLAIN
+
+    plain = {case[0]()[0]["architectures"][0] for case in PLAIN.values()}
+    here = {FAMILIES[kind] for kind, _ in CASES.values()}
+    there = {name for name, family in models.FAMILIES.items() if plain & set(family.architectures)}
+    assert here | there == set(models.FAMILIES)
 
 
 def _published(case: str, directory: Path) -> Any:
     """A random model of transformers, also written to the directory."""
     kind, extra = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **extra})
+    name = {"Gemma3": "Gemma3Text"}.get(kind, kind)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **extra}, attn_implementation="eager")
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():  # biases and norms start at constants that would hide mistakes
         if parameter.ndim == 1:
@@ -129,26 +168,40 @@ def test_config_fields_of_transformers_4(case: str, tmp_path: Path) -> None:
 
 def test_our_files_load_in_transformers(tmp_path: Path) -> None:
     """What `save` writes is what transformers reads: same logits."""
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
+    for family in SAVED:
         ours = models.tiny(family, seed=3, max_len=64)
         models.save(ours, tmp_path / family)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
-        ids = torch.randint(0, 90, (1, 20), generator=torch.Generator().manual_seed(1))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / family, attn_implementation="eager"
+        ).eval()
+        ids = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             wanted = theirs(ids).logits[0]
-            got = ours.head(ours(ids[0], torch.arange(20), models.dense_attention(1, 20, "causal")))
+            got = ours.head(ours(ids[0], torch.arange(40), models.dense_attention(1, 40, "causal")))
         assert (got - wanted).abs().max() <= 1e-4, family
 
 
-def test_sliding_window_limits_the_context(tmp_path: Path) -> None:
-    _published("mistral-window", tmp_path)
-    assert models.load(tmp_path).info.max_len == 64
-
-
-def test_unused_sliding_window_does_not(tmp_path: Path) -> None:
+def test_unused_sliding_window(tmp_path: Path) -> None:
     _published("qwen2", tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "sliding_window": 8, "use_sliding_window": False}))
-    assert models.load(tmp_path).info.max_len == 256
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "sliding_window": 8, "use_sliding_window": True}))
-    assert models.load(tmp_path).info.max_len == 8
+    del raw["layer_types"]
+    for used, window in ((False, 0), (True, 8)):
+        config = {**raw, "sliding_window": 8, "use_sliding_window": used, "max_window_layers": 1}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read = models.load(tmp_path).config
+        assert (read.window, read.windowed, read.max_len) == (window, (False, True, True) if used else (), 256)
+
+
+@pytest.mark.parametrize("window", [0, -4])
+def test_a_window_of_nothing(window: int, tmp_path: Path) -> None:
+    _published("mistral", tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "sliding_window": window}))
+    with pytest.raises(ModelLoadError, match=f"sliding_window must be at least 1, or null for none, got {window}"):
+        models.load(tmp_path)
+
+
+def test_a_window_under_other_attention_than_causal() -> None:
+    config = replace(models.tiny_config("sdar"), window=8)
+    with pytest.raises(ModelLoadError, match="sdar: a sliding window of 8 is computed for autoregressive models only"):
+        models.describe("sdar", config, models.Ids(mask=3))

@@ -13,21 +13,22 @@ from torch import Tensor
 from dfastllm import models
 from dfastllm.errors import ValidationError
 from dfastllm.models.mixture import Mixture, Router
-from dfastllm.models.parts import RotaryTables, rotate
+from dfastllm.models.parts import Rotary, rotate
+from dfastllm.models.program import Attend, RopeTable
 
 FAMILIES = sorted(models.FAMILIES)
 
 
-def per_span(lengths: list[int], kinds: list[str], block: int = 4) -> models.Attend:
+def per_span(lengths: list[int], kinds: list[str], block: int = 4) -> models.AttendFunction:
     """Attention of sequences packed end to end, each alone."""
     alone = [
         models.dense_attention(1, n, kind, block=block if kind == "block" else 0)  # type: ignore[arg-type]
         for n, kind in zip(lengths, kinds, strict=True)
     ]
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, op: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = [t.split(lengths) for t in (q, k, v)]
-        return torch.cat([one(layer, *rows) for one, *rows in zip(alone, *parts, strict=True)])
+        return torch.cat([one(layer, op, *rows) for one, *rows in zip(alone, *parts, strict=True)])
 
     return attend
 
@@ -98,10 +99,20 @@ def test_every_parameter_has_a_gradient(family: str) -> None:
     block=st.integers(1, 5),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
     masked=st.booleans(),
+    window=st.integers(0, 4),
+    softcap=st.sampled_from([0.0, 0.7]),
     seed=st.integers(0, 2**16),
 )
 def test_dense_attention(
-    batch: int, length: int, kind: str, block: int, heads: tuple[int, int], masked: bool, seed: int
+    batch: int,
+    length: int,
+    kind: str,
+    block: int,
+    heads: tuple[int, int],
+    masked: bool,
+    window: int,
+    softcap: float,
+    seed: int,
 ) -> None:
     """Against a softmax over each row's own list of keys."""
     draw = torch.Generator().manual_seed(seed)
@@ -116,16 +127,18 @@ def test_dense_attention(
         block=block if kind == "block" else 0,
         mask=mask if masked else None,
     )
-    got = attend(0, q, k, v)
+    got = attend(0, Attend(*heads, 4, 0.5, window, softcap), q, k, v)
     assert got.shape == q.shape
     for b in range(batch):
         for row in range(length):
             stop = {"full": length, "causal": row + 1, "block": min(length, (row // block + 1) * block)}[kind]
             keys = [key for key in range(stop) if not masked or mask[b, 0, row, key]]
+            keys = [key for key in keys if not window or row - key < window]
             for head in range(heads[0]):
                 at = [b * length + key for key in keys]
                 shared = head // (heads[0] // heads[1])
-                weights = (k[at, shared] @ q[b * length + row, head] / 2).softmax(0)
+                scores = k[at, shared] @ q[b * length + row, head] / 2
+                weights = (softcap * torch.tanh(scores / softcap) if softcap else scores).softmax(0)
                 assert torch.allclose(got[b * length + row, head], weights @ v[at, shared], atol=1e-5)
 
 
@@ -140,8 +153,7 @@ def test_dense_attention_refuses_nonsense() -> None:
 @settings(max_examples=50, deadline=None)
 @given(shift=st.integers(0, 5000), seed=st.integers(0, 2**16), rotating=st.sampled_from([2, 4, 8]))
 def test_rotary_scores_depend_on_distance_only(shift: int, seed: int, rotating: int) -> None:
-    config = dataclasses.replace(models.tiny_config("llama"), rope_dim=rotating)
-    tables = RotaryTables(config)
+    tables = Rotary(RopeTable(10000.0, rotating))
     draw = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, 6, 1, 8, generator=draw)
     at = torch.arange(6)
@@ -157,7 +169,7 @@ def test_angles_stay_float32(dtype: torch.dtype) -> None:
     """Casting a model must not round its rotary frequencies: bfloat16 cannot tell position 4,001 from 4,000."""
     model, coarse = models.tiny("llama"), models.tiny("llama").to(dtype)
     far = torch.tensor([1, 4001, 100_003])
-    for ours, theirs in zip(model.rotary(far), coarse.rotary(far), strict=True):
+    for ours, theirs in zip(model.angles(far)[0], coarse.angles(far)[0], strict=True):
         assert ours.dtype == theirs.dtype == torch.float32
         assert torch.equal(ours, theirs)
     rows = coarse(torch.arange(6), torch.arange(6), models.dense_attention(1, 6))

@@ -26,7 +26,7 @@ def model(family: str) -> Decoder:
 def plain_nll(net: Decoder, ids: list[int], visible: list[list[int]], row: int, target: int, at: list[int]) -> float:
     """-log p(target) at `row`, every row r attending to visible[r] only, by explicit loops."""
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(layer: int, _: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(q)
         group = q.shape[1] // k.shape[1]
         for r in range(len(q)):

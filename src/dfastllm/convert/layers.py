@@ -33,7 +33,7 @@ def walk(
     model = skeleton(source.config, source.info, torch.float32)
     embedding = source.tensor("embed.weight")  # as stored: often the largest tensor there is
     require_finite(embedding, source.published("embed.weight"))
-    hidden = [embedding[r.ids].float() for r in rows]
+    hidden = [embedding[r.ids].float() * model.program.embed_factor for r in rows]
     del embedding
     for i, layer in enumerate(model.layers):
         prefix = f"layers.{i}."
@@ -73,8 +73,7 @@ def walk(
 
 @torch.inference_mode()
 def _run(model: Decoder, layer: nn.Module, rows: Rows, x: Tensor) -> Tensor:
-    cos, sin = model.rotary(rows.positions)
-    return layer(x, cos, sin, short_attention(rows))  # type: ignore[no-any-return]
+    return layer(x, model.angles(rows.positions), short_attention(rows))  # type: ignore[no-any-return]
 
 
 def _passes(linears: dict[str, nn.Linear], gram: bool) -> list[list[str]]:

@@ -15,28 +15,37 @@ __all__ = ["attention", "masked_attention", "read_keys", "rope_store"]
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, scale: float, window: int = 0, softcap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None = None,
+    *,
+    causal: bool,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(score) v, score = scale * q k, or softcap * tanh(scale * q k / softcap) where softcap > 0.
 
-    q [batch, heads, rows, dim], k, v [batch, kv_heads, rows, dim]: every row is a query and a key; -> as q. seen: bool,
-    broadcastable to [batch, heads, rows, rows]; None: causal. window: of the keys before a row, only so many with its
-    own are seen; 0: all. Differentiable. A row that sees nothing gives NaN.
+    q [batch, heads, rows, dim], k, v [batch, kv_heads, rows, dim]: every row is a query and a key; -> as q. What a row
+    sees: `seen` (bool, broadcastable to [batch, heads, rows, rows]; None: all), if causal only keys up to itself, if
+    window > 0 only keys less than so many before it. Differentiable. A row that sees nothing gives NaN.
     """
-    causal = seen is None and not window and not softcap
-    if not causal:
-        row = torch.arange(q.shape[-2], device=q.device)
-        ahead = row[:, None] - row[None, :]
-        seen = ahead >= 0 if seen is None else seen
-        seen = seen & (ahead < window) if window else seen
+    row = torch.arange(q.shape[-2], device=q.device)
+    ahead = row[:, None] - row[None, :]
+    if causal and (window or softcap or seen is not None):
+        seen, causal = (ahead >= 0 if seen is None else seen & (ahead >= 0)), False
+    if window:
+        seen = ahead < window if seen is None else seen & (ahead < window)
     if not softcap:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1], scale=scale
         )
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap))
-    assert seen is not None
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def rope_store(

@@ -5,19 +5,21 @@ nothing: `attend`, given by the caller, is the only place where rows meet. Impor
 transformers; no code of a checkpoint is ever run.
 """
 
-from dfastllm.models import blockdiff, dream, llada, llama, moe  # noqa: F401  (importing a wiring registers its families)
+from dfastllm.models import blockdiff, dream, gemma, llada, llama, moe  # noqa: F401  (importing a wiring registers its families)
 from dfastllm.models.check import CheckReport, Problem, check
 from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import FAMILIES, Family, Ids, describe, find_family
 from dfastllm.models.packed import PackedDecoder, pack_decoder
-from dfastllm.models.parts import Attend, dense_attention
+from dfastllm.models.parts import AttendFunction, dense_attention
+from dfastllm.models.program import Attend, Program
 from dfastllm.models.tiny import random_like, tiny, tiny_config
 
 __all__ = [
     "FAMILIES",
     "Attend",
+    "AttendFunction",
     "CheckReport",
     "Decoder",
     "DecoderConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "MoEConfig",
     "PackedDecoder",
     "Problem",
+    "Program",
     "RopeScaling",
     "build",
     "check",

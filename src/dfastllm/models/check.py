@@ -12,7 +12,7 @@ from dfastllm.errors import ModelLoadError
 from dfastllm.models.checkpoint import compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
-from dfastllm.models.headers import TensorEntry, inventory, read_json
+from dfastllm.models.headers import TensorEntry, inventory
 from dfastllm.models.ids import tokenizer_size
 from dfastllm.quant.checkpoint import Stored, stored
 
@@ -160,9 +160,6 @@ def _tokenizer_problems(directory: Path, rows: int) -> list[Problem]:
 
 def _notes(directory: Path, info: ModelInfo) -> list[str]:
     notes = []
-    trained = read_json(directory / "config.json").get("max_position_embeddings")
-    if isinstance(trained, int) and trained > info.max_len:
-        notes.append(f"context limited from {trained} to the sliding window of {info.max_len} tokens.")
     if not (directory / "tokenizer.json").is_file():
         notes.append("no tokenizer.json: the model takes token ids only.")
     if not info.eos_ids:

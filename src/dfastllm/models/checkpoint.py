@@ -27,7 +27,8 @@ from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible
 from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inventory, read_json
-from dfastllm.models.ids import read_ids
+from dfastllm.models.ids import read_defaults, read_ids
+from dfastllm.options import generation_config
 from dfastllm.quant.checkpoint import QuantConfig, Stored, read, stored
 from dfastllm.quant.formats import FORMATS
 from dfastllm.quant.stream import cut_shards
@@ -69,7 +70,8 @@ def build(
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                offset = getattr(model.get_submodule(name.rpartition(".")[0]), "offset", 0.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0 - offset)
                 continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = deviation * (2 * config.layers) ** -0.5 if residual else deviation
@@ -103,11 +105,8 @@ def read_model(directory: Path, name: str | None = None) -> tuple[Family, Decode
     ids = read_ids(directory, fields, family, config.vocab_size)
     block = fields.get(family.block[0], int, family.block[1]) if family.block else None
     edit = fields.get(EDIT_FIELD, bool, False)
-    return (
-        family,
-        config,
-        describe(family.name, config, ids, name=name or directory.resolve().name, block=block, edit=edit),
-    )
+    info = describe(family.name, config, ids, name=name or directory.resolve().name, block=block, edit=edit)
+    return family, config, replace(info, defaults=read_defaults(directory))
 
 
 def quant_config(directory: Path) -> QuantConfig | None:
@@ -246,9 +245,10 @@ def _device(wanted: str | torch.device) -> torch.device:
 
 
 def save(model: Decoder, path: str | Path, *, files: Iterable[str | Path] = (), shard_bytes: int = 5 * 10**9) -> Path:
-    """Write config.json and the weights under their published names; `files` (tokenizer files, a model card) are copied
-    beside them. More than `shard_bytes` of weights are split into shards with an index. Every file appears whole or not
-    at all, so saving over the directory a model was loaded from is safe. Returns the directory."""
+    """Write config.json, generation_config.json where the model has defaults of its own, and the weights under their
+    published names; `files` (tokenizer files, a model card) are copied beside them. More than `shard_bytes` of weights
+    are split into shards with an index. Every file appears whole or not at all, so saving over the directory a model
+    was loaded from is safe. Returns the directory."""
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     family = find_family(model.info.family)
@@ -267,6 +267,8 @@ def save(model: Decoder, path: str | Path, *, files: Iterable[str | Path] = (), 
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
     _drop_stale(directory, set(shards))
     _write_json(directory / "config.json", config)
+    if model.info.defaults:
+        _write_json(directory / "generation_config.json", generation_config(model.info.defaults))
     for source in map(Path, files):
         with _replacing(directory / source.name) as temporary:
             Path(temporary).write_bytes(source.read_bytes())

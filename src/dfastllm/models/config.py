@@ -29,9 +29,11 @@ class RopeScaling:
     kind linear: positions divided by `factor`. kind llama3: long wavelengths divided by `factor`, short ones kept,
     a smooth step between (Llama 3.1 release). kind yarn: Peng et al. 2023 (arXiv 2309.00071), NTK-by-parts between the
     rotations `beta_fast` and `beta_slow`, and cos, sin multiplied by `attention_factor` (None: 0.1 ln(factor) + 1).
+    kind longrope: Ding et al. 2024 (arXiv 2402.13753), frequencies divided by `short`, or by `long` where the model's
+    context is longer than it was trained for; attention_factor None: sqrt(1 + ln(factor) / ln(original_max_len)).
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     original_max_len: int = 0
     low_freq_factor: float = 1.0
@@ -40,6 +42,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    short: tuple[float, ...] = ()  # [rotary dim / 2] each
+    long: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.factor > 0, "rope scaling factor", "greater than 0", self.factor)
@@ -52,6 +56,10 @@ class RopeScaling:
         if self.kind == "yarn":
             ordered = 0 < self.beta_slow < self.beta_fast
             _require(ordered, "beta_slow, beta_fast", "positive and ascending", (self.beta_slow, self.beta_fast))
+        if self.kind == "longrope":
+            positive = len(self.short) == len(self.long) > 0 and min(*self.short, *self.long) > 0
+            _require(positive, "longrope factors", "two positive lists of one length", (self.short, self.long))
+            _require(self.original_max_len > 1, "original_max_len", "greater than 1", self.original_max_len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +95,15 @@ class MoEConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Shape of a decoder. `vocab_size` counts rows of the embedding and of the head. Raises ValidationError for a shape
-    that no decoder can have."""
+    """Shape of a decoder and the numbers that its config.json gives: what a family's `program` is made of. `vocab_size`
+    counts rows of the embedding and of the head. Raises ValidationError for a shape that no decoder can have.
+
+    window: keys that a row of a windowed layer sees, itself counted; 0: none. windowed: which layers; empty: all.
+    local_theta: of the rotary table of windowed layers, never scaled; 0: they use the other's.
+    ropeless: which layers have no rotary positions; empty: none.
+    attention_scale: of scores; 0: head_dim ** -0.5. attention_softcap, logits_softcap: c * tanh(x / c); 0: none.
+    embed_factor, residual_factor, logits_factor: of the embedding's rows, of what layers add, of the logits.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -106,9 +121,18 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    fused_qkv: bool = False
     tied: bool = False
     moe: MoEConfig | None = None
+    window: int = 0
+    windowed: tuple[bool, ...] = ()
+    local_theta: float = 0.0
+    ropeless: tuple[bool, ...] = ()
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    embed_factor: float = 1.0
+    residual_factor: float = 1.0
+    logits_factor: float = 1.0
+    logits_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "max_len")
@@ -122,8 +146,20 @@ class DecoderConfig:
         )
         _require(1 < self.rope_theta < math.inf, "rope_theta", "greater than 1 and finite", self.rope_theta)
         _require(0 < self.norm_eps < 1, "norm_eps", "in (0, 1)", self.norm_eps)
-        if self.moe is not None and self.moe.layers:
-            _require(len(self.moe.layers) == self.layers, "moe.layers", f"of length {self.layers}", self.moe.layers)
+        marks = {"windowed": self.windowed, "ropeless": self.ropeless}
+        if self.moe is not None:
+            marks["moe.layers"] = self.moe.layers
+        for name, layers in marks.items():
+            _require(len(layers) in (0, self.layers), name, f"of length {self.layers}", layers)
+        _require(0 <= self.window <= LARGEST, "window", f"in [1, {LARGEST}], or 0 for none", self.window)
+        _require(self.local_theta == 0 or 1 < self.local_theta < math.inf, "local_theta", "above 1", self.local_theta)
+        for name in ("attention_scale", "attention_softcap", "logits_softcap"):
+            _require(0 <= getattr(self, name) < math.inf, name, "at least 0 and finite", getattr(self, name))
+        for name in ("embed_factor", "residual_factor", "logits_factor"):
+            _require(0 < getattr(self, name) < math.inf, name, "greater than 0 and finite", getattr(self, name))
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            factors, half = len(self.rope_scaling.short), self.rotary_dim // 2
+            _require(factors == half, "longrope factors", f"of length {half}", factors)
 
     @property
     def rotary_dim(self) -> int:
@@ -132,3 +168,11 @@ class DecoderConfig:
     def is_mixture(self, layer: int) -> bool:
         """Whether this layer's MLP is a mixture of experts."""
         return self.moe is not None and (not self.moe.layers or self.moe.layers[layer])
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether this layer's rows see only the last `window` keys."""
+        return self.window > 0 and (not self.windowed or self.windowed[layer])
+
+    def rotates(self, layer: int) -> bool:
+        """Whether this layer has rotary positions."""
+        return not self.ropeless or not self.ropeless[layer]

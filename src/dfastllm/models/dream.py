@@ -3,7 +3,7 @@ arXiv 2508.15487). Dream-7B and DiffuCoder-7B."""
 
 from __future__ import annotations
 
-from dfastllm.models.family import Family, Ids, NameTable, register
+from dfastllm.models.family import Family, Gguf, Ids, NameTable, register
 from dfastllm.models.llama import NAMES, read_qwen2, write_llama
 
 __all__ = ["DREAM"]
@@ -16,6 +16,7 @@ DREAM = register(
         names=NameTable(NAMES),
         read=read_qwen2,
         write=write_llama,
+        gguf=Gguf("dream", fields=frozenset({"qkv_bias"}), free_dim=False),
         kind="diffusion",
         shift=1,
         ids=Ids(eos=(151643, 151645), mask=151666, pad=151643),

@@ -1,7 +1,7 @@
 """Families: how a published model describes itself (config.json, tensor names, token ids) in the terms of one decoder.
 
-A wiring file (llama, llada, dream, blockdiff, moe) declares `Family` values with `register`; everything else asks the
-registry. A family is data and two functions, never a subclass: the module tree is always `Decoder`.
+A wiring file (llama, llada, dream, blockdiff, moe, gemma) declares `Family` values with `register`; everything else
+asks the registry. A family is data and a few functions, never a subclass: the module tree is always `Decoder`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from typing import Any, TypeVar
 from dfastllm.core import Kind, ModelInfo
 from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig
+from dfastllm.models.program import Program, standard
 
 __all__ = [
     "FAMILIES",
+    "GGUF_NAMES",
     "Family",
     "Fields",
+    "Gguf",
     "Ids",
     "NameTable",
     "describe",
     "family_of",
+    "family_of_gguf",
     "find_family",
     "register",
     "require_expressible",
@@ -129,11 +133,13 @@ class Family:
     read     config.json -> shape. write: shape and capabilities -> the fields of config.json (without the token ids and
              `architectures`, `model_type`, which `checkpoint` adds).
     names    the published tensor names.
+    program  shape -> wiring.
+    gguf     how llama.cpp's files hold it; None: there is no such architecture.
     kind, shift, ar_first, causal: see core.ModelInfo. block: (field of config.json, fallback) of the native block.
     ids      used where the model's own files say nothing. end_tokens, mask_tokens: contents of added tokens of the
              tokenizer that also end a text, or are the mask.
     harmless patterns (re.fullmatch) of tensors that may be in a file and are not parameters.
-    shape    fields of DecoderConfig that every model of this wiring has.
+    shape    fields of DecoderConfig that every model of this wiring has, or how they follow from the other fields.
     """
 
     name: str
@@ -142,6 +148,8 @@ class Family:
     names: NameTable
     read: Callable[[Fields], DecoderConfig]
     write: Callable[[DecoderConfig], dict[str, Any]]
+    program: Callable[[DecoderConfig], Program] = standard
+    gguf: Gguf | None = None
     kind: Kind = "ar"
     shift: int = 0
     ar_first: bool = False
@@ -152,6 +160,58 @@ class Family:
     mask_tokens: tuple[str, ...] = ()
     harmless: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     shape: Mapping[str, Any] = field(default_factory=dict)
+
+
+_BLK = "blk.{i}"
+GGUF_NAMES = {
+    "embed": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "layers.{i}.attn_norm": f"{_BLK}.attn_norm",
+    "layers.{i}.attn.q_proj": f"{_BLK}.attn_q",
+    "layers.{i}.attn.k_proj": f"{_BLK}.attn_k",
+    "layers.{i}.attn.v_proj": f"{_BLK}.attn_v",
+    "layers.{i}.attn.qkv_proj": f"{_BLK}.attn_qkv",
+    "layers.{i}.attn.o_proj": f"{_BLK}.attn_output",
+    "layers.{i}.attn.q_norm": f"{_BLK}.attn_q_norm",
+    "layers.{i}.attn.k_norm": f"{_BLK}.attn_k_norm",
+    "layers.{i}.attn_post_norm": f"{_BLK}.post_attention_norm",
+    "layers.{i}.mlp_norm": f"{_BLK}.ffn_norm",
+    "layers.{i}.mlp.gate_proj": f"{_BLK}.ffn_gate",
+    "layers.{i}.mlp.up_proj": f"{_BLK}.ffn_up",
+    "layers.{i}.mlp.down_proj": f"{_BLK}.ffn_down",
+    "layers.{i}.mlp_post_norm": f"{_BLK}.post_ffw_norm",
+    # Mixtures: one tensor [experts, out, in] holds all experts of a layer.
+    "layers.{i}.mlp.router": f"{_BLK}.ffn_gate_inp",
+    "layers.{i}.mlp.experts.{j}.gate_proj": f"{_BLK}.ffn_gate_exps",
+    "layers.{i}.mlp.experts.{j}.up_proj": f"{_BLK}.ffn_up_exps",
+    "layers.{i}.mlp.experts.{j}.down_proj": f"{_BLK}.ffn_down_exps",
+}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's files hold a family. Its norms whose weights are distances from 1 are stored with the 1 added.
+
+    arch         general.architecture; several families may share one, the first registered reads it.
+    names        tensor names.
+    interleaved  q and k rows are ordered for rotary pairs of neighbours (2 i, 2 i + 1), not (i, i + half).
+    fields       fields of DecoderConfig that a file of this architecture can say beside sizes, theta, eps and tied; a
+                 model with another value than the default in any other field cannot be written.
+    scalings     kinds of rotary scaling it computes.
+    free_dim     head_dim need not be hidden_size / heads.
+    read         (metadata without the architecture's prefix, config so far) -> config. write: config -> metadata beside
+                 what every architecture has, without the prefix.
+    """
+
+    arch: str
+    names: NameTable = field(default_factory=lambda: NameTable(GGUF_NAMES))
+    interleaved: bool = False
+    fields: frozenset[str] = frozenset()
+    scalings: tuple[str, ...] = ("linear", "yarn")
+    free_dim: bool = True
+    read: Callable[[Fields, DecoderConfig], DecoderConfig] = lambda fields, config: config
+    write: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
 
 
 FAMILIES: dict[str, Family] = {}
@@ -190,6 +250,17 @@ def family_of(fields: Fields) -> Family:
     )
 
 
+def family_of_gguf(arch: str, where: str) -> tuple[Family, Gguf]:
+    """The family that reads GGUF files of this architecture, and how. Raises ModelLoadError listing those there are."""
+    known = {family.gguf.arch: (family, family.gguf) for family in reversed(FAMILIES.values()) if family.gguf}
+    if arch not in known:
+        raise ModelLoadError(
+            f"{where}: GGUF architecture {arch!r} is not supported; supported: {', '.join(sorted(known))}.",
+            param="general.architecture",
+        )
+    return known[arch]
+
+
 def require_expressible(family: Family, config: DecoderConfig) -> None:
     """Raise ValidationError unless the family's config.json can say this shape, so that it reads back the same."""
     back = family.read(Fields(family.write(config)))
@@ -210,8 +281,15 @@ def describe(
     edit: bool = False,
 ) -> ModelInfo:
     """Capabilities of a model of this family and shape. `block` None: the family's native block. Raises ModelLoadError
-    for a family that needs a mask id and has none, or an id outside the vocabulary."""
+    for a family that needs a mask id and has none, an id outside the vocabulary, and a window under other attention
+    than causal."""
     found = find_family(family)
+    if found.kind != "ar" and config.window:
+        raise ModelLoadError(
+            f"{family}: a sliding window of {config.window} is computed for autoregressive models only; this one is of "
+            f"kind {found.kind}.",
+            param="sliding_window",
+        )
     if found.kind != "ar" and ids.mask is None:
         raise ModelLoadError(f"{family} needs a mask token id and none is known; set mask_token_id in config.json.")
     for label, token in [("mask", ids.mask), ("bos", ids.bos), ("pad", ids.pad), *(("eos", e) for e in ids.eos)]:

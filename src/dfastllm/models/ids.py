@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dfastllm.errors import ModelLoadError, TokenizerError
+from dfastllm.errors import ModelLoadError, TokenizerError, ValidationError
 from dfastllm.models.family import Family, Fields, Ids
 from dfastllm.models.headers import read_json
+from dfastllm.options import generation_defaults
 
-__all__ = ["added_tokens", "read_ids", "tokenizer_size"]
+__all__ = ["added_tokens", "read_defaults", "read_ids", "tokenizer_size"]
 
 
 def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -> Ids:
@@ -55,6 +56,16 @@ def _with_fallbacks(known: Ids, published: Ids, vocab_size: int) -> Ids:
         bos=known.bos if known.bos is not None else inside(published.bos),
         pad=known.pad if known.pad is not None else inside(published.pad),
     )
+
+
+def read_defaults(directory: Path) -> dict[str, Any]:
+    """What generation_config.json says of the options of a request, by our names. Raises ModelLoadError for a value
+    that no request could ask for."""
+    generation = _optional(directory / "generation_config.json")
+    try:
+        return generation_defaults(generation.raw)
+    except ValidationError as error:
+        raise ModelLoadError(f"{directory / generation.where}: {error}", param=error.param) from error
 
 
 def added_tokens(directory: Path) -> dict[str, int]:

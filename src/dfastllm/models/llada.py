@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Ids, NameTable, register
+from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
 
 __all__ = ["LLADA", "NAMES", "read_llada", "write_llada"]
 
@@ -93,6 +93,7 @@ LLADA = register(
         names=NameTable(NAMES),
         read=read_llada,
         write=write_llada,
+        gguf=Gguf("llada", interleaved=True),
         kind="diffusion",
         ids=Ids(eos=(126081, 126348), mask=126336, pad=126081),
         end_tokens=("<|eot_id|>",),

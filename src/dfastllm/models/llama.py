@@ -1,20 +1,34 @@
 """Autoregressive wiring: Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 differ only in what their config.json says.
 
-Published names are those of Hugging Face transformers. A sliding window is honoured by limiting the context to it:
-within the window it is plain causal attention, and longer inputs are refused rather than computed differently.
+Published names are those of Hugging Face transformers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from dfastllm.errors import ModelLoadError
 from dfastllm.models.config import DecoderConfig, RopeScaling
-from dfastllm.models.family import Family, Fields, NameTable, register
+from dfastllm.models.family import Family, Fields, Gguf, NameTable, register
 
-__all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN2", "QWEN3", "read_llama", "read_qwen2", "read_qwen3", "write_llama"]
+__all__ = [
+    "LLAMA",
+    "MISTRAL",
+    "NAMES",
+    "QWEN2",
+    "QWEN3",
+    "read_llama",
+    "read_qwen2",
+    "read_qwen3",
+    "read_rope",
+    "read_window",
+    "write_llama",
+    "write_rope",
+    "write_window",
+]
 
 NAMES = {
     "embed": "model.embed_tokens",
@@ -87,13 +101,47 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": raw}
 
 
+def read_window(
+    fields: Fields, layers: int, windowed: Callable[[int], bool] = lambda layer: True
+) -> tuple[int, tuple[bool, ...]]:
+    """DecoderConfig's `window` and `windowed`, from `sliding_window` and `layer_types`; `windowed`: which layers are,
+    where there are no `layer_types`. Raises ModelLoadError for a window below 1 and for other types of layers."""
+    if not fields.has("sliding_window"):
+        return 0, ()
+    window = fields.get("sliding_window", int)
+    if window < 1:
+        raise ModelLoadError(
+            f"{fields.where}: sliding_window must be at least 1, or null for none, got {window}.",
+            param="sliding_window",
+        )
+    types = fields.get("layer_types", list, [_TYPES[windowed(i)] for i in range(layers)])
+    if len(types) != layers or any(kind not in _TYPES for kind in types):
+        raise ModelLoadError(
+            f"{fields.where}: layer_types must be {layers} times one of {', '.join(_TYPES)}, got {types!r:.200}.",
+            param="layer_types",
+        )
+    marks = tuple(kind == _TYPES[True] for kind in types)
+    return (window if any(marks) else 0), (() if all(marks) or not any(marks) else marks)
+
+
+_TYPES = ("full_attention", "sliding_attention")
+
+
+def write_window(config: DecoderConfig) -> dict[str, Any]:
+    """The fields `read_window` reads."""
+    if not config.window:
+        return {"sliding_window": None}
+    types = [_TYPES[config.is_windowed(i)] for i in range(config.layers)]
+    return {"sliding_window": config.window, "layer_types": types}
+
+
 def read_llama(fields: Fields) -> DecoderConfig:
     """Llama and Mistral. Fields absent from old files have the defaults of their transformers classes."""
     fields.only(hidden_act="silu", pretraining_tp=1)
     heads, hidden = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
     theta, scaling = read_rope(fields)
-    max_len = fields.get("max_position_embeddings", int, 2048)
-    window = fields.get("sliding_window", int, max_len)
+    layers = fields.get("num_hidden_layers", int)
+    window, windowed = read_window(fields, layers)
     bias = fields.get("attention_bias", bool, False)
     head_dim = fields.get("head_dim", int, hidden // max(heads, 1))
     rotating = Fields(fields.get("rope_parameters", dict, {})).get(
@@ -103,11 +151,11 @@ def read_llama(fields: Fields) -> DecoderConfig:
         vocab_size=fields.get("vocab_size", int),
         hidden_size=hidden,
         intermediate_size=fields.get("intermediate_size", int),
-        layers=fields.get("num_hidden_layers", int),
+        layers=layers,
         heads=heads,
         kv_heads=fields.get("num_key_value_heads", int, heads),
         head_dim=head_dim,
-        max_len=min(max_len, window),
+        max_len=fields.get("max_position_embeddings", int, 2048),
         rope_theta=theta,
         rope_dim=0 if rotating == 1 else int(head_dim * rotating),
         rope_scaling=scaling,
@@ -116,25 +164,29 @@ def read_llama(fields: Fields) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=fields.get("mlp_bias", bool, False),
         tied=fields.get("tie_word_embeddings", bool, False),
+        window=window,
+        windowed=windowed,
     )
 
 
-def _without_unused_window(fields: Fields) -> Fields:
-    """Qwen files carry a `sliding_window` that `use_sliding_window: false` switches off."""
-    if fields.get("use_sliding_window", bool, False):
-        return fields
-    return Fields({**fields.raw, "sliding_window": None}, fields.where)
+def _with_used_window(fields: Fields) -> Fields:
+    """Qwen files carry a `sliding_window` that `use_sliding_window: false` switches off, as most do; else it is that of
+    the layers from `max_window_layers` on."""
+    if not fields.get("use_sliding_window", bool, False):
+        return Fields({**fields.raw, "sliding_window": None}, fields.where)
+    first, layers = fields.get("max_window_layers", int, 28), fields.get("num_hidden_layers", int)
+    return Fields({"layer_types": [_TYPES[i >= first] for i in range(layers)], **fields.raw}, fields.where)
 
 
 def read_qwen2(fields: Fields) -> DecoderConfig:
     """Qwen2 and 2.5: always a bias on q, k, v and never on the output projection."""
-    return replace(read_llama(_without_unused_window(fields)), qkv_bias=True, out_bias=False)
+    return replace(read_llama(_with_used_window(fields)), qkv_bias=True, out_bias=False)
 
 
 def read_qwen3(fields: Fields) -> DecoderConfig:
     """Qwen3: RMS norm of every q and k head before rope; head_dim 128 where the file says nothing."""
     with_dim = Fields({"head_dim": 128, **fields.raw}, fields.where)
-    return replace(read_llama(_without_unused_window(with_dim)), qk_norm=True)
+    return replace(read_llama(_with_used_window(with_dim)), qk_norm=True)
 
 
 def write_llama(config: DecoderConfig) -> dict[str, Any]:
@@ -155,6 +207,7 @@ def write_llama(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "partial_rotary_factor": config.rotary_dim / config.head_dim,
         **write_rope(config),
+        **({"use_sliding_window": True, **write_window(config)} if config.window else {}),
     }
 
 
@@ -166,6 +219,12 @@ LLAMA = register(
         names=NameTable(NAMES),
         read=read_llama,
         write=write_llama,
+        gguf=Gguf(
+            "llama",
+            interleaved=True,
+            fields=frozenset({"qkv_bias", "out_bias", "mlp_bias", "window"}),
+            scalings=("linear", "yarn", "llama3"),
+        ),
     )
 )
 MISTRAL = register(replace(LLAMA, name="mistral", architectures=("MistralForCausalLM",), model_types=("mistral",)))
@@ -176,6 +235,7 @@ QWEN2 = register(
         architectures=("Qwen2ForCausalLM",),
         model_types=("qwen2",),
         read=read_qwen2,
+        gguf=Gguf("qwen2", fields=frozenset({"qkv_bias", "window"}), free_dim=False),
         shape={"qkv_bias": True},
     )
 )
@@ -186,6 +246,7 @@ QWEN3 = register(
         architectures=("Qwen3ForCausalLM",),
         model_types=("qwen3",),
         read=read_qwen3,
+        gguf=Gguf("qwen3", fields=frozenset({"qk_norm", "window"})),
         shape={"qk_norm": True},
     )
 )

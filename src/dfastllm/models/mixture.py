@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfastllm.models.config import MoEConfig
-from dfastllm.models.parts import SwiGLU
+from dfastllm.models.parts import Expert
 
 __all__ = ["Mixture", "Router"]
 
@@ -50,8 +50,8 @@ class Mixture(nn.Module):
     def __init__(self, hidden: int, config: MoEConfig) -> None:
         super().__init__()
         self.router = Router(hidden, config)
-        self.experts = nn.ModuleList(SwiGLU(hidden, config.intermediate_size) for _ in range(config.experts))
-        self.shared = SwiGLU(hidden, config.shared_size) if config.shared_size else None
+        self.experts = nn.ModuleList(Expert(hidden, config.intermediate_size) for _ in range(config.experts))
+        self.shared = Expert(hidden, config.shared_size) if config.shared_size else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]. Only experts that some row chose run, each on its rows at once, and

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig, MoEConfig
-from dfastllm.models.family import Family, Fields, Ids, NameTable, register
+from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
 from dfastllm.models.llama import NAMES, read_llama, read_qwen3, write_llama
+from dfastllm.models.program import standard
 
 __all__ = [
     "LLADA2_MOE",
@@ -150,7 +152,6 @@ def read_llada2_moe(fields: Fields) -> DecoderConfig:
     return replace(
         body,
         qk_norm=True,
-        fused_qkv=True,
         qkv_bias=fields.get("use_qkv_bias", bool, False),
         out_bias=fields.get("use_bias", bool, False),
         moe=MoEConfig(
@@ -190,6 +191,31 @@ def write_llada2_moe(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _gguf(arch: str, fields: set[str], *, normalise: bool) -> Gguf:
+    """Softmax router; every layer is a mixture. normalise: llama.cpp knows it by the architecture."""
+
+    def read(metadata: Fields, config: DecoderConfig) -> DecoderConfig:
+        moe = MoEConfig(
+            experts=metadata.get("expert_count", int),
+            top_k=metadata.get("expert_used_count", int),
+            intermediate_size=metadata.get("expert_feed_forward_length", int),
+            normalise=normalise,
+        )
+        return replace(config, moe=moe)
+
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        moe = _moe(config)
+        if (moe.layers, moe.normalise, moe.router, moe.shared_size) != ((), normalise, "softmax", 0):
+            raise ValidationError(f"GGUF architecture {arch} has no such mixture of experts: {moe}.", param="moe")
+        return {
+            "expert_count": moe.experts,
+            "expert_used_count": moe.top_k,
+            "expert_feed_forward_length": moe.intermediate_size,
+        }
+
+    return Gguf(arch, fields=frozenset({*fields, "moe"}), read=read, write=write)
+
+
 QWEN3_MOE = register(
     Family(
         name="qwen3_moe",
@@ -198,6 +224,7 @@ QWEN3_MOE = register(
         names=NameTable(QWEN3_MOE_NAMES),
         read=read_qwen3_moe,
         write=write_qwen3_moe,
+        gguf=_gguf("qwen3moe", {"qk_norm", "window"}, normalise=True),
         shape={"qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24, normalise=True)},
     )
 )
@@ -209,6 +236,7 @@ LLADA_MOE = register(
         names=NameTable(QWEN3_MOE_NAMES),
         read=read_llada_moe,
         write=write_llada_moe,
+        gguf=_gguf("llada-moe", {"qk_norm"}, normalise=False),
         kind="diffusion",
         ids=Ids(eos=(156892,), mask=156895, pad=156892),
         mask_tokens=("<|mask|>",),
@@ -223,13 +251,13 @@ LLADA2_MOE = register(
         names=NameTable(LLADA2_NAMES),
         read=read_llada2_moe,
         write=write_llada2_moe,
+        program=partial(standard, fused_qkv=True),
         kind="block",
         block=("block_size", 32),
         ids=Ids(eos=(156892,), mask=156895, pad=156892),
         mask_tokens=("<|mask|>",),
         shape={
             "qk_norm": True,
-            "fused_qkv": True,
             "rope_dim": 4,
             "moe": MoEConfig(
                 experts=8,

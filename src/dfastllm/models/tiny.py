@@ -37,7 +37,7 @@ def tiny_config(family: str, **overrides: Any) -> DecoderConfig:
     shape = {**BODY, **found.shape, **overrides}
     if "head_dim" not in overrides and overrides.keys() & {"hidden_size", "heads"}:
         shape["head_dim"] = shape["hidden_size"] // shape["heads"]
-    config = DecoderConfig(**shape)
+    config = DecoderConfig(**{name: value(shape) if callable(value) else value for name, value in shape.items()})
     require_expressible(found, config)
     return config
 

@@ -23,7 +23,7 @@ SCORER = ModelScorer(DRAFT)
 def test_scores_are_the_models_log_probabilities() -> None:
     tokens = [5, 6, 7, 8, 9, 10, 11]
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(layer: int, _: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(q, k, v, torch.ones(len(q), len(k), dtype=torch.bool).tril())
 
     with torch.no_grad():
@@ -77,4 +77,4 @@ def test_unfit_models_are_refused() -> None:
         ModelScorer(TARGET)
     other = ModelScorer(FakeModel(info("ar")))
     with pytest.raises(UnsupportedError, match="vocabulary"):
-        policy_for(request(decode=apd(0.7)), TARGET.info, scorer=other)
+        policies(other)["diffusion"].compile(request(decode=apd(0.7)), TARGET.info)

@@ -12,6 +12,7 @@ import torch
 from dfastllm import assemble
 from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SpeculativeParams
 from dfastllm.decode.draft.self_draft import SelfState
+from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import POLICIES, policy_for, seen_by
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import UnsupportedError, ValidationError
@@ -22,6 +23,14 @@ torch.set_num_threads(1)
 SELF = SpeculativeParams(method="self", num_speculative_tokens=5)
 FIXED = replace(SELF, adaptive=False)
 AR = DecodeParams(rule="ar")
+
+
+def policy_of(req: Request, model: ModelInfo) -> Policy:
+    """The policy that serves a request on a model, its options checked."""
+    seen = seen_by(req, model)
+    policy = policy_for(req, seen)
+    policy.compile(req, seen)
+    return policy
 
 
 class Seen:
@@ -56,7 +65,7 @@ def dual(seed: int, shift: int = 1, eos_bias: float = 0.0) -> FakeModel:
 def go(net: Any, speculative: SpeculativeParams | None, limit: int = 8, drop: Any = None, **kwargs: Any) -> Result:
     req = replace(request(kwargs.pop("prompt", (5, 6, 7)), **kwargs), decode=AR, speculative=speculative)
     extra = {"drop": drop} if drop else {}
-    return run(policy_for(req, net.info), Seen(net, req), req, limit=limit, **extra)
+    return run(policy_of(req, net.info), Seen(net, req), req, limit=limit, **extra)
 
 
 def records(result: Result) -> dict[int, Any]:
@@ -106,7 +115,7 @@ def test_plain_mode_is_next_token_prediction() -> None:
     for _ in range(8):
         seen = torch.tril(torch.ones(len(tokens), len(tokens), dtype=torch.bool))
 
-        def attend(_: int, q: Any, k: Any, v: Any, seen: torch.Tensor = seen) -> Any:
+        def attend(_: int, op: Any, q: Any, k: Any, v: Any, seen: torch.Tensor = seen) -> Any:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             scores = torch.einsum("rhd,khd->hrk", q, k) / q.shape[-1] ** 0.5
             return torch.einsum("hrk,khd->rhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
@@ -145,7 +154,7 @@ class Unsure(FakeModel):
     """A row that sees a mask says another token than one that sees none: no draft stands."""
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Any) -> torch.Tensor:
-        mixed = attend(0, *[(ids == 36).double()[:, None, None].expand(-1, self.heads, self.dim)] * 3)
+        mixed = attend(0, self.op, *[(ids == 36).double()[:, None, None].expand(-1, self.heads, self.dim)] * 3)
         return (mixed.reshape(len(ids), -1).sum(1) > 0).double()[:, None]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -205,7 +214,7 @@ def test_in_the_engine_beside_the_other_modes(native: bool) -> None:
                 assert event.finish.error is None
                 finishes[event.request_id] = event.finish
     for r in asked:
-        result = run(policy_for(r, net.info), Seen(net, r), r)
+        result = run(policy_of(r, net.info), Seen(net, r), r)
         text = result.output[:-1] if result.finish == "stop" else result.output
         assert got[r.request_id] == text, r.request_id
     for i in range(4):
@@ -232,7 +241,7 @@ def test_in_the_engine_beside_the_other_modes(native: bool) -> None:
             ValidationError,
             "rule",
         ),
-        ("block", {"causal": True}, {"decode": DecodeParams(rule="ar", steps=4)}, UnsupportedError, "decode"),
+        ("block", {"causal": True}, {"decode": DecodeParams(rule="ar", steps=4)}, UnsupportedError, "steps"),
         ("block", {"causal": True}, {"decode": AR, "suffix": (3,)}, UnsupportedError, "suffix"),
     ],
 )
@@ -240,18 +249,17 @@ def test_refused_by_name(
     kind: str, changes: dict[str, Any], asked: dict[str, Any], error: type[ValidationError], param: str
 ) -> None:
     with pytest.raises(error) as e:
-        policy_for(replace(request(), **asked), info(kind, **changes))
+        policy_of(replace(request(), **asked), info(kind, **changes))
     assert e.value.param == param
 
 
 def test_which_policy() -> None:
     both = info("block", causal=True)
-    assert policy_for(request(), both) is POLICIES["block"]
-    assert policy_for(replace(request(), decode=AR), both) is POLICIES["ar"]
+    assert policy_of(request(), both) is POLICIES["block"]
+    assert policy_of(replace(request(), decode=AR), both) is POLICIES["ar"]
     for decode in (None, DecodeParams(), AR):
-        assert policy_for(replace(request(), speculative=SELF, decode=decode), both) is POLICIES["self"]
-    with pytest.raises(UnsupportedError):
-        policy_for(replace(request(), decode=DecodeParams()), info("ar"))
-    assert policy_for(replace(request(), decode=AR), info("ar")) is POLICIES["ar"]
+        assert policy_of(replace(request(), speculative=SELF, decode=decode), both) is POLICIES["self"]
+    assert policy_of(replace(request(), decode=DecodeParams()), info("ar")) is POLICIES["ar"], "it asks for nothing"
+    assert policy_of(replace(request(), decode=AR), info("ar")) is POLICIES["ar"]
     assert tiny("fast_dllm_v2").info.causal
     assert not tiny("sdar").info.causal

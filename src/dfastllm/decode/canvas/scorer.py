@@ -11,12 +11,25 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError
+from dfastllm.kernels.attention_plain import masked_attention
 
 __all__ = ["ModelScorer"]
+
+
+class _Attend(Protocol):
+    """What a layer says of its attention; see `dfastllm.models.program.Attend`."""
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def softcap(self) -> float: ...
 
 
 class _Model(Protocol):
@@ -26,7 +39,7 @@ class _Model(Protocol):
     def info(self) -> ModelInfo: ...
 
     def __call__(
-        self, ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+        self, ids: Tensor, positions: Tensor, attend: Callable[[int, _Attend, Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...
@@ -53,9 +66,8 @@ class ModelScorer:
         return torch.log_softmax(self.model.head(hidden[len(ids) - count :]).float(), dim=-1)
 
 
-def _causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _causal(layer: int, op: _Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [tokens, heads, dim], k, v [tokens, kv_heads, dim] -> [tokens, heads, dim]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+    out = masked_attention(q, k, v, causal=True, scale=op.scale, window=op.window, softcap=op.softcap)
+    return out[0].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Writing a model as a GGUF file that llama.cpp reads: llama, mistral, qwen2, qwen3, llada, dream.
+"""Writing a model as a GGUF file that llama.cpp reads, of the families that it has an architecture for.
 
 Metadata and names follow llama.cpp's own converters. Tensors are read from their safetensors shard (or a built model)
 one at a time, reordered where llama.cpp's rotary pairs differ, encoded and written.
@@ -19,18 +19,21 @@ from dfastllm.errors import CheckpointError, ValidationError
 from dfastllm.models.checkpoint import compare, quant_config, read_model, skeleton
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
-from dfastllm.models.gguf.names import INTERLEAVED, NAMES, interleave
+from dfastllm.models.family import FAMILIES, Gguf, find_family
+from dfastllm.models.gguf.names import SETTINGS, interleave, row_order
 from dfastllm.models.gguf.rope import factors_of, write_scaling
 from dfastllm.models.headers import inventory
+from dfastllm.models.program import offsets
 from dfastllm.quant.checkpoint import stored
 from dfastllm.quant.gguf import FILE_TYPES, Planned, type_for, write_file
 
 __all__ = ["write_gguf"]
 
-_ARCH = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "llada": "llada", "dream": "dream"}
-# What llama.cpp loads for each architecture beside the plain tensors.
-_CAN = {"llama": {"qkv_bias", "out_bias", "mlp_bias"}, "qwen2": {"qkv_bias"}, "qwen3": {"qk_norm"}, "llada": set()}
-_CAN["dream"] = _CAN["qwen2"]
+# Fields of DecoderConfig that a file of any architecture says.
+_SAID = {
+    "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "max_len",
+    "rope_theta", "rope_scaling", "norm_eps", "tied",
+}  # fmt: skip
 Reader = Callable[[], Tensor]
 
 
@@ -60,7 +63,7 @@ def write_gguf(
         shapes = {own: tuple(value.shape) for own, value in model.named_parameters()}
     else:
         config, info, parameters, shapes = _from_directory(Path(model))
-    arch = _architecture(info.family, config)
+    gguf = _architecture(info.family, config)
     lesser = type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
     head = ("Q8_0" if lesser else type) if head is None else head
     top = "token_embd.weight" if config.tied else "output.weight"
@@ -68,13 +71,19 @@ def write_gguf(
     factors = factors_of(config)
     if factors is not None:
         planned.append(Planned("rope_freqs.weight", tuple(factors.shape), "F32", _from_memory(factors)))
-    for own, shape in shapes.items():
-        published = NAMES.published(own)
+    added = offsets(find_family(info.family).program(config))
+    stacked: dict[str, list[str]] = {}  # a mixture's experts share a tensor
+    for own in shapes:
+        stacked.setdefault(gguf.names.published(own), []).append(own)
+    for published, members in stacked.items():
+        own, shape = members[0], shapes[members[0]]
         wanted = head if published == top else type
-        order = _order(own, config) if arch in INTERLEAVED else None
-        read = parameters[own] if order is None else _reordered(parameters[own], order)
-        planned.append(Planned(published, shape, type_for(shape, wanted), read))
-    own_fields = _metadata(arch, config, info, name or info.name, type)
+        kept = "F32" if ".router." in own else type_for(shape, wanted)
+        read = _prepared(parameters[own], row_order(own, config, gguf, interleave), added.get(own, 0.0))
+        if ".experts." in own:
+            read, shape = _stacked([parameters[name] for name in members]), (len(members), *shape)
+        planned.append(Planned(published, shape, kept, read))
+    own_fields = _metadata(gguf, config, info, name or info.name, type)
     metadata = {**own_fields, **(tokenizer or _NO_TOKENIZER), **_ids(info)}
     return write_file(Path(path), metadata, planned, progress)
 
@@ -89,25 +98,30 @@ def _ids(info: ModelInfo) -> dict[str, Any]:
     return {f"tokenizer.ggml.{role}_token_id": token for role, token in roles.items() if token is not None}
 
 
-def _architecture(family: str, config: DecoderConfig) -> str:
-    if family not in _ARCH:
+def _architecture(family: str, config: DecoderConfig) -> Gguf:
+    gguf = find_family(family).gguf
+    if gguf is None:
+        known = ", ".join(sorted(name for name, found in FAMILIES.items() if found.gguf))
+        raise ValidationError(f"family {family} has no GGUF architecture here; supported: {known}.", param="family")
+    for name, field in DecoderConfig.__dataclass_fields__.items():
+        if name not in _SAID | gguf.fields and getattr(config, name) != field.default:
+            if name == "rope_dim" and config.rotary_dim == config.head_dim:
+                continue
+            raise ValidationError(
+                f"GGUF architecture {gguf.arch} has no place for {name}={getattr(config, name)!r:.80}.", param=name
+            )
+    if not gguf.free_dim and config.heads * config.head_dim != config.hidden_size:
+        raise ValidationError(f"GGUF architecture {gguf.arch} needs heads * head_dim equal to the hidden size.")
+    if config.rope_scaling is not None and config.rope_scaling.kind not in gguf.scalings:
         raise ValidationError(
-            f"family {family} has no GGUF architecture here; supported: {', '.join(sorted(_ARCH))}.", param="family"
+            f"llama.cpp does not compute {config.rope_scaling.kind} rope scaling in architecture {gguf.arch}.",
+            param="rope_scaling",
         )
-    arch = _ARCH[family]
-    for flag in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "fused_qkv"):
-        if getattr(config, flag) and flag not in _CAN[arch]:
-            raise ValidationError(f"GGUF architecture {arch} has no {flag}.", param=flag)
-    if config.rotary_dim != config.head_dim:
-        raise ValidationError(f"GGUF architecture {arch} rotates whole heads, not {config.rotary_dim} dims.")
-    if arch in ("qwen2", "dream") and config.heads * config.head_dim != config.hidden_size:
-        raise ValidationError(f"GGUF architecture {arch} needs heads * head_dim equal to the hidden size.")
-    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3" and arch != "llama":
-        raise ValidationError(f"llama.cpp ignores llama3 rope scaling in architecture {arch}.", param="rope_scaling")
-    return arch
+    return gguf
 
 
-def _metadata(arch: str, config: DecoderConfig, info: ModelInfo, name: str, type: str) -> dict[str, Any]:
+def _metadata(gguf: Gguf, config: DecoderConfig, info: ModelInfo, name: str, type: str) -> dict[str, Any]:
+    arch = gguf.arch
     if type not in FILE_TYPES:
         raise ValidationError(f"type must be one of {', '.join(sorted(FILE_TYPES))}, got {type!r}.", param="type")
     fields: dict[str, Any] = {
@@ -126,26 +140,31 @@ def _metadata(arch: str, config: DecoderConfig, info: ModelInfo, name: str, type
         f"{arch}.attention.key_length": config.head_dim,
         f"{arch}.attention.value_length": config.head_dim,
         f"{arch}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        f"{arch}.rope.dimension_count": config.head_dim,
+        f"{arch}.rope.dimension_count": config.rotary_dim,
         f"{arch}.rope.freq_base": float(config.rope_theta),
         **write_scaling(config, arch),
+        **{f"{arch}.{key}": value for key, value in gguf.write(config).items()},
     }
+    for key, field in SETTINGS.items():
+        value = getattr(config, field)
+        if field in gguf.fields and field != "moe" and value != DecoderConfig.__dataclass_fields__[field].default:
+            fields.setdefault(f"{arch}.{key}", value)
     if info.kind != "ar":
         fields[f"{arch}.attention.causal"] = False
         fields["diffusion.shift_logits"] = bool(info.shift)
     return fields
 
 
-def _order(own: str, config: DecoderConfig) -> Tensor | None:
-    if ".attn.q_proj." in own:
-        return interleave(config.heads, config.head_dim)
-    if ".attn.k_proj." in own:
-        return interleave(config.kv_heads, config.head_dim)
-    return None
+def _prepared(read: Reader, order: Tensor | None, added: float) -> Reader:
+    def prepared() -> Tensor:
+        value = read() if order is None else read()[order]
+        return value.float() + added if added else value
+
+    return prepared
 
 
-def _reordered(read: Reader, order: Tensor) -> Reader:
-    return lambda: read()[order]
+def _stacked(reads: list[Reader]) -> Reader:
+    return lambda: torch.stack([read() for read in reads])
 
 
 def _from_memory(value: Tensor) -> Reader:

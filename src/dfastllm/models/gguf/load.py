@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,38 +20,36 @@ from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Ids, describe, find_family
-from dfastllm.models.gguf.names import FAMILY_OF, HARMLESS, INTERLEAVED, NAMES, separate
+from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf
+from dfastllm.models.gguf.names import HARMLESS, SETTINGS, row_order, separate
 from dfastllm.models.gguf.rope import read_scaling, scaling_from_factors
+from dfastllm.models.program import offsets
 from dfastllm.quant.gguf import GgufFile, GgufTensor, special_ids, to_float, to_qtensor
 from dfastllm.quant.gguf.memory import return_freed
 
 __all__ = ["GgufModel", "Source", "open_gguf"]
 
 RETURN_EVERY = 1 << 26  # bytes of the file converted between two times that freed memory is given back
-_EXPERTS = ("expert_count", "expert_used_count", "expert_shared_count")
-_ONLY = {  # settings that change what is computed, with the values this decoder computes
-    "attention.scale": 0.0,
+# Settings that only have one value here.
+_ONLY = {
     "attention.clamp_kqv": 0.0,
     "attention.max_alibi_bias": 0.0,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
-    "logit_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
     "use_parallel_residual": False,
     "pooling_type": 0,
+    "expert_shared_count": 0,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a parameter comes from: rows [start, stop) of a tensor, in this order of those rows (None: as they are)."""
+    """Where a parameter comes from: rows [start, stop) of a tensor, in this order of those rows (None: as they are),
+    less what the file has added to it."""
 
     tensor: GgufTensor
     start: int
     stop: int
     order: Tensor | None
+    added: float = 0.0
 
 
 class GgufModel:
@@ -90,7 +88,7 @@ class GgufModel:
         whole = (source.start, source.stop) == (0, source.tensor.shape[0])
         if len(source.tensor.shape) == 1:
             vector = to_float(self.file, source.tensor)[source.start : source.stop]
-            return (vector if source.order is None else vector[source.order]).contiguous(), None
+            return (vector if source.order is None else vector[source.order]).contiguous() - source.added, None
         value, note = to_qtensor(self.file, source.tensor)
         if not whole:
             value = value.rows(slice(source.start, source.stop))
@@ -133,19 +131,13 @@ def open_gguf(path: str | Path, *, name: str | None = None) -> GgufModel:
 
 def _match(file: GgufFile, name: str | None) -> GgufModel:
     fields = Fields(_plain(file.metadata), str(file.path))
-    arch = fields.get("general.architecture", str)
-    if arch not in FAMILY_OF:
-        raise ModelLoadError(
-            f"{file.path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(sorted(FAMILY_OF))}.",
-            param="general.architecture",
-        )
-    family = find_family(FAMILY_OF[arch])
-    _refuse(fields, arch, family)
-    config = _config(file, fields, arch)
-    sources = _sources(file, arch, config)
+    family, gguf = family_of_gguf(fields.get("general.architecture", str), str(file.path))
+    _refuse(fields, gguf, family)
+    config = _config(file, fields, gguf)
+    sources = _sources(file, family, gguf, config)
     title = name or fields.get("general.name", str, file.path.stem)
     info = describe(family.name, config, _ids(file, family, config), name=title)
-    return GgufModel(file, arch, config, info, sources)
+    return GgufModel(file, gguf.arch, config, info, sources)
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -160,18 +152,12 @@ def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
     return {key: plain(value) for key, value in metadata.items() if not key.startswith("tokenizer.")}
 
 
-def _refuse(fields: Fields, arch: str, family: Family) -> None:
-    experts = next((key for key in _EXPERTS if fields.get(f"{arch}.{key}", int, 0)), None)
-    if experts is not None:
-        raise ModelLoadError(
-            f"{fields.where}: {arch}.{experts} is {fields.raw[f'{arch}.{experts}']}: mixtures of experts are not read "
-            "from GGUF.",
-            hint="Load the safetensors checkpoint.",
-            param=f"{arch}.{experts}",
-        )
-    fields.only(**{f"{arch}.{key}": values for key, values in _ONLY.items()})
+def _refuse(fields: Fields, gguf: Gguf, family: Family) -> None:
+    neutral = {"logits_factor": (0.0, 1.0), "embed_factor": (0.0, 1.0), "residual_factor": (0.0, 1.0)}
+    settings = {key: neutral.get(field, 0) for key, field in SETTINGS.items() if field not in gguf.fields}
+    fields.only(**{f"{gguf.arch}.{key}": values for key, values in {**_ONLY, **settings}.items()})
     causal = (True,) if family.kind == "ar" else (False,)
-    fields.only(**{f"{arch}.attention.causal": causal, "diffusion.shift_logits": bool(family.shift)})
+    fields.only(**{f"{gguf.arch}.attention.causal": causal, "diffusion.shift_logits": bool(family.shift)})
     split = fields.get("split.count", int, 1)
     if split > 1:
         raise ModelLoadError(
@@ -181,23 +167,26 @@ def _refuse(fields: Fields, arch: str, family: Family) -> None:
         )
 
 
-def _config(file: GgufFile, fields: Fields, arch: str) -> DecoderConfig:
+def _config(file: GgufFile, fields: Fields, gguf: Gguf) -> DecoderConfig:
+    arch = gguf.arch
+
     def number(key: str, default: int | None = None) -> int:
         return fields.get(f"{arch}.{key}", int, default)
 
     hidden, heads = number("embedding_length"), number("attention.head_count")
     dim = number("attention.key_length", hidden // max(heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        fields.only(**{f"{arch}.{key}": dim})
+    rotary = number("rope.dimension_count", dim)
+    if "rope_dim" not in gguf.fields:
+        fields.only(**{f"{arch}.rope.dimension_count": dim})
+    fields.only(**{f"{arch}.attention.value_length": dim})
     context = number("context_length")
-    window = number("attention.sliding_window", 0)
     theta = fields.get(f"{arch}.rope.freq_base", float, 10000.0)
     scaling = read_scaling(fields, arch, context)
     factors = next((t for n, t in file.tensors.items() if re.fullmatch(r"(blk\.0\.)?rope_freqs\.weight", n)), None)
     if factors is not None:
-        if factors.shape != (dim // 2,):
+        if factors.shape != (rotary // 2,):
             raise CheckpointError(
-                f"{file.path}: {factors.name!r} has shape {list(factors.shape)}, wanted [{dim // 2}]."
+                f"{file.path}: {factors.name!r} has shape {list(factors.shape)}, wanted [{rotary // 2}]."
             )
         original = number("rope.scaling.original_context_length", context)
         found = scaling_from_factors(to_float(file, factors), theta, original)
@@ -208,17 +197,18 @@ def _config(file: GgufFile, fields: Fields, arch: str) -> DecoderConfig:
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing or no matrix.")
     has = file.tensors.__contains__
-    return DecoderConfig(
+    moe = "moe" in gguf.fields
+    config = DecoderConfig(
         vocab_size=embedding.shape[0],
         hidden_size=hidden,
-        intermediate_size=number("feed_forward_length"),
+        intermediate_size=number("feed_forward_length", number("expert_feed_forward_length") if moe else None),
         layers=number("block_count"),
         heads=heads,
         kv_heads=number("attention.head_count_kv", heads),
         head_dim=dim,
-        # A window is honoured by limiting the context to it, as for safetensors checkpoints.
-        max_len=min(context, window) if window > 0 else context,
+        max_len=context,
         rope_theta=theta,
+        rope_dim=0 if rotary == dim else rotary,
         rope_scaling=scaling,
         norm_eps=fields.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
         qkv_bias=has("blk.0.attn_q.bias") or has("blk.0.attn_qkv.bias"),
@@ -227,19 +217,28 @@ def _config(file: GgufFile, fields: Fields, arch: str) -> DecoderConfig:
         qk_norm=has("blk.0.attn_q_norm.weight"),
         tied=not has("output.weight"),
     )
+    kinds = {"window": int}
+    said: dict[str, Any] = {
+        field: fields.get(f"{arch}.{key}", kinds.get(field, float))
+        for key, field in SETTINGS.items()
+        if field in gguf.fields and field != "moe" and fields.raw.get(f"{arch}.{key}")
+    }
+    bare = {key.removeprefix(f"{arch}."): value for key, value in fields.raw.items()}
+    return gguf.read(Fields(bare, fields.where), replace(config, **said))
 
 
-def _sources(file: GgufFile, arch: str, config: DecoderConfig) -> dict[str, Source]:
+def _sources(file: GgufFile, family: Family, gguf: Gguf, config: DecoderConfig) -> dict[str, Source]:
     """Every parameter of the decoder's tree with its place in the file. Raises CheckpointError listing what does not
     fit."""
     # The smallest ModelInfo will do: the tree depends on the config alone.
-    info = ModelInfo("", arch, "ar", config.vocab_size, config.max_len, config.layers, 1, 1, ())
+    info = ModelInfo("", family.name, "ar", config.vocab_size, config.max_len, config.layers, 1, 1, ())
+    added = offsets(family.program(config))
     problems: list[str] = []
     sources: dict[str, Source] = {}
     used: set[str] = set()
     for own, parameter in skeleton(config, info, torch.float32).named_parameters():
         shape = tuple(parameter.shape)
-        published, start, tensor_shape = _place(file, own, shape, config)
+        published, start, tensor_shape = _place(file, own, shape, config, gguf)
         tensor = file.tensors.get(published)
         if tensor is None:
             problems.append(f"missing tensor {published}, wanted {list(shape)}")
@@ -247,34 +246,39 @@ def _sources(file: GgufFile, arch: str, config: DecoderConfig) -> dict[str, Sour
             problems.append(f"tensor {published} has shape {list(tensor.shape)}, wanted {list(tensor_shape)}")
         else:
             used.add(published)
-            order = _order(own, config) if arch in INTERLEAVED else None
-            sources[own] = Source(tensor, start, start + shape[0], order)
+            if len(tensor.shape) == 3:  # the experts of a layer, end to end
+                size = tensor.nbytes // tensor.shape[0]
+                tensor = replace(tensor, shape=shape, offset=tensor.offset + start * size, nbytes=size)
+                start = 0
+            order = row_order(own, config, gguf, separate)
+            sources[own] = Source(tensor, start, start + shape[0], order, added.get(own, 0.0))
     for found in sorted(file.tensors.keys() - used):
         if not any(re.fullmatch(pattern, found) for pattern in HARMLESS):
             problems.append(f"unexpected tensor {found} {list(file.tensors[found].shape)}")
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{file.path} does not fit architecture {arch}: {'; '.join(problems[:12])}{more}.")
+        raise CheckpointError(f"{file.path} does not fit architecture {gguf.arch}: {'; '.join(problems[:12])}{more}.")
     return sources
 
 
-def _place(file: GgufFile, own: str, shape: tuple[int, ...], config: DecoderConfig) -> tuple[str, int, tuple[int, ...]]:
-    """(tensor's name, first row, the tensor's whole shape): its own tensor, or rows of a fused attn_qkv."""
+def _place(
+    file: GgufFile, own: str, shape: tuple[int, ...], config: DecoderConfig, gguf: Gguf
+) -> tuple[str, int, tuple[int, ...]]:
+    """(tensor's name, first row or expert, the tensor's whole shape): its own tensor, rows of a fused attn_qkv, or one
+    of the experts."""
     module, _, leaf = own.rpartition(".")
-    fused = f"{NAMES.published(re.sub(r'[qkv]_proj$', 'qkv_proj', module))}.{leaf}"
-    if not re.search(r"attn\.[qkv]_proj$", module) or fused not in file.tensors:
-        return NAMES.published(own), 0, shape
+    published = gguf.names.published(own)
+    expert = re.search(r"\.experts\.(\d+)\.", own)
+    if expert and config.moe is not None:
+        return published, int(expert[1]), (config.moe.experts, *shape)
+    if not re.search(r"attn\.[qkv]_proj$", module):
+        return published, 0, shape
+    fused = f"{gguf.names.published(module[:-6] + 'qkv_proj')}.{leaf}"
+    if fused not in file.tensors:
+        return published, 0, shape
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     start = {"q": 0, "k": q, "v": q + kv}[module[-6]]
     return fused, start, (q + 2 * kv, *shape[1:])
-
-
-def _order(own: str, config: DecoderConfig) -> Tensor | None:
-    if ".attn.q_proj." in own:
-        return separate(config.heads, config.head_dim)
-    if ".attn.k_proj." in own:
-        return separate(config.kv_heads, config.head_dim)
-    return None
 
 
 def _ids(file: GgufFile, family: Family, config: DecoderConfig) -> Ids:

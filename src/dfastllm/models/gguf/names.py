@@ -1,42 +1,35 @@
-"""What llama.cpp calls the tensors of the five architectures, and how it orders their rows.
+"""What llama.cpp calls the numbers of a wiring, how it orders the rows of q and k, and which tensors in its files are
+no parameters.
 
-Rotary pairs: llama and llada rotate neighbouring channels (2 i, 2 i + 1) there, so their files hold q and k rows
-interleaved within each head; qwen2, qwen3 and dream rotate (i, i + half), as this decoder does. Undoing it permutes
-whole rows, which is exact in any format.
+Rotary pairs: some architectures rotate neighbouring channels (2 i, 2 i + 1) there, so their files hold q and k rows
+interleaved within each head; the others rotate (i, i + half), as this decoder does. Undoing it permutes whole rows,
+which is exact in any format.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from dfastllm.models.family import NameTable
+from dfastllm.models.config import DecoderConfig
+from dfastllm.models.family import Gguf
 
-__all__ = ["FAMILY_OF", "HARMLESS", "INTERLEAVED", "NAMES", "interleave", "separate"]
+__all__ = ["HARMLESS", "SETTINGS", "interleave", "row_order", "separate"]
 
-FAMILY_OF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "llada": "llada", "dream": "dream"}
-INTERLEAVED = ("llama", "llada")
-
-NAMES = NameTable(
-    {
-        "embed": "token_embd",
-        "norm": "output_norm",
-        "lm_head": "output",
-        "layers.{i}.attn_norm": "blk.{i}.attn_norm",
-        "layers.{i}.attn.q_proj": "blk.{i}.attn_q",
-        "layers.{i}.attn.k_proj": "blk.{i}.attn_k",
-        "layers.{i}.attn.v_proj": "blk.{i}.attn_v",
-        "layers.{i}.attn.qkv_proj": "blk.{i}.attn_qkv",
-        "layers.{i}.attn.o_proj": "blk.{i}.attn_output",
-        "layers.{i}.attn.q_norm": "blk.{i}.attn_q_norm",
-        "layers.{i}.attn.k_norm": "blk.{i}.attn_k_norm",
-        "layers.{i}.mlp_norm": "blk.{i}.ffn_norm",
-        "layers.{i}.mlp.gate_proj": "blk.{i}.ffn_gate",
-        "layers.{i}.mlp.up_proj": "blk.{i}.ffn_up",
-        "layers.{i}.mlp.down_proj": "blk.{i}.ffn_down",
-    }
-)
 HARMLESS = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd", r"blk\.\d+\.rope_freqs\.weight")
+# Metadata that changes what is computed -> field of DecoderConfig, which an architecture may have (`Gguf.fields`).
+SETTINGS = {
+    "attention.scale": "attention_scale",
+    "attention.sliding_window": "window",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logits_softcap",
+    "logit_scale": "logits_factor",
+    "embedding_scale": "embed_factor",
+    "residual_scale": "residual_factor",
+    "expert_count": "moe",
+}
 
 
 def interleave(heads: int, dim: int) -> Tensor:
@@ -47,3 +40,11 @@ def interleave(heads: int, dim: int) -> Tensor:
 def separate(heads: int, dim: int) -> Tensor:
     """The inverse of `interleave`: our row j is file row separate[j]."""
     return torch.arange(heads * dim).view(heads, dim // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def row_order(own: str, config: DecoderConfig, gguf: Gguf, order: Callable[[int, int], Tensor]) -> Tensor | None:
+    """`order` (interleave or separate) of this parameter's rows; None where both have one order."""
+    for part, heads in ((".attn.q_proj.", config.heads), (".attn.k_proj.", config.kv_heads)):
+        if gguf.interleaved and part in own:
+            return order(heads, config.head_dim)
+    return None

@@ -16,6 +16,7 @@ from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig, RopeScaling
 from dfastllm.models.family import Fields
 from dfastllm.models.parts import inverse_frequencies
+from dfastllm.models.program import RopeTable
 
 __all__ = ["factors_of", "read_scaling", "scaling_from_factors", "write_scaling"]
 
@@ -53,10 +54,10 @@ def read_scaling(fields: Fields, arch: str, max_len: int) -> RopeScaling | None:
 
 
 def write_scaling(config: DecoderConfig, arch: str) -> dict[str, Any]:
-    """The inverse of `read_scaling` for linear and yarn; nothing for llama3, which is a tensor. Raises ValidationError
+    """The inverse of `read_scaling` for linear and yarn; nothing for the kinds that are tensors. Raises ValidationError
     for what llama.cpp cannot compute."""
     scaling, prefix = config.rope_scaling, f"{arch}.rope.scaling"
-    if scaling is None or scaling.kind == "llama3":
+    if scaling is None or scaling.kind in ("llama3", "longrope"):  # which are tensors
         return {}
     fields: dict[str, Any] = {f"{prefix}.type": scaling.kind, f"{prefix}.factor": float(scaling.factor)}
     if scaling.kind == "linear":
@@ -78,8 +79,12 @@ def factors_of(config: DecoderConfig) -> Tensor | None:
     """rope_freqs [rotary_dim / 2] of a llama3 scaling, None for others."""
     if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
         return None
-    plain, _ = inverse_frequencies(config.rotary_dim, config.rope_theta, None)
-    return plain / inverse_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)[0]
+    return _factors(config.rotary_dim, config.rope_theta, config.rope_scaling)
+
+
+def _factors(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    plain, _ = inverse_frequencies(RopeTable(theta, dim))
+    return plain / inverse_frequencies(RopeTable(theta, dim, scaling))[0]
 
 
 def scaling_from_factors(factors: Tensor, theta: float, original: int) -> RopeScaling | None:
@@ -91,11 +96,11 @@ def scaling_from_factors(factors: Tensor, theta: float, original: int) -> RopeSc
         return None
     factor = float(factors.max())
     dim = 2 * len(factors)
-    plain, _ = inverse_frequencies(dim, theta, None)
+    plain, _ = inverse_frequencies(RopeTable(theta, dim))
     candidates = [RopeScaling("llama3", factor, length, 1.0, 4.0) for length in (original, 8192)]
     fitted = _fit(factors, plain, factor, original)
     for scaling in candidates if fitted is None else [*candidates, fitted]:
-        made = plain / inverse_frequencies(dim, theta, scaling)[0]
+        made = _factors(dim, theta, scaling)
         if bool(((made - factors).abs() <= CLOSE * factors.abs()).all()):
             return scaling
     raise CheckpointError(
