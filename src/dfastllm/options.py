@@ -43,6 +43,7 @@ __all__ = [
     "WireField",
     "changed",
     "default_text",
+    "generation_config",
     "generation_defaults",
     "kind_defaults",
     "reference",
@@ -93,7 +94,7 @@ class Option:
     many          a tuple of such values. keys: the type of the keys of a mapping to such values, else None.
     optional      None is a value, and means what `default_help` says.
     default       of a Python object that was not given it. kinds: by kind of model, where it depends on that.
-    low, high     least and greatest number. above: a number it must exceed.
+    low, high     least and greatest number, or length of a text. above: a number it must exceed.
     applies       to every model, to autoregressive ones or to those with a canvas.
     wire          its fields in the HTTP API. flag: whether the command line has it.
     generation    its name in generation_config.json, "" where that has none.
@@ -124,6 +125,8 @@ class Option:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(self.type, "a value")
+        if self.type is str and self.high is not None:
+            return f"{what} of {self.low:g} to {self.high:g} characters"
         if self.low is not None and self.high is not None:
             return f"{what} in [{self.low:g}, {self.high:g}]"
         if self.above is not None:
@@ -183,6 +186,8 @@ class Option:
             good = good and (self.above is None or value > self.above)
         elif kind is str:
             good = isinstance(value, str) and (value in self.choices if self.choices else bool(value) or not self.many)
+            good = good and (self.low is None or len(value) >= self.low)
+            good = good and (self.high is None or len(value) <= self.high)
         else:
             good = kind is object or isinstance(value, kind)
         if not good:
@@ -294,8 +299,10 @@ else:
                     state[name] = {}
                 if given is not None:  # from dataclasses.replace, which hands over every field
                     fields = {n: v for n, v in fields.items() if n in given or v != table[n].default}
-                for name, value in fields.items():
-                    state[name] = table[name].check(value)
+                for name, value in list(fields.items()):
+                    state[name] = checked = table[name].check(value)
+                    if checked is None:  # says nothing
+                        del fields[name]
                 state["given"] = frozenset(fields)
                 if relate is not None:
                     relate(self)
@@ -330,7 +337,12 @@ class SamplingParams:
         generation="repetition_penalty",
     )
     temperature: float = option(
-        1.0, "Randomness of the draw; 0: the best token (greedy).", low=0, generation="temperature"
+        1.0,
+        "Randomness of the draw; 0: the best token (greedy).",
+        low=0,
+        kinds={"diffusion": 0.0, "block": 0.0},
+        default_help="1.0; for a canvas 0.0",
+        generation="temperature",
     )
     top_p: float = option(
         1.0,
@@ -551,6 +563,8 @@ class RequestOptions:
         "",
         "K,V of a common beginning are shared only among requests of the same salt. Refused by masked-diffusion models,"
         " which share nothing.",
+        low=1,
+        high=1024,
         default_help="shared among requests without one",
         flag=False,
     )
@@ -619,6 +633,17 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {name: rows[name].check(value) for name, value in own.items()}
 
 
+def generation_config(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation_config.json that `generation_defaults` reads back as these defaults."""
+    names = {row.name: row.generation for row in OPTIONS if row.generation}
+    config = {names[name]: value for name, value in defaults.items() if name in names}
+    own = {name: value for name, value in defaults.items() if name not in names}
+    if defaults.get("temperature") == 0:  # other programs refuse the number and know the word
+        config["do_sample"] = False
+        del config["temperature"]
+    return {**config, "dfastllm": own} if own else config
+
+
 # ---- the wire --------------------------------------------------------------------------------------------------------
 
 
@@ -669,13 +694,13 @@ class Hint:
 
 HINTS: tuple[Hint, ...] = (
     Hint("user", str, "The caller's own name for its user."),
-    Hint("metadata", dict[str, str], "Nothing is stored."),
+    Hint("metadata", dict[str, Any], "Nothing is stored."),
     Hint("store", bool, "Nothing is stored; true is refused.", (False,)),
     Hint("safety_identifier", str, "The caller's own."),
-    Hint("service_tier", str, "There is one tier.", ("auto", "default")),
+    Hint("service_tier", str, "There is one tier.", ("auto", "default", "flex")),
     Hint("prompt_cache_key", str, "Common beginnings are shared anyway; see cache_salt."),
     Hint("prompt_cache_retention", str, "Shared K,V stay while there is room."),
-    Hint("verbosity", Literal["low", "medium", "high"], "A wish, which no model here knows."),
+    Hint("verbosity", str, "A wish, which no model here knows."),
     Hint("reasoning_effort", str, "A wish, which no model here knows; see chat_template_kwargs."),
     Hint("use_beam_search", bool, "true is refused.", (False,)),
     Hint("length_penalty", float, "Of beam search; 1 asks for nothing.", (1, 1.0)),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import types
@@ -168,6 +169,18 @@ class Settings:
         group="model",
         alone=True,
     )
+    chat_template: str | None = _field(
+        None,
+        "File with the chat template (Jinja) of every model that is loaded; default: the one of its checkpoint.",
+        group="model",
+        alone=True,
+    )
+    default_chat_template_kwargs: str | None = _field(
+        None,
+        'Variables of the chat template, as JSON: {"enable_thinking": false}; those of a request win.',
+        group="model",
+        alone=True,
+    )
     max_model_len: int | None = _field(
         None,
         "Longest prompt plus output; default, and at most: the model's context.",
@@ -243,6 +256,11 @@ class Settings:
                 f"served_model_name must name each model once: got {len(self.served_model_name)} names for "
                 f"{len(self.model)} models.",
                 param="served_model_name",
+            )
+        if not _is_object(self.default_chat_template_kwargs or "{}"):
+            raise ValidationError(
+                f"default_chat_template_kwargs must be a JSON object; got {self.default_chat_template_kwargs!r:.200}.",
+                param="default_chat_template_kwargs",
             )
         if self.page_size > self.kv_cache_tokens:
             raise ValidationError(
@@ -342,6 +360,13 @@ class Setting:
         got = "a value that is not shown" if self.secret else repr(value)
         origin = f" (from {source})" if source else ""
         return ValidationError(f"{self.name} must be {self.wanted}; got {got}{origin}.", param=self.name)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_bool(value: Any) -> bool:

@@ -32,6 +32,8 @@ OTHER: dict[str, tuple[str, object]] = {
     "speculative_config": ('{"method": "ngram"}', '{"method": "ngram"}'),
     "quantization": ("w4m", "w4m"),
     "kv_cache_dtype": ("int8", "int8"),
+    "chat_template": ("x.jinja", "x.jinja"),
+    "default_chat_template_kwargs": ('{"a": 1}', '{"a": 1}'),
     "max_model_len": ("128", 128),
     "max_num_seqs": ("2", 2),
     "max_num_batched_tokens": ("99", 99),

@@ -38,10 +38,11 @@ def test_answer_usage_and_figures(client: OpenAI) -> None:
     assert choice.model_extra["prompt_token_ids"] == byte_tokenizer().encode("hello")
 
 
-def test_defaults_of_an_autoregressive_model_are_openais(client: OpenAI) -> None:
-    answer = client.completions.create(model="causal", prompt="hello", extra_body={"ignore_eos": True})
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 16
+def test_a_limit_that_was_not_sent_is_what_the_context_leaves(client: OpenAI) -> None:
+    for text in ("hello", "x" * 505):
+        answer = client.completions.create(model="causal", prompt=text, extra_body={"ignore_eos": True})
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 512 - len(text)
 
 
 def test_defaults_of_a_diffusion_model_are_the_documents(client: OpenAI) -> None:

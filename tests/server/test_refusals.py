@@ -50,7 +50,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"max_tokens": True}, "max_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 2}, "min_p"),
@@ -78,7 +78,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"best_of": 2}, "best_of"),
         ({"temprature": 1}, "temprature"),
         ({"steps": 4}, "steps"),
-        ({"use_cache": True}, "use_cache"),
+        ({"use_dual_cache": True}, "use_dual_cache"),
         ({"model": "canvas", "block_length": 0}, "block_length"),
         ({"model": "canvas", "block_length": -8}, "block_length"),
         ({"model": "canvas", "max_tokens": 64, "steps": 1}, "steps"),
@@ -189,4 +189,4 @@ def test_tokenize_and_back(live: Live) -> None:
     assert live.post("/detokenize", {"model": "causal", "tokens": tokens["tokens"]}).json() == {"prompt": text}
     assert error_of(live.post("/detokenize", {"model": "causal", "tokens": [260]}), 400)["param"] == "tokens"
     assert error_of(live.post("/tokenize", {"model": "causal"}), 400)["param"] == "prompt"
-    assert error_of(live.post("/tokenize", {"prompt": "x"}), 404)["param"] == "model"  # several are served
+    assert error_of(live.post("/tokenize", {"prompt": "x"}), 400)["param"] == "model"  # several are served

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,9 +20,23 @@ from dfastllm.metrics import Metrics
 from dfastllm.server import routes
 from dfastllm.server.chat import chat_completions
 from dfastllm.server.completions import completions
-from dfastllm.server.middleware import ApiKey, BodyLimit, Trace
+from dfastllm.server.middleware import ApiKey, BodyLimit, Head, Trace
+from dfastllm.server.openapi import description, responses, stream
 from dfastllm.server.refusals import http_refusal, known_refusal, validation_refusal
-from dfastllm.server.replies import ChatCompletion, Completion
+from dfastllm.server.replies import (
+    Cancelled,
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    Health,
+    ModelCard,
+    ModelList,
+    Out,
+    Text,
+    Tokens,
+    Versions,
+)
 from dfastllm.server.serving import Serving
 from dfastllm.settings import Settings
 
@@ -31,41 +46,63 @@ if TYPE_CHECKING:
 __all__ = ["create_app"]
 
 
-def _route(method: str, path: str, endpoint: Callable[..., Any], model: Any = None, **options: Any) -> APIRoute:
-    if model is not None:
-        options["responses"] = {200: {"model": model}}
-    return APIRoute(path, endpoint, methods=[method], response_model=None, **options)
+_GENERATING = (400, 404, 413, 429, 499, 500, 503, 504)
+_READING = (400, 404, 413, 503)
+_EVENTS = (ChatChunk, CompletionChunk)
+_METRICS = {
+    "text/plain": {"schema": {"type": "string"}},
+    "application/openmetrics-text": {"schema": {"type": "string"}},
+}
+
+
+def _route(
+    method: str,
+    path: str,
+    endpoint: Callable[..., Any],
+    reply: type[Out] | None = None,
+    refusals: tuple[int, ...] = (),
+    **more: Any,
+) -> APIRoute:
+    """A row of the table. more: what else a good answer may be, in OpenAPI's words."""
+    declared = responses(reply, refusals, **more)
+    if path.startswith("/health"):
+        declared[503] = {"model": Health, "description": "Not now."}
+    return APIRoute(path, endpoint, methods=[method], response_model=None, response_class=Response, responses=declared)
 
 
 def _routes() -> list[BaseRoute]:
     return [
-        _route("POST", "/v1/completions", completions, Completion),
-        _route("POST", "/v1/chat/completions", chat_completions, ChatCompletion),
-        _route("GET", "/v1/models", routes.models),
-        _route("GET", "/v1/models/{model_id:path}", routes.model_card),
-        _route("DELETE", "/v1/requests/{request_id}", routes.cancel_request),
-        _route("POST", "/tokenize", routes.tokenize),
-        _route("POST", "/detokenize", routes.detokenize),
-        _route("GET", "/health", routes.health),
-        _route("GET", "/health/live", routes.live),
-        _route("GET", "/health/ready", routes.ready),
-        _route("GET", "/version", routes.version_info),
-        _route("GET", "/metrics", routes.metrics),
-        _route("GET", "/openapi.json", routes.openapi, include_in_schema=False),
-        _route("GET", "/docs", routes.docs, include_in_schema=False),
+        _route("POST", "/v1/completions", completions, Completion, _GENERATING, content=stream(CompletionChunk)),
+        _route(
+            "POST", "/v1/chat/completions", chat_completions, ChatCompletion, _GENERATING, content=stream(ChatChunk)
+        ),
+        _route("GET", "/v1/models", routes.models, ModelList, (503,)),
+        _route("GET", "/v1/models/{model_id:path}", routes.model_card, ModelCard, (404, 503)),
+        _route("DELETE", "/v1/requests/{request_id}", routes.cancel_request, Cancelled, (404,)),
+        _route("POST", "/tokenize", routes.tokenize, Tokens, _READING),
+        _route("POST", "/detokenize", routes.detokenize, Text, _READING),
+        _route("GET", "/health", routes.health, Health),
+        _route("GET", "/health/live", routes.live, Health),
+        _route("GET", "/health/ready", routes.ready, Health),
+        _route("GET", "/version", routes.version_info, Versions),
+        _route("GET", "/metrics", routes.metrics, content=_METRICS),
+        *(
+            APIRoute(path, endpoint, methods=["GET"], include_in_schema=False)
+            for path, endpoint in (("/", routes.home), ("/docs", routes.docs), ("/openapi.json", routes.openapi))
+        ),
     ]
 
 
 def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
     """Outermost first. Cross-origin answers come before the key: a browser's preflight carries none."""
-    layers = [Middleware(Trace, observe=metrics.answered)]
+    layers = [Middleware(Head), Middleware(Trace, observe=metrics.answered)]
     if settings.allowed_origins:
         layers.append(
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.allowed_origins,
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+                allow_methods=["GET", "HEAD", "POST", "DELETE"],
+                allow_headers=["*"],  # a preflight's own list comes back: SDKs send many x-stainless-* headers
                 expose_headers=["X-Request-ID", "Retry-After"],
             )
         )
@@ -73,6 +110,18 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
         layers.append(Middleware(ApiKey, key=settings.api_key))
     layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
     return layers
+
+
+class _App(FastAPI):
+    """FastAPI with the description of `openapi`."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            serving: Serving = self.state.serving
+            info = {"title": self.title, "version": self.version, "description": self.description}
+            keyed = serving.settings.api_key is not None
+            self.openapi_schema = description(info, list(self.routes), _EVENTS, keyed)
+        return self.openapi_schema
 
 
 def create_app(
@@ -83,7 +132,7 @@ def create_app(
     settings = settings or Settings()
     metrics = Metrics()
     serving = Serving(settings, metrics)
-    app = FastAPI(
+    app = _App(
         title="dfastllm",
         version=version("dfastllm"),
         description="Diffusion and autoregressive language models behind the OpenAI API.",

@@ -1,15 +1,11 @@
-"""Typed canvas events: what a live display of a denoising step needs, beside the plain deltas.
-
-Positions count from the first new token. `commit` and `provisional` list {position, token_id, text}; `revise` too, with
-null for a position that was masked again; `block_done` says that a block became final; `stats` counts.
-"""
+"""Typed canvas events: what a live display of a denoising step needs, beside the plain deltas."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dfastllm.core import CanvasUpdate
+from dfastllm.server.replies import CanvasChunk, CanvasEvent, CanvasToken, RevisedToken
 from dfastllm.server.tokens import token_text
 
 if TYPE_CHECKING:
@@ -18,21 +14,24 @@ if TYPE_CHECKING:
 __all__ = ["canvas_chunk"]
 
 
-def canvas_chunk(tokenizer: Tokenizer, index: int, step: int, update: CanvasUpdate) -> dict[str, Any]:
+def canvas_chunk(tokenizer: Tokenizer, index: int, step: int, update: CanvasUpdate) -> CanvasChunk:
     """The `canvas` object of a chunk: the events of step number `step` (from 1) of choice `index`, in order."""
 
-    def cells(tokens: Mapping[int, int | None]) -> list[dict[str, Any]]:
-        return [
-            {"position": at, "token_id": token, "text": None if token is None else token_text(tokenizer, token)}
-            for at, token in sorted(tokens.items())
-        ]
+    def cell(position: int, token: int) -> CanvasToken:
+        return {"position": position, "token_id": token, "text": token_text(tokenizer, token)}
 
-    named: tuple[tuple[str, Mapping[int, int | None]], ...] = (
-        ("commit", dict(update.commit)),
-        ("revise", update.revise),
-        ("provisional", dict(update.provisional)),
-    )
-    events: list[dict[str, Any]] = [{"type": name, "tokens": cells(tokens)} for name, tokens in named if tokens]
+    def revised(position: int, token: int | None) -> RevisedToken:
+        if token is None:
+            return {"position": position, "token_id": None, "text": None}
+        return {"position": position, "token_id": token, "text": token_text(tokenizer, token)}
+
+    events: list[CanvasEvent] = []
+    if update.commit:
+        events.append({"type": "commit", "tokens": [cell(*item) for item in sorted(update.commit.items())]})
+    if update.revise:
+        events.append({"type": "revise", "tokens": [revised(at, update.revise[at]) for at in sorted(update.revise)]})
+    if update.provisional:
+        events.append({"type": "provisional", "tokens": [cell(*item) for item in sorted(update.provisional.items())]})
     if update.block_done:
         events.append({"type": "block_done"})
     events.append({"type": "stats", "step": step, "length": update.length, "masked": update.masked})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from dfastllm.core import Finish, StepEvent
-from dfastllm.errors import DFastLLMError, ValidationError
+from dfastllm.errors import DFastLLMError
 from dfastllm.server.canvas import canvas_chunk
 from dfastllm.server.jobs import (
     Events,
@@ -25,7 +25,7 @@ from dfastllm.server.jobs import (
     total,
     while_connected,
 )
-from dfastllm.server.options import decode_params, sampling_params, speculative_params
+from dfastllm.server.options import decode_params, on_the_wire, sampling_params, speculative_params
 from dfastllm.server.prompts import chat_ids
 from dfastllm.server.replies import (
     ChatChoice,
@@ -40,13 +40,15 @@ from dfastllm.server.replies import (
     ToolCallOut,
     dump,
     figures,
+    padded,
     usage_out,
+    usage_so_far,
 )
 from dfastllm.server.schemas import ChatRequest
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.sse import EventStream
 from dfastllm.server.tokens import chat_logprobs
-from dfastllm.text import ToolCall, ToolCallParser, parse_tool_calls
+from dfastllm.text import ToolCall, ToolCallParser
 
 __all__ = ["chat_completions"]
 
@@ -65,15 +67,14 @@ class Call:
         return [request.out() for request in self.job.timings] if self.body.timings else []
 
     def logprobs(self, result: Result | StepEvent) -> ChatLogprobs | None:
-        if not self.body.logprobs or not result.logprobs:
-            return None
-        return chat_logprobs(self.model.tokenizer, result.logprobs)
+        return chat_logprobs(self.model.tokenizer, result.logprobs) if self.body.logprobs else None
 
     def token_ids(self, result: Result | StepEvent) -> dict[str, Any]:
         return {"token_ids": list(result.token_ids)} if self.body.return_token_ids else {}
 
     def chunk(self, choices: list[ChatChunkChoice], **rest: Any) -> str:
-        return dump(ChatChunk(id=self.job.id, created=self.created, model=self.model.name, choices=choices, **rest))
+        chunk = ChatChunk(id=self.job.id, created=self.created, model=self.model.name, choices=choices, **rest)
+        return padded(dump(chunk)) if self.body.streams("include_obfuscation") else dump(chunk)
 
 
 async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
@@ -85,50 +86,40 @@ async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
             return Response(dump(await while_connected(request, _whole(call))), media_type="application/json")
         events = await first_event(request, call.job)
     except DFastLLMError as error:
-        if error.param == "prompt":  # what the engine calls it
-            error.param = "messages"
-        raise
+        raise on_the_wire(error, body) from None
     return EventStream(_chunks(call, events), call.job.cancel)
 
 
 async def _understand(serving: Serving, body: ChatRequest, request_id: str) -> Call:
     model = serving.model(body.model)
-    if body.stream_options is not None and not body.stream:
-        raise ValidationError("stream_options needs stream: true.", param="stream_options")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ValidationError("top_logprobs needs logprobs: true.", param="top_logprobs")
-    if body.tool_choice == "auto" and not body.tools:
-        raise ValidationError("tool_choice auto needs tools.", param="tool_choice")
     # With tool_choice none the template does not show the tools, so there is nothing to call.
     tools = body.tools if body.tools and body.tool_choice != "none" else None
-    ids = await chat_ids(model, body.messages, tools)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = sampling_params(body, model, longest=len(ids), logprobs=logprobs)
-    decode = decode_params(body, model, sampling.max_tokens)
+    ids = await chat_ids(model, body, body.messages, tools)
+    sampling, decode = sampling_params(body), decode_params(body, model)
     id = f"chatcmpl-{uuid.uuid4().hex}"
-    requests = engine_requests(serving, id, body, [ids], body.n or 1, sampling, decode, speculative_params(body, model))
+    requests = engine_requests(
+        serving, id, body, [ids], 1 if body.n is None else body.n, sampling, decode, speculative_params(body, model)
+    )
     names = {tool.function.name for tool in tools or ()}
     job = Job(serving, model.name, requests, id=id, request_id=request_id, tools=names)
     return Call(body, model, job, tools is not None)
 
 
 async def _whole(call: Call) -> ChatCompletion:
-    ended = await collect(call.job)
+    answers = [_Answer(call, index) for index in range(len(call.job.requests))]
+    ended = await collect(call.job, lambda index, event: answers[index].see(event))
     choices = []
-    for index, (result, finish) in enumerate(ended):
-        parsed = parse_tool_calls(result.text) if call.tools else None
-        calls = parsed.tool_calls if parsed else ()
-        message = ChatMessage(role="assistant", content=parsed.content if parsed else result.text)
-        if calls:
-            message = ChatMessage(
-                role="assistant", content=message.content or None, tool_calls=[_call_out(call) for call in calls]
-            )
+    for answer, (result, finish) in zip(answers, ended, strict=True):
+        message = ChatMessage(role="assistant", content=answer.content)
+        if answer.calls:
+            calls = [_call_out(call) for call in answer.calls]
+            message = ChatMessage(role="assistant", content=answer.content or None, tool_calls=calls)
         choices.append(
             ChatChoice(
-                index=index,
+                index=answer.index,
                 message=message,
                 logprobs=call.logprobs(result),
-                finish_reason=_finish_word(finish, bool(calls)),
+                finish_reason=answer.finish_word(finish),
                 stop_reason=finish.stop,
                 **call.token_ids(result),
             )
@@ -143,7 +134,7 @@ async def _whole(call: Call) -> ChatCompletion:
         model=call.model.name,
         choices=choices,
         usage=usage_out(usage),
-        dfastllm=figures(usage, call.timings()),
+        dfastllm=figures(usage, call.timings(), call.job.canvas_length),
         **rest,
     )
 
@@ -153,73 +144,97 @@ def _call_out(call: ToolCall, **index: Any) -> ToolCallOut:
     return ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", function=function, **index)
 
 
-def _finish_word(finish: Finish, called: bool) -> Literal["stop", "length", "tool_calls"]:
-    if finish.reason.value == "length":
-        return "length"
-    return "tool_calls" if called else "stop"
+class _Answer:
+    """One choice as it grows: its content and its calls, its tokens and its denoising steps."""
 
-
-class _Choice:
-    """The state of one streamed choice: its tool parser and how many calls it has made."""
-
-    def __init__(self, tools: bool) -> None:
-        self.parser = ToolCallParser() if tools else None
-        self.calls = 0
+    def __init__(self, call: Call, index: int) -> None:
+        self.call = call
+        self.index = index
+        self.parser = ToolCallParser() if call.tools else None
+        self.content = ""
+        self.calls: list[ToolCall] = []
+        self.sent = 0  # calls that became deltas
+        self.tokens = 0
         self.steps = 0
 
-    def deltas(self, event: StepEvent) -> list[Delta]:
-        """What became certain with this event: content, and whole calls."""
-        if self.parser is None:
-            return [Delta(content=event.text)] if event.text else []
-        pieces = self.parser.push(event.text)
-        if event.finish is not None:
-            pieces += self.parser.flush()
-        return list(self._deltas(pieces))
+    def see(self, event: StepEvent) -> list[str | ToolCall]:
+        """What became certain with this event: content, and whole calls. Where one call is all that was asked for, it
+        ends the answer."""
+        self.tokens += len(event.token_ids)
+        self.steps += event.canvas is not None
+        return list(self._take(self._pieces(event)))
 
-    def _deltas(self, pieces: Sequence[str | ToolCall]) -> Iterable[Delta]:
+    def _pieces(self, event: StepEvent) -> list[str | ToolCall]:
+        if self.parser is None:
+            return [event.text] if event.text else []
+        pieces = self.parser.push(event.text)
+        return pieces + self.parser.flush() if event.finish is not None else pieces
+
+    def _take(self, pieces: list[str | ToolCall]) -> Iterator[str | ToolCall]:
+        one = self.call.body.parallel_tool_calls is False
         for piece in pieces:
+            if one and self.calls:
+                return
             if isinstance(piece, str):
-                yield Delta(content=piece)
+                self.content += piece
             else:
-                yield Delta(tool_calls=[_call_out(piece, index=self.calls)])
-                self.calls += 1
+                self.calls.append(piece)
+                if one:
+                    self.call.job.enough(self.index, self.tokens)
+            yield piece
+
+    def delta(self, piece: str | ToolCall) -> Delta:
+        """A piece that `see` just gave, for a stream."""
+        if isinstance(piece, str):
+            return Delta(content=piece)
+        self.sent += 1
+        return Delta(tool_calls=[_call_out(piece, index=self.sent - 1)])
+
+    def finish_word(self, finish: Finish) -> Literal["stop", "length", "tool_calls"]:
+        if finish.reason.value == "length":
+            return "length"
+        return "tool_calls" if self.calls else "stop"
 
 
 async def _chunks(call: Call, events: Events) -> AsyncGenerator[str]:
-    options = call.body.stream_options
-    with_usage = options is not None and bool(options.include_usage)
-    with_canvas = options is not None and bool(options.canvas_events)
-    with_tokens = bool(call.body.logprobs or call.body.return_token_ids)
+    body = call.body
+    with_usage, with_canvas = body.streams("include_usage"), body.streams("canvas_events")
+    so_far = body.streams("continuous_usage_stats")
+    with_tokens = bool(body.logprobs or body.return_token_ids)
     null_usage: dict[str, Any] = {"usage": None} if with_usage else {}
-    choices = [_Choice(call.tools) for _ in call.job.requests]
+    prompt = len(call.job.requests[0].prompt)
+    answers = [_Answer(call, index) for index in range(len(call.job.requests))]
     finishes: dict[int, Finish] = {}
 
-    def chunk(index: int, delta: Delta, **rest: Any) -> str:
-        return call.chunk([ChatChunkChoice(index=index, delta=delta, **{"finish_reason": None, **rest})], **null_usage)
+    def chunk(answer: _Answer, delta: Delta, **rest: Any) -> str:
+        usage = {"usage": usage_so_far(prompt, answer.tokens)} if so_far else null_usage
+        choice = ChatChunkChoice(index=answer.index, delta=delta, **{"finish_reason": None, **rest})
+        return call.chunk([choice], **usage)
 
     async with aclosing(events):
-        for index in range(len(choices)):
-            yield chunk(index, Delta(role="assistant", content=""))
+        for answer in answers:
+            yield chunk(answer, Delta(role="assistant", content=""))
         async for index, event in events:
-            choice = choices[index]
+            answer = answers[index]
+            pieces = answer.see(event)
             if event.canvas is not None and with_canvas:
-                choice.steps += 1
-                shown = canvas_chunk(call.model.tokenizer, index, choice.steps, event.canvas)
+                shown = canvas_chunk(call.model.tokenizer, index, answer.steps, event.canvas)
                 yield call.chunk([], canvas=shown, **null_usage)
-            deltas = choice.deltas(event)
+            deltas = [answer.delta(piece) for piece in pieces]
             tokens: dict[str, Any] = {}
             if with_tokens and event.token_ids:
                 # The tokens ride on the first delta, or on an empty one while their text is held back.
                 deltas = deltas or [Delta(content="")]
                 tokens = {"logprobs": call.logprobs(event), **call.token_ids(event)}
             for delta in deltas:
-                yield chunk(index, delta, **tokens)
+                yield chunk(answer, delta, **tokens)
                 tokens = {}
             if event.finish is not None:
                 finishes[index] = event.finish
-                word = _finish_word(event.finish, choice.calls > 0)
-                yield chunk(index, Delta(), finish_reason=word, stop_reason=event.finish.stop)
-    if with_usage or call.body.timings:
-        usage = total([finishes[index] for index in sorted(finishes)], len(choices))
+                yield chunk(
+                    answer, Delta(), finish_reason=answer.finish_word(event.finish), stop_reason=event.finish.stop
+                )
+    if with_usage or body.timings:
+        usage = total([finishes[index] for index in sorted(finishes)], len(answers))
         counted = {"usage": usage_out(usage)} if with_usage else {}
-        yield call.chunk([], dfastllm=figures(usage, call.timings()), **counted)
+        yield call.chunk([], dfastllm=figures(usage, call.timings(), call.job.canvas_length), **counted)

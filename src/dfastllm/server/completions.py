@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from dfastllm.core import Finish, StepEvent
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.errors import DFastLLMError, UnsupportedError
 from dfastllm.server.canvas import canvas_chunk
 from dfastllm.server.jobs import (
     Events,
@@ -25,9 +25,19 @@ from dfastllm.server.jobs import (
     total,
     while_connected,
 )
-from dfastllm.server.options import decode_params, sampling_params, speculative_params
+from dfastllm.server.options import decode_params, on_the_wire, sampling_params, speculative_params
 from dfastllm.server.prompts import completion_prompts, encode
-from dfastllm.server.replies import Completion, CompletionChoice, Timings, dump, figures, usage_out
+from dfastllm.server.replies import (
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    Timings,
+    dump,
+    figures,
+    padded,
+    usage_out,
+    usage_so_far,
+)
 from dfastllm.server.schemas import CompletionRequest
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.sse import EventStream
@@ -50,13 +60,14 @@ class Call:
     def timings(self) -> list[Timings]:
         return [request.out() for request in self.job.timings] if self.body.timings else []
 
-    def reply(self, choices: list[CompletionChoice], **rest: Any) -> Completion:
-        return Completion(id=self.job.id, created=self.created, model=self.model.name, choices=choices, **rest)
+    def chunk(self, choices: list[CompletionChoice], **rest: Any) -> str:
+        chunk = CompletionChunk(id=self.job.id, created=self.created, model=self.model.name, choices=choices, **rest)
+        return padded(dump(chunk)) if self.body.streams("include_obfuscation") else dump(chunk)
 
     def choice(self, index: int, text: str, result: Result | StepEvent, offset: int, **rest: Any) -> CompletionChoice:
         """Choice `index` with the tokens of `result`; `offset` is where its text begins (for the logprobs)."""
-        records = result.logprobs if self.body.logprobs is not None else []
-        logprobs = completion_logprobs(self.model.tokenizer, records, offset) if records else None
+        wanted = self.body.logprobs is not None
+        logprobs = completion_logprobs(self.model.tokenizer, result.logprobs, offset) if wanted else None
         if self.body.return_token_ids:
             rest["token_ids"] = list(result.token_ids)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, **rest)
@@ -69,29 +80,23 @@ async def completions(body: CompletionRequest, request: HttpRequest) -> Response
     """Complete a prompt, or several."""
     serving: Serving = request.app.state.serving
     call = await _understand(serving, body, request.state.request_id)
-    if not body.stream:
-        return Response(dump(await while_connected(request, _whole(call))), media_type="application/json")
-    events = await first_event(request, call.job)
+    try:
+        if not body.stream:
+            return Response(dump(await while_connected(request, _whole(call))), media_type="application/json")
+        events = await first_event(request, call.job)
+    except DFastLLMError as error:
+        raise on_the_wire(error, body) from None
     return EventStream(_chunks(call, events), call.job.cancel)
 
 
 async def _understand(serving: Serving, body: CompletionRequest, request_id: str) -> Call:
     model = serving.model(body.model)
-    if body.stream_options is not None and not body.stream:
-        raise ValidationError("stream_options needs stream: true.", param="stream_options")
-    if body.echo and body.logprobs is not None:
-        raise UnsupportedError(
-            "echo together with logprobs would need the prompt's log probabilities, which are not computed yet.",
-            param="echo",
-        )
     if body.suffix and not model.diffuses:
         raise UnsupportedError(f"suffix (infilling) needs a diffusion model; {model.name!r} is not.", param="suffix")
     prompts = await completion_prompts(body, model)
-    choices = body.n or 1
+    choices = 1 if body.n is None else body.n
     suffix = await encode(model, body.suffix, param="suffix") if body.suffix else ()
-    longest = max(len(ids) for ids, _ in prompts) + len(suffix)
-    sampling = sampling_params(body, model, longest=longest, logprobs=body.logprobs)
-    decode = decode_params(body, model, sampling.max_tokens)
+    sampling, decode = sampling_params(body), decode_params(body, model)
     id = f"cmpl-{uuid.uuid4().hex}"
     speculative = speculative_params(body, model)
     requests = engine_requests(
@@ -110,28 +115,43 @@ async def _whole(call: Call) -> Completion:
             rest["prompt_token_ids"] = list(call.job.requests[index].prompt)
         choices.append(call.choice(index, echo + result.text, result, len(echo), **rest))
     usage = total([finish for _, finish in ended], call.choices)
-    return call.reply(choices, usage=usage_out(usage), dfastllm=figures(usage, call.timings()))
+    return Completion(
+        id=call.job.id,
+        created=call.created,
+        model=call.model.name,
+        choices=choices,
+        usage=usage_out(usage),
+        dfastllm=figures(usage, call.timings(), call.job.canvas_length),
+    )
 
 
 async def _chunks(call: Call, events: Events) -> AsyncGenerator[str]:
-    options = call.body.stream_options
-    with_usage = options is not None and bool(options.include_usage)
-    with_canvas = options is not None and bool(options.canvas_events)
-    with_tokens = call.body.logprobs is not None or bool(call.body.return_token_ids)
+    body = call.body
+    with_usage, with_canvas = body.streams("include_usage"), body.streams("canvas_events")
+    so_far = body.streams("continuous_usage_stats")
+    with_tokens = body.logprobs is not None or bool(body.return_token_ids)
     null_usage: dict[str, Any] = {"usage": None} if with_usage else {}
-    offsets = [0] * len(call.job.requests)
-    steps = [0] * len(call.job.requests)
+    requests = call.job.requests
+    offsets, steps, tokens = [0] * len(requests), [0] * len(requests), [0] * len(requests)
     finishes: dict[int, Finish] = {}
+
+    def chunk(choice: CompletionChoice) -> str:
+        request = requests[choice.index]
+        prompt = len(request.prompt) + len(request.suffix)
+        usage = {"usage": usage_so_far(prompt, tokens[choice.index])} if so_far else null_usage
+        return call.chunk([choice], **usage)
+
     async with aclosing(events):
-        for index in range(len(offsets)):
+        for index in range(len(requests)):
             if echo := call.echoed(index):
                 offsets[index] = len(echo)
-                yield dump(call.reply([_text_only(index, echo)], **null_usage))
+                yield chunk(CompletionChoice(index=index, text=echo, logprobs=None, finish_reason=None))
         async for index, event in events:
+            tokens[index] += len(event.token_ids)
             if event.canvas is not None and with_canvas:
                 steps[index] += 1
                 shown = canvas_chunk(call.model.tokenizer, index, steps[index], event.canvas)
-                yield dump(call.reply([], canvas=shown, **null_usage))
+                yield call.chunk([], canvas=shown, **null_usage)
             if not event.text and event.finish is None and not (with_tokens and event.token_ids):
                 continue  # its text is held back: it may become a stop string, or is half a character
             rest: dict[str, Any] = {"finish_reason": None}
@@ -140,12 +160,8 @@ async def _chunks(call: Call, events: Events) -> AsyncGenerator[str]:
                 rest = {"finish_reason": event.finish.reason.value, "stop_reason": event.finish.stop}
             choice = call.choice(index, event.text, event, offsets[index], **rest)
             offsets[index] += sum(map(len, choice.logprobs.tokens)) if choice.logprobs else 0
-            yield dump(call.reply([choice], **null_usage))
-    if with_usage or call.body.timings:
+            yield chunk(choice)
+    if with_usage or body.timings:
         usage = total([finishes[index] for index in sorted(finishes)], call.choices)
         counted = {"usage": usage_out(usage)} if with_usage else {}
-        yield dump(call.reply([], dfastllm=figures(usage, call.timings()), **counted))
-
-
-def _text_only(index: int, text: str) -> CompletionChoice:
-    return CompletionChoice(index=index, text=text, logprobs=None, finish_reason=None)
+        yield call.chunk([], dfastllm=figures(usage, call.timings(), call.job.canvas_length), **counted)

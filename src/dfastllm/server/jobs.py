@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -24,17 +24,18 @@ from dfastllm.core import (
     SamplingParams,
     SpeculativeParams,
     StepEvent,
+    Tier,
     TokenLogprob,
     Usage,
 )
 from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
 from dfastllm.llm import split_choices
 from dfastllm.server.schemas import GenerationRequest
+from dfastllm.server.serving import Serving
 from dfastllm.server.timings import RequestTimings
 
 if TYPE_CHECKING:
     from dfastllm.engine import Stream
-    from dfastllm.server.serving import Serving
 
 __all__ = [
     "Events",
@@ -50,12 +51,6 @@ __all__ = [
 
 T = TypeVar("T")
 Events = AsyncGenerator[tuple[int, StepEvent]]
-_EXACTNESS = (
-    "reference",
-    "exact-fast",
-    "exact-distribution",
-    "approximate",
-)  # a call is as exact as its least exact choice
 
 
 class Job:
@@ -80,6 +75,8 @@ class Job:
         self.streams: list[Stream] = []
         self.failure: DFastLLMError | None = None
         self.timings = [RequestTimings(request, tools) for request in requests]
+        self.canvas_length: int | None = None  # of the longest canvas
+        self._enough: dict[int, int] = {}  # tokens of each answer that was ended by `enough`
 
     def cancel(self) -> None:
         for stream in self.streams:
@@ -89,6 +86,12 @@ class Job:
         """End the job with this error in place of CancelledError."""
         self.failure = error
         self.cancel()
+
+    def enough(self, index: int, tokens: int) -> None:
+        """End engine request `index` as if the model had ended it, after `tokens` tokens: what it still does is no part
+        of the answer."""
+        self._enough[index] = tokens
+        self.streams[index].cancel()
 
     async def events(self) -> Events:
         """(index of the engine request, event) as they come; each request's last event has `finish`. Raises what the
@@ -101,6 +104,10 @@ class Job:
                 merged = _merge(self.streams) if len(self.streams) > 1 else _single(self.streams[0])
                 async with aclosing(merged):
                     async for index, event in merged:
+                        if index in self._enough:
+                            if event.finish is None:
+                                continue
+                            event = _ended(event, event.finish, self._enough[index])
                         if event.finish is not None and (error := _failure(event.finish)) is not None:
                             raise error
                         yield index, event
@@ -116,6 +123,8 @@ class Job:
             async for index, event in events:
                 now = time.monotonic()
                 self.timings[index].see(event, now)
+                if event.canvas is not None:
+                    self.canvas_length = max(self.canvas_length or 0, event.canvas.length)
                 if event.finish is not None:
                     self.timings[index].report(self.serving.metrics, self.model)
                 if event.token_ids:
@@ -123,6 +132,12 @@ class Job:
                         self.serving.metrics.tokens(self.model, now - last[index], len(event.token_ids))
                     last[index] = now
                 yield index, event
+
+
+def _ended(event: StepEvent, finish: Finish, tokens: int) -> StepEvent:
+    """The last event of a request that was ended because its answer was complete."""
+    usage = replace(finish.usage, completion_tokens=tokens)
+    return StepEvent(event.request_id, finish=Finish(FinishReason.STOP, usage))
 
 
 def _failure(finish: Finish) -> DFastLLMError | None:
@@ -138,8 +153,16 @@ def _failure(finish: Finish) -> DFastLLMError | None:
     return GenerationError("The engine failed on this request; see the server's log.")
 
 
-async def _single(stream: Stream) -> Events:
+async def _until_finish(stream: Stream) -> AsyncGenerator[StepEvent]:
+    """Its events to the last one, which says how it ended; a stream would go on to raise that."""
     async for event in stream:
+        yield event
+        if event.finish is not None:
+            return
+
+
+async def _single(stream: Stream) -> Events:
+    async for event in _until_finish(stream):
         yield 0, event
 
 
@@ -149,7 +172,7 @@ async def _merge(streams: Sequence[Stream]) -> Events:
 
     async def pump(index: int, stream: Stream) -> None:
         try:
-            async for event in stream:
+            async for event in _until_finish(stream):
                 ready.put_nowait((index, event))
         except Exception as error:
             ready.put_nowait((index, error))
@@ -183,8 +206,10 @@ class Result:
     finish: Finish | None = None
 
 
-async def collect(job: Job) -> list[tuple[Result, Finish]]:
-    """Run a job to its end; one result per engine request, in order."""
+async def collect(
+    job: Job, watch: Callable[[int, StepEvent], object] = lambda index, event: None
+) -> list[tuple[Result, Finish]]:
+    """Run a job to its end; one result per engine request, in order. watch: is shown each event."""
     results = [Result() for _ in job.requests]
     async with aclosing(job.timed_events()) as events:
         async for index, event in events:
@@ -193,6 +218,7 @@ async def collect(job: Job) -> list[tuple[Result, Finish]]:
             result.token_ids += event.token_ids
             result.logprobs += event.logprobs
             result.finish = event.finish
+            watch(index, event)
     return [(result, result.finish) for result in results if result.finish is not None]
 
 
@@ -204,7 +230,7 @@ def total(finishes: Sequence[Finish], choices: int) -> Usage:
         prompt_tokens=sum(u.prompt_tokens for u in used[::choices]),
         completion_tokens=sum(u.completion_tokens for u in used),
         forwards=sum(u.forwards for u in used),
-        exactness=max((u.exactness for u in used), key=_EXACTNESS.index),
+        exactness=Tier.least(u.exactness for u in used),
         queue_s=max(u.queue_s for u in used),
         first_token_s=min(first) if first else None,
         total_s=max(u.total_s for u in used),
@@ -243,7 +269,7 @@ def engine_requests(
     if body.timeout is not None and not body.timeout > 0:
         raise ValidationError(f"timeout must be > 0 s, got {body.timeout}.", param="timeout")
     timeout = limit if body.timeout is None else min(limit, body.timeout)
-    singles = split_choices(replace(sampling, n=choices))
+    singles = split_choices(sampling)
     return [
         Request(
             request_id=f"{id}-{index * choices + i}",

@@ -1,7 +1,8 @@
 """What happens to every HTTP request before a route sees it. Plain ASGI, so that streams and disconnects pass through.
 
-`Trace` gives each request its id, times it, and turns an unexpected exception into a logged 500. `BodyLimit` reads the
-body (chunked or not) up to a limit. `ApiKey` lets in who carries the key.
+`Head` answers HEAD as GET without the body. `Trace` gives each request its id, times it, and turns an unexpected
+exception into a logged 500. `BodyLimit` reads the body (chunked or not) up to a limit. `ApiKey` lets in who carries the
+key.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dfastllm.errors import AuthenticationError, GenerationError, PayloadTooLargeError
 from dfastllm.server.refusals import error_response
 
-__all__ = ["ApiKey", "BodyLimit", "Trace"]
+__all__ = ["ApiKey", "BodyLimit", "Head", "Trace"]
 
 log = logging.getLogger("dfastllm.server")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -28,8 +29,28 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 Observe = Callable[[str, str, int, float], None]  # method, route template, status, seconds
 
 
+class Head:
+    """Outermost: what lies within sees GET. The answer keeps its headers, the length of the body that GET would give
+    included (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def bare(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"}, receive, bare)
+
+
 class Trace:
-    """Outermost. The client's X-Request-ID is kept when it is sane, else one is made; it is always in the answer.
+    """The client's X-Request-ID is kept when it is sane, else one is made; it is always in the answer.
 
     observe: told about each finished request (metrics).
     """
@@ -121,7 +142,7 @@ class ApiKey:
         self.digest = hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._open(scope["path"]):
+        if scope["type"] == "http" and not self.open(scope["path"]):
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
             if not hmac.compare_digest(digest, self.digest) or scheme.lower() != "bearer":
@@ -133,5 +154,7 @@ class ApiKey:
                 return
         await self.app(scope, receive, send)
 
-    def _open(self, path: str) -> bool:
-        return any(path == open_path or path.startswith(open_path + "/") for open_path in self.OPEN)
+    @classmethod
+    def open(cls, path: str) -> bool:
+        """Whether a path needs no key."""
+        return path == "/" or any(path == open_path or path.startswith(open_path + "/") for open_path in cls.OPEN)

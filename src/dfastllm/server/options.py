@@ -1,161 +1,133 @@
-"""From a body's fields to SamplingParams and DecodeParams: defaults per kind of model, presets, and what is refused.
+"""From a body's fields to the parameters of a request, by the table of `dfastllm.options`.
 
-Defaults follow the documents: diffusion models take temperature 0.0, max_tokens 128, steps 128, block_length 32,
-use_cache and use_dual_cache true; autoregressive ones follow OpenAI. A field that the model cannot honour is refused by
-name. Ranges are checked by the params themselves.
+Only what a body gives is passed on: the engine's admission fills in the rest and refuses what the model cannot honour.
+Here is what the wire alone has: fields that are two names of one option, the two switches of the cache, log
+probabilities of a chat, and the way back from an option's name to the field that gave it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from dfastllm.compat import DiffusionConfig
-from dfastllm.core import Cache, DecodeParams, SamplingParams, SpeculativeParams
+from dfastllm.core import DecodeParams, SamplingParams, SpeculativeParams
 from dfastllm.core import speculative_params as parse_speculative
-from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
+from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
+from dfastllm.options import Front, Group, Option, wire_fields
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
 
-__all__ = ["decode_params", "sampling_params", "speculative_params"]
+__all__ = ["decode_params", "on_the_wire", "sampling_params", "speculative_params"]
 
-DIFFUSION_TOKENS = 128
-DIFFUSION_STEPS = 128
-DIFFUSION_BLOCK = 32
-COMPLETION_TOKENS = 16
-
-_DECODE_FIELDS = (
-    *("use_cache", "use_dual_cache", "cache", "threshold", "factor", "steps", "block_length", "remasking", "mode"),
-    *("rule", "rule_options", "early_stop"),
-)
+SWITCHES = ("use_cache", "use_dual_cache")
 
 
-def sampling_params(
-    body: GenerationRequest, model: ServedModel, *, longest: int, logprobs: int | None
-) -> SamplingParams:
-    """Sampling of one choice. `longest`: tokens of the longest prompt of the call with its suffix."""
-    given: dict[str, Any] = {
-        name: value
-        for name in (
-            *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-            *("seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "allowed_token_ids"),
-            *("include_stop_str_in_output", "skip_special_tokens"),
-        )
-        if (value := getattr(body, name)) is not None
-    }
-    if model.diffuses:
-        given.setdefault("temperature", 0.0)
-    return SamplingParams(
-        **given, max_tokens=_max_tokens(body, model, longest), logprobs=logprobs, logit_bias=_logit_bias(body)
-    )
+def sampling_params(body: GenerationRequest) -> SamplingParams:
+    """What the body says of sampling. Raises ValidationError naming the field."""
+    given = _given(body, "sampling")
+    logprobs = given.pop("logprobs", None)
+    if isinstance(body, ChatRequest):
+        top = getattr(body, "top_logprobs", None)
+        logprobs = (top or 0) if getattr(body, "logprobs", None) else None
+    if "logit_bias" in given:
+        given["logit_bias"] = {_token(key): value for key, value in given["logit_bias"].items()}
+    try:
+        return SamplingParams(**given, logprobs=logprobs)
+    except ValidationError as error:
+        raise on_the_wire(error, body) from None
 
 
-def _max_tokens(body: GenerationRequest, model: ServedModel, longest: int) -> int:
-    asked = body.max_tokens
-    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
-        if asked not in (None, body.max_completion_tokens):
-            raise ValidationError(
-                f"max_tokens ({asked}) and max_completion_tokens ({body.max_completion_tokens}) are two names of one "
-                "option; send one.",
-                param="max_completion_tokens",
-            )
-        asked = body.max_completion_tokens
-    if asked is not None:
-        return asked
-    left = model.context - longest
-    if left < 1:
-        raise ContextLengthError(
-            f"The prompt has {longest} tokens; the context of {model.name!r} is {model.context} with the answer.",
-            param="messages" if isinstance(body, ChatRequest) else "prompt",
-        )
-    if model.diffuses:
-        return DIFFUSION_TOKENS
-    return left if isinstance(body, ChatRequest) else COMPLETION_TOKENS
-
-
-def _logit_bias(body: GenerationRequest) -> dict[int, float]:
-    bias: dict[int, float] = {}
-    for key, value in (body.logit_bias or {}).items():
-        if not (key.isascii() and key.isdigit() and len(key) < 19):
-            raise ValidationError(
-                f"logit_bias maps token ids to numbers, got the key {key[:80]!r}.", param="logit_bias"
-            )
-        bias[int(key)] = value
-    return bias
-
-
-def decode_params(body: GenerationRequest, model: ServedModel, max_tokens: int) -> DecodeParams | None:
-    """How the canvas is unmasked; None for an autoregressive model, which refuses these fields."""
-    given = {name: value for name in _DECODE_FIELDS if (value := getattr(body, name)) is not None}
-    events = body.stream_options is not None and bool(body.stream_options.canvas_events)
-    if not model.diffuses:
-        if events:
-            given["stream_options.canvas_events"] = True
-        if given:
-            name = next(iter(given))
-            raise UnsupportedError(
-                f"{name} is an option of diffusion models; {model.name!r} is autoregressive.", param=name
-            )
-        return None
-    options = _preset(given.pop("mode"), max_tokens, model) if "mode" in given else {}
-    if model.info.kind == "block":
-        options.pop("cache", None)
-        _block_cache(given, model)
-    else:
-        options["cache"] = _cache(given, options.get("cache", "dual"))
-    for name in ("use_cache", "use_dual_cache", "cache"):
-        given.pop(name, None)
-    if given.keys() & {"rule", "factor", "threshold"}:  # the preset's own rule gives way
-        options = {name: value for name, value in options.items() if name not in ("factor", "threshold")}
-    if "rule_options" in given:
-        given["options"] = {**options.get("options", {}), **given.pop("rule_options")}
-    options.update(given)
-    if model.info.kind == "diffusion":
-        block = options.setdefault("block_length", DIFFUSION_BLOCK)
-        if block >= 1:
-            # a canvas of more than 128 blocks needs at least one step for each
-            options.setdefault("steps", max(DIFFUSION_STEPS, -(-max_tokens // block)))
-    return DecodeParams(provisional=events, **options)
+def decode_params(body: GenerationRequest, model: ServedModel) -> DecodeParams | None:
+    """What the body says of the canvas; None for nothing. Raises ValidationError or UnsupportedError naming the
+    field."""
+    given = _given(body, "decode")
+    cache = _cache(body, model)
+    if cache is not None:
+        given["cache"] = cache
+    if given.get("provisional") is False or (model.diffuses and "mode" in given):
+        given["provisional"] = bool(given.get("provisional"))  # guesses only for who watches, whatever the preset
+    return DecodeParams(**given) if given else None
 
 
 def speculative_params(body: GenerationRequest, model: ServedModel) -> SpeculativeParams | None:
     """How the request drafts; None: as the engine does by default."""
-    if body.speculative_config is None:
-        return None
-    return parse_speculative(body.speculative_config, model.speculative)
+    asked = getattr(body, "speculative_config", None)
+    return None if asked is None else parse_speculative(asked, model.speculative)
 
 
-def _preset(mode: str, max_tokens: int, model: ServedModel) -> dict[str, Any]:
-    """The fields that a mode sets, those of the Python API's DiffusionConfig."""
-    preset = DiffusionConfig(mode=mode).decode_params(max_tokens, model.info)
-    chosen = {"cache", "block_length", "threshold", "factor", "options"}
-    return {name: value for name in sorted(chosen) if (value := getattr(preset, name))}
+def on_the_wire(error: DFastLLMError, body: GenerationRequest) -> DFastLLMError:
+    """The error with the field that the body has in place of the option's or the engine's own name for it."""
+    param = error.param
+    if param == "prompt" and isinstance(body, ChatRequest):
+        error.param = "messages"
+        return error
+    sent = [name for name, option, _ in _sent(body) if option.name == param]
+    if param == "logprobs" and isinstance(body, ChatRequest):
+        sent = ["top_logprobs"]
+    if param == "cache" and not sent:
+        sent = [name for name in SWITCHES if getattr(body, name, None) is not None]
+    if param is not None and sent and param not in sent:
+        error.param = sent[0]
+        if error.message.startswith(param):
+            error.message = sent[0] + error.message.removeprefix(param)
+            error.args = (error.message,)
+    return error
 
 
-def _cache(given: Mapping[str, Any], default: Cache) -> Cache:
-    """The cache strategy that follows from use_cache and use_dual_cache, or `cache` by name."""
-    names = [name for name in ("use_cache", "use_dual_cache") if name in given]
-    if "cache" in given:
-        if names:
-            raise ValidationError(f"cache and {names[0]} are two forms of one option; send one.", param="cache")
-        cache: Cache = given["cache"]
-        return cache
-    if not names:
-        return default
-    if not given.get("use_cache", True):
-        if given.get("use_dual_cache"):
+def _sent(body: GenerationRequest) -> Iterator[tuple[str, Option, Any]]:
+    """(name, option, value) of each field of the body that gives an option."""
+    front: Front = "chat" if isinstance(body, ChatRequest) else "completions"
+    for field in wire_fields(front):
+        value: Any = body
+        for part in field.name.split("."):
+            value = getattr(value, part, None)
+        if value is not None and field.option is not None and field.name not in (*SWITCHES, "top_logprobs"):
+            yield field.name, field.option, value
+
+
+def _given(body: GenerationRequest, group: Group) -> dict[str, Any]:
+    """Option -> value, of one group. Raises ValidationError when two names of one option say different things."""
+    given: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, option, value in _sent(body):
+        if option.group != group:
+            continue
+        if given.setdefault(option.name, value) != value:
+            raise ValidationError(
+                f"{names[option.name]} ({given[option.name]}) and {name} ({value}) are two names of one option; "
+                "send one.",
+                param=name,
+            )
+        names.setdefault(option.name, name)
+    return given
+
+
+def _token(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 19):
+        raise ValidationError(f"logit_bias maps token ids to numbers, got the key {key[:80]!r}.", param="logit_bias")
+    return int(key)
+
+
+def _cache(body: GenerationRequest, model: ServedModel) -> str | None:
+    """The cache strategy that the switches ask for, or `cache` by name; None: they ask for nothing. What a model has
+    anyway may be asked for: an autoregressive one keeps K,V, a block-diffusion one exact K,V of its finished blocks."""
+    kept, dual = (getattr(body, name, None) for name in SWITCHES)
+    name = getattr(body, "cache", None)
+    if kept is None and dual is None:
+        return name
+    switch = SWITCHES[0] if kept is not None else SWITCHES[1]
+    if name is not None:
+        raise ValidationError(f"cache and {switch} are two forms of one option; send one.", param="cache")
+    if kept is False:
+        if dual:
             raise ValidationError("use_dual_cache needs use_cache.", param="use_dual_cache")
         return "none"
-    return "dual" if given.get("use_dual_cache", True) else "prefix"
-
-
-def _block_cache(given: Mapping[str, Any], model: ServedModel) -> None:
-    """Block-diffusion models keep the exact K,V of finished blocks: that cannot be switched off or made dual."""
-    for name, harmless in (("use_cache", True), ("use_dual_cache", False), ("cache", None)):
-        if name in given and given[name] is not harmless:
-            raise UnsupportedError(
-                f"{name}={given[name]!r} cannot be honoured: {model.name!r} is a block-diffusion model, which keeps "
-                "exact K,V of its finished blocks.",
-                param=name,
-                hint="Leave it out.",
-            )
+    if model.info.kind == "diffusion":
+        return "dual" if dual is not False else "prefix"
+    if dual:
+        raise UnsupportedError(
+            f"use_dual_cache=True cannot be honoured: {model.name!r} is no masked-diffusion model.",
+            param="use_dual_cache",
+            hint="Leave it out.",
+        )
+    return None

@@ -8,12 +8,20 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from dfastllm.errors import ValidationError
-from dfastllm.server.schemas import CompletionRequest, Message, Tool
+from dfastllm.server.schemas import (
+    CalledFunction,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    TokenizeRequest,
+    Tool,
+)
 from dfastllm.server.serving import ServedModel
 
-__all__ = ["chat_ids", "chat_text", "completion_prompts", "encode"]
+__all__ = ["chat_ids", "completion_prompts", "encode"]
 
 Ids = tuple[int, ...]
+_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
 
 
 async def encode(model: ServedModel, text: str, *, param: str, add_special: bool = False) -> Ids:
@@ -59,27 +67,42 @@ def _check_ids(ids: Sequence[int], model: ServedModel) -> None:
 
 
 def _template_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: text content, tool arguments as an object, developer as system."""
-    out = message.model_dump(exclude_none=True, exclude={"content"})
-    for call in out.get("tool_calls", ()):
-        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    out["role"] = "system" if message.role == "developer" else message.role
-    content = message.content
+    """A message as chat templates expect it: text content, tool arguments as an object, older names by their newer."""
+    out: dict[str, Any] = {"role": _ROLES.get(message.role, message.role)}
+    content = message.content if message.content is not None else message.refusal
     out["content"] = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    for name in ("name", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            out[name] = value
+    calls = [(call.id, call.function) for call in message.tool_calls or ()]
+    if not calls and message.function_call is not None:
+        calls = [(message.function_call.name, message.function_call)]
+    if calls:
+        out["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
+            for id, call in calls
+        ]
     return out
+
+
+def _arguments(call: CalledFunction) -> Any:
+    """Raises ValueError or RecursionError for what is no JSON."""
+    return json.loads(call.arguments) if call.arguments else {}
 
 
 def _check_message(index: int, message: Message) -> None:
     where = f"messages[{index}]"
-    if message.content is None and not message.tool_calls:
-        raise ValidationError(f"{where} has neither content nor tool_calls.", param=where)
-    if message.tool_calls and message.role != "assistant":
-        raise ValidationError(f"{where} has tool_calls, which only the assistant makes.", param=f"{where}.tool_calls")
+    called = {"tool_calls": message.tool_calls, "function_call": message.function_call}
+    for name, given in called.items():
+        if given and message.role != "assistant":
+            raise ValidationError(f"{where} has {name}, which only the assistant makes.", param=f"{where}.{name}")
+    if message.content is None and message.role != "assistant":
+        raise ValidationError(f"{where} has no content.", param=where)
     if message.tool_call_id is not None and message.role != "tool":
         raise ValidationError(f"{where} has a tool_call_id but is no tool message.", param=f"{where}.tool_call_id")
-    for call in message.tool_calls or ():
+    for call in [call.function for call in message.tool_calls or ()] + [message.function_call]:
         try:
-            arguments = json.loads(call.function.arguments)
+            arguments = {} if call is None else _arguments(call)
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
@@ -88,14 +111,20 @@ def _check_message(index: int, message: Message) -> None:
             )
 
 
-async def chat_text(model: ServedModel, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
-    """The conversation as the model's chat template writes it."""
+async def chat_ids(
+    model: ServedModel, body: ChatRequest | TokenizeRequest, messages: Sequence[Message], tools: Sequence[Tool] | None
+) -> Ids:
+    """Token ids of the conversation as the model's chat template writes it. Raises ValidationError for messages that
+    are none and for template variables that the conversation itself sets."""
     for index, message in enumerate(messages):
         _check_message(index, message)
     plain = [_template_message(message) for message in messages]
     listed = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
-    return await asyncio.to_thread(model.tokenizer.apply_chat_template, plain, listed)
-
-
-async def chat_ids(model: ServedModel, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Ids:
-    return await encode(model, await chat_text(model, messages, tools), param="messages")
+    text = await asyncio.to_thread(
+        model.tokenizer.templates.render,
+        plain,
+        listed,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        variables=body.chat_template_kwargs,
+    )
+    return await encode(model, text, param="messages")

@@ -5,7 +5,6 @@ Maps dfastllm's error tree, FastAPI's validation errors and Starlette's HTTP err
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,32 +16,19 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from dfastllm.errors import DFastLLMError, NotReadyError, RateLimitError, UnsupportedError, ValidationError
-from dfastllm.server.schemas import ChatRequest, CompletionRequest
+from dfastllm.server.body import MISSING, printable
 
 __all__ = ["error_body", "error_response", "http_refusal", "known_refusal", "validation_refusal"]
 
-# Fields of the OpenAI API and of vLLM that exist but are not honoured here: they get a clearer sentence than a typo.
-_KNOWN = frozenset(
-    (
-        *("audio", "best_of", "function_call", "functions", "guided_choice", "guided_grammar", "guided_json"),
-        *("guided_regex", "length_penalty", "logits_processors", "prediction", "prompt_cache_key"),
-        *("prompt_logprobs", "reasoning_effort", "structured_outputs", "truncate_prompt_tokens"),
-        *("use_beam_search", "verbosity", "web_search_options"),
-    )
-)
 _TAG = re.compile(r"(str|int|float|bool|none|(list|dict|constrained|nullable|function|literal|lax|json)\W.*|[A-Z]\w*)$")
+_INDEX = re.compile(r"\.\d+")
+_OF_BODIES = ("unknown_field", "wrong_kind", "missing_feature", "conflict")  # what `body` raises
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
-def _printable(text: str, limit: int = 2000) -> str:
-    """Text that can be sent as UTF-8 (a request may name a field with a lone surrogate), cut to `limit`."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def _object(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
-    param = None if param is None else _printable(param, 200)
-    return {"error": {"message": _printable(message), "type": kind, "param": param, "code": code}}
+    param = None if param is None else printable(param, 200)
+    return {"error": {"message": printable(message), "type": kind, "param": param, "code": code}}
 
 
 def error_body(error: DFastLLMError) -> dict[str, Any]:
@@ -88,50 +74,49 @@ def _explain(problems: Sequence[Mapping[str, Any]], content_type: str) -> Valida
     first = problems[0]
     if first["type"] == "json_invalid":
         return ValidationError(f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
+    for problem in problems:
+        if problem["type"] in _OF_BODIES:
+            return _refused(problem)
     if first["loc"] == ("body",):
         got = "" if first["type"] == "missing" else f" Got Content-Type {content_type or 'none'!r}."
         return ValidationError(f"The body must be a JSON object, sent with Content-Type: application/json.{got}")
-    for problem in problems:
-        if problem["type"] == "extra_forbidden":
-            return _unknown(_path(problem["loc"][:-1]), str(problem["loc"][-1]))
     param = _path(first["loc"])
     if first["type"] == "missing":
         return ValidationError(f"{param} is required.", param=param)
+    if why := MISSING.get(_INDEX.sub("", param)):
+        return _not_done(param, first.get("input"), why)
     same = [p["msg"] for p in problems if _path(p["loc"]).startswith(param)]
     reasons = "; or ".join(dict.fromkeys(reason[:200] for reason in same))
-    message = f"{param}: {reasons}. Got {type(first.get('input')).__name__}."
-    why = _UNHONOURED.get(re.sub(r"\.\d+", "", param))
-    return UnsupportedError(message, param=param, hint=why) if why else ValidationError(message, param=param)
+    return ValidationError(f"{param}: {reasons}. Got {type(first.get('input')).__name__}.", param=param)
 
 
-_UNHONOURED = {
-    "response_format.type": "Output is not constrained yet; ask for the form in the prompt.",
-    "tool_choice": "A call cannot be guaranteed yet; use auto and say in the prompt that a tool must be used.",
-    "tools.function.strict": "Arguments are not constrained yet.",
-    "parallel_tool_calls": "The number of calls cannot be limited yet.",
-    "store": "Nothing is stored.",
-}
+def _refused(problem: Mapping[str, Any]) -> ValidationError:
+    """The sentence of an error that `body` raised: it lies at an object and names one of its fields."""
+    details = problem["ctx"]
+    where, name = _path(problem["loc"]), details["field"]
+    param = f"{where}.{name}" if where else name
+    path = _INDEX.sub("", param)
+    if problem["type"] == "missing_feature":
+        given = problem["input"]
+        return _not_done(param, given.get(name) if isinstance(given, dict) else getattr(given, name), MISSING[path])
+    if problem["type"] == "conflict":
+        return ValidationError(details["why"], param=param)
+    if problem["type"] == "wrong_kind":
+        got = details["got"]
+        if why := MISSING.get(f"{path}={got}"):
+            return _not_done(param, got, why)
+        return ValidationError(f"{param} must be {details['wanted']!r}, got {got!r}.", param=param)
+    if why := MISSING.get(path):
+        return _not_done(param, None, why)
+    hint = f"Did you mean {details['near']!r}?" if details["near"] else "Remove it; GET /docs lists the fields."
+    return UnsupportedError(f"Unknown field {name!r}.", param=param, hint=hint)
+
+
+def _not_done(param: str, value: Any, why: str) -> UnsupportedError:
+    shown = f"={value!r}" if isinstance(value, bool | int | float | str) else ""
+    return UnsupportedError(f"{param}{shown[:80]} is not honoured: {why}", param=param)
 
 
 def _path(location: Sequence[Any]) -> str:
     """`("body", "messages", 0, "content", "str")` -> "messages.0.content": without pydantic's union tags."""
-    steps: list[str] = []
-    for step in location[1:]:
-        if isinstance(step, str) and _TAG.match(step):
-            break
-        steps.append(str(step))
-    return ".".join(steps)
-
-
-def _unknown(where: str, name: str) -> UnsupportedError:
-    param = f"{where}.{name}" if where else name
-    shown = _printable(name, 80)
-    if name in _KNOWN:
-        return UnsupportedError(
-            f"This server does not honour the field {shown!r}, so it does not take it.", param=param
-        )
-    near = (
-        [] if where else difflib.get_close_matches(shown, {*ChatRequest.model_fields, *CompletionRequest.model_fields})
-    )
-    hint = f"Did you mean {near[0]!r}?" if near else "Remove it; GET /docs lists the fields."
-    return UnsupportedError(f"Unknown field {shown!r}.", param=param, hint=hint)
+    return ".".join(str(step) for step in location[1:] if not (isinstance(step, str) and _TAG.match(step)))

@@ -1,15 +1,23 @@
-"""The wire, outwards: response bodies and stream chunks of the OpenAI API, with dfastllm's figures beside the usage."""
+"""The wire, outwards: response bodies, stream chunks and canvas events, each a declared type of openapi.json.
+
+The forms of the OpenAI API, with dfastllm's figures beside the usage. A field that was not asked for is absent.
+"""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from dfastllm.core import Usage
 
 __all__ = [
+    "Cancelled",
+    "CanvasChunk",
+    "CanvasEvent",
     "ChatChoice",
     "ChatChunk",
     "ChatChunkChoice",
@@ -19,28 +27,43 @@ __all__ = [
     "ChatTokenLogprob",
     "Completion",
     "CompletionChoice",
+    "CompletionChunk",
     "CompletionLogprobs",
     "Delta",
+    "ErrorBody",
     "Figures",
     "FunctionCall",
+    "Health",
+    "ModelCard",
+    "ModelList",
+    "Out",
     "Percentiles",
     "PromptTokensDetails",
+    "Text",
     "Timings",
+    "Tokens",
     "ToolCallOut",
     "TopLogprob",
     "UsageOut",
+    "Versions",
     "dump",
     "figures",
+    "padded",
     "usage_out",
+    "usage_so_far",
 ]
 
 
+_CONSTANTS = frozenset({"object", "owned_by", "type"})
+_PAD = 64
+
+
 class Out(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), extra="forbid")
 
     def model_post_init(self, _: Any, /) -> None:
-        """`object` and `type` are part of the form, so they count as set though they are defaults."""
-        self.model_fields_set.update({"object", "type"}.intersection(type(self).model_fields))
+        """Constants of the form count as set though they are defaults."""
+        self.model_fields_set.update(_CONSTANTS.intersection(type(self).model_fields))
 
 
 class PromptTokensDetails(Out):
@@ -49,9 +72,13 @@ class PromptTokensDetails(Out):
 
 class UsageOut(Out):
     prompt_tokens: int
-    completion_tokens: int = Field(description="Committed tokens up to the end of text, which is not counted itself.")
+    completion_tokens: int = Field(
+        description="Every generated token of the answers; an end of text that ended one is not part of it."
+    )
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        default=None, description="Not in the usage so far of a chunk."
+    )
 
 
 class Percentiles(Out):
@@ -84,6 +111,9 @@ class Figures(Out):
     queue_seconds: float
     first_token_seconds: float | None
     total_seconds: float
+    canvas_length: int | None = Field(
+        None, description="Diffusion: tokens of the canvas, of the longest one where there are several."
+    )
     drafts: int | None = Field(None, description="Forward passes that verified a draft; speculative requests only.")
     draft_tokens: int | None = None
     accepted_tokens: int | None = None
@@ -111,8 +141,84 @@ class CompletionChoice(Out):
     prompt_token_ids: list[int] | None = None
 
 
+class CanvasToken(TypedDict):
+    """Positions count from the first new token."""
+
+    position: int
+    token_id: int
+    text: str
+
+
+class RevisedToken(TypedDict):
+    """null: the position is masked again."""
+
+    position: int
+    token_id: int | None
+    text: str | None
+
+
+class CommitEvent(TypedDict):
+    """Masked positions that got their tokens."""
+
+    type: Literal["commit"]
+    tokens: list[CanvasToken]
+
+
+class ReviseEvent(TypedDict):
+    """Committed positions that changed."""
+
+    type: Literal["revise"]
+    tokens: list[RevisedToken]
+
+
+class ProvisionalEvent(TypedDict):
+    """The best guess of masked positions."""
+
+    type: Literal["provisional"]
+    tokens: list[CanvasToken]
+
+
+class BlockDoneEvent(TypedDict):
+    """A block became final."""
+
+    type: Literal["block_done"]
+
+
+class StatsEvent(TypedDict):
+    """step: from 1. length: tokens of the canvas. masked: of them still masked."""
+
+    type: Literal["stats"]
+    step: int
+    length: int
+    masked: int
+
+
+CanvasEvent = Annotated[
+    CommitEvent | ReviseEvent | ProvisionalEvent | BlockDoneEvent | StatsEvent, Field(discriminator="type")
+]
+
+
+class CanvasChunk(TypedDict):
+    """The events of one denoising step of choice `index`, in order."""
+
+    index: int
+    events: list[CanvasEvent]
+
+
 class Completion(Out):
-    """A response, or a chunk of a stream (then `usage` is null but in the last chunk, when it was asked for)."""
+    """A response."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageOut
+    dfastllm: Figures
+
+
+class CompletionChunk(Out):
+    """A chunk of a stream. `usage`: null but in the last chunk where it was asked for, unless for every chunk."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -121,7 +227,8 @@ class Completion(Out):
     choices: list[CompletionChoice]
     usage: UsageOut | None = None
     dfastllm: Figures | None = None
-    canvas: dict[str, Any] | None = None
+    canvas: CanvasChunk | None = None
+    obfuscation: str | None = None
 
 
 class FunctionCall(Out):
@@ -199,7 +306,65 @@ class ChatChunk(Out):
     choices: list[ChatChunkChoice]
     usage: UsageOut | None = None
     dfastllm: Figures | None = None
-    canvas: dict[str, Any] | None = None
+    canvas: CanvasChunk | None = None
+    obfuscation: str | None = None
+
+
+class ErrorDetails(Out):
+    message: str = Field(description="What, got, wanted, and the way out.")
+    type: str
+    param: str | None = Field(description="The field of the request.")
+    code: str = Field(description="Stable, for programs.")
+
+
+class ErrorBody(Out):
+    error: ErrorDetails
+
+
+class ModelCard(Out):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["dfastllm"] = "dfastllm"
+    root: str = Field(description="The checkpoint's own name.")
+    max_model_len: int = Field(description="Prompt and answer together.")
+    family: str
+    kind: Literal["ar", "diffusion", "block"]
+
+
+class ModelList(Out):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(Out):
+    status: Literal["loading", "ready", "stopping", "failed"]
+    models: list[str] | None = Field(default=None, description="Of a server that is ready.")
+
+
+class Versions(Out):
+    version: str
+    torch: str
+    python: str
+
+
+class Tokens(Out):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None = Field(
+        default=None, description="The vocabulary's own spelling, on request; null for an id that has none."
+    )
+
+
+class Text(Out):
+    prompt: str
+
+
+class Cancelled(Out):
+    id: str
+    object: Literal["request"] = "request"
+    cancelled: int = Field(description="Calls of the API that were ended.")
 
 
 def usage_out(usage: Usage) -> UsageOut:
@@ -211,9 +376,20 @@ def usage_out(usage: Usage) -> UsageOut:
     )
 
 
-def figures(usage: Usage, timings: Sequence[Timings] = ()) -> Figures:
-    """timings: one per choice where they were asked for."""
+def usage_so_far(prompt_tokens: int, completion_tokens: int) -> UsageOut:
+    """Of one choice in the middle of its stream."""
+    return UsageOut(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+def figures(usage: Usage, timings: Sequence[Timings] = (), canvas_length: int | None = None) -> Figures:
+    """timings: one per choice where they were asked for. canvas_length: of a diffusion model's answer."""
     more: dict[str, Any] = {"timings": list(timings)} if timings else {}
+    if canvas_length is not None:
+        more["canvas_length"] = canvas_length
     if usage.drafts:
         more |= {
             "drafts": usage.drafts,
@@ -236,3 +412,10 @@ def figures(usage: Usage, timings: Sequence[Timings] = ()) -> Figures:
 def dump(body: Out) -> str:
     """JSON of what was set: a field that was not asked for is absent rather than null."""
     return body.model_dump_json(exclude_unset=True)
+
+
+def padded(text: str) -> str:
+    """The JSON object with an `obfuscation` of random characters that fills its bytes up to a multiple of 64, so that
+    the size of a chunk tells less about its token."""
+    room = -(len(text.encode()) + len(',"obfuscation":""')) % _PAD
+    return f'{text[:-1]},"obfuscation":"{secrets.token_hex(_PAD)[:room]}"}}'

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from dfastllm.errors import ValidationError
 from dfastllm.server.docs import docs_page
-from dfastllm.server.prompts import chat_text, encode
+from dfastllm.server.prompts import chat_ids, encode
+from dfastllm.server.replies import Cancelled, Health, ModelCard, ModelList, Out, Text, Tokens, Versions, dump
 from dfastllm.server.schemas import DetokenizeRequest, TokenizeRequest
-from dfastllm.server.serving import ServedModel, Serving
+from dfastllm.server.serving import Phase, ServedModel, Serving
 
 __all__ = [
     "cancel_request",
     "detokenize",
     "docs",
     "health",
+    "home",
     "live",
     "metrics",
     "model_card",
@@ -36,52 +38,58 @@ def _serving(request: Request) -> Serving:
     return serving
 
 
-def _card(model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "dfastllm",
-        "root": model.info.name,
-        "max_model_len": model.context,
-        "family": model.info.family,
-        "kind": model.info.kind,
-    }
+def _reply(body: Out, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dump(body), status, headers, media_type="application/json")
 
 
-async def models(request: Request) -> dict[str, Any]:
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        root=model.info.name,
+        max_model_len=model.context,
+        family=model.info.family,
+        kind=model.info.kind,
+    )
+
+
+async def models(request: Request) -> Response:
     """Every model that is served."""
     serving = _serving(request)
     serving.require_ready()
-    return {"object": "list", "data": [_card(model) for model in serving.models.values()]}
+    return _reply(ModelList(data=[_card(model) for model in serving.models.values()]))
 
 
-async def model_card(model_id: str, request: Request) -> dict[str, Any]:
+async def model_card(model_id: str, request: Request) -> Response:
     """One model."""
-    return _card(_serving(request).model(model_id))
+    return _reply(_card(_serving(request).model(model_id)))
 
 
-async def live(request: Request) -> JSONResponse:
+async def live(request: Request) -> Response:
     """200 while the process does its work, loading included; 503 when the engine's thread has died."""
     phase = _serving(request).phase
-    return JSONResponse({"status": phase}, 503 if phase == "failed" else 200)
+    return _phase(phase, wait=phase == "failed")
 
 
-async def ready(request: Request) -> JSONResponse:
+async def ready(request: Request) -> Response:
     """200 when requests are taken; 503 while loading, shutting down or failed."""
     serving = _serving(request)
     phase = serving.phase
     if phase == "ready":
-        return JSONResponse({"status": "ready", "models": list(serving.models)})
-    return JSONResponse({"status": phase}, 503, {"Retry-After": "1"})
+        return _reply(Health(status=phase, models=list(serving.models)))
+    return _phase(phase, wait=True)
+
+
+def _phase(phase: Phase, *, wait: bool) -> Response:
+    return _reply(Health(status=phase), 503, {"Retry-After": "1"}) if wait else _reply(Health(status=phase))
 
 
 health = ready
 
 
-async def version_info() -> dict[str, str]:
+async def version_info() -> Response:
     """Versions of the server and of what it runs on."""
-    return {"version": version("dfastllm"), "torch": version("torch"), "python": platform.python_version()}
+    return _reply(Versions(version=version("dfastllm"), torch=version("torch"), python=platform.python_version()))
 
 
 async def metrics(request: Request) -> Response:
@@ -90,27 +98,27 @@ async def metrics(request: Request) -> Response:
     return Response(body, headers={"Content-Type": content_type})
 
 
-async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
+async def cancel_request(request_id: str, request: Request) -> Response:
     """Cancel what runs under a response id or an X-Request-ID; the request itself ends with the error `cancelled`."""
-    return {"id": request_id, "object": "request", "cancelled": _serving(request).cancel(request_id)}
+    return _reply(Cancelled(id=request_id, cancelled=_serving(request).cancel(request_id)))
 
 
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a prompt, or of messages as the chat template writes them."""
     model = _serving(request).model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ValidationError("Send either prompt or messages.", param="prompt")
     if body.messages is not None:
-        ids = await encode(model, await chat_text(model, body.messages, None), param="messages")
+        ids = await chat_ids(model, body, body.messages, body.tools)
     else:
-        ids = await encode(model, body.prompt or "", param="prompt", add_special=body.add_special_tokens)
-    out: dict[str, Any] = {"count": len(ids), "max_model_len": model.context, "tokens": ids}
+        ids = await encode(model, body.prompt or "", param="prompt", add_special=body.add_special_tokens is not False)
+    tokens = Tokens(count=len(ids), max_model_len=model.context, tokens=list(ids))
     if body.return_token_strs:
-        out["token_strs"] = [model.tokenizer.id_to_token(token) for token in ids]
-    return out
+        tokens.token_strs = [model.tokenizer.id_to_token(token) for token in ids]
+    return _reply(tokens)
 
 
-async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids, special tokens included."""
     model = _serving(request).model(body.model)
     bad = next((token for token in body.tokens if not 0 <= token < model.info.vocab_size), None)
@@ -118,7 +126,12 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
         raise ValidationError(
             f"tokens holds the id {bad}; {model.name!r} has ids 0 to {model.info.vocab_size - 1}.", param="tokens"
         )
-    return {"prompt": model.tokenizer.decode(body.tokens, skip_special=False)}
+    return _reply(Text(prompt=model.tokenizer.decode(body.tokens, skip_special=False)))
+
+
+async def home() -> RedirectResponse:
+    """The documentation, until there is a page."""
+    return RedirectResponse("docs")
 
 
 async def openapi(request: Request) -> JSONResponse:

@@ -1,15 +1,19 @@
 """The wire: request bodies of the OpenAI API and of dfastllm's extensions.
 
-Every field declared here is honoured or, where this says "no effect", is one whose honouring means doing nothing. A
-field that is not declared is refused by name (`extra="forbid"`), and values are not coerced ("1" is no number). Ranges
-of sampling and decoder options are checked in one place, `core.SamplingParams` and `core.DecodeParams`.
+Options of a request and hints come from the one table of `options`, by their names on the wire; declared here is what
+belongs to the HTTP API alone. Every field is honoured or is one whose honouring means doing nothing. What else a body
+may and may not hold is the law of `body`. Ranges of options are told in the schema and checked where the parameters
+are made.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, create_model, model_validator
+
+from dfastllm.options import HINTS, Front, Hint, WireField, wire_fields
+from dfastllm.server.body import Body, conflict, missing_feature
 
 __all__ = [
     "ChatRequest",
@@ -19,178 +23,228 @@ __all__ = [
     "Message",
     "StreamOptions",
     "TokenizeRequest",
+    "Tool",
 ]
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[Int], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
+_BOUNDED: dict[Any, Any] = {int: Int, list[int]: TokenIds, str | list[str]: str | Texts}
+_GENERATION_PROMPT: Any = Field(None, description="Whether the template opens the assistant's turn. Default true.")
+_TEMPLATE_KWARGS: Any = Field(
+    None, description="Variables of the chat template, such as enable_thinking. They win over the server's own."
+)
+_CACHE_CONTROL = frozenset({"cache_control"})
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+def _option_field(row: WireField) -> tuple[Any, Any]:
+    annotation = _BOUNDED.get(row.annotation, row.annotation)
+    limits: dict[str, Any] = {"minimum": row.low, "maximum": row.high, "exclusiveMinimum": row.above}
+    told = Field(json_schema_extra={name: limit for name, limit in limits.items() if limit is not None})
+    if row.annotation is str:
+        low, high = (None if limit is None else int(limit) for limit in (row.low, row.high))
+        annotation = Annotated[str, Field(min_length=low, max_length=high)]
+    elif row.annotation in (int, float):
+        annotation = Annotated[annotation, told]
+    elif row.annotation == dict[str, float]:
+        annotation = dict[str, Annotated[float, told]]
+    return annotation | None, Field(None, description=row.help)
 
 
-class StreamOptions(Body):
+def _hint_field(hint: Hint) -> tuple[Any, Any]:
+    annotation = hint.annotation
+    if hint.accepts is not None:
+        annotation = Literal[hint.accepts]
+        if hint.annotation is float:
+            annotation = Annotated[float, Field(ge=min(hint.accepts), le=max(hint.accepts))]
+    return annotation | None, Field(None, description=f"No effect. {hint.help}")
+
+
+def _fields(front: Front, where: str = "") -> dict[str, Any]:
+    """The fields that the table gives to a route's body, or to the object `where` in it."""
+    prefix = f"{where}." if where else ""
+    fields: dict[str, Any] = {
+        row.name.removeprefix(prefix): _option_field(row)
+        for row in wire_fields(front)
+        if row.name.startswith(prefix) and "." not in row.name.removeprefix(prefix)
+    }
+    if not where:
+        fields |= {hint.name: _hint_field(hint) for hint in HINTS if front in hint.fronts}
+    return fields
+
+
+class _StreamOptions(Body):
     include_usage: bool | None = Field(None, description="A last chunk with empty choices carries the usage.")
-    canvas_events: bool | None = Field(
-        None,
-        description="Diffusion models: further chunks with empty choices carry typed events of each denoising step in "
-        "`canvas`: commit, provisional, revise, block_done, stats.",
+    continuous_usage_stats: bool | None = Field(
+        None, description="Every chunk with a choice carries the usage of that choice so far."
     )
+    include_obfuscation: bool | None = Field(
+        None, description="Every chunk is filled up to a multiple of 64 bytes by `obfuscation`. Default false."
+    )
+
+
+if TYPE_CHECKING:
+
+    class StreamOptions(_StreamOptions): ...
+
+else:
+    StreamOptions = create_model("StreamOptions", __base__=_StreamOptions, **_fields("chat", "stream_options"))
 
 
 class GenerationRequest(Body):
-    """What completions and chat completions share."""
+    """What completions and chat completions share and no other front has."""
 
-    model: str = Field(description="A name that GET /v1/models lists.")
-    max_tokens: Count | None = Field(
-        None,
-        description="New tokens; for diffusion models the canvas length, rounded up to whole blocks. Default 128 for "
-        "diffusion models; for autoregressive ones 16 (completions) or what the context leaves (chat).",
+    if TYPE_CHECKING:  # fields of the table that this room itself acts on
+        n: int | None = None
+        priority: int | None = None
+        timeout: float | None = None
+        cache_salt: str | None = None
+
+    model: str | None = Field(
+        None, description="A name that GET /v1/models lists. May be left out where one model is served."
     )
-    min_tokens: Count | None = Field(None, description="No end of text before so many tokens. Default 0.")
-    n: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
-        None, description="Choices for each prompt. Choice i of a seeded request draws with seed + i."
-    )
-    temperature: float | None = Field(None, description="0 is greedy. Default 1.0; 0.0 for diffusion models.")
-    top_p: float | None = None
-    top_k: Int | None = Field(None, description="0 or -1: off.")
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="Token id (as text) to bias in [-100, 100].")
-    allowed_token_ids: TokenIds | None = None
-    seed: Int | None = Field(None, description="The same request with the same seed gives the same tokens.")
-    stop: str | Texts | None = None
-    stop_token_ids: TokenIds | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    return_token_ids: bool | None = Field(None, description="Choices carry token_ids too.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(None, description="Choices carry token_ids too.")
     timings: bool | None = Field(
         None,
         description="The dfastllm block (of a stream: a last chunk) also says when the parts of each answer came.",
     )
-    priority: Int | None = Field(None, description="Lower runs first. Default 0.")
-    timeout: float | None = Field(None, description="Seconds until 504, waiting included; the server's limit at most.")
+    best_of: Int | None = Field(None, description="As n; another number is refused.")
 
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
-        None,
-        description="K,V of a common beginning are shared only among requests of the same salt; by default among those "
-        "without one. Refused by masked-diffusion models, which share nothing.",
-    )
+    @model_validator(mode="after")
+    def _agree(self) -> GenerationRequest:
+        if self.best_of is not None and self.best_of != (getattr(self, "n", None) or 1):
+            raise missing_feature("best_of")
+        if self.stream_options is not None and not self.stream and any(value for _, value in self.stream_options):
+            raise conflict("stream_options", "stream_options needs stream: true.")
+        return self
 
-    speculative_config: dict[str, Any] | None = Field(
-        None,
-        description="Autoregressive: how this request drafts, as in --speculative-config but without a model: method "
-        "(none, ngram, suffix, draft_model, diffusion), num_speculative_tokens, acceptance, adaptive, "
-        "prompt_lookup_min, prompt_lookup_max, suffix_decoding_*. What is left out is the server's default.",
-    )
-
-    # diffusion
-    use_cache: bool | None = Field(None, description="Diffusion: keep K,V between steps. Default true.")
-    use_dual_cache: bool | None = Field(
-        None,
-        description="Diffusion: keep the K,V of what follows the block too. Default: as use_cache. The cache is none "
-        "(use_cache false), prefix (use_cache true, use_dual_cache false) or dual (both true).",
-    )
-    cache: Literal["none", "prefix", "dual", "windowed"] | None = Field(
-        None, description="Diffusion: the cache by name, in place of use_cache and use_dual_cache."
-    )
-    threshold: float | None = Field(None, description="Diffusion: commit every token at least this sure, in (0, 1].")
-    factor: float | None = Field(None, description="Diffusion: factor of dynamic parallel decoding; beats threshold.")
-    steps: Int | None = Field(None, description="Diffusion: denoising steps over the canvas. Default 128.")
-    block_length: Int | None = Field(
-        None,
-        description="Diffusion: tokens per block. Default 32, or the block a block-diffusion model was trained on.",
-    )
-    remasking: str | None = Field(None, description="Diffusion: low_confidence (default), random, entropy or margin.")
-    mode: Literal["standard", "fast", "streaming", "turbo"] | None = Field(
-        None, description="Diffusion: a preset of the fields here; a field that is given wins over it."
-    )
-    rule: str | None = Field(None, description="Diffusion: unmasking rule by name; default from threshold and factor.")
-    rule_options: dict[str, Any] | None = Field(None, description="Diffusion: the rule's own options by name.")
-    early_stop: bool | None = Field(None, description="Diffusion: stop at a settled end of text. Default true.")
-
-    # no effect: bookkeeping of the caller, and options that ask for what is done anyway
-    user: str | None = Field(None, description="No effect.")
-    metadata: dict[str, str] | None = Field(None, description="No effect: nothing is stored.")
-    store: Literal[False] | None = Field(None, description="No effect: nothing is stored. true is refused.")
-    safety_identifier: str | None = Field(None, description="No effect.")
-    service_tier: Literal["auto", "default"] | None = Field(None, description="No effect: there is one tier.")
+    def streams(self, option: str) -> bool:
+        """Whether the stream was asked for this option of stream_options."""
+        return self.stream_options is not None and bool(getattr(self.stream_options, option))
 
 
-class CompletionRequest(GenerationRequest):
+if TYPE_CHECKING:
+
+    class _CompletionOptions(GenerationRequest): ...
+
+    class _ChatOptions(GenerationRequest): ...
+
+else:
+    _CompletionOptions = create_model("_CompletionOptions", __base__=GenerationRequest, **_fields("completions"))
+    _ChatOptions = create_model("_ChatOptions", __base__=GenerationRequest, **_fields("chat"))
+
+
+class CompletionRequest(_CompletionOptions):
+    if TYPE_CHECKING:
+        logprobs: int | None = None
+
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text, token ids, or a list of either. The end-of-text token is not added."
     )
     suffix: str | None = Field(None, description="Diffusion models: text after the completion (infilling).")
     echo: bool | None = Field(None, description="The prompt precedes the completion. Not together with logprobs.")
-    logprobs: Count | None = Field(None, description="Log probabilities of so many best tokens, at most 20.")
     add_special_tokens: bool | None = Field(
         None, description="Whether the tokenizer puts its own special tokens around a text prompt. Default true."
     )
+
+    @model_validator(mode="after")
+    def _no_prompt_logprobs(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise missing_feature("echo")
+        return self
 
 
 class Function(Body):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = Field(None, description="true is refused: arguments are not constrained yet.")
+    strict: bool | None = Field(None, description="A hint: arguments are not constrained yet.")
 
 
 class Tool(Body):
+    replayed: ClassVar[frozenset[str]] = _CACHE_CONTROL
+
     type: Literal["function"]
     function: Function
 
 
 class CalledFunction(Body):
+    replayed: ClassVar[frozenset[str]] = frozenset({"parsed_arguments"})
+
     name: str
-    arguments: str
+    arguments: str | None = Field(None, description="A JSON object as text; empty or left out: no arguments.")
 
 
 class MessageToolCall(Body):
+    replayed: ClassVar[frozenset[str]] = frozenset({"cache_control", "index", "provider_specific_fields"})
+
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: CalledFunction
 
 
 class TextPart(Body):
+    replayed: ClassVar[frozenset[str]] = frozenset({"annotations", "cache_control"})
+    kind: ClassVar[str | None] = "text"
+
     type: Literal["text"]
     text: str
 
 
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """One turn. What an assistant's message holds beside content and calls is taken, as clients send back whole
+    answers."""
+
+    replayed: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("annotations", "audio", "cache_control", "parsed", "provider_specific_fields", "reasoning"),
+            *("reasoning_content", "reasoning_details", "thinking_blocks"),
+        }
+    )
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: list[MessageToolCall] | None = Field(None, description="An empty list counts as none.")
     tool_call_id: str | None = None
-    refusal: None = None
+    function_call: CalledFunction | None = Field(None, description="The older form of one call in tool_calls.")
+    refusal: str | None = Field(None, description="The text of an assistant's message without content.")
 
 
 class ResponseFormat(Body):
+    kind: ClassVar[str | None] = "text"
+
     type: Literal["text"] = Field(description="json_object and json_schema are refused: output is not constrained yet.")
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(_ChatOptions):
+    if TYPE_CHECKING:
+        logprobs: bool | None = None
+        top_logprobs: int | None = None
+
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens.")
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = Field(
         None, description="auto when tools are given. required and a named function are refused: not guaranteed yet."
     )
-    parallel_tool_calls: Literal[True] | None = Field(
-        None, description="No effect: the model decides. false is refused."
+    parallel_tool_calls: bool | None = Field(
+        None, description="false: an answer ends with its first call. Default true: the model decides."
     )
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = Field(None, description="No effect: text is all there is.")
+    add_generation_prompt: bool | None = _GENERATION_PROMPT
+    chat_template_kwargs: dict[str, Any] | None = _TEMPLATE_KWARGS
+    continue_final_message: Literal[False] | None = Field(None, description="true is refused: a turn is always new.")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise conflict("top_logprobs", "top_logprobs needs logprobs: true.")
+        if self.tool_choice == "auto" and not self.tools:
+            raise conflict("tool_choice", "tool_choice auto needs tools.")
+        return self
 
 
 class TokenizeRequest(Body):
@@ -199,8 +253,11 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = Field(None, description="Of a prompt's text. Default true.")
+    add_generation_prompt: bool | None = _GENERATION_PROMPT
+    chat_template_kwargs: dict[str, Any] | None = _TEMPLATE_KWARGS
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Body):

@@ -9,10 +9,10 @@ import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from dfastllm.core import ModelInfo, SpeculativeParams
-from dfastllm.errors import ModelNotFoundError, NotReadyError, RequestNotFoundError
+from dfastllm.errors import DFastLLMError, ModelNotFoundError, NotReadyError, RequestNotFoundError, ValidationError
 from dfastllm.metrics import Metrics
 from dfastllm.settings import Settings
 
@@ -20,12 +20,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dfastllm.engine import Engine, Worker
-    from dfastllm.server.jobs import Job
     from dfastllm.text import Tokenizer
 
-__all__ = ["Phase", "ServedModel", "Serving"]
+__all__ = ["Phase", "Running", "ServedModel", "Serving"]
 
 Phase = Literal["loading", "ready", "stopping", "failed"]
+
+
+class Running(Protocol):
+    """What is in flight under a response id and an X-Request-ID, and how it is ended early."""
+
+    id: str
+    request_id: str
+
+    def cancel(self) -> None: ...
+
+    def fail(self, error: DFastLLMError) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Serving:
         self.metrics = metrics
         self.worker: Worker | None = None
         self.models: Mapping[str, ServedModel] = {}
-        self.jobs: dict[str, set[Job]] = {}
+        self.jobs: dict[str, set[Running]] = {}
         self.draining = False
 
     def open(self, worker: Worker, engines: Mapping[str, Engine]) -> None:
@@ -88,17 +98,20 @@ class Serving:
         return self.worker
 
     def model(self, name: str | None) -> ServedModel:
-        """The model of that name, or the only one for None. Raises ModelNotFoundError."""
+        """The model of that name, or the only one for None. Raises ModelNotFoundError, and ValidationError when none is
+        named and several are served."""
         self.require_ready()
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None or name not in self.models:
-            got = "No model was named" if name is None else f"There is no model {name[:200]!r}"
-            raise ModelNotFoundError(f"{got}; served here: {', '.join(sorted(self.models))}.", param="model")
+            known = ", ".join(sorted(self.models))
+            if name is None:
+                raise ValidationError(f"model is required where several are served: {known}.", param="model")
+            raise ModelNotFoundError(f"There is no model {name[:200]!r}; served here: {known}.", param="model")
         return self.models[name]
 
     @contextmanager
-    def tracked(self, job: Job) -> Iterator[None]:
+    def tracked(self, job: Running) -> Iterator[None]:
         """Makes a job cancellable by its ids while it runs."""
         for key in {job.id, job.request_id}:
             self.jobs.setdefault(key, set()).add(job)

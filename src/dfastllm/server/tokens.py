@@ -62,7 +62,9 @@ def completion_logprobs(tokenizer: Tokenizer, records: Sequence[TokenLogprob], o
     return CompletionLogprobs(
         tokens=tokens,
         token_logprobs=[record.logprob for record in records],
-        top_logprobs=[dict(sorted(row.items(), key=lambda item: -item[1])) for row in top] if any(top) else None,
+        top_logprobs=[dict(sorted(row.items(), key=lambda item: -item[1])) for row in top]
+        if any(top) or not top
+        else None,
         text_offset=offsets,
     )
 

@@ -6,6 +6,7 @@ and no transformers: the `tokenizers` library encodes and decodes, a Jinja sandb
 
 from dfastllm.text.chat import ChatTemplates
 from dfastllm.text.detokenizer import Detokenizer
+from dfastllm.text.files import read_text
 from dfastllm.text.tokenizer import Tokenizer
 from dfastllm.text.tool_schemas import CallFinder, ToolSchemas, is_valid_tool_json
 from dfastllm.text.tools import ParsedMessage, ToolCall, ToolCallParser, parse_tool_calls
@@ -21,4 +22,5 @@ __all__ = [
     "ToolSchemas",
     "is_valid_tool_json",
     "parse_tool_calls",
+    "read_text",
 ]

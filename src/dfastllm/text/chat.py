@@ -72,10 +72,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 class ChatTemplates:
     """The named templates of one checkpoint. `render` picks "tool_use" when tools are given and it exists, else
-    "default". Compiled on first use, so that a broken template only fails who needs it."""
+    "default". Compiled on first use, so that a broken template only fails who needs it.
 
-    def __init__(self, templates: Mapping[str, str]) -> None:
+    variables: names that templates see unless a call of `render` gives them another value.
+    """
+
+    def __init__(self, templates: Mapping[str, str], variables: Mapping[str, Any] | None = None) -> None:
         self._sources = dict(templates)
+        self._variables = dict(variables or {})
+        _check_variables(self._variables)
         self._compiled: dict[str, jinja2.Template] = {}
         self._environment = _environment()
 
@@ -95,6 +100,15 @@ class ChatTemplates:
         for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
             templates[file.stem] = read_text(file)
         return cls(templates)
+
+    def chosen(self, template: str | None, variables: Mapping[str, Any] | None = None) -> ChatTemplates:
+        """These templates with further variables or, where a template's text is given, that one for every conversation.
+        Raises TokenizerError when it does not parse, ValidationError for variables that a conversation sets."""
+        sources = self._sources if template is None else {"default": template}
+        templates = ChatTemplates(sources, {**self._variables, **(variables or {})})
+        if template is not None:
+            templates._compile("default")
+        return templates
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,15 +133,17 @@ class ChatTemplates:
         """The prompt text of a conversation.
 
         variables: further names the template sees (bos_token, enable_thinking, ...).
-        Raises ValidationError when there is no template, the messages are no messages, or the template refuses them;
-        TokenizerError when the template itself is broken.
+        Raises ValidationError when there is no template, the messages are no messages, the template refuses them or a
+        variable is one that the conversation sets; TokenizerError when the template itself is broken.
         """
         _check_messages(messages)
+        _check_variables(variables or {})
         name = self._pick(template, tools)
         compiled = self._compile(name)
         try:
             return compiled.render(
                 **{
+                    **self._variables,
                     **(variables or {}),
                     "messages": list(messages),
                     "tools": list(tools) if tools else None,
@@ -193,6 +209,16 @@ def _from_value(value: Any, file: str, directory: Path) -> dict[str, str]:
             f'{{"name": ..., "template": ...}} objects, got {type(value).__name__}.'
         )
     return {row["name"]: row["template"] for row in rows}
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    for name in ("messages", "tools", "add_generation_prompt"):
+        if name in variables:
+            raise ValidationError(
+                f"{name} is no variable of the chat template to set: the conversation itself sets it.",
+                param="chat_template_kwargs",
+                hint=f"Leave it out, or send {name} as a field of its own.",
+            )
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

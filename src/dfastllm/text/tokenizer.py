@@ -49,7 +49,7 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
-        self.templates = templates or ChatTemplates({})
+        self.templates = (templates or ChatTemplates({})).chosen(None, self.special_tokens)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise TokenizerError("The tokenizer has an empty vocabulary.", hint="Use the tokenizer.json of the model.")
@@ -135,7 +135,7 @@ class Tokenizer:
             tools,
             add_generation_prompt=add_generation_prompt,
             template=template,
-            variables={**self.special_tokens, **variables},
+            variables=variables,
         )
 
     @property
