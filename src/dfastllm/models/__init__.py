@@ -5,7 +5,7 @@ nothing: `attend`, given by the caller, is the only place where rows meet. Impor
 transformers; no code of a checkpoint is ever run.
 """
 
-from dfastllm.models import blockdiff, dream, gemma, llada, llama, moe  # noqa: F401  (importing a wiring registers its families)
+from dfastllm.models import wirings  # noqa: F401  (importing a wiring registers its families)
 from dfastllm.models.check import CheckReport, Problem, check
 from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling

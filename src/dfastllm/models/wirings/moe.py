@@ -13,8 +13,8 @@ from typing import Any
 from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig, MoEConfig
 from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
-from dfastllm.models.llama import NAMES, read_llama, read_qwen3, write_llama
 from dfastllm.models.program import standard
+from dfastllm.models.wirings.llama import NAMES, read_llama, read_qwen3, write_llama
 
 __all__ = [
     "LLADA2_MOE",

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from dfastllm.models.config import MoEConfig
 from dfastllm.models.family import Family, Ids, NameTable, register
-from dfastllm.models.llama import NAMES, read_qwen2, read_qwen3, write_llama
-from dfastllm.models.moe import QWEN3_MOE_NAMES, read_qwen3_moe, write_qwen3_moe
+from dfastllm.models.wirings.llama import NAMES, read_qwen2, read_qwen3, write_llama
+from dfastllm.models.wirings.moe import QWEN3_MOE_NAMES, read_qwen3_moe, write_qwen3_moe
 
 __all__ = ["FAST_DLLM_V2", "SDAR", "SDAR_MOE"]
 

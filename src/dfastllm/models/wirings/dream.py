@@ -4,7 +4,7 @@ arXiv 2508.15487). Dream-7B and DiffuCoder-7B."""
 from __future__ import annotations
 
 from dfastllm.models.family import Family, Gguf, Ids, NameTable, register
-from dfastllm.models.llama import NAMES, read_qwen2, write_llama
+from dfastllm.models.wirings.llama import NAMES, read_qwen2, write_llama
 
 __all__ = ["DREAM"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from dfastllm.errors import ValidationError
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
-from dfastllm.models.llama import NAMES, read_llama, read_rope, read_window, write_llama, write_window
 from dfastllm.models.program import standard
+from dfastllm.models.wirings.llama import NAMES, read_llama, read_rope, read_window, write_llama, write_window
 
 __all__ = ["GEMMA2", "GEMMA3", "read_gemma2", "read_gemma3", "write_gemma2", "write_gemma3"]
 
