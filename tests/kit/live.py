@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2 as httpx
+from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 
 from dfastllm.engine import Engine, Worker
@@ -17,6 +18,7 @@ from dfastllm.server.app import create_app
 from dfastllm.server.run import Server, listen
 from dfastllm.server.serving import Serving
 from dfastllm.settings import Settings
+from tests.kit import conformance
 
 
 @dataclass
@@ -24,6 +26,8 @@ class Live:
     url: str
     serving: Serving
     worker: Worker
+    app: FastAPI
+    seen: set[tuple[str, int, str]]  # operations answered, with status and content type
 
     def client(self, **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60, **options})
@@ -53,18 +57,22 @@ class Live:
 
 @contextmanager
 def serving(engines: Mapping[str, Engine], **settings: Any) -> Iterator[Live]:
-    """Engines served until the block ends; afterwards no thread of theirs is left."""
+    """Engines served until the block ends; afterwards no thread of theirs is left, and every answer was as openapi.json
+    declares it."""
     chosen = Settings(port=0, **{"shutdown_timeout": 0.2, **settings})
     with Worker(engines) as worker, listen("127.0.0.1", 0) as listener:
         app = create_app(worker, engines, chosen)
+        violations, seen = conformance.watch(app)
         server = Server(app, chosen)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="test-server")
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread.start()
         try:
             assert server.up.wait(20)
-            yield Live(url, app.state.serving, worker)
+            yield Live(url, app.state.serving, worker, app, seen)
         finally:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+        if violations:
+            raise AssertionError("\n".join(violations))

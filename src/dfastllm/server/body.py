@@ -75,13 +75,16 @@ def conflict(field: str, why: str) -> PydanticCustomError:
 def _declare_tolerance(schema: dict[str, Any], cls: type[Body]) -> None:
     """What validation lets pass, in the JSON schema: any field may be null, replayed ones may be anything."""
     schema["additionalProperties"] = {"type": "null"}
+    if cls.examples:
+        schema["examples"] = list(cls.examples)
     for name in sorted(cls.replayed):
         schema["properties"][name] = {"description": "Taken and ignored: an output field that clients send back."}
 
 
 class Body(BaseModel):
     """An object of a request. replayed: names that are dropped whatever they hold. kind: the one value of `type`, where
-    other kinds carry other fields, so that the kind is refused rather than its fields."""
+    other kinds carry other fields, so that the kind is refused rather than its fields. examples: for the documentation,
+    and tried by its tests."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -92,6 +95,7 @@ class Body(BaseModel):
     )
     replayed: ClassVar[frozenset[str]] = frozenset()
     kind: ClassVar[str | None] = None
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     @model_validator(mode="before")
     @classmethod

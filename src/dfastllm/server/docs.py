@@ -3,6 +3,7 @@ network; this one loads nothing, so it works on a machine without internet and u
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -48,13 +49,18 @@ def _operation(path: str, method: str, operation: Mapping[str, Any], schemas: Ma
     content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
     if "$ref" in content.get("schema", {}):
         body = _fields(content["schema"], schemas)
-        if "example" in content:
-            body = f"<pre>{escape(content['example'])}</pre>{body}"
+        for example in _resolved(content["schema"], schemas).get("examples", ()):
+            body += f"<pre>{escape(json.dumps(example, ensure_ascii=False, indent=2))}</pre>"
     return f"<details>{head}{body}</details>"
 
 
+def _resolved(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = schemas[schema["$ref"].rpartition("/")[2]]
+    return found
+
+
 def _fields(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
-    resolved = schemas[schema["$ref"].rpartition("/")[2]]
+    resolved = _resolved(schema, schemas)
     required = set(resolved.get("required", ()))
     rows = []
     for name, field in resolved.get("properties", {}).items():

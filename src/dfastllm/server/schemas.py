@@ -8,6 +8,7 @@ are made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, create_model, model_validator
@@ -27,13 +28,14 @@ __all__ = [
 ]
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-TokenIds = Annotated[list[Int], Field(fail_fast=True)]
+TokenIds = Annotated[list[Annotated[Int, Field(json_schema_extra={"minimum": 0})]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 _BOUNDED: dict[Any, Any] = {int: Int, list[int]: TokenIds, str | list[str]: str | Texts}
 _GENERATION_PROMPT: Any = Field(None, description="Whether the template opens the assistant's turn. Default true.")
 _TEMPLATE_KWARGS: Any = Field(
     None, description="Variables of the chat template, such as enable_thinking. They win over the server's own."
 )
+_MODEL = "demo-diffusion"  # of the examples
 _CACHE_CONTROL = frozenset({"cache_control"})
 
 
@@ -110,7 +112,7 @@ class GenerationRequest(Body):
         None,
         description="The dfastllm block (of a stream: a last chunk) also says when the parts of each answer came.",
     )
-    best_of: Int | None = Field(None, description="As n; another number is refused.")
+    best_of: Annotated[Int, Field(ge=1)] | None = Field(None, description="As n; another number is refused.")
 
     @model_validator(mode="after")
     def _agree(self) -> GenerationRequest:
@@ -139,6 +141,21 @@ else:
 class CompletionRequest(_CompletionOptions):
     if TYPE_CHECKING:
         logprobs: int | None = None
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"model": _MODEL, "prompt": "What is 12 + 30?", "max_tokens": 32},
+        {"model": _MODEL, "prompt": ["one", "two"], "n": 2, "seed": 7, "temperature": 0.8, "logprobs": 1},
+        {"model": _MODEL, "prompt": "The capital of", "suffix": " is Oslo.", "max_tokens": 8},
+        {
+            "model": _MODEL,
+            "prompt": [5, 6, 7],
+            "max_tokens": 32,
+            "block_length": 8,
+            "threshold": 0.9,
+            "stream": True,
+            "stream_options": {"include_usage": True, "canvas_events": True},
+        },
+    )
 
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="Text, token ids, or a list of either. The end-of-text token is not added."
@@ -224,6 +241,35 @@ class ChatRequest(_ChatOptions):
         logprobs: bool | None = None
         top_logprobs: int | None = None
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"model": _MODEL, "messages": [{"role": "user", "content": "What is 12 + 30?"}]},
+        {
+            "model": _MODEL,
+            "messages": [{"role": "user", "content": "Weather in Oslo?"}],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "weather",
+                        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+                    },
+                }
+            ],
+            "max_tokens": 64,
+            "logprobs": True,
+            "top_logprobs": 2,
+        },
+        {
+            "model": _MODEL,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 32,
+            "mode": "streaming",
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True, "canvas_events": True},
+            "timings": True,
+        },
+    )
+
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = Field(
@@ -250,6 +296,11 @@ class ChatRequest(_ChatOptions):
 class TokenizeRequest(Body):
     """A prompt or messages. `model` may be left out where one model is served."""
 
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"model": _MODEL, "prompt": "Hello", "return_token_strs": True},
+        {"model": _MODEL, "messages": [{"role": "user", "content": "Hello"}]},
+    )
+
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
@@ -261,5 +312,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"model": _MODEL, "tokens": [5, 6, 7]},)
+
     model: str | None = None
     tokens: TokenIds
