@@ -21,6 +21,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.kv import SlotCache
 from dfastllm.kernels.rows import DenseRows, Rows
+from dfastllm.kernels.step import SPAN_WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,9 +188,9 @@ class _Plan:
     def of(cls, step: Step, device: torch.device, min_rows: int) -> _Plan:
         """One upload; everything else is made of it on the device."""
         shapes = _rounded(step)
-        kinds, which = np.unique(shapes, axis=0, return_inverse=True)
-        order = np.argsort(which, kind="stable")
-        counts = np.bincount(which, minlength=len(kinds))
+        order = np.lexsort(shapes.T)
+        first = np.flatnonzero(np.diff(shapes[order], axis=0, prepend=-1).any(axis=1))  # of each kind
+        kinds, counts = shapes[order[first]], np.diff(first, append=len(order))
         written = np.flatnonzero(step.slot >= 0)
         wanted = len(step.want)
         extra = (
@@ -221,14 +222,17 @@ class _Plan:
 def _on_device(step: Step, words: Tensor) -> dict[str, Tensor]:
     """The step's arrays as views of its words on a device, without the mask; and `own_rows`, which row's K,V lie in an
     own slot."""
-    out, base = {}, step.words.ctypes.data
-    for name, array in step.arrays().items():
-        if name != "mask":
-            at = (array.ctypes.data - base) // 4
-            out[name] = words[at : at + array.size].view(array.shape)
-    passing = out["own_slot"]
-    out["own_rows"] = passing.new_zeros(step.own_keys + 1)  # own slot -> row; the last for rows that have none
-    out["own_rows"][passing] = torch.arange(len(passing), device=words.device)
+    arrays = step.arrays()
+    del arrays["mask"]
+    sizes = [array.size for array in arrays.values()]
+    head = len(step.words) - sum(sizes) - len(step.mask) // 4
+    _, *parts, _ = torch.split(words, [head, *sizes, len(step.mask) // 4])
+    out = dict(zip(arrays, parts, strict=True))
+    out["spans"] = out["spans"].view(-1, SPAN_WORDS)
+    if step.own_keys:
+        passing = out["own_slot"]
+        out["own_rows"] = passing.new_zeros(step.own_keys + 1)  # the last place is for rows that have none
+        out["own_rows"][passing] = torch.arange(len(passing), device=words.device)
     return out
 
 
@@ -240,7 +244,9 @@ def _group(a: dict[str, Tensor], spans: Tensor, height: int, cached: int, own: i
     k = torch.arange(cached, device=device)
     o = torch.arange(own, device=device)
     slots = _slots(a["blocks"], block0, k, held, size)
-    fresh = a["own_rows"][_slots(a["own_blocks"], own_block0, o, mine, size)]
+    fresh = _slots(a["own_blocks"], own_block0, o, mine, size)
+    if own:
+        fresh = a["own_rows"][fresh]
     visible = torch.cat(
         (k < a["cached_limit"][rows][:, :, None], o < a["own_limit"][rows][:, :, None]), dim=2
     )  # [B, rows, cached + own]
