@@ -25,7 +25,7 @@ from dfastllm.server.jobs import (
     total,
     while_connected,
 )
-from dfastllm.server.options import decode_params, on_the_wire, sampling_params, speculative_params
+from dfastllm.server.options import on_the_wire
 from dfastllm.server.prompts import chat_ids
 from dfastllm.server.replies import (
     ChatChoice,
@@ -95,11 +95,8 @@ async def _understand(serving: Serving, body: ChatRequest, request_id: str) -> C
     # With tool_choice none the template does not show the tools, so there is nothing to call.
     tools = body.tools if body.tools and body.tool_choice != "none" else None
     ids = await chat_ids(model, body, body.messages, tools)
-    sampling, decode = sampling_params(body), decode_params(body, model)
     id = f"chatcmpl-{uuid.uuid4().hex}"
-    requests = engine_requests(
-        serving, id, body, [ids], 1 if body.n is None else body.n, sampling, decode, speculative_params(body, model)
-    )
+    requests = engine_requests(serving, model, id, body, [ids])
     names = {tool.function.name for tool in tools or ()}
     job = Job(serving, model.name, requests, id=id, request_id=request_id, tools=names)
     return Call(body, model, job, tools is not None)

@@ -25,7 +25,7 @@ from dfastllm.server.jobs import (
     total,
     while_connected,
 )
-from dfastllm.server.options import decode_params, on_the_wire, sampling_params, speculative_params
+from dfastllm.server.options import on_the_wire
 from dfastllm.server.prompts import completion_prompts, encode
 from dfastllm.server.replies import (
     Completion,
@@ -94,15 +94,11 @@ async def _understand(serving: Serving, body: CompletionRequest, request_id: str
     if body.suffix and not model.diffuses:
         raise UnsupportedError(f"suffix (infilling) needs a diffusion model; {model.name!r} is not.", param="suffix")
     prompts = await completion_prompts(body, model)
-    choices = 1 if body.n is None else body.n
     suffix = await encode(model, body.suffix, param="suffix") if body.suffix else ()
-    sampling, decode = sampling_params(body), decode_params(body, model)
     id = f"cmpl-{uuid.uuid4().hex}"
-    speculative = speculative_params(body, model)
-    requests = engine_requests(
-        serving, id, body, [ids for ids, _ in prompts], choices, sampling, decode, speculative, suffix
-    )
-    return Call(body, model, Job(serving, model.name, requests, id=id, request_id=request_id), prompts, choices)
+    requests = engine_requests(serving, model, id, body, [ids for ids, _ in prompts], suffix)
+    job = Job(serving, model.name, requests, id=id, request_id=request_id)
+    return Call(body, model, job, prompts, choices=body.n or 1)
 
 
 async def _whole(call: Call) -> Completion:

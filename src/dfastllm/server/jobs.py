@@ -17,12 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from dfastllm.core import (
-    DecodeParams,
     Finish,
     FinishReason,
     Request,
-    SamplingParams,
-    SpeculativeParams,
     StepEvent,
     Tier,
     TokenLogprob,
@@ -30,8 +27,9 @@ from dfastllm.core import (
 )
 from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
 from dfastllm.llm import split_choices
+from dfastllm.server.options import decode_params, request_options, sampling_params, speculative_params
 from dfastllm.server.schemas import GenerationRequest
-from dfastllm.server.serving import Serving
+from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.timings import RequestTimings
 
 if TYPE_CHECKING:
@@ -242,48 +240,37 @@ def total(finishes: Sequence[Finish], choices: int) -> Usage:
     )
 
 
-def _limit_sequences(serving: Serving, prompts: int, choices: int) -> None:
-    limit = serving.settings.max_prompts
-    if prompts * choices > limit:
-        raise ValidationError(
-            f"One request may ask for {limit} sequences (prompts times n), got {prompts * choices}.",
-            param="n" if choices > 1 else "prompt",
-        )
-
-
 def engine_requests(
     serving: Serving,
+    model: ServedModel,
     id: str,
     body: GenerationRequest,
     prompts: Sequence[tuple[int, ...]],
-    choices: int,
-    sampling: SamplingParams,
-    decode: DecodeParams | None,
-    speculative: SpeculativeParams | None,
     suffix: tuple[int, ...] = (),
 ) -> list[Request]:
     """One engine request per prompt and choice. Choice i of a seeded call draws with seed + i, so that choice 0 is what
-    the same call gives with n = 1. Raises ValidationError for too many sequences."""
-    _limit_sequences(serving, len(prompts), choices)
-    limit = serving.settings.request_timeout
-    if body.timeout is not None and not body.timeout > 0:
-        raise ValidationError(f"timeout must be > 0 s, got {body.timeout}.", param="timeout")
-    timeout = limit if body.timeout is None else min(limit, body.timeout)
-    singles = split_choices(sampling)
+    the same call gives with n = 1. Raises ValidationError for options that cannot be and for too many sequences."""
+    sampling, decode, speculative = sampling_params(body), decode_params(body, model), speculative_params(body, model)
+    options = request_options(body)
+    limit, most = serving.settings.request_timeout, serving.settings.max_prompts
+    if len(prompts) * sampling.n > most:
+        raise ValidationError(
+            f"One request may ask for {most} sequences (prompts times n), got {len(prompts) * sampling.n}.",
+            param="n" if sampling.n > 1 else "prompt",
+        )
+    timeout = limit if options.timeout is None else min(limit, options.timeout)
+    prepared = [(prompt, single) for prompt in prompts for single in split_choices(sampling)]
     return [
         Request(
-            request_id=f"{id}-{index * choices + i}",
+            request_id=f"{id}-{index}",
             prompt=prompt,
             sampling=single,
             decode=decode,
             suffix=suffix,
-            priority=body.priority or 0,
-            timeout=timeout,
             speculative=speculative,
-            cache_salt=body.cache_salt or "",
+            **{**vars(options), "timeout": timeout},
         )
-        for index, prompt in enumerate(prompts)
-        for i, single in enumerate(singles)
+        for index, (prompt, single) in enumerate(prepared)
     ]
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from dfastllm.core import DecodeParams, SamplingParams, SpeculativeParams
 from dfastllm.core import speculative_params as parse_speculative
 from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
-from dfastllm.options import Front, Group, Option, wire_fields
+from dfastllm.options import Front, Group, Option, RequestOptions, wire_fields
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
 
-__all__ = ["decode_params", "on_the_wire", "sampling_params", "speculative_params"]
+__all__ = ["decode_params", "on_the_wire", "request_options", "sampling_params", "speculative_params"]
 
 SWITCHES = ("use_cache", "use_dual_cache")
 
@@ -53,6 +53,11 @@ def speculative_params(body: GenerationRequest, model: ServedModel) -> Speculati
     """How the request drafts; None: as the engine does by default."""
     asked = getattr(body, "speculative_config", None)
     return None if asked is None else parse_speculative(asked, model.speculative)
+
+
+def request_options(body: GenerationRequest) -> RequestOptions:
+    """What the body says of the request itself. Raises ValidationError naming the field."""
+    return RequestOptions(**_given(body, "request"))
 
 
 def on_the_wire(error: DFastLLMError, body: GenerationRequest) -> DFastLLMError:
