@@ -1,13 +1,14 @@
 """The facade: load a model, generate, stream, chat. One engine thread behind it, the same that the server uses.
 
 llm = LLM("demo-diffusion")
-print(llm.chat([{"role": "user", "content": "What is 12 + 30?"}]).text)
+print(llm.chat([{"role": "user", "content": "What is 12 + 30?"}])[0].text)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
 from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.models import load
 from dfastllm.settings import Settings
-from dfastllm.text import Tokenizer
+from dfastllm.text import Tokenizer, read_text
 
 __all__ = [
     "LLM",
@@ -56,9 +57,9 @@ __all__ = [
 
 SHIPPED = Path(__file__).parent / "shipped"
 KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-DEFAULT_SAMPLING = SamplingParams(temperature=0.0, max_tokens=128)
 
 Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
 Speculation = str | SpeculativeConfig | Sequence[SpeculativeConfig] | None
 
 
@@ -96,6 +97,8 @@ def model_options(settings: Settings) -> dict[str, Any]:
         "quantization": settings.quantization,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "speculative": settings.speculative_config,
+        "chat_template": settings.chat_template,
+        "template_variables": json.loads(settings.default_chat_template_kwargs or "{}"),
     }
 
 
@@ -111,13 +114,17 @@ def load_engine(
     config: EngineConfig | None = None,
     draft: str | Path | None = None,
     speculative: Speculation = None,
+    chat_template: str | Path | None = None,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
     backend, quantization: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native backend) or auto.
     draft: a small autoregressive model of the same vocabulary, the second opinion of rule `apd` (canvas models only).
     speculative: how requests of an autoregressive model draft, `SpeculativeConfig`s or their JSON (the first is the
-    default); other models have no use for it. Raises UnsupportedError for a draft that does not fit or a combination
-    that cannot be, ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
+    default); other models have no use for it. chat_template: a file in place of the checkpoint's own.
+    template_variables: what the template sees unless a conversation says otherwise. Raises UnsupportedError for a draft
+    that does not fit or a combination that cannot be, ValidationError, ModelNotFoundError, ModelLoadError,
+    CheckpointError, TokenizerError."""
     path = resolve(model)
     if dtype == "auto":
         dtype = None
@@ -125,8 +132,11 @@ def load_engine(
         raise ValidationError(
             f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, got {kv_cache_dtype!r}.", param="kv_cache_dtype"
         )
-    loaded = assemble.load(path, device=device, dtype=dtype, backend=backend, quantization=quantization)
+    template = None if chat_template is None else read_text(Path(chat_template))
+    served = None if config is None else config.max_len
+    loaded = assemble.load(path, device=device, dtype=dtype, backend=backend, quantization=quantization, max_len=served)
     built, tokenizer = loaded.model, loaded.tokenizer
+    tokenizer.templates = tokenizer.templates.chosen(template, template_variables)
     own_name = path.stem if path.is_file() else path.name
     built.info = dataclasses.replace(built.info, name=name or own_name)
     choose: Callable[..., Policy] = policy_for
@@ -217,9 +227,10 @@ class LLM:
     model: a shipped model's name or a Hugging Face directory. device: cpu, cuda, cuda:N or mps. engine: limits, or a
     ready engine (then no other argument is read). speculative: see `load_engine`; a request may choose among what is
     loaded with `SpeculativeParams` of its own. Text prompts are
-    encoded with the tokenizer's own special tokens; token ids are taken as they are. Without `sampling` a request is
-    greedy with at most 128 tokens. Each call raises ValidationError, UnsupportedError or ContextLengthError for what
-    cannot be honoured, TimeoutError or GenerationError for what went wrong underway.
+    encoded with the tokenizer's own special tokens; token ids are taken as they are. What a request does not say is
+    taken from the model's generation_config.json, else from the table of options (docs/options.md). Each call raises
+    ValidationError, UnsupportedError or ContextLengthError for what cannot be honoured, TimeoutError or GenerationError
+    for what went wrong underway.
     """
 
     def __init__(
@@ -234,6 +245,8 @@ class LLM:
         engine: EngineConfig | Engine | None = None,
         draft: str | Path | None = None,
         speculative: Speculation = None,
+        chat_template: str | Path | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(engine, Engine):
             engine = load_engine(
@@ -246,6 +259,8 @@ class LLM:
                 config=engine,
                 draft=draft,
                 speculative=speculative,
+                chat_template=chat_template,
+                template_variables=template_variables,
             )
         self.engine = engine
         self.info = self.engine.info
@@ -289,7 +304,7 @@ class LLM:
         request = Request(
             request_id or uuid.uuid4().hex,
             self.encode(prompt),
-            sampling or DEFAULT_SAMPLING,
+            sampling or SamplingParams(),
             decode,
             self.encode(suffix, add_special=False),
             priority=priority,
@@ -324,7 +339,7 @@ class LLM:
         """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
         one for all or one per prompt. If any request fails the others are cancelled and its error is raised."""
         batch = [self.encode(prompt) for prompt in _as_batch(prompts)]
-        samplings = _per_prompt(sampling or DEFAULT_SAMPLING, len(batch), "sampling")
+        samplings = _per_prompt(sampling or SamplingParams(), len(batch), "sampling")
         decodes = _per_prompt(decode, len(batch), "decode")
         tails = list(suffixes) if suffixes is not None else [()] * len(batch)
         if len(tails) != len(batch):
@@ -359,27 +374,27 @@ class LLM:
                 if not stream.done:
                     stream.cancel()
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> tuple[int, ...]:
+    def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, ready for the assistant's turn."""
         return tuple(self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, tools), add_special=False))
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        sampling: SamplingParams | None = None,
-        decode: DecodeParams | None = None,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        decode: DecodeParams | Sequence[DecodeParams | None] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
         cache_salt: str = "",
         speculative: SpeculativeParams | None = None,
-    ) -> RequestOutput:
-        """The assistant's next message. messages: OpenAI form (role, content, tool_calls, ...)."""
-        prompt = self.render(messages, tools)
+    ) -> list[RequestOutput]:
+        """The assistant's next message of a conversation, or of each of several: one RequestOutput each, as vLLM's.
+        messages: OpenAI form (role, content, tool_calls, ...), or a list of such lists."""
+        talks: list[Any] = list(messages) if messages and not isinstance(messages[0], Mapping) else [messages]
+        prompts = [self.render(talk, tools) for talk in talks]
         options: dict[str, Any] = {"timeout": timeout, "cache_salt": cache_salt, "speculative": speculative}
-        return self.generate([prompt], sampling, decode, **options)[0]
+        return self.generate(prompts, sampling, decode, **options)
 
 
 def collect(stream: Iterable[StepEvent], index: int = 0) -> Completion:

@@ -24,7 +24,7 @@ def talk(model: Path, turns: list[str], system: str = "") -> list[str]:
     with LLM(model) as llm:
         for turn in turns:
             messages.append({"role": "user", "content": turn})
-            answers.append(llm.chat(messages, SAMPLING, DECODE).text)
+            answers.append(llm.chat(messages, SAMPLING, DECODE)[0].text)
             messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 

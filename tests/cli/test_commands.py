@@ -19,7 +19,7 @@ SIZE = ("--max-tokens", 16, "--block-length", 8)
 
 def expected(model: Path, text: str, sampling: SamplingParams, decode: DecodeParams | None = None) -> str:
     with LLM(model) as llm:
-        return llm.chat([{"role": "user", "content": text}], sampling, decode).text
+        return llm.chat([{"role": "user", "content": text}], sampling, decode)[0].text
 
 
 def test_generate_prints_the_text_and_nothing_else(cli: Cli, diffusion: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dfastllm import DecodeParams, DiffusionConfig, GenerationMode, UnsupportedError, ValidationError
 from dfastllm.core import ModelInfo
+from dfastllm.decode.presets import EVERY_TOKEN
 
 SHAPE: dict[str, Any] = {"vocab_size": 9, "max_len": 64, "layers": 1, "kv_heads": 1, "head_dim": 1, "eos_ids": (0,)}
 DIFFUSION = ModelInfo(name="d", family="llada", kind="diffusion", mask_id=1, **SHAPE)
@@ -21,7 +22,7 @@ AR = ModelInfo(name="a", family="llama", kind="ar", **SHAPE)
 @pytest.mark.parametrize(
     ("mode", "wanted"),
     [
-        ("standard", DecodeParams(cache="none", block_length=32)),
+        ("standard", DecodeParams(rule="schedule", cache="none", block_length=32, steps=EVERY_TOKEN)),
         ("fast", DecodeParams(cache="dual", block_length=32, threshold=0.9)),
         ("streaming", DecodeParams(cache="dual", block_length=8, threshold=0.9, provisional=True)),
         (

@@ -13,6 +13,7 @@ import pytest
 
 from dfastllm import (
     LLM,
+    DecodeParams,
     DiffusionConfig,
     DiffusionGenerator,
     FinishReason,
@@ -61,7 +62,8 @@ def test_every_mode_answers_and_streams_the_same(llm: LLM, mode: GenerationMode)
 
 
 def test_standard_is_the_engines_plain_diffusion(llm: LLM) -> None:
-    plain = llm.generate("The dog", SamplingParams(temperature=0.0, max_tokens=40))[0].outputs[0]
+    decode = DecodeParams(rule="schedule", cache="none", block_length=32, steps=64)
+    plain = llm.generate("The dog", SamplingParams(temperature=0.0, max_tokens=40), decode)[0].outputs[0]
     assert answer(llm, max_tokens=40).tokens == plain.token_ids
 
 

@@ -18,8 +18,8 @@ from dfastllm import (
     Scheduler,
     SchedulerConfig,
     SchedulerStats,
-    legacy,
 )
+from dfastllm.compat import legacy
 from dfastllm.text import Tokenizer
 from tests.compat.conftest import Writer, llm, model, tokenizer  # noqa: F401  (fixtures)
 

@@ -34,7 +34,7 @@ from tests.compat.conftest import Writer
 
 
 def ask(max_tokens: int = 16, **fields: Any) -> Request:
-    return Request(prompt_tokens="The dog", max_tokens=max_tokens, **fields)
+    return Request(prompt_tokens="The dog", max_tokens=max_tokens, **{"temperature": 0.0, **fields})
 
 
 def wait_until(done: Any, seconds: float = 10) -> None:

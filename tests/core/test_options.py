@@ -17,6 +17,7 @@ from dfastllm.options import (
     HINTS,
     OPTIONS,
     changed,
+    generation_config,
     generation_defaults,
     kind_defaults,
     reference,
@@ -39,6 +40,7 @@ def test_parameters_know_what_was_given() -> None:
         assert (twin, twin.given) == (params, params.given)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.n = 3  # type: ignore[misc]
+    assert SamplingParams(max_tokens=None, seed=None).given == frozenset(), "None says nothing"
     assert DecodeParams().options is not DecodeParams().options
 
 
@@ -57,8 +59,14 @@ def test_layers_of_defaults() -> None:
     assert asked.temperature == 1.0
     assert resolved(asked, {"top_k": 9}) is asked
     assert kind_defaults("ar") == {}
-    assert kind_defaults("diffusion") == {"max_tokens": 128, "cache": "dual", "steps": 128, "block_length": 32}
-    assert kind_defaults("block") == {"max_tokens": 128}
+    assert kind_defaults("diffusion") == {
+        "temperature": 0.0,
+        "max_tokens": 128,
+        "cache": "dual",
+        "steps": 128,
+        "block_length": 32,
+    }
+    assert kind_defaults("block") == {"temperature": 0.0, "max_tokens": 128}
 
 
 def test_min_tokens_is_held_against_a_given_max_tokens() -> None:
@@ -73,6 +81,8 @@ def test_generation_config() -> None:
     assert generation_defaults({"temperature": 0.6, "do_sample": False}) == {"temperature": 0.0}
     assert generation_defaults({"temperature": None}) == {}
     assert generation_defaults({"dfastllm": {"cache": "none", "threshold": 0.8}}) == {"cache": "none", "threshold": 0.8}
+    for defaults in ({"temperature": 0.0, "cache": "none"}, {"temperature": 0.7, "max_tokens": 5}, {}):
+        assert generation_defaults(generation_config(defaults)) == defaults
     for bad in ({"top_p": 2}, {"temperature": "hot"}, {"dfastllm": {"cashe": "dual"}}, {"dfastllm": 3}):
         with pytest.raises(ValidationError):
             generation_defaults(bad)
@@ -82,7 +92,7 @@ def test_generation_config() -> None:
 def test_every_option_says_what_it_is(row: Any) -> None:
     assert row.help.endswith(".")
     assert row.default is not None or row.default_help
-    assert row.default is None or row.check(row.default) == row.default
+    assert row.default in (None, "") or row.check(row.default) == row.default
     assert row.wire
     assert all(row.check(value) == value for value in row.kinds.values())
 

@@ -175,7 +175,7 @@ def test_ends_in_bounds_and_leaves_no_mask(case: Case) -> None:
     for r in case.requests():
         result = solo(case)[r.request_id]
         steps = sum(bool(span.want) for span in result.spans)
-        assert steps <= case.policy.bound(r, model(case.model).info)
+        assert steps <= case.policy.bound(case.policy.compile(r, result.seq.model))
         assert all(c.finish is None for c in result.commits[:-1])
         assert result.seq.model.mask_id not in result.seq.tokens
         assert 1 <= len(result.output) <= r.sampling.max_tokens
@@ -352,4 +352,4 @@ def test_policy_for_picks_by_kind(name: str) -> None:
     assert policy is POLICIES[info.kind]
     assert policy.name == info.kind
     with pytest.raises(UnsupportedError):
-        next(p for kind, p in POLICIES.items() if kind != info.kind).check(request(), info)
+        next(p for kind, p in POLICIES.items() if kind != info.kind).compile(request(), info)

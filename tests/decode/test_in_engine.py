@@ -30,7 +30,7 @@ def requests(model: Any) -> list[Request]:
             options: dict[str, Any] = {"temperature": 0.5 * (i % 3), "seed": i, "ignore_eos": bool(i % 2)}
             r = request(range(3, 5 + i % 9), name=f"{rule}-{cache}", max_tokens=8, decode=decode, **options)
             try:
-                policy.check(r, model.info)
+                policy.compile(r, model.info)
             except UnsupportedError:
                 continue
             out.append(r)

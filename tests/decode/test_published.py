@@ -11,7 +11,7 @@ import torch
 from dfastllm.core import DecodeParams
 from dfastllm.decode.registry import POLICIES
 from dfastllm.models import tiny
-from tests.decode import published
+from tests.kit import published_loops as published
 from tests.kit.driver import FakeModel, info, request, run
 
 torch.set_num_threads(1)

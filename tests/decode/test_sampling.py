@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.core import SamplingParams
-from dfastllm.decode.sampling import Draw, check_sampling, draw, gumbel, row_keys, uniform
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.decode.sampling import Draw, draw, gumbel, row_keys, uniform
 from dfastllm.kernels.statistics import log_normaliser, spread
-from tests.kit.driver import info
 
 torch.set_num_threads(1)
 CHI2_001 = {4: 18.5, 7: 24.3, 9: 27.9, 15: 37.7, 19: 43.8, 63: 103.4}  # p = 0.001 by degrees of freedom
@@ -262,19 +260,3 @@ def test_statistics_are_right() -> None:
     assert torch.allclose(entropy.double(), -(p * p.clamp_min(1e-300).log()).sum(dim=-1), atol=1e-5)
     best = p.sort(dim=-1, descending=True).values
     assert torch.allclose(margin.double(), best[:, 0] - best[:, 1], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "param"),
-    [
-        ({"stop_token_ids": (99,)}, "stop_token_ids"),
-        ({"logit_bias": {-1: 2.0}}, "logit_bias"),
-        ({"allowed_token_ids": (37,)}, "allowed_token_ids"),
-        ({"allowed_token_ids": (36,)}, "allowed_token_ids"),
-        ({"allowed_token_ids": (1, 2), "min_tokens": 1}, "allowed_token_ids"),
-    ],
-)
-def test_bad_options_are_named(options: dict[str, Any], param: str) -> None:
-    with pytest.raises((ValidationError, UnsupportedError)) as e:
-        check_sampling(SamplingParams(**options), info("diffusion"))
-    assert e.value.param == param

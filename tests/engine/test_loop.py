@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, StepEvent, StepStats
 from dfastllm.decode.ar import Autoregressive
+from dfastllm.decode.policy import Compiled
 from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import ContextLengthError, QueueFullError, ValidationError
@@ -22,15 +23,15 @@ from tests.kit.fake import MASK, FakeModel
 class AnyKindAr(Autoregressive):
     """The ar policy on the fake model, whose attention serves either kind."""
 
-    def check(self, request: Request, model: ModelInfo) -> None:
-        super().check(request, dataclasses.replace(model, kind="ar"))
+    def compile(self, request: Request, model: ModelInfo) -> Compiled:
+        return super().compile(request, dataclasses.replace(model, kind="ar"))
 
 
 AR = AnyKindAr()
 
 
 def either(request: Request, info: ModelInfo) -> Any:
-    return AR if request.decode is None else policy_for(request, info)
+    return AR if request.decode is None or not request.decode.given else policy_for(request, info)
 
 
 @dataclass

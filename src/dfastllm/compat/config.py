@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from dfastllm.core import Cache, DecodeParams, FinishReason, ModelInfo
+from dfastllm.core import Cache, DecodeParams, FinishReason, ModelInfo, SamplingParams, Tier
+from dfastllm.decode.presets import PRESETS
 from dfastllm.errors import UnsupportedError, ValidationError
 
 __all__ = ["DiffusionConfig", "GenerationMode", "GenerationResult", "StreamChunk", "configure"]
@@ -24,52 +25,23 @@ class GenerationMode(StrEnum):
     TURBO = "turbo"  # widest parallelism
 
 
-_PRESETS: dict[GenerationMode, dict[str, Any]] = {
-    GenerationMode.STANDARD: {
-        "confidence_threshold": None,
-        "factor": None,
-        "early_stop_confidence": 0.0,
-        "max_parallel_tokens": 0,
-        "stream_interval": 4,
-        "provisional": False,
-    },
-    GenerationMode.FAST: {
-        "confidence_threshold": 0.9,
-        "factor": None,
-        "early_stop_confidence": 0.0,
-        "max_parallel_tokens": 0,
-        "stream_interval": 4,
-        "provisional": False,
-    },
-    GenerationMode.STREAMING: {
-        "confidence_threshold": 0.9,
-        "factor": None,
-        "early_stop_confidence": 0.0,
-        "max_parallel_tokens": 0,
-        "stream_interval": 2,
-        "provisional": True,
-    },
-    GenerationMode.TURBO: {
-        "confidence_threshold": None,
-        "factor": 1.0,
-        "early_stop_confidence": 0.9,
-        "max_parallel_tokens": 64,
-        "stream_interval": 4,
-        "provisional": False,
-    },
-}
-_CACHE: dict[GenerationMode, Cache] = {
-    GenerationMode.STANDARD: "none",
-    GenerationMode.FAST: "dual",
-    GenerationMode.STREAMING: "dual",
-    GenerationMode.TURBO: "dual",
-}
-_BLOCK_LENGTH = {
-    GenerationMode.STANDARD: 32,
-    GenerationMode.FAST: 32,
-    GenerationMode.STREAMING: 8,
-    GenerationMode.TURBO: 64,  # wide enough for 64 tokens in a step
-}
+# of a StreamChunk: how many denoise steps lie between two of them
+_INTERVAL = {GenerationMode.STREAMING: 2}
+_OTHER_INTERVAL = 4
+
+
+def _fields_of(mode: GenerationMode) -> dict[str, Any]:
+    """What a mode sets, by the names of DiffusionConfig; cache and block length follow when the model is known."""
+    preset = PRESETS[mode]
+    options = preset.get("options", {})
+    return {
+        "confidence_threshold": preset.get("threshold"),
+        "factor": preset.get("factor"),
+        "early_stop_confidence": options.get("early_stop_confidence", 0.0),
+        "max_parallel_tokens": options.get("max_parallel_tokens", 0),
+        "stream_interval": _INTERVAL.get(mode, _OTHER_INTERVAL),
+        "provisional": preset.get("provisional", False),
+    }
 
 
 @dataclass(frozen=True)
@@ -87,11 +59,12 @@ class DiffusionConfig:
     provisional            guesses of undecided tokens in StreamChunks    no        no     yes        no
 
     Without threshold and factor the rule is the fixed schedule; a threshold replaces the mode's factor and the other
-    way round. `max_steps` bounds the denoise steps of an answer (its blocks share them evenly; None: one per token at
-    most), `min_steps` is how many a full answer takes at least (it lowers max_parallel_tokens; a text that ends early
-    takes fewer). Block-diffusion models have their own block length and exact K,V, so there the mode's block_length and
-    cache do not apply, and setting `cache` is refused. All modes stop as soon as the text has ended, which changes
-    nothing in it. Raises ValidationError naming the field.
+    way round. `max_steps` bounds the denoise steps of an answer (its blocks share them evenly; None: the mode's, which
+    for STANDARD is one per token, else the default of docs/options.md), `min_steps` is how many a full answer takes at
+    least (it lowers max_parallel_tokens; a text that ends early takes fewer). temperature None: the model's or the
+    default of docs/options.md. Block-diffusion models have their own block length and exact K,V, so there the mode's
+    block_length and cache do not apply, and setting `cache` is refused. All modes stop as soon as the text has ended,
+    which changes nothing in it. Raises ValidationError naming the field.
     """
 
     mode: GenerationMode | str = GenerationMode.STANDARD
@@ -105,7 +78,7 @@ class DiffusionConfig:
     block_length: int | None = None
     cache: Cache | None = None
     provisional: bool | None = None
-    temperature: float = 0.0
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -119,7 +92,7 @@ class DiffusionConfig:
                 "confidence_threshold and factor are two rules; got both.", param="factor", hint="Set one of them."
             )
         chosen = self.confidence_threshold is not None or self.factor is not None
-        for name, value in _PRESETS[GenerationMode(self.mode)].items():
+        for name, value in _fields_of(GenerationMode(self.mode)).items():
             rule = name in ("confidence_threshold", "factor")
             if getattr(self, name) is None and not (rule and chosen):
                 object.__setattr__(self, name, value)
@@ -134,17 +107,18 @@ class DiffusionConfig:
                 param="model",
                 hint="Use dfastllm.LLM, or a masked-diffusion model.",
             )
-        mode = GenerationMode(self.mode)
-        native = model.kind == "block"
+        preset = PRESETS[GenerationMode(self.mode)]
+        native = {"cache": None, "block_length": None} if model.kind == "block" else preset
         options: dict[str, Any] = {}
         if most := self._most_per_step(max_tokens):
             options["max_parallel_tokens"] = most
         if self.early_stop_confidence:
             options["early_stop_confidence"] = self.early_stop_confidence
         return DecodeParams(
-            cache=self.cache if self.cache is not None or native else _CACHE[mode],
-            steps=self.max_steps,
-            block_length=self.block_length if self.block_length is not None or native else _BLOCK_LENGTH[mode],
+            rule=None if self.confidence_threshold is not None or self.factor is not None else "schedule",
+            cache=native["cache"] if self.cache is None else self.cache,
+            steps=preset.get("steps") if self.max_steps is None else self.max_steps,
+            block_length=native["block_length"] if self.block_length is None else self.block_length,
             threshold=self.confidence_threshold,
             factor=self.factor,
             options=options,
@@ -182,16 +156,16 @@ def _check(c: DiffusionConfig) -> None:
         raise ValidationError(
             f"early_stop_confidence must be in [0, 1], got {c.early_stop_confidence}.", param="early_stop_confidence"
         )
-    if not c.temperature >= 0:
-        raise ValidationError(f"temperature must be >= 0, got {c.temperature}.", param="temperature")
-    DecodeParams(cache=c.cache, block_length=c.block_length, factor=c.factor)  # its own checks of these
+    if c.temperature is not None:
+        SamplingParams(temperature=c.temperature)  # the table's own checks of these
+    DecodeParams(cache=c.cache, block_length=c.block_length, factor=c.factor)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
     """An answer. tokens: its ids, without the end token; num_generated counts them. steps_taken: denoise steps, which
-    changed the canvas; forwards: forward passes of the model, prompt and cache passes included. exactness: reference,
-    exact-fast or approximate."""
+    changed the canvas; forwards: forward passes of the model, prompt and cache passes included. exactness: see
+    `core.Tier`."""
 
     text: str
     tokens: tuple[int, ...]
@@ -201,7 +175,7 @@ class GenerationResult:
     forwards: int
     prompt_tokens: int
     finish_reason: FinishReason
-    exactness: str
+    exactness: Tier
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ It chooses decoder options from a mode and reads the engine's events; it runs no
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +14,10 @@ from dfastllm.compat.config import DiffusionConfig, GenerationMode, GenerationRe
 from dfastllm.core import CanvasUpdate, Request, SamplingParams, StepEvent
 from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import policy_for
-from dfastllm.engine import Engine, EngineConfig
+from dfastllm.engine import Engine, EngineConfig, Stream
 from dfastllm.errors import ValidationError
 from dfastllm.llm import LLM, Prompt, load_engine
+from dfastllm.options import changed, kind_defaults
 from dfastllm.text import Tokenizer
 
 __all__ = ["DiffusionGenerator", "build_engine", "create_generator", "open_llm"]
@@ -55,7 +55,7 @@ def build_engine(
         _refuse_second(tokenizer, "an LLM or Engine")
         engine = model.engine if isinstance(model, LLM) else model
         kept = choose or engine.choose
-        return Engine(engine.runner.model, engine.tokenizer, config, device=engine.runner.device, choose=kept)
+        return Engine(engine.model, engine.tokenizer, config, device=engine.device, choose=kept)
     if getattr(model, "info", None) is None or not callable(getattr(model, "head", None)):
         raise ValidationError(
             f"model must be an LLM, an Engine, a name, a directory or a model of dfastllm.models, got "
@@ -97,8 +97,8 @@ class DiffusionGenerator:
     def _check(self) -> None:
         """Refuse now what no request could be served with: a model of the wrong kind, options it does not have."""
         sampling = SamplingParams(max_tokens=self.config.min_steps)
-        decode = self.config.decode_params(sampling.max_tokens, self.llm.info)
-        self.llm.engine.check(Request("check", (self._word(),), sampling, decode))
+        decode = self.config.decode_params(self.config.min_steps, self.llm.info)
+        self.llm.engine.admit(Request("check", (self._word(),), sampling, decode))
 
     def _word(self) -> int:
         """An ordinary token of the model."""
@@ -125,13 +125,14 @@ class DiffusionGenerator:
         sampling: SamplingParams | None = None,
         timeout: float | None = None,
     ) -> GenerationResult:
-        """The whole answer. prompt: text, or token ids taken as they are. max_tokens (128 by default) and temperature
-        (the config's) win over those of `sampling`, which carries seed, stop, top_p and the rest. timeout: seconds."""
+        """The whole answer. prompt: text, or token ids taken as they are. max_tokens and temperature win over those of
+        `sampling`, which carries seed, stop, top_p and the rest; what none of them says is the config's, else the
+        model's or the default of docs/options.md. timeout: seconds."""
         began = time.perf_counter()
         steps = 0
         ids: list[int] = []
         text: list[str] = []
-        for event in self._events(prompt, self._sampling(max_tokens, temperature, sampling), timeout):
+        for event in _events(self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout)):
             steps += _is_step(event.canvas)
             ids += event.token_ids
             text.append(event.text)
@@ -160,11 +161,11 @@ class DiffusionGenerator:
     ) -> Iterator[StreamChunk]:
         """The answer as it forms: a chunk every `stream_interval` denoise steps, and one at the end.
         Arguments as in `generate`. Closing the iterator cancels the request."""
-        chosen = self._sampling(max_tokens, temperature, sampling)
+        stream = self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout)
         interval = self.config.stream_interval or 1
-        view = _Canvas(self.llm.engine.tokenizer, chosen)
+        view = _Canvas(self.llm.engine.tokenizer, stream.request.sampling)
         told, steps = "", 0
-        for event in self._events(prompt, chosen, timeout):
+        for event in _events(stream):
             view.add(event)
             steps += _is_step(event.canvas)
             if event.finish is not None or (_is_step(event.canvas) and steps % interval == 0):
@@ -180,17 +181,26 @@ class DiffusionGenerator:
     def _sampling(
         self, max_tokens: int | None, temperature: float | None, sampling: SamplingParams | None
     ) -> SamplingParams:
-        base = sampling or SamplingParams(max_tokens=128, temperature=self.config.temperature)
-        changes: dict[str, Any] = {}
-        if max_tokens is not None:
-            changes["max_tokens"] = max_tokens
-        if temperature is not None:
-            changes["temperature"] = temperature
-        return dataclasses.replace(base, **changes)
+        if temperature is None and sampling is None:
+            temperature = self.config.temperature
+        wins = {"max_tokens": max_tokens, "temperature": temperature}
+        return changed(
+            sampling or SamplingParams(), **{name: value for name, value in wins.items() if value is not None}
+        )
 
-    def _events(self, prompt: Prompt, sampling: SamplingParams, timeout: float | None) -> Iterator[StepEvent]:
-        decode = self.config.decode_params(sampling.max_tokens, self.llm.info)
-        return self.llm.stream(prompt, sampling, decode, timeout=timeout)
+    def _open(self, prompt: Prompt, sampling: SamplingParams, timeout: float | None) -> Stream:
+        info = self.llm.info
+        tokens = sampling.max_tokens or info.defaults.get("max_tokens") or kind_defaults(info.kind).get("max_tokens", 1)
+        return self.llm.submit(prompt, sampling, self.config.decode_params(tokens, info), timeout=timeout)
+
+
+def _events(stream: Stream) -> Iterator[StepEvent]:
+    """Closing it cancels the request."""
+    try:
+        yield from stream
+    finally:
+        if not stream.done:
+            stream.cancel()
 
 
 def _is_step(canvas: CanvasUpdate | None) -> bool:
@@ -204,7 +214,9 @@ class _Canvas:
     def __init__(self, tokenizer: Tokenizer | None, sampling: SamplingParams) -> None:
         self._tokenizer = tokenizer
         self._skip_special = sampling.skip_special_tokens
-        self._visible = sampling.max_tokens  # the canvas is rounded up to whole blocks; what is beyond is never output
+        self._visible = (
+            sampling.max_tokens or 0
+        )  # the canvas is rounded up to whole blocks; what is beyond is never output
         self._decided: dict[int, int] = {}
         self._guessed: dict[int, int] = {}
         self._length = 0

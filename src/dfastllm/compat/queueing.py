@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import uuid
@@ -13,6 +12,7 @@ from enum import StrEnum
 from dfastllm import core
 from dfastllm.core import DecodeParams, Kind, SamplingParams, SpeculativeParams
 from dfastllm.errors import ValidationError
+from dfastllm.options import changed
 
 __all__ = ["Request", "RequestState", "SchedulerConfig", "SchedulerStats"]
 
@@ -81,7 +81,7 @@ class SchedulerConfig:
             return decode
         decode = decode or DecodeParams()
         options = {"draft_steps": self.speculative_depth or DEPTH, **decode.options}
-        return dataclasses.replace(decode, options=options)
+        return changed(decode, options=options)
 
 
 class RequestState(StrEnum):
@@ -96,16 +96,16 @@ class RequestState(StrEnum):
 class Request:
     """One request of a Scheduler, which alone moves `state`. Validated on construction.
 
-    prompt_tokens  ids, or text, which is encoded on submission. temperature 0 is greedy; priority: lower runs first;
+    prompt_tokens  ids, or text, which is encoded on submission. priority: lower runs first;
     arrival_time   seconds on time.monotonic(). sampling: further options (seed, stop, top_p, ...); max_tokens and
-    temperature above win over its own. decode: how a canvas is denoised; None: the scheduler's. timeout: seconds from
-    arrival.
+    temperature above win over its own; None: the model's or the default of docs/options.md, resolved on submission.
+    decode: how a canvas is denoised; None: the scheduler's. timeout: seconds from arrival.
     """
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     prompt_tokens: Sequence[int] | str = ()
-    max_tokens: int = 128
-    temperature: float = 0.0
+    max_tokens: int | None = None
+    temperature: float | None = None
     priority: int = 0
     arrival_time: float = field(default_factory=time.monotonic)
     state: RequestState = RequestState.PENDING
@@ -121,11 +121,13 @@ class Request:
 
     @property
     def total_tokens(self) -> int:
-        """Positions it may take: prompt and max_tokens. Text must have been submitted, which encodes it."""
+        """Positions it may take: prompt and max_tokens. Submission encodes text and resolves an open max_tokens."""
         if isinstance(self.prompt_tokens, str):
             raise ValidationError(
                 "the prompt is still text: its tokens are counted on submission.", param="prompt_tokens"
             )
+        if self.max_tokens is None:
+            raise ValidationError("max_tokens is open: it is resolved on submission.", param="max_tokens")
         return len(self.prompt_tokens) + self.max_tokens
 
     @property
@@ -134,8 +136,9 @@ class Request:
 
     def params(self) -> SamplingParams:
         """The sampling options in full. Raises ValidationError."""
-        return dataclasses.replace(
-            self.sampling or SamplingParams(), max_tokens=self.max_tokens, temperature=self.temperature
+        wins = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        return changed(
+            self.sampling or SamplingParams(), **{name: value for name, value in wins.items() if value is not None}
         )
 
     def for_engine(

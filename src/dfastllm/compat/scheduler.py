@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfastllm import core
 from dfastllm.compat.config import configure
 from dfastllm.compat.generator import build_engine
 from dfastllm.compat.queueing import Request, RequestState, SchedulerConfig, SchedulerStats
 from dfastllm.core import DecodeParams, StepStats
 from dfastllm.engine import EngineConfig, Stream, Worker
+from dfastllm.engine.admission import Admission
 from dfastllm.errors import (
     CancelledError,
     DFastLLMError,
@@ -40,7 +40,7 @@ __all__ = ["AsyncScheduler", "Scheduler", "create_scheduler"]
 @dataclass(eq=False)
 class _Job:
     request: Request
-    asked: core.Request
+    admission: Admission
     future: Future[Completion] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
     stream: Stream | None = None
@@ -140,8 +140,10 @@ class Scheduler:
         kind = self.engine.info.kind
         decode = self.config.drafting(request.decode or self.decode, kind)
         priority = request.priority if by_priority else 0
-        job = _Job(request, request.for_engine(priority, decode, self.config.speculative(kind)))
-        self.engine.check(job.asked)
+        asked = request.for_engine(priority, decode, self.config.speculative(kind))
+        job = _Job(request, self.engine.admit(asked))
+        request.max_tokens = job.admission.request.sampling.max_tokens
+        request.temperature = job.admission.request.sampling.temperature
         with self._lock:
             if request.request_id in self._live:
                 raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
@@ -213,7 +215,7 @@ class Scheduler:
             if len(self._backlog) < self.config.max_batch_size and left > 0:
                 loop.call_later(left, self._dispatch)
                 return
-            batch = sorted(self._backlog, key=lambda job: (job.asked.priority, job.asked.arrival))
+            batch = sorted(self._backlog, key=lambda job: (job.admission.request.priority, job.request.arrival_time))
             self._backlog = []
         for job in batch:
             self._hand_over(job, loop)
@@ -227,7 +229,7 @@ class Scheduler:
             try:
                 if worker is None:
                     raise CancelledError(f"request {job.request.request_id!r} was cancelled: the scheduler stopped.")
-                job.stream = worker.submit(self.engine.info.name, job.asked)
+                job.stream = worker.submit(self.engine.info.name, job.admission)
             except DFastLLMError as error:
                 self._fail(job, error)
                 return

@@ -1,6 +1,7 @@
-"""The nouns everything else is made of: frozen values (and the one mutable sequence state). Imports no room but errors,
-and no torch: importing it is cheap."""
+"""The nouns everything else is made of: frozen values (and the one mutable sequence state). Imports no room but errors
+and options, and no torch: importing it is cheap."""
 
+from dfastllm.core.ends import Ends
 from dfastllm.core.event import CanvasUpdate, Finish, StepEvent, StepStats, Usage
 from dfastllm.core.model import Kind, ModelInfo
 from dfastllm.core.request import Cache, DecodeParams, Request, SamplingParams
@@ -14,6 +15,7 @@ from dfastllm.core.speculative import (
     SpeculativeParams,
     speculative_params,
 )
+from dfastllm.core.tier import Tier
 from dfastllm.core.value import value
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Commit",
     "DecodeParams",
     "Draft",
+    "Ends",
     "Finish",
     "FinishReason",
     "Kind",
@@ -39,6 +42,7 @@ __all__ = [
     "StepEvent",
     "StepStats",
     "Store",
+    "Tier",
     "TokenLogprob",
     "Usage",
     "speculative_params",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dfastllm.core.span import FinishReason, TokenLogprob
+from dfastllm.core.tier import Tier
 from dfastllm.core.value import value
 from dfastllm.errors import DFastLLMError
 
@@ -39,12 +40,13 @@ class CanvasUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """completion_tokens counts committed tokens up to the first EOS, EOS and padding not counted."""
+    """completion_tokens counts every token of the output: not the token that ended it, not the padding of a canvas, but
+    an end-of-text token that `ignore_eos` kept."""
 
     prompt_tokens: int
     completion_tokens: int
     forwards: int  # nfe
-    exactness: str  # see `decode.policy.Policy.exactness`
+    exactness: Tier
     queue_s: float = 0.0
     first_token_s: float | None = None  # from arrival
     total_s: float = 0.0

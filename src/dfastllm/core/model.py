@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 __all__ = ["Kind", "ModelInfo"]
 
@@ -22,6 +23,7 @@ class ModelInfo:
     causal     a model of another kind than ar whose weights are an autoregressive model's too: under causal attention
                the row of position i-1 predicts position i (Fast-dLLM v2).
     eos_ids    any of them ends a text; the first is the one padding is counted as.
+    defaults   what the model's generation_config.json says of options that a request does not give, by name.
     """
 
     name: str
@@ -41,3 +43,4 @@ class ModelInfo:
     ar_first: bool = False
     edit: bool = False
     causal: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)

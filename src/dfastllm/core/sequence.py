@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dfastllm.core.ends import Ends
 from dfastllm.core.model import ModelInfo
 from dfastllm.core.request import DecodeParams, Request, SamplingParams
 from dfastllm.core.speculative import Draft
 
 __all__ = ["SequenceState"]
+
+UNSAID = Ends(frozenset(), (), 0, 0)
 
 
 @dataclass(slots=True)
@@ -24,7 +27,8 @@ class SequenceState:
               step, position), the decode step being the policy's own count, never this one: rebuilding changes no draw.
     policy    the policy's own state, last returned by `begin` or in a Commit.
     company   sequences that run when this one is planned, itself included. Only how much is tried may follow from it
-              (guesses, see `decode.dave`), never what comes out.
+              (guesses, see `decode.canvas.lookahead`), never what comes out.
+    ends      what ends the text.
     draft     what a drafter proposes to follow `tokens`, if one was asked; good for one deciding forward.
     """
 
@@ -38,12 +42,15 @@ class SequenceState:
     stable: int = 0
     company: int = 1
     draft: Draft | None = None
+    ends: Ends = UNSAID
     canvas_start: int = field(init=False)
     sampling: SamplingParams = field(init=False)
 
     def __post_init__(self) -> None:
         self.canvas_start = len(self.request.prompt)
         self.sampling = self.request.sampling
+        if self.ends is UNSAID:
+            self.ends = Ends.of(self.request, self.model)
 
     @property
     def decode(self) -> DecodeParams:

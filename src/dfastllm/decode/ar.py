@@ -20,15 +20,16 @@ from dfastllm.core import (
     Request,
     SequenceState,
     Span,
+    Tier,
     TokenLogprob,
 )
 from dfastllm.decode.draft.history import History, after
 from dfastllm.decode.draft.verify import Cell, cells_of, choose, rejects, standing
-from dfastllm.decode.sampling import check_sampling
-from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
+from dfastllm.decode.policy import Compiled
+from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.rows import Rows
 
-__all__ = ["Autoregressive", "check_prompt", "deciding", "draft_room", "enders", "settled", "tokens_left"]
+__all__ = ["Autoregressive", "deciding", "draft_room", "most_tokens", "settled", "tokens_left"]
 
 
 class Autoregressive:
@@ -36,49 +37,32 @@ class Autoregressive:
 
     name = "ar"
 
-    def check(self, request: Request, model: ModelInfo) -> None:
-        """Raises ValidationError, ContextLengthError or UnsupportedError naming the field."""
+    def room(self, request: Request, model: ModelInfo, positions: int) -> int:
+        return positions - len(request.prompt)
+
+    def compile(self, request: Request, model: ModelInfo) -> Compiled:
+        """Raises UnsupportedError naming the field."""
         if model.kind != "ar":
             raise UnsupportedError(
                 f"the ar decoder needs a causal model, but {model.name} is of kind {model.kind!r}.", param="model"
             )
-        plain = DecodeParams(rule=None if model.causal and request.decode == DecodeParams() else "ar")
-        if request.decode is not None and request.decode != plain:
-            raise UnsupportedError(
-                f"model {model.name} is autoregressive and has no diffusion options."
-                if request.decode.rule != "ar"
-                else "rule 'ar' has no diffusion options.",
-                param="decode",
-                hint="Leave out threshold, factor, steps, block_length, remasking, cache, or choose a diffusion model.",
-            )
+        if request.decode is not None:
+            _refuse_canvas_options(request.decode, model)
         if request.suffix:
             raise UnsupportedError(
                 f"model {model.name} is autoregressive and cannot fill in before a suffix.",
                 param="suffix",
                 hint="Choose a diffusion model.",
             )
-        check_prompt(request, model)
-        if len(request.prompt) >= model.max_len:
-            raise ContextLengthError(
-                f"the prompt has {len(request.prompt)} tokens, but the context of {model.name} is {model.max_len}.",
-                param="prompt",
-                hint="Shorten the prompt: at least one position must be left to generate.",
-            )
-        check_sampling(request.sampling, model)
+        tokens = most_tokens(request)
+        return Compiled(_tier(request), len(request.prompt) + tokens, tokens)
 
-    def begin(self, request: Request, model: ModelInfo) -> tuple[list[int], Any]:
+    def begin(self, request: Request, model: ModelInfo, compiled: Compiled) -> tuple[list[int], Any]:
         return list(request.prompt), None
 
-    def bound(self, request: Request, model: ModelInfo) -> int:
+    def bound(self, compiled: Compiled) -> int:
         """Forwards after the prompt is in, at most."""
-        return request.sampling.max_tokens
-
-    def exactness(self, request: Request) -> str:
-        asked = request.speculative
-        if asked is None or asked.method == "none":
-            return "reference"
-        hot = request.sampling.temperature > 0
-        return "exact-distribution" if asked.acceptance == "rejection" and hot else "exact-fast"
+        return int(compiled.plan)
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
         """The rest of the known tokens, at most `limit` of them; logits of the last one only, and of the draft's that
@@ -130,40 +114,49 @@ def draft_room(seq: SequenceState, limit: int) -> int:
 
 def tokens_left(seq: SequenceState) -> int:
     """Tokens that max_tokens and the model's context still leave."""
-    return min(seq.canvas_start + seq.sampling.max_tokens, seq.model.max_len) - len(seq.tokens)
+    return seq.ends.last - len(seq.tokens)
 
 
-def check_prompt(request: Request, model: ModelInfo) -> None:
-    """Raise ValidationError when a prompt or suffix id is outside the model's vocabulary."""
-    for param, ids in (("prompt", request.prompt), ("suffix", request.suffix)):
-        if ids and not (min(ids) >= 0 and max(ids) < model.vocab_size):
-            raise ValidationError(
-                f"{param} holds a token id outside [0, {model.vocab_size}), the vocabulary of {model.name}.",
-                param=param,
-                hint="Encode it with this model's own tokenizer.",
-            )
+def most_tokens(request: Request) -> int:
+    """The request's max_tokens, which admission has resolved."""
+    assert request.sampling.max_tokens is not None, "max_tokens is resolved before a policy sees the request"
+    return request.sampling.max_tokens
 
 
-def enders(sampling_stop: tuple[int, ...], ignore_eos: bool, model: ModelInfo) -> tuple[int, ...]:
-    """Ids that end a text: EOS unless ignored, and the stop tokens."""
-    return tuple(dict.fromkeys((() if ignore_eos else model.eos_ids) + sampling_stop))
+def _refuse_canvas_options(decode: DecodeParams, model: ModelInfo) -> None:
+    """An option that asks for nothing is no reason to refuse a request."""
+    for name in sorted(decode.given):
+        value, row = getattr(decode, name), DecodeParams.TABLE[name]
+        if value == row.default or (name == "rule" and value == "ar"):
+            continue
+        raise UnsupportedError(
+            f"{name} is an option of diffusion models; {model.name!r} is autoregressive."
+            if decode.rule != "ar"
+            else f"rule 'ar' decodes autoregressively and has no {name}.",
+            param=name,
+            hint="Leave it out, or choose a diffusion model.",
+        )
+
+
+def _tier(request: Request) -> Tier:
+    asked = request.speculative
+    if asked is None or asked.method == "none":
+        return Tier.REFERENCE
+    hot = request.sampling.temperature > 0
+    return Tier.EXACT_DISTRIBUTION if asked.acceptance == "rejection" and hot else Tier.EXACT_FAST
 
 
 def settled(
     seq: SequenceState, draft: Draft | None, tokens: Sequence[int], records: Sequence[TokenLogprob | None]
 ) -> Commit:
     """The draft tokens that stand and the one that the row after them gives; cut where the text ends."""
-    n, s = len(seq.tokens), seq.sampling
+    n, ends = len(seq.tokens), seq.ends
     accepted = standing(tokens, draft) if draft else 0
-    fixed, finish = {}, None
+    fixed: dict[int, int] = {}
+    finish: FinishReason | None = None
     for j, token in enumerate(tokens[: accepted + 1]):
-        made = n + j + 1 - seq.canvas_start
         fixed[n + j] = token
-        ends = token in s.stop_token_ids or (not s.ignore_eos and token in seq.model.eos_ids)
-        if ends and made > s.min_tokens:
-            finish = FinishReason.STOP
-        elif made >= s.max_tokens or n + j + 1 >= seq.model.max_len:
-            finish = FinishReason.LENGTH
+        finish = ends.reason(n + j, token)
         if finish:
             break
     stop = n + len(fixed)

@@ -66,12 +66,9 @@ def _causal(model: ModelInfo) -> ModelInfo:
 
 
 def policy_for(request: Request, model: ModelInfo, scorer: Scorer | None = None) -> Policy:
-    """The policy that decodes `request` on `model`, the request checked. Raises ValidationError or UnsupportedError
-    naming the field."""
-    model = seen_by(request, model)
+    """The policy that decodes `request` on `model`, as the request sees it (`seen_by`). Raises UnsupportedError."""
     asked = request.speculative
     policy = policies(scorer).get("self" if asked is not None and asked.method == "self" else model.kind)
     if policy is None:
         raise UnsupportedError(f"no decoder for models of kind {model.kind!r}.", param="model")
-    policy.check(request, model)
     return policy

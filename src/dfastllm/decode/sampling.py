@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfastllm.core import ModelInfo, SamplingParams
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.core import SamplingParams
 from dfastllm.kernels.statistics import best_tokens, row_chunks
 
 __all__ = [
     "Draw",
-    "check_sampling",
     "distribution",
     "draw",
     "edits",
@@ -44,7 +42,7 @@ class Draw:
     prompt     ids that count for the repetition penalty only.
     output     generated ids so far: they count for all three penalties.
     first      absolute position of the first generated token; rows before first + min_tokens may not end the text.
-    enders     ids that end a text (EOS unless ignored, and stop_token_ids).
+    enders     ids that are not drawn before that position.
     salt       kind of draw, see `row_keys`.
     """
 
@@ -73,35 +71,6 @@ def edits(s: SamplingParams) -> bool:
 def penalised(s: SamplingParams) -> bool:
     """Whether what stands in the text already changes the logits."""
     return bool(s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty)
-
-
-def check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
-    """Raise ValidationError when the options name tokens the model lacks or leave nothing to draw from."""
-    named = {
-        "stop_token_ids": sampling.stop_token_ids,
-        "logit_bias": tuple(sampling.logit_bias),
-        "allowed_token_ids": sampling.allowed_token_ids or (),
-    }
-    for param, ids in named.items():
-        for token in ids:
-            if not 0 <= token < model.vocab_size:
-                raise ValidationError(
-                    f"{param} must be token ids in [0, {model.vocab_size}) of model {model.name}, got {token}.",
-                    param=param,
-                )
-    if sampling.allowed_token_ids is None:
-        return
-    left = set(sampling.allowed_token_ids) - {model.mask_id}
-    if not left:
-        raise ValidationError(
-            f"allowed_token_ids must hold a token other than the mask id {model.mask_id}.", param="allowed_token_ids"
-        )
-    if sampling.min_tokens and not left - {*model.eos_ids, *sampling.stop_token_ids}:
-        raise UnsupportedError(
-            f"allowed_token_ids holds only tokens that end the text, but min_tokens is {sampling.min_tokens}.",
-            param="allowed_token_ids",
-            hint="Allow one more token or set min_tokens to 0.",
-        )
 
 
 # ---- keyed noise ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -17,28 +16,22 @@ from dfastllm.core import (
     Commit,
     FinishReason,
     Request,
-    SequenceState,
     Span,
     SpeculativeParams,
     StepEvent,
     StepStats,
 )
-from dfastllm.decode.registry import policy_for, seen_by
+from dfastllm.decode.registry import policy_for
+from dfastllm.engine.admission import Admission, Terms, admit
+from dfastllm.engine.batch import pack
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.prefix import PrefixCache, refusal
-from dfastllm.engine.runners.torch import Runnable, runner_for
+from dfastllm.engine.runners import Runnable, runner_for
 from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
 from dfastllm.engine.speculate.drafting import Drafting
-from dfastllm.errors import (
-    ContextLengthError,
-    GenerationError,
-    QueueFullError,
-    TimeoutError,
-    UnsupportedError,
-    ValidationError,
-)
+from dfastllm.errors import GenerationError, QueueFullError, TimeoutError, ValidationError
 from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +69,9 @@ class Engine:
         speculative: SpeculativeParams | None = None,
     ) -> None:
         self.config = config or EngineConfig()
+        self.model = model
         self.info = model.info
+        self.device = device
         self.tokenizer = tokenizer
         self.pages = Pages(math.ceil(self.config.kv_tokens / self.config.page_size), self.config.page_size)
         slots = self.pages.count * self.pages.page_size
@@ -89,6 +84,8 @@ class Engine:
         self.choose = choose
         limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
         self.drafting = Drafting(self.info, drafters or {}, speculative, limit)
+        capacity = self.pages.count * self.pages.page_size
+        self.terms = Terms(self.info, self.max_len, capacity, tokenizer is not None, choose, self.drafting)
         self._added = 0
         self._deadline = math.inf  # the earliest of all requests
         self._subscribers: list[Callable[[StepStats], None]] = []
@@ -112,87 +109,31 @@ class Engine:
         """Call `fn` with the counters of every step, on the engine's thread."""
         self._subscribers.append(fn)
 
-    def check(self, request: Request) -> Policy:
-        """The policy that will serve this request. Raises ValidationError, UnsupportedError or ContextLengthError: what
-        passes here can be run. Thread-safe: reads only."""
-        if request.sampling.n != 1:
-            raise ValidationError("n > 1 is several requests: submit one per choice.", param="n")
-        if request.sampling.stop and self.tokenizer is None:
-            raise ValidationError("stop strings need a tokenizer; this engine has none.", param="stop")
-        self._check_ids(request)
-        if request.cache_salt and (reason := refusal(self.info.kind)) is not None:
-            raise UnsupportedError(
-                f"cache_salt asks for prefix caching, which {self.info.name} cannot have: {reason}.",
-                param="cache_salt",
-                hint="Leave it out: this model's requests share nothing.",
-            )
-        info = seen_by(request, self.info)
-        request = self.drafting.resolve(request, info)
-        self.drafting.check(request, info)
-        policy = self.choose(request, info)
-        policy.check(request, info)
-        length = len(request.prompt) + len(request.suffix)
-        if length >= self.max_len:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens; this model's context is {self.max_len} with the answer.",
-                param="prompt",
-            )
-        tokens, _ = policy.begin(request, info)
-        need = max(len(tokens), length + request.sampling.max_tokens)
-        if need > self.max_len:
-            raise ContextLengthError(
-                f"prompt ({length}) and answer take {need} positions; this model's context is {self.max_len}.",
-                param="max_tokens",
-                hint=f"Ask for at most {self.max_len - length} tokens.",
-            )
-        if need > self.pages.count * self.pages.page_size:
-            raise ContextLengthError(
-                f"the request needs K,V for {need} positions; the engine holds {self.config.kv_tokens}.",
-                param="max_tokens",
-                hint="Raise kv_tokens.",
-            )
-        return policy
+    def admit(self, request: Request) -> Admission:
+        """The request understood: what `add` takes. Raises ValidationError, UnsupportedError or ContextLengthError.
+        Thread-safe: reads only."""
+        return admit(request, self.terms)
 
-    def _check_ids(self, request: Request) -> None:
-        vocab = self.info.vocab_size
-        wanted = {"prompt": request.prompt, "suffix": request.suffix, "stop_token_ids": request.sampling.stop_token_ids}
-        wanted["logit_bias"] = tuple(request.sampling.logit_bias)
-        wanted["allowed_token_ids"] = request.sampling.allowed_token_ids or ()
-        for name, ids in wanted.items():
-            bad = next((i for i in ids if not 0 <= i < vocab), None)
-            if bad is not None:
-                raise ValidationError(
-                    f"{name} holds token id {bad}; ids of this model are 0 to {vocab - 1}.", param=name
-                )
-        if self.info.mask_id is not None and self.info.mask_id in request.prompt + request.suffix:
-            raise ValidationError(
-                "the prompt holds the model's mask token, which marks what is to be generated.", param="prompt"
-            )
-
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises what `check` raises, ValidationError for a duplicate id, QueueFullError."""
-        policy = self.check(request)
+    def add(self, asked: Request | Admission) -> None:
+        """Queue a request. Raises ValidationError for a duplicate id, QueueFullError, and what `admit` raises unless
+        that has been called."""
+        admission = asked if isinstance(asked, Admission) else self.admit(asked)
+        request, state = admission.request, admission.state
         if self.scheduler.find(request.request_id) is not None:
             raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
         self.check_room()
-        info = seen_by(request, self.info)
-        request = self.drafting.resolve(request, info)
-        tokens, state = policy.begin(request, info)
-        sampling = request.sampling
-        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(
                 self.tokenizer,
-                stop=sampling.stop,
-                include_stop=sampling.include_stop_str_in_output,
-                skip_special=sampling.skip_special_tokens,
+                stop=state.ends.texts,
+                include_stop=request.sampling.include_stop_str_in_output,
+                skip_special=request.sampling.skip_special_tokens,
             )
-        end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else set(self.info.eos_ids))
-        sequence = SequenceState(request, info, list(tokens), seed, policy=state)
-        live = Live(sequence, policy, PageTable(self.pages), detokenizer, end_ids, self.steps, self._added)
+        table = PageTable(self.pages)
+        live = Live(state, admission.policy, table, detokenizer, admission.tier, self.steps, self._added)
         if self.prefix is not None:
-            live.trail = self.prefix.trail(request.cache_salt, info.kind)
+            live.trail = self.prefix.trail(request.cache_salt, state.model.kind)
         self._added += 1
         self._deadline = min(self._deadline, _deadline(request))
         self.scheduler.add(live)
@@ -271,7 +212,8 @@ class Engine:
         if not chosen:
             return None, 0.0
         try:
-            rows = self.runner.run([(span, live.table, live.state.kv_len) for live, span in chosen])
+            items = [(span, live.table, live.state.kv_len) for live, span in chosen]
+            rows = self.runner.run(pack(items, self.runner.block_size))
         except Exception:
             log.exception("forward pass failed")
             rows = None

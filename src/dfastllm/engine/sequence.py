@@ -15,6 +15,7 @@ from dfastllm.core import (
     SequenceState,
     Span,
     StepEvent,
+    Tier,
     TokenLogprob,
     Usage,
 )
@@ -42,7 +43,7 @@ class Live:
     policy: Policy
     table: PageTable
     detokenizer: Detokenizer | None
-    end_ids: frozenset[int]
+    tier: Tier
     enqueued: int
     order: int
     held: bool = False
@@ -152,17 +153,16 @@ class Live:
     def _release(self, now: float) -> tuple[Mapping[int, int], str]:
         """Newly stable output tokens by position, and their text."""
         state, out, text = self.state, {}, ""
-        stop = min(state.stable, state.canvas_start + state.sampling.max_tokens)
-        if state.request.suffix:
-            stop = min(stop, state.canvas_stop)
+        ends = state.ends
+        stop = min(state.stable, ends.last)
         while self.shown < stop and self.ended is None:
             token = state.tokens[self.shown]
-            if token in self.end_ids:
+            if ends.reason(self.shown, token) is FinishReason.STOP:
                 self.ended = token
                 break
             out[self.shown] = token
             self.shown += 1
-            self.completion += token not in state.model.eos_ids
+            self.completion += 1
             if self.detokenizer is not None:
                 text += self.detokenizer.push([token])
                 self.ended = self.detokenizer.stopped
@@ -178,7 +178,7 @@ class Live:
             prompt_tokens=len(self.request.prompt) + len(self.request.suffix),
             completion_tokens=self.completion,
             forwards=self.state.forwards,
-            exactness=self.policy.exactness(self.request),
+            exactness=self.tier,
             queue_s=(self.first_scheduled if self.first_scheduled is not None else now) - arrival,
             first_token_s=None if self.first_token is None else self.first_token - arrival,
             total_s=now - arrival,

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dfastllm.core import FinishReason, Request, StepEvent
+from dfastllm.engine.admission import Admission
 from dfastllm.errors import (
     CancelledError,
     GenerationError,
@@ -135,9 +136,10 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def submit(self, model: str, request: Request) -> Stream:
-        """Queue a request and return its stream. Raises at once: ModelNotFoundError, what `Engine.check` raises,
-        QueueFullError, NotReadyError when the worker is not running. Thread-safe."""
+    def submit(self, model: str, asked: Request | Admission) -> Stream:
+        """Queue a request, admitted on the caller's thread if it was not before, and return its stream. Raises at once:
+        ModelNotFoundError, what `Engine.admit` raises, QueueFullError, NotReadyError when the worker is not running.
+        Thread-safe."""
         engine = self.engines.get(model)
         if engine is None:
             known = ", ".join(sorted(self.engines)) or "none"
@@ -145,9 +147,9 @@ class Worker:
         if self._stopping or not self._thread.is_alive():
             raise NotReadyError("the engine is not running.")
         engine.check_room()
-        engine.check(request)
-        stream = Stream(request, self._ask_cancel)
-        if not self._post(lambda: self._add(engine, request, stream)):
+        admission = asked if isinstance(asked, Admission) else engine.admit(asked)
+        stream = Stream(admission.request, self._ask_cancel)
+        if not self._post(lambda: self._add(engine, admission, stream)):
             raise NotReadyError("the engine is not running.")
         return stream
 
@@ -169,16 +171,17 @@ class Worker:
         self._wake.set()
         return True
 
-    def _add(self, engine: Engine, request: Request, stream: Stream) -> None:
+    def _add(self, engine: Engine, admission: Admission, stream: Stream) -> None:
+        name = admission.request.request_id
         try:
-            if request.request_id in self._streams:
-                raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
-            engine.add(request)
+            if name in self._streams:
+                raise ValidationError(f"request id {name!r} is already in use.", param="request_id")
+            engine.add(admission)
         except Exception as error:
             stream.put(error)
             return
-        self._streams[request.request_id] = stream
-        self._owners[request.request_id] = engine
+        self._streams[name] = stream
+        self._owners[name] = engine
 
     def _drop(self, request_id: str) -> None:
         engine = self._owners.get(request_id)

@@ -92,14 +92,16 @@ def skeleton(config: DecoderConfig, info: ModelInfo, dtype: torch.dtype) -> Deco
     return model
 
 
-def read_model(directory: Path, name: str | None = None) -> tuple[Family, DecoderConfig, ModelInfo]:
-    """Family, shape and capabilities from the small files of a directory. Raises ModelLoadError, also for a checkpoint
-    that another program quantised."""
+def read_model(
+    directory: Path, name: str | None = None, max_len: int | None = None
+) -> tuple[Family, DecoderConfig, ModelInfo]:
+    """Family, shape and capabilities from the small files of a directory. max_len: see `load`. Raises ModelLoadError,
+    also for a checkpoint that another program quantised."""
     fields = Fields(read_json(directory / "config.json"), str(directory / "config.json"))
     family = family_of(fields)
     quant_config(directory)
     try:
-        config = family.read(fields)
+        config = family.read(fields).within(max_len)
     except ValidationError as error:
         raise ModelLoadError(f"{fields.where}: {error}", param=error.param) from error
     ids = read_ids(directory, fields, family, config.vocab_size)
@@ -176,10 +178,12 @@ def load(
     dtype: torch.dtype | str | None = None,
     name: str | None = None,
     edit: bool | None = None,
+    max_len: int | None = None,
 ) -> Decoder:
     """A model from a Hugging Face directory, its parameters without gradient. dtype None: the dtype most of its weights
     are stored in; float32 for a quantised checkpoint, whose weights are expanded (`assemble` keeps them packed). edit:
-    whether it was trained to overwrite committed tokens (LLaDA2.1); None: as config.json says.
+    whether it was trained to overwrite committed tokens (LLaDA2.1); None: as config.json says. max_len: the longest
+    context it will be used for, None: its own; it chooses between the factors of longrope (wirings.phi3).
 
     Raises ModelLoadError for an unreadable config, an unsupported family or an unknown device; CheckpointError listing
     every missing, unexpected or mis-shaped tensor, or naming the corrupt file.
@@ -187,7 +191,7 @@ def load(
     directory = Path(path)
     if not directory.is_dir():
         raise ModelLoadError(f"{directory} is not a model directory.", hint="Give a directory that has a config.json.")
-    family, config, info = read_model(directory, name)
+    family, config, info = read_model(directory, name, max_len)
     if edit is not None:
         info = replace(info, edit=edit)
     chosen = stored_dtype(inventory(directory), quant_config(directory)) if dtype is None else named_dtype(dtype)

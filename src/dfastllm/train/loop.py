@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -99,7 +99,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Decoder:
     mask = None if models.find_family(recipe.family).kind == "ar" else tokenizer.mask_id
     ids = models.Ids(eos=tokenizer.eos_ids, mask=mask, bos=tokenizer.bos_id, pad=tokenizer.pad_id)
     info = models.describe(recipe.family, config, ids, name=recipe.name, block=recipe.block or None)
-    return models.build(config, info, seed=recipe.seed)
+    return models.build(config, replace(info, defaults={"temperature": 0.0}), seed=recipe.seed)
 
 
 def warm_start(model: Decoder, recipe: Recipe, runs: Path, tokenizer: Tokenizer, device: str, threads: int) -> None:

@@ -87,7 +87,7 @@ def test_both_speak_as_the_model_does_here(server: tuple[str, str]) -> None:
         pytest.skip("another precision")
     (answer,), _ = asked(url, QUESTION)
     with LLM(others.MODEL, backend="torch") as llm:
-        ours = llm.chat([dict(m) for m in QUESTION.messages], SamplingParams(temperature=0.0, max_tokens=64))
+        ours = llm.chat([dict(m) for m in QUESTION.messages], SamplingParams(temperature=0.0, max_tokens=64))[0]
     assert answer.text == ours.text
 
 

@@ -10,8 +10,8 @@ import torch
 
 from dfastllm.core import Commit, DecodeParams, SequenceState, Span
 from dfastllm.decode.registry import POLICIES
-from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
-from tests.decode import published
+from dfastllm.errors import UnsupportedError, ValidationError
+from tests.kit import published_loops as published
 from tests.kit.driver import FakeModel, info, request, run, start
 
 torch.set_num_threads(1)
@@ -249,7 +249,6 @@ def test_mask_token_is_never_committed() -> None:
     ("sampling", "decode", "error", "param"),
     [
         ({"max_tokens": 64}, {"steps": 3, "block_length": 16}, ValidationError, "steps"),
-        ({"max_tokens": 600}, {}, ContextLengthError, "max_tokens"),
         ({"max_tokens": 16}, {"cache": "dual", "options": {"warmup": 2}}, UnsupportedError, "warmup"),
         ({"max_tokens": 16}, {"cache": "windowed", "options": {"refresh": 0}}, ValidationError, "refresh"),
         (
@@ -258,28 +257,24 @@ def test_mask_token_is_never_committed() -> None:
             ValidationError,
             "max_parallel_tokens",
         ),
-        ({"max_tokens": 16, "allowed_token_ids": (MASK,)}, {}, ValidationError, "allowed_token_ids"),
     ],
 )
 def test_refused_by_name(
     sampling: dict[str, Any], decode: dict[str, Any], error: type[ValidationError], param: str
 ) -> None:
     with pytest.raises(error) as e:
-        DIFFUSION.check(request(decode=DecodeParams(**decode), **sampling), FAKE.info)
+        DIFFUSION.compile(request(decode=DecodeParams(**decode), **sampling), FAKE.info)
     assert e.value.param == param
 
 
-def test_long_prompt_and_missing_mask() -> None:
-    with pytest.raises(ContextLengthError) as e:
-        DIFFUSION.check(request((5,) * 512), FAKE.info)
-    assert e.value.param == "prompt"
+def test_missing_mask() -> None:
     with pytest.raises(UnsupportedError):
-        DIFFUSION.check(request(), info("diffusion", mask_id=None))
+        DIFFUSION.compile(request(), info("diffusion", mask_id=None))
 
 
 def test_defaults_without_decode_params() -> None:
     seq = start(DIFFUSION, request(max_tokens=40), FAKE.info)
     choice = seq.policy.choice
     assert (choice.rule, choice.cache, choice.block_length, choice.early_stop) == ("schedule", "none", 32, True)
-    assert DIFFUSION.exactness(request()) == "reference"
-    assert DIFFUSION.exactness(request(decode=DecodeParams(cache="dual"))) == "approximate"
+    assert DIFFUSION.compile(request(), FAKE.info).tier == "reference"
+    assert DIFFUSION.compile(request(decode=DecodeParams(cache="dual")), FAKE.info).tier == "approximate"

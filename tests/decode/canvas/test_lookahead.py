@@ -20,7 +20,7 @@ from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.models import tiny
-from tests.decode import published
+from tests.kit import published_loops as published
 from tests.kit.driver import FakeModel, Result, info, request, run, start
 
 torch.set_num_threads(1)
@@ -268,7 +268,8 @@ def test_in_the_engine_among_others(family: str, native: bool) -> None:
     asked: list[Request] = []
     for i in range(8):
         for name, more in (("plain", {}), ("fast", CHEAP)):
-            decode = DecodeParams(rule="schedule", block_length=4, options=more)
+            cache: Any = "none" if net.info.kind == "diffusion" else None
+            decode = DecodeParams(rule="schedule", cache=cache, block_length=4, options=more)
             options: dict[str, Any] = {"temperature": 0.6 * (i % 2), "seed": i, "max_tokens": 12, "ignore_eos": i > 4}
             asked.append(request(range(3, 5 + i), name=f"{name}{i}", decode=decode, **options))
     forwards = {"plain": 0, "fast": 0}
@@ -334,7 +335,7 @@ def test_without_guesses_it_is_the_schedule() -> None:
     policy = POLICIES["diffusion"]
 
     def tier(**fields: Any) -> str:
-        return policy.exactness(request(decode=DecodeParams(**fields)))
+        return policy.compile(request(decode=DecodeParams(**fields)), info("diffusion")).tier
 
     assert tier(rule="free_dave") == "exact-fast"
     assert tier(rule="schedule") == tier(rule="free_dave", options={"draft_steps": 0}) == "reference"

@@ -262,7 +262,7 @@ def test_refused_by_name(decode: DecodeParams, param: str) -> None:
     with pytest.raises(
         UnsupportedError if param != "threshold" or decode.rule != "threshold" else ValidationError
     ) as e:
-        MaskedDiffusion().check(request(decode=decode), MODEL)
+        MaskedDiffusion().compile(request(decode=decode), MODEL)
     assert e.value.param == param
 
 
@@ -281,7 +281,7 @@ def test_refused_by_name(decode: DecodeParams, param: str) -> None:
 )
 def test_bad_values_are_refused(rule: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as e:
-        MaskedDiffusion().check(request(decode=DecodeParams(rule=rule, options=options)), MODEL)
+        MaskedDiffusion().compile(request(decode=DecodeParams(rule=rule, options=options)), MODEL)
     assert e.value.param in options
 
 
@@ -298,8 +298,8 @@ def test_rule_is_chosen_from_threshold_and_factor() -> None:
 def test_rules_that_need_something_of_the_model_are_refused() -> None:
     plain = info("diffusion")
     with pytest.raises(UnsupportedError, match="edit"):
-        POLICY.check(request(decode=DecodeParams(rule="edit")), plain)
+        POLICY.compile(request(decode=DecodeParams(rule="edit")), plain)
     with pytest.raises(UnsupportedError, match="row before"):
-        POLICY.check(request(decode=DecodeParams(rule="wino")), info("diffusion", shift=1))
+        POLICY.compile(request(decode=DecodeParams(rule="wino")), info("diffusion", shift=1))
     with pytest.raises(UnsupportedError, match="vocabulary"):
-        POLICY.check(request(decode=DecodeParams(rule="apd")), plain)
+        POLICY.compile(request(decode=DecodeParams(rule="apd")), plain)

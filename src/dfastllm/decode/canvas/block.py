@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store, Tier
 from dfastllm.decode.canvas.candidates import Active, active_rows
 from dfastllm.decode.canvas.denoise import Decision, settle, span_rows
 from dfastllm.decode.canvas.evidence import Scorer
-from dfastllm.decode.canvas.layout import CanvasState, Choice, Layout, check_canvas, choose, lay_out
+from dfastllm.decode.canvas.layout import CanvasState, canvas_bound, compile_canvas
 from dfastllm.decode.canvas.lookahead import absorb, chain, within
+from dfastllm.decode.policy import Compiled
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.rows import Rows
 
@@ -39,8 +40,12 @@ class BlockDiffusion:
     def __init__(self, scorer: Scorer | None = None) -> None:
         self.scorer = scorer
 
-    def check(self, request: Request, model: ModelInfo) -> None:
-        """Raises ValidationError, ContextLengthError or UnsupportedError naming the field."""
+    def room(self, request: Request, model: ModelInfo, positions: int) -> int:
+        """A canvas ends with a whole block."""
+        return positions // max(1, model.block) * max(1, model.block) - len(request.prompt)
+
+    def compile(self, request: Request, model: ModelInfo) -> Compiled:
+        """Raises ValidationError or UnsupportedError naming the field."""
         if model.kind != "block" or model.mask_id is None or model.block < 1:
             raise UnsupportedError(
                 f"the block decoder needs a block-diffusion model; {model.name} is of kind {model.kind!r}.",
@@ -69,24 +74,19 @@ class BlockDiffusion:
                 f"block_length must divide the block of {model.name}, {model.block}, got {length}.",
                 param="block_length",
             )
-        choice, layout = self._choose(request, model)
-        check_canvas(request, model, choice, layout, scorer=self.scorer.vocab_size if self.scorer else None)
+        scorer = self.scorer.vocab_size if self.scorer else None
+        choice, layout = compile_canvas(request, model, model.block, align=model.block, scorer=scorer)
+        return Compiled(Tier.EXACT_FAST, layout.stop, (choice, layout, int(model.ar_first)))
 
-    def begin(self, request: Request, model: ModelInfo) -> tuple[list[int], Any]:
-        """The canvas all masked. Raises what `check` raises."""
-        self.check(request, model)
+    def begin(self, request: Request, model: ModelInfo, compiled: Compiled) -> tuple[list[int], Any]:
+        """The canvas all masked."""
         assert model.mask_id is not None
-        choice, layout = self._choose(request, model)
+        choice, layout, _ = compiled.plan
         return [*request.prompt, *[model.mask_id] * (layout.stop - layout.start)], CanvasState(choice, layout)
 
-    def bound(self, request: Request, model: ModelInfo) -> int:
+    def bound(self, compiled: Compiled) -> int:
         """Forwards at most after the prompt is in, rebuilding after preemptions not counted."""
-        choice, layout = self._choose(request, model)
-        most = sum(layout.share(b) for b in range(layout.count))
-        return most + layout.count * (int(choice.options.get("max_post_steps", 0)) + model.ar_first)
-
-    def exactness(self, request: Request) -> str:
-        return "exact-fast"
+        return canvas_bound(*compiled.plan)
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
         """Stores finished blocks (at most `limit` rows of whole blocks) or denoises the active one, or both at once."""
@@ -125,10 +125,6 @@ class BlockDiffusion:
             return settle(a, decision, kv_len=base if span.store == "keep" else None, counts=not _from_before(a))
 
         return absorb(items, rows, self.scorer, first, _waiting, _reach)
-
-    def _choose(self, request: Request, model: ModelInfo) -> tuple[Choice, Layout]:
-        choice = choose(request.decode or DecodeParams(), request.sampling, model.block)
-        return choice, lay_out(request, choice, align=model.block)
 
 
 def _rows_of(seq: SequenceState, start: int, stop: int) -> Active:

@@ -151,7 +151,7 @@ def _draws(a: Active) -> list[Draw]:
         first=seq.canvas_start,
         prompt=(*seq.request.prompt, *seq.request.suffix) if counted else (),
         output=[t for t in seq.tokens[seq.canvas_start : seq.canvas_stop] if t not in skip] if counted else (),
-        enders=tuple(dict.fromkeys(seq.model.eos_ids + s.stop_token_ids)),
+        enders=seq.ends.barred,
     )
     if a.masked is None or all(a.masked):
         return [base]

@@ -18,19 +18,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store
+from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store, Tier
 from dfastllm.decode.canvas.candidates import Active, active_rows
 from dfastllm.decode.canvas.denoise import Decision, settle, span_rows
 from dfastllm.decode.canvas.evidence import Scorer
-from dfastllm.decode.canvas.layout import CanvasState, Choice, Layout, check_canvas, choose, lay_out
+from dfastllm.decode.canvas.layout import CanvasState, canvas_bound, compile_canvas
 from dfastllm.decode.canvas.lookahead import absorb, chain, within
 from dfastllm.decode.canvas.rules import RULES
+from dfastllm.decode.policy import Compiled
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.rows import Rows
+from dfastllm.options import kind_defaults
 
 __all__ = ["MaskedDiffusion"]
-
-DEFAULT_BLOCK = 32
 
 
 class MaskedDiffusion:
@@ -41,36 +41,35 @@ class MaskedDiffusion:
     def __init__(self, scorer: Scorer | None = None) -> None:
         self.scorer = scorer
 
-    def check(self, request: Request, model: ModelInfo) -> None:
-        """Raises ValidationError, ContextLengthError or UnsupportedError naming the field."""
+    def room(self, request: Request, model: ModelInfo, positions: int) -> int:
+        """Without a suffix a canvas has whole blocks."""
+        left, length = positions - len(request.prompt) - len(request.suffix), _length(request)
+        return left if request.suffix or length is None else left // length * length
+
+    def compile(self, request: Request, model: ModelInfo) -> Compiled:
+        """Raises ValidationError or UnsupportedError naming the field."""
         if model.kind != "diffusion" or model.mask_id is None:
             raise UnsupportedError(
                 f"the diffusion decoder needs a full-attention model with a mask token; {model.name} is of kind "
                 f"{model.kind!r} with mask id {model.mask_id}.",
                 param="model",
             )
-        choice, layout = self._choose(request)
-        check_canvas(request, model, choice, layout, scorer=self.scorer.vocab_size if self.scorer else None)
+        default = _length(request) or request.sampling.max_tokens or 1
+        scorer = self.scorer.vocab_size if self.scorer else None
+        choice, layout = compile_canvas(request, model, default, scorer=scorer)
+        tier = Tier.APPROXIMATE if choice.cache != "none" else Tier.EXACT_FAST if choice.drafts else Tier.REFERENCE
+        return Compiled(tier, layout.stop + len(request.suffix), (choice, layout))
 
-    def begin(self, request: Request, model: ModelInfo) -> tuple[list[int], Any]:
-        """The canvas all masked. Raises what `check` raises."""
-        self.check(request, model)
+    def begin(self, request: Request, model: ModelInfo, compiled: Compiled) -> tuple[list[int], Any]:
+        """The canvas all masked."""
         assert model.mask_id is not None
-        choice, layout = self._choose(request)
+        choice, layout = compiled.plan
         canvas = [model.mask_id] * (layout.stop - layout.start)
         return [*request.prompt, *canvas, *request.suffix], CanvasState(choice, layout)
 
-    def bound(self, request: Request, model: ModelInfo) -> int:
+    def bound(self, compiled: Compiled) -> int:
         """Forwards at most, rebuilding after preemptions not counted."""
-        choice, layout = self._choose(request)
-        most = sum(layout.share(b) for b in range(layout.count))
-        return most + layout.count * int(choice.options.get("max_post_steps", 0))
-
-    def exactness(self, request: Request) -> str:
-        choice, _ = self._choose(request)
-        if choice.cache != "none":
-            return "approximate"
-        return "exact-fast" if choice.drafts else "reference"
+        return canvas_bound(*compiled.plan)
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
         """A canvas is indivisible: `limit` does not shorten it."""
@@ -101,13 +100,13 @@ class MaskedDiffusion:
 
         return absorb(items, rows, self.scorer, first, _waiting, _reach)
 
-    def _choose(self, request: Request) -> tuple[Choice, Layout]:
-        decode = request.decode or DecodeParams()
-        default = DEFAULT_BLOCK
-        if decode.rule in RULES and RULES[decode.rule].paced:
-            default = request.sampling.max_tokens  # Dream's schedule runs over the whole canvas
-        choice = choose(decode, request.sampling, default)
-        return choice, lay_out(request, choice)
+
+def _length(request: Request) -> int | None:
+    """Of the blocks of its canvas; None: a schedule of the whole canvas (Dream's), which is one block."""
+    decode = request.decode or DecodeParams()
+    if decode.rule in RULES and RULES[decode.rule].paced and "block_length" not in decode.given:
+        return None
+    return decode.block_length or int(kind_defaults("diffusion")["block_length"])
 
 
 def _refreshes(state: CanvasState) -> bool:

@@ -9,14 +9,13 @@ never passes that end, so the result is tokens[canvas_start : stable of the last
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, SequenceState, value
-from dfastllm.decode.ar import check_prompt
 from dfastllm.decode.canvas.rules import RULES, Option, Rule
-from dfastllm.decode.sampling import check_sampling, edits
-from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
+from dfastllm.decode.sampling import edits
+from dfastllm.errors import UnsupportedError, ValidationError
 
 __all__ = [
     "CACHES",
@@ -25,11 +24,11 @@ __all__ = [
     "Choice",
     "Ending",
     "Layout",
-    "check_canvas",
+    "canvas_bound",
     "choose",
+    "compile_canvas",
     "ending",
     "fill_id",
-    "lay_out",
 ]
 
 CACHES: dict[str, dict[str, Option]] = {
@@ -42,6 +41,7 @@ CACHES: dict[str, dict[str, Option]] = {
         "warmup": Option(4, "first steps of a request that are full forwards"),
     },
 }
+KEEPS = ("dual", "windowed")  # caches that store the K,V of every step
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +175,12 @@ def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) 
     """The complete choice of a request. Raises UnsupportedError for an unknown or unusable name, ValidationError for a
     bad value."""
     rule = _rule_of(decode)
-    given: dict[str, Any] = dict(decode.options)
-    for name in ("threshold", "factor", "remasking"):
-        value = getattr(decode, name)
-        if value is None or (name == "remasking" and value == "low_confidence"):
-            continue
-        if name in given:
-            raise ValidationError(f"{name} is given twice, as a field and in options.", param=name)
-        if name in rule.options:
-            given[name] = value
-        elif not (name == "threshold" and rule.name == "factor"):  # factor overrides threshold by definition
-            raise UnsupportedError(f"rule {rule.name!r} has no {name}.", param=name, hint="Leave it out.")
     cache = "none" if decode.cache is None else decode.cache
+    given = _rule_options(decode, rule)
+    if given.get("draft_steps", rule.options["draft_steps"].default if "draft_steps" in rule.options else 0) and (
+        "cache" not in decode.given and cache in KEEPS
+    ):
+        cache = "none"  # a default gives way
     known = {**rule.options, **CACHES[cache]}
     for name in given:
         if name not in known:
@@ -198,6 +192,13 @@ def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) 
     options = {name: _option(name, given.get(name, o.default), o) for name, o in known.items()}
     order = options.get("remasking") or options.get("ordering")
     spreads = "spread" in rule.needs or order in ("entropy", "margin", "topk_margin")
+    drafts = options.get("draft_steps", 0) > 0
+    if drafts and cache in KEEPS:
+        raise UnsupportedError(
+            f"draft_steps run beside a step whose K,V are not stored; cache {cache!r} stores every step's.",
+            param="cache",
+            hint="Use cache none or prefix, or draft_steps 0.",
+        )
     logits = sampling.temperature > 0 or sampling.min_tokens > 0 or edits(sampling) or not rule.needs <= {"spread"}
     return Choice(
         rule=rule.name,
@@ -211,58 +212,76 @@ def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) 
         spreads=spreads,
         noisy=order in ("random", "origin") or options.get("alg_temp", 0) > 0,
         revises=rule.revise is not None,
-        reports=decode.provisional or sampling.logprobs is not None or options.get("draft_steps", 0) > 0,
-        drafts=options.get("draft_steps", 0) > 0,
+        reports=decode.provisional or sampling.logprobs is not None or drafts,
+        drafts=drafts,
         way=(True,) if logits else (False, sampling.logprobs is not None, spreads),
     )
 
 
-def lay_out(request: Request, choice: Choice, align: int = 0) -> Layout:
-    """The layout of a request's canvas. align: 0, or the model's block length: then blocks lie at absolute multiples
-    and the canvas ends with a whole model block."""
+def _rule_options(decode: DecodeParams, rule: Rule) -> dict[str, Any]:
+    """The options that are given to the rule, in `options` or by a field of their own."""
+    given: dict[str, Any] = dict(decode.options)
+    for name in ("threshold", "factor", "remasking"):
+        value = getattr(decode, name)
+        if value is None or (name == "remasking" and value == "low_confidence"):
+            continue
+        if name in given:
+            raise ValidationError(f"{name} is given twice, as a field and in options.", param=name)
+        if name in rule.options:
+            given[name] = value
+        elif not (name == "threshold" and rule.name == "factor"):  # factor overrides threshold by definition
+            raise UnsupportedError(f"rule {rule.name!r} has no {name}.", param=name, hint="Leave it out.")
+    return given
+
+
+def compile_canvas(
+    request: Request, model: ModelInfo, default_length: int, *, align: int = 0, scorer: int | None
+) -> tuple[Choice, Layout]:
+    """The choice and the layout of a request's canvas. default_length: of a block; align: 0, or the model's block
+    length: then blocks lie at absolute multiples and the canvas ends with a whole model block. scorer: its vocabulary
+    size, or None when the policy has none. Raises ValidationError or UnsupportedError naming the field."""
+    decode, tokens = request.decode or DecodeParams(), request.sampling.max_tokens
+    assert tokens is not None, "max_tokens is resolved before a policy sees the request"
+    choice = choose(decode, request.sampling, default_length)
+    _check_rule(RULES[choice.rule], model, scorer)
     start, length = len(request.prompt), choice.block_length
-    stop = start + request.sampling.max_tokens
     if align:
-        return Layout(start, -(-stop // align) * align, start // length * length, length, choice.steps)
-    if not request.suffix:
-        stop = start + -(-request.sampling.max_tokens // length) * length
-    return Layout(start, stop, start, length, choice.steps)
+        stop, origin = -(-(start + tokens) // align) * align, start // length * length
+    else:
+        stop, origin = start + (tokens if request.suffix else -(-tokens // length) * length), start
+    count = -(-(stop - origin) // length)
+    steps = _steps(choice, count, stop - start, "steps" in decode.given)
+    choice = choice if steps == choice.steps else replace(choice, steps=steps)
+    return choice, Layout(start, stop, origin, length, steps)
 
 
-def check_canvas(request: Request, model: ModelInfo, choice: Choice, layout: Layout, *, scorer: int | None) -> None:
-    """Raises ValidationError, ContextLengthError or UnsupportedError naming the field. scorer: its vocabulary size, or
-    None when the policy has none."""
-    check_prompt(request, model)
-    check_sampling(request.sampling, model)
-    total = layout.stop + len(request.suffix)
-    if total > model.max_len:
-        raise ContextLengthError(
-            f"prompt ({layout.start}), canvas ({layout.stop - layout.start}) and suffix ({len(request.suffix)}) make "
-            f"{total} tokens, but the context of {model.name} is {model.max_len}.",
-            param="max_tokens" if layout.start + len(request.suffix) < model.max_len else "prompt",
-            hint="Shorten the prompt or lower max_tokens.",
-        )
-    if choice.steps is not None and choice.steps < layout.count:
+def _steps(choice: Choice, blocks: int, canvas: int, given: bool) -> int | None:
+    """The denoise steps of a canvas. What was given is checked, a default gives way. Raises ValidationError."""
+    steps, most = choice.steps, choice.options["max_parallel_tokens"]
+    if steps is None:
+        return None
+    if not given:
+        return max(steps, blocks * (-(-choice.block_length // most) if most else 1))
+    if steps < blocks:
         raise ValidationError(
-            f"steps must be at least the number of blocks, {layout.count} (canvas {layout.stop - layout.start}, "
-            f"block_length {choice.block_length}), got {choice.steps}.",
+            f"steps must be at least the number of blocks, {blocks} (canvas {canvas}, "
+            f"block_length {choice.block_length}), got {steps}.",
             param="steps",
             hint="Raise steps or block_length.",
         )
-    most = choice.options["max_parallel_tokens"]
-    if choice.steps is not None and most and -(-choice.block_length // (choice.steps // layout.count)) > most:
+    if most and -(-choice.block_length // (steps // blocks)) > most:
         raise ValidationError(
-            f"steps {choice.steps} needs more commits a step than max_parallel_tokens {most} allows.",
+            f"steps {steps} needs more commits a step than max_parallel_tokens {most} allows.",
             param="max_parallel_tokens",
             hint="Raise steps or max_parallel_tokens.",
         )
-    if choice.drafts and choice.cache in ("dual", "windowed"):
-        raise UnsupportedError(
-            f"draft_steps run beside a step whose K,V are not stored; cache {choice.cache!r} stores every step's.",
-            param="cache",
-            hint="Use cache none or prefix, or draft_steps 0.",
-        )
-    _check_rule(RULES[choice.rule], model, scorer)
+    return steps
+
+
+def canvas_bound(choice: Choice, layout: Layout, more: int = 0) -> int:
+    """Deciding forwards of a canvas at most; more: of each block beside its denoise steps."""
+    most = sum(layout.share(b) for b in range(layout.count))
+    return most + layout.count * (int(choice.options.get("max_post_steps", 0)) + more)
 
 
 def _check_rule(rule: Rule, model: ModelInfo, scorer: int | None) -> None:
@@ -313,16 +332,13 @@ def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], f
     """Where the text stands after a commit. changed: what the commit writes, position -> id; firm: absolute position
     before which nothing is masked and nothing can change any more. Stopping early is lossless: what lies behind an
     ending token or max_tokens is never shown. None: nothing became stable and nothing ended, as at most steps."""
-    layout, end = state.layout, state.end
-    if end is None and firm <= seq.stable and firm < layout.stop and firm < layout.start + seq.sampling.max_tokens:
+    layout, end, ends = state.layout, state.end, seq.ends
+    if end is None and firm <= seq.stable and firm < layout.stop and firm < ends.last:
         return None
-    tokens, visible = seq.tokens, min(layout.stop, layout.start + seq.sampling.max_tokens)
-    fresh = range(max(seq.stable, layout.start), min(firm, visible))
-    if end is None and fresh:
-        stops, eos = seq.sampling.stop_token_ids, () if seq.sampling.ignore_eos else seq.model.eos_ids
-        for p in fresh:
-            token = changed.get(p, tokens[p])
-            if token in eos or token in stops:
+    tokens, visible = seq.tokens, min(layout.stop, ends.last)
+    if end is None:
+        for p in range(max(seq.stable, layout.start), min(firm, visible)):
+            if ends.reason(p, changed.get(p, tokens[p])) is FinishReason.STOP:
                 end = p + 1
                 break
     stable = max(seq.stable, min(firm, visible if end is None else end))

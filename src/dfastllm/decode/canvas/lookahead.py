@@ -63,7 +63,8 @@ def _after(a: Active, step: Sequence[tuple[int, int]]) -> SequenceState:
         step=a.state.step + 1,
         block_step=0 if done else a.state.block_step + 1,
     )
-    return SequenceState(a.seq.request, a.seq.model, tokens, a.seq.seed, policy=state, stable=a.seq.stable)
+    seq = a.seq
+    return SequenceState(seq.request, seq.model, tokens, seq.seed, policy=state, stable=seq.stable, ends=seq.ends)
 
 
 def within(branches: Sequence[Branch], rows: int) -> tuple[Branch, ...]:
@@ -134,7 +135,13 @@ def _walk(steps: Sequence[Active], decisions: Sequence[Decision], first: Commit)
             break
         a = steps[held]
         seq = SequenceState(
-            a.seq.request, a.seq.model, a.seq.tokens, a.seq.seed, policy=before.state, stable=before.stable
+            a.seq.request,
+            a.seq.model,
+            a.seq.tokens,
+            a.seq.seed,
+            policy=before.state,
+            stable=before.stable,
+            ends=a.seq.ends,
         )
         last = Active(seq, before.state, a.start, a.stop, a.columns, a.masked)
         own = a.masked is None  # not the first token of a block from the row before it

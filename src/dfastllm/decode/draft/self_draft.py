@@ -19,8 +19,9 @@ from dataclasses import replace
 from typing import Any
 
 from dfastllm.core import Commit, Draft, ModelInfo, Request, SequenceState, Span, SpeculativeParams, value
-from dfastllm.decode.ar import Autoregressive, deciding, enders, settled, tokens_left
+from dfastllm.decode.ar import Autoregressive, deciding, settled, tokens_left
 from dfastllm.decode.draft.verify import Cell, cells_of, choose
+from dfastllm.decode.policy import Compiled
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.rows import Rows
 
@@ -50,25 +51,25 @@ class SelfSpeculation:
     def __init__(self) -> None:
         self.plain = Autoregressive()
 
-    def check(self, request: Request, model: ModelInfo) -> None:
-        """Raises ValidationError, ContextLengthError or UnsupportedError naming the field."""
+    def room(self, request: Request, model: ModelInfo, positions: int) -> int:
+        return self.plain.room(request, model, positions)
+
+    def compile(self, request: Request, model: ModelInfo) -> Compiled:
+        """Raises UnsupportedError naming the field."""
         if not model.causal or model.mask_id is None or _asked(request).method != "self":
             raise UnsupportedError(
                 f"self-speculation needs a checkpoint of both modes and method 'self'; {model.name} of kind "
                 f"{model.kind!r} was asked for {_asked(request).method!r}.",
                 param="speculative_config",
             )
-        self.plain.check(request, model)
+        return self.plain.compile(request, model)
 
-    def begin(self, request: Request, model: ModelInfo) -> tuple[list[int], Any]:
+    def begin(self, request: Request, model: ModelInfo, compiled: Compiled) -> tuple[list[int], Any]:
         return list(request.prompt), SelfState()
 
-    def bound(self, request: Request, model: ModelInfo) -> int:
+    def bound(self, compiled: Compiled) -> int:
         """Forwards with wanted rows, at most: a draft and its verification give one token at least."""
-        return 2 * request.sampling.max_tokens
-
-    def exactness(self, request: Request) -> str:
-        return self.plain.exactness(request)
+        return 2 * self.plain.bound(compiled)
 
     def plan(self, seq: SequenceState, limit: int) -> Span:
         """What comes next follows from the tokens and the state alone, K,V that are missing first."""
@@ -128,8 +129,8 @@ def _length(seq: SequenceState) -> int:
 
 def _drafted(seq: SequenceState, tokens: Sequence[int]) -> Commit:
     """The draft up to the first token that may end the text."""
-    known, stops = len(seq.tokens), enders(seq.sampling.stop_token_ids, seq.sampling.ignore_eos, seq.model)
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    known = len(seq.tokens)
+    end = next((i + 1 for i, token in enumerate(tokens) if token in seq.ends.ids), len(tokens))
     state: SelfState = seq.policy
     draft = Draft(tuple(tokens[:end]), known)
     return Commit(state=SelfState(draft, state.gain, state.resume, state.pause), stable=known)

@@ -120,8 +120,7 @@ def draw_of(cell: Cell, salt: int = 0) -> Draw:
         first=seq.canvas_start,
         prompt=seq.request.prompt if counted else (),
         output=[*seq.tokens[seq.canvas_start :], *ahead] if counted else (),
-        # min_tokens bars EOS even when it would be ignored, as vLLM does
-        enders=tuple(dict.fromkeys(seq.model.eos_ids + s.stop_token_ids)),
+        enders=seq.ends.barred,
         salt=salt,
     )
 

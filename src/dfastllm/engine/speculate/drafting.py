@@ -56,18 +56,15 @@ class Drafting:
         self._seconds = 0.0  # that drafting took in this step
         self._unpaced = self._paced = 0  # requests here that draft whatever it costs; that draft where it pays
 
-    def resolve(self, request: Request, model: ModelInfo) -> Request:
-        """The request with the engine's default where it names no method. A canvas has none. model: as the request
-        sees it."""
-        if request.speculative is None and self.default is not None and model.kind == "ar":
-            return replace(request, speculative=self.default)
-        return request
-
-    def check(self, request: Request, model: ModelInfo) -> None:
-        """Raises UnsupportedError or ValidationError naming the field. model: as the request sees it."""
+    def settle(self, request: Request, model: ModelInfo) -> SpeculativeParams | None:
+        """How a request drafts: as it asks, else as the engine does where it can (a canvas has no drafts). Raises
+        UnsupportedError or ValidationError naming the field. model: as the request sees it."""
         asked = request.speculative
+        if asked is None:
+            asked = self.default if model.kind == "ar" else None
+            request = request if asked is None else replace(request, speculative=asked)
         if asked is None or asked.method in ("none", "self"):  # `self` is a policy
-            return
+            return asked
         if model.kind != "ar":
             raise UnsupportedError(
                 f"{model.name} is no autoregressive model: method {asked.method!r} drafts for those only.",
@@ -82,6 +79,7 @@ class Drafting:
                 hint="Start with --speculative-config naming its model.",
             )
         drafter.check(request, model)
+        return asked
 
     def admit(self, live: Live) -> None:
         """The request joined the engine."""

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from dfastllm.core import Draft, ModelInfo, Request, SequenceState, Span
-from dfastllm.decode.ar import enders
 from dfastllm.decode.draft.proposal import pick
 from dfastllm.decode.draft.verify import Cell
+from dfastllm.engine.batch import pack
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.pages import OutOfPages, Pages, PageTable
-from dfastllm.engine.runners.torch import Runnable, runner_for
+from dfastllm.engine.runners import Runnable, runner_for
 from dfastllm.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ class DraftModel:
                     break
                 left -= span.rows
                 batch.append((task, span))
-            rows = self.runner.run([(span, t.mirror.table, t.mirror.kv_len) for t, span in batch])
+            rows = self.runner.run(
+                pack([(span, t.mirror.table, t.mirror.kv_len) for t, span in batch], self.runner.block_size)
+            )
             for task, span in batch:
                 task.mirror.kv_len = span.stop
             deciding = [task for task, span in batch if span.want]
@@ -210,7 +212,7 @@ class _Task:
 
 def ends(seq: SequenceState, token: int) -> bool:
     """Whether the text ends with this token (before min_tokens none is drawn)."""
-    return token in enders(seq.sampling.stop_token_ids, seq.sampling.ignore_eos, seq.model)
+    return token in seq.ends.ids
 
 
 def check_vocabulary(

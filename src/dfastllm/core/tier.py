@@ -1,0 +1,23 @@
+"""How exact a result is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+__all__ = ["Tier"]
+
+
+class Tier(StrEnum):
+    """How a result relates to the model's plain algorithm, the closest first."""
+
+    REFERENCE = "reference"  # it is the plain algorithm
+    EXACT_FAST = "exact-fast"  # the same tokens, in fewer or cheaper forwards
+    EXACT_DISTRIBUTION = "exact-distribution"  # tokens of the same distribution, not those of the seed
+    APPROXIMATE = "approximate"  # K,V or rows are approximated: other tokens may come
+    ORDERED = "ordered"  # positions are decided in another order than the model's: no plain run gives this text
+
+    @classmethod
+    def least(cls, tiers: Iterable[Tier]) -> Tier:
+        """Of parts of one answer: as exact as the least exact of them."""
+        return max(tiers, key=tuple(cls).index)
