@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 from typing_extensions import TypedDict
 
 from dfastllm.core import Usage
@@ -227,7 +227,7 @@ class CompletionChunk(Out):
     choices: list[CompletionChoice]
     usage: UsageOut | None = None
     dfastllm: Figures | None = None
-    canvas: CanvasChunk | None = None
+    canvas: SkipValidation[CanvasChunk] | None = None  # ours; a hundred cells a step would cost more than the rest
     obfuscation: str | None = None
 
 
@@ -306,7 +306,7 @@ class ChatChunk(Out):
     choices: list[ChatChunkChoice]
     usage: UsageOut | None = None
     dfastllm: Figures | None = None
-    canvas: CanvasChunk | None = None
+    canvas: SkipValidation[CanvasChunk] | None = None  # ours; a hundred cells a step would cost more than the rest
     obfuscation: str | None = None
 
 

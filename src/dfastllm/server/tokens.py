@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     return text.encode()
 
 
+@functools.lru_cache(maxsize=1 << 14)  # a canvas shows the same hundred tokens step after step
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """The token as OpenAI writes it: its text, or `bytes:\\xe2\\x96` when it is no whole character."""
     data = token_bytes(tokenizer, token)
