@@ -172,3 +172,11 @@ def test_the_model_may_be_left_out_where_one_is_served(keyed: Live) -> None:
         answer = keyed.post(path, body, headers=KEY)
         assert answer.status_code == 200, answer.text
         assert answer.json().get("model", "demo-diffusion") == "demo-diffusion"
+
+
+def test_the_page_of_the_server_names_every_route_and_option_of_a_stream(api: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    named = {f"{method.upper()} {path}" for path, methods in api["paths"].items() for method in methods}
+    assert {route for route in named if f"`{route}`" not in page} == set()
+    options = api["components"]["schemas"]["StreamOptions"]["properties"]
+    assert {name for name in options if f"`{name}`" not in page} == set()
