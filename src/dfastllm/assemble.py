@@ -40,7 +40,6 @@ __all__ = ["BACKENDS", "Backend", "Loaded", "is_gguf", "load", "model_info", "pa
 
 Backend = Literal["auto", "native", "torch"]
 BACKENDS = ("auto", "native", "torch")
-HEAD = {"w4": "w8g", "w4m": "w8g", "w6": "w8g"}  # embedding and head decide every token: they keep 8 bits
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -81,12 +80,14 @@ def load(
     quantization: str | None = None,
     backend: Backend = "auto",
     name: str | None = None,
+    max_len: int | None = None,
 ) -> Loaded:
     """A model and its tokenizer from a Hugging Face directory or a GGUF file.
 
     dtype: what floating-point weights are held in, None: as stored (float16, which CPUs compute poorly, as float32).
     quantization: quantise floating-point matrices while loading, to w8, w8g, w6, w4m or w4.
     backend: native: packed weights and our kernels; torch: the plain model; auto: native where it can be.
+    max_len: the longest context that will be served, None: the model's own. It chooses between the factors of longrope.
 
     Raises ModelLoadError, CheckpointError, TokenizerError, ValidationError for an unknown name, UnsupportedError for
     what cannot go together.
@@ -99,18 +100,18 @@ def load(
         find_format(quantization, "quantization")
     path = Path(path)
     if is_gguf(path):
-        with open_gguf(path, name=name) as gguf:
+        with open_gguf(path, name=name, max_len=max_len) as gguf:
             tokenizer = read_tokenizer(gguf.file.metadata)
             tokenizer.check_fits(gguf.info.vocab_size, gguf.info.mask_id)
             _packed_is_right(gguf.config, gguf.info, device, backend, quantised=True)
             return Loaded(_assemble(_from_gguf(gguf, dtype), quantization), tokenizer)
-    _, config, info = read_model(path, name)
+    _, config, info = read_model(path, name, max_len)
     tokenizer = Tokenizer.load(path)
     tokenizer.check_fits(info.vocab_size, info.mask_id)
     quantised = quantization is not None or quant_config(path) is not None
     if _packed_is_right(config, info, device, backend, quantised):
-        return Loaded(_assemble(_from_directory(path, dtype, name), quantization), tokenizer)
-    return Loaded(load_decoder(path, device=device, dtype=dtype, name=name), tokenizer)
+        return Loaded(_assemble(_from_directory(path, dtype, name, max_len), quantization), tokenizer)
+    return Loaded(load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len), tokenizer)
 
 
 def pack(model: Decoder, quantization: str | None = None) -> PackedDecoder:
@@ -160,8 +161,8 @@ def _packed_is_right(
     return False
 
 
-def _from_directory(path: Path, dtype: torch.dtype | str | None, name: str | None) -> _Source:
-    family, config, info = read_model(path, name)
+def _from_directory(path: Path, dtype: torch.dtype | str | None, name: str | None, max_len: int | None) -> _Source:
+    family, config, info = read_model(path, name, max_len)
     stored = stored_dtype(inventory(path), quant_config(path))
     chosen = stored if dtype is None else named_dtype(dtype)
     model = skeleton(config, info, chosen)
@@ -196,8 +197,8 @@ def _assemble(source: _Source, quantization: str | None) -> PackedDecoder:
                 yield own, value
             elif quantization is not None:
                 outer = own in ("embed.weight", "lm_head.weight")
-                chosen = HEAD.get(quantization, quantization) if outer else quantization
-                yield own, quantise(value, FORMATS[chosen], name=own)
+                chosen = FORMATS[quantization]
+                yield own, quantise(value, FORMATS[chosen.head] if outer and chosen.head else chosen, name=own)
             else:
                 yield own, value.to(dtype if value.dtype != torch.float32 or not source.quantised else value.dtype)
 

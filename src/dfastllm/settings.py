@@ -183,7 +183,9 @@ class Settings:
     )
     max_model_len: int | None = _field(
         None,
-        "Longest prompt plus output; default, and at most: the model's context.",
+        "Longest prompt plus output; default, and at most: the model's context. A model with longrope (Phi-3.5, "
+        "Phi-4-mini) takes its factors for short texts where this is at most the length that it was trained for, else "
+        "those for long texts, for texts of every length.",
         group="model",
         minimum=8,
         unit="tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dfastllm.errors import ValidationError
@@ -57,8 +57,8 @@ class RopeScaling:
             ordered = 0 < self.beta_slow < self.beta_fast
             _require(ordered, "beta_slow, beta_fast", "positive and ascending", (self.beta_slow, self.beta_fast))
         if self.kind == "longrope":
-            positive = len(self.short) == len(self.long) > 0 and min(*self.short, *self.long) > 0
-            _require(positive, "longrope factors", "two positive lists of one length", (self.short, self.long))
+            sound = len(self.short) == len(self.long) and all(0 < f < math.inf for f in (*self.short, *self.long))
+            _require(sound, "longrope factors", "two lists of positive numbers, of one length", (self.short, self.long))
             _require(self.original_max_len > 1, "original_max_len", "greater than 1", self.original_max_len)
 
 
@@ -160,6 +160,10 @@ class DecoderConfig:
         if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
             factors, half = len(self.rope_scaling.short), self.rotary_dim // 2
             _require(factors == half, "longrope factors", f"of length {half}", factors)
+
+    def within(self, max_len: int | None) -> DecoderConfig:
+        """The same for a context of at most this length. None: the model's own."""
+        return self if max_len is None or max_len >= self.max_len else replace(self, max_len=max_len)
 
     @property
     def rotary_dim(self) -> int:

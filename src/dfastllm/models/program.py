@@ -127,7 +127,8 @@ Op = Norm | Linear | HeadNorm | Rope | Attend | Gate | Experts | Add
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """Rotary frequencies: the first `dim` dims of a head rotate, in pairs (i, i + dim / 2). max_len: of the model."""
+    """Rotary frequencies: the first `dim` dims of a head rotate, in pairs (i, i + dim / 2). max_len: of the
+    context that the model is loaded for."""
 
     theta: float
     dim: int

@@ -68,9 +68,8 @@ def write_gguf(
     head = ("Q8_0" if lesser else type) if head is None else head
     top = "token_embd.weight" if config.tied else "output.weight"
     planned = []
-    factors = factors_of(config)
-    if factors is not None:
-        planned.append(Planned("rope_freqs.weight", tuple(factors.shape), "F32", _from_memory(factors)))
+    for published, factors in factors_of(config).items():
+        planned.append(Planned(f"{published}.weight", tuple(factors.shape), "F32", _from_memory(factors)))
     added = offsets(find_family(info.family).program(config))
     stacked: dict[str, list[str]] = {}  # a mixture's experts share a tensor
     for own in shapes:

@@ -22,7 +22,7 @@ from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf
 from dfastllm.models.gguf.names import HARMLESS, SETTINGS, row_order, separate
-from dfastllm.models.gguf.rope import read_scaling, scaling_from_factors
+from dfastllm.models.gguf.rope import read_scaling
 from dfastllm.models.program import offsets
 from dfastllm.quant.gguf import GgufFile, GgufTensor, special_ids, to_float, to_qtensor
 from dfastllm.quant.gguf.memory import return_freed
@@ -112,15 +112,16 @@ class GgufModel:
         self.close()
 
 
-def open_gguf(path: str | Path, *, name: str | None = None) -> GgufModel:
+def open_gguf(path: str | Path, *, name: str | None = None, max_len: int | None = None) -> GgufModel:
     """Read the header and match it with a decoder. name: the model's name; None: general.name, else the file's stem.
+    max_len: see `checkpoint.load`.
 
     Raises ModelLoadError for an architecture, setting or expert count that is not supported, CheckpointError listing
     missing, unexpected or mis-shaped tensors and for a damaged file, TokenizerError for ids outside the vocabulary.
     """
     file = GgufFile.open(path)
     try:
-        return _match(file, name)
+        return _match(file, name, max_len)
     except ValidationError as error:  # a shape that no decoder can have
         file.close()
         raise ModelLoadError(f"{file.path}: {error}", param=error.param) from error
@@ -129,11 +130,11 @@ def open_gguf(path: str | Path, *, name: str | None = None) -> GgufModel:
         raise
 
 
-def _match(file: GgufFile, name: str | None) -> GgufModel:
+def _match(file: GgufFile, name: str | None, max_len: int | None) -> GgufModel:
     fields = Fields(_plain(file.metadata), str(file.path))
     family, gguf = family_of_gguf(fields.get("general.architecture", str), str(file.path))
     _refuse(fields, gguf, family)
-    config = _config(file, fields, gguf)
+    config = _config(file, fields, gguf).within(max_len)
     sources = _sources(file, family, gguf, config)
     title = name or fields.get("general.name", str, file.path.stem)
     info = describe(family.name, config, _ids(file, family, config), name=title)
@@ -181,18 +182,7 @@ def _config(file: GgufFile, fields: Fields, gguf: Gguf) -> DecoderConfig:
     fields.only(**{f"{arch}.attention.value_length": dim})
     context = number("context_length")
     theta = fields.get(f"{arch}.rope.freq_base", float, 10000.0)
-    scaling = read_scaling(fields, arch, context)
-    factors = next((t for n, t in file.tensors.items() if re.fullmatch(r"(blk\.0\.)?rope_freqs\.weight", n)), None)
-    if factors is not None:
-        if factors.shape != (rotary // 2,):
-            raise CheckpointError(
-                f"{file.path}: {factors.name!r} has shape {list(factors.shape)}, wanted [{rotary // 2}]."
-            )
-        original = number("rope.scaling.original_context_length", context)
-        found = scaling_from_factors(to_float(file, factors), theta, original)
-        if found is not None and scaling is not None:
-            raise ModelLoadError(f"{file.path}: both rope_freqs.weight and {scaling.kind} scaling; one is supported.")
-        scaling = scaling or found
+    scaling = read_scaling(fields, arch, context, theta, _factors(file, rotary // 2))
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing or no matrix.")
@@ -225,6 +215,18 @@ def _config(file: GgufFile, fields: Fields, gguf: Gguf) -> DecoderConfig:
     }
     bare = {key.removeprefix(f"{arch}."): value for key, value in fields.raw.items()}
     return gguf.read(Fields(bare, fields.where), replace(config, **said))
+
+
+def _factors(file: GgufFile, half: int) -> dict[str, Tensor]:
+    """Tensors of rotary factors by name, which lie in the file once or (also) in its first layer."""
+    found = {}
+    for published, tensor in file.tensors.items():
+        match = re.fullmatch(r"(?:blk\.0\.)?(rope_(?:freqs|factors_long|factors_short))\.weight", published)
+        if match:
+            if tensor.shape != (half,):
+                raise CheckpointError(f"{file.path}: {published!r} has shape {list(tensor.shape)}, wanted [{half}].")
+            found[match[1]] = to_float(file, tensor)
+    return found
 
 
 def _sources(file: GgufFile, family: Family, gguf: Gguf, config: DecoderConfig) -> dict[str, Source]:

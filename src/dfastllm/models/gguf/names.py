@@ -18,7 +18,7 @@ from dfastllm.models.family import Gguf
 
 __all__ = ["HARMLESS", "SETTINGS", "interleave", "row_order", "separate"]
 
-HARMLESS = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd", r"blk\.\d+\.rope_freqs\.weight")
+HARMLESS = (r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight", r"blk\.\d+\.attn_rot_embd")
 # Metadata that changes what is computed -> field of DecoderConfig, which an architecture may have (`Gguf.fields`).
 SETTINGS = {
     "attention.scale": "attention_scale",

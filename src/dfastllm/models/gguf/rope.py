@@ -1,4 +1,5 @@
-"""Rotary scaling between DecoderConfig and GGUF: metadata for linear and yarn, the tensor rope_freqs.weight for llama3.
+"""Rotary scaling between DecoderConfig and GGUF: metadata for linear and yarn, the tensor rope_freqs.weight for llama3,
+rope_factors_short.weight and rope_factors_long.weight for longrope.
 
 llama.cpp divides frequency i by rope_freqs[i]. Llama 3's rule makes these factors from four numbers; read back, any
 numbers that make the same factors will do, so they are fitted and the fit is checked.
@@ -7,6 +8,8 @@ numbers that make the same factors will do, so they are fitted and the fit is ch
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +26,48 @@ __all__ = ["factors_of", "read_scaling", "scaling_from_factors", "write_scaling"
 CLOSE = 1e-4  # relative: factors are float32 of a formula that is evaluated in other orders
 
 
-def read_scaling(fields: Fields, arch: str, max_len: int) -> RopeScaling | None:
-    """From `arch`.rope.scaling.*. Raises ModelLoadError for a kind other than none, linear, yarn, and for settings of
-    yarn that this decoder does not compute."""
+def read_scaling(
+    fields: Fields, arch: str, max_len: int, theta: float, factors: Mapping[str, Tensor]
+) -> RopeScaling | None:
+    """From `arch`.rope.scaling.* and the tensors of factors, by name. Raises ModelLoadError for more than one scaling,
+    and as the parts do."""
+    original = fields.get(f"{arch}.rope.scaling.original_context_length", int, max_len)
+    if factors.keys() & {"rope_factors_long", "rope_factors_short"}:
+        return _longrope(fields, arch, max_len, original, factors)
+    said = _said(fields, arch, original)
+    fitted = scaling_from_factors(factors["rope_freqs"], theta, original) if factors else None
+    if said is not None and fitted is not None:
+        raise ModelLoadError(f"{fields.where}: both rope_freqs.weight and {said.kind} scaling; one is supported.")
+    return said or fitted
+
+
+def _longrope(fields: Fields, arch: str, max_len: int, original: int, factors: Mapping[str, Tensor]) -> RopeScaling:
+    """llama.cpp's converters say the factor on cos and sin, and leave the kind of scaling unsaid. Raises
+    CheckpointError where one of the two tensors is missing, ModelLoadError for another kind or factors beside them."""
+    prefix = f"{arch}.rope.scaling"
+    fields.only(**{f"{prefix}.type": ("longrope", "none", "linear"), f"{prefix}.factor": (0.0, 1.0)})
+    if factors.keys() != {"rope_factors_long", "rope_factors_short"}:
+        raise CheckpointError(
+            f"{fields.where}: longrope needs rope_factors_long.weight and rope_factors_short.weight, and no other "
+            f"rotary factors; the file has {', '.join(sorted(factors))}."
+        )
+    # The shortest decimals of these float32, as metadata is read.
+    short, long = (
+        tuple(float(str(value)) for value in factors[f"rope_factors_{name}"].numpy()) for name in ("short", "long")
+    )
+    scaling = RopeScaling("longrope", max_len / max(original, 1), original, short=short, long=long)
+    said = fields.get(f"{prefix}.attn_factor", float, 1.0)
+    return scaling if abs(said - on_angles(scaling)) <= CLOSE / 100 else replace(scaling, attention_factor=said)
+
+
+def on_angles(scaling: RopeScaling) -> float:
+    """The factor on cos and sin."""
+    return inverse_frequencies(RopeTable(2.0, 2 * len(scaling.short), scaling))[1]
+
+
+def _said(fields: Fields, arch: str, original: int) -> RopeScaling | None:
+    """Raises ModelLoadError for a kind other than none, linear, yarn, and for settings of yarn that this decoder does
+    not compute."""
     prefix = f"{arch}.rope.scaling"
     factor = fields.get(f"{prefix}.factor|{arch}.rope.scale_linear", float, 1.0)
     kind = fields.get(f"{prefix}.type", str, "linear")
@@ -39,7 +81,6 @@ def read_scaling(fields: Fields, arch: str, max_len: int) -> RopeScaling | None:
             param=f"{prefix}.type",
         )
     fields.only(**{f"{prefix}.yarn_ext_factor": (1.0, -1.0), f"{prefix}.yarn_log_multiplier": 0.0})
-    original = fields.get(f"{prefix}.original_context_length", int, max_len)
     # llama.cpp cancels its own yarn factor and leaves 0.1 ln(factor) + 1, times attn_factor.
     extra = fields.get(f"{prefix}.attn_factor", float, 1.0)
     attention = None if extra == 1.0 else extra * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
@@ -57,8 +98,13 @@ def write_scaling(config: DecoderConfig, arch: str) -> dict[str, Any]:
     """The inverse of `read_scaling` for linear and yarn; nothing for the kinds that are tensors. Raises ValidationError
     for what llama.cpp cannot compute."""
     scaling, prefix = config.rope_scaling, f"{arch}.rope.scaling"
-    if scaling is None or scaling.kind in ("llama3", "longrope"):  # which are tensors
+    if scaling is None or scaling.kind == "llama3":  # which is a tensor
         return {}
+    if scaling.kind == "longrope":  # two tensors, and what llama.cpp's converters write beside them
+        return {
+            f"{prefix}.original_context_length": scaling.original_max_len,
+            f"{prefix}.attn_factor": on_angles(scaling),
+        }
     fields: dict[str, Any] = {f"{prefix}.type": scaling.kind, f"{prefix}.factor": float(scaling.factor)}
     if scaling.kind == "linear":
         return fields
@@ -75,11 +121,15 @@ def write_scaling(config: DecoderConfig, arch: str) -> dict[str, Any]:
     return fields
 
 
-def factors_of(config: DecoderConfig) -> Tensor | None:
-    """rope_freqs [rotary_dim / 2] of a llama3 scaling, None for others."""
-    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
-        return None
-    return _factors(config.rotary_dim, config.rope_theta, config.rope_scaling)
+def factors_of(config: DecoderConfig) -> dict[str, Tensor]:
+    """Name -> factors [rotary_dim / 2] of a scaling that llama.cpp holds in tensors; of others none."""
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        pairs = {"long": scaling.long, "short": scaling.short}
+        return {f"rope_factors_{name}": torch.tensor(values) for name, values in pairs.items()}
+    if scaling is None or scaling.kind != "llama3":
+        return {}
+    return {"rope_freqs": _factors(config.rotary_dim, config.rope_theta, scaling)}
 
 
 def _factors(dim: int, theta: float, scaling: RopeScaling) -> Tensor:

@@ -56,19 +56,25 @@ def read_rope(fields: Fields, default_theta: float = 10000.0) -> tuple[float, Ro
     kind = rope.get("rope_type|type", str, "default")
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in ("linear", "llama3", "yarn", "longrope"):
         raise ModelLoadError(
-            f"{rope.where}: rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn.",
+            f"{rope.where}: rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn, longrope.",
             param="rope_scaling",
         )
-    factor = rope.get("factor", float)
     if kind == "linear":
-        return theta, RopeScaling("linear", factor)
-    original = rope.get("original_max_position_embeddings", int, fields.get("max_position_embeddings", int))
+        return theta, RopeScaling("linear", rope.get("factor", float))
+    longest = fields.get("max_position_embeddings", int)
+    original = rope.get("original_max_position_embeddings", int, longest)
+    factor = rope.get("factor", float, longest / max(original, 1) if kind == "longrope" else None)
     if kind == "llama3":
         low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
         return theta, RopeScaling("llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
     attention_factor = rope.get("attention_factor", float) if rope.has("attention_factor") else None
+    if kind == "longrope":
+        short, long = (_numbers(rope, f"{name}_factor") for name in ("short", "long"))
+        return theta, RopeScaling(
+            "longrope", factor, original, attention_factor=attention_factor, short=short, long=long
+        )
     if attention_factor is None and rope.has("mscale") and rope.has("mscale_all_dim"):
         # DeepSeek's form: the ratio of two logarithmic factors instead of one.
         one, all_dims = (0.1 * rope.get(key, float) * math.log(factor) + 1.0 for key in ("mscale", "mscale_all_dim"))
@@ -84,6 +90,13 @@ def read_rope(fields: Fields, default_theta: float = 10000.0) -> tuple[float, Ro
     )
 
 
+def _numbers(fields: Fields, name: str) -> tuple[float, ...]:
+    values = fields.get(name, list)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise ModelLoadError(f"{fields.where}: {name} must be a list of numbers, got {values!r:.200}.", param=name)
+    return tuple(map(float, values))
+
+
 def write_rope(config: DecoderConfig) -> dict[str, Any]:
     """The fields `read_rope` reads, in the form readers of transformers 4 and 5 share."""
     scaling = config.rope_scaling
@@ -96,8 +109,10 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
         raw |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.kind == "yarn":
         raw |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
-        if scaling.attention_factor is not None:
-            raw["attention_factor"] = scaling.attention_factor
+    if scaling.kind == "longrope":
+        raw |= {"short_factor": list(scaling.short), "long_factor": list(scaling.long)}
+    if scaling.kind in ("yarn", "longrope") and scaling.attention_factor is not None:
+        raw["attention_factor"] = scaling.attention_factor
     return {"rope_theta": config.rope_theta, "rope_scaling": raw}
 
 
