@@ -79,7 +79,7 @@ class Options:
 
     @property
     def head_format(self) -> str:
-        return self.head or (self.format if FORMATS[self.format].code_bits == 8 else "w8g")
+        return self.head or FORMATS[self.format].head or self.format
 
     def of(self, name: str) -> Format | None:
         """The format of a matrix (own name); None: it stays as it is."""

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfastllm.errors import ValidationError
-from dfastllm.kernels.packed import QTensor
+from dfastllm.kernels.packed import FORMS, QTensor
 from dfastllm.models.decoder import Decoder
 
 __all__ = ["ACTIVATIONS", "Activations", "SimulatedLinear", "round_activations", "simulate"]
 
 Activations = Literal["none", "row", "group"]
 # What the kernels do for each natural form: one scale per row, or one per 32 inputs.
-ACTIVATIONS: Mapping[str, Activations] = {"w8": "row", "w8g": "group", "w6g": "group", "w4g": "group"}
+ACTIVATIONS: Mapping[str, Activations] = {
+    name: "row" if form.inputs == "row8" else "group" for name, form in FORMS.items() if form.quantised
+}
 
 
 def round_activations(x: Tensor, how: Activations) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfastllm.errors import ValidationError
-from dfastllm.kernels.packed import FORMATS
+from dfastllm.kernels.packed import FORMATS, FORMS
 
 __all__ = ["ACT_KINDS", "Acts", "HeadStats", "act_kind"]
 
@@ -23,7 +23,7 @@ def act_kind(format: str) -> str:
     Raises ValidationError for an unknown format."""
     if format not in FORMATS:
         raise ValidationError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.", param="format")
-    return {"f32": "f32", "bf16": "bf16", "w8": "row8"}.get(format, "group8")
+    return FORMS[format].inputs
 
 
 @dataclass(frozen=True, eq=False)

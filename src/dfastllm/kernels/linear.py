@@ -27,7 +27,7 @@ from dfastllm.kernels.activations import (
     check_vector,
 )
 from dfastllm.kernels.extension import native
-from dfastllm.kernels.packed import FORMATS, GROUP, PANEL, Packed, QTensor, aligned, pack_panels
+from dfastllm.kernels.packed import FORMATS, FORMS, PANEL, Packed, QTensor, aligned, pack_panels
 
 __all__ = ["describe", "describe_acts", "head_stats", "linear", "linear_swiglu", "pack", "prepare", "weight_rows"]
 
@@ -169,12 +169,11 @@ def pack(tensor: QTensor) -> Packed:
 
 def _sizes(format: str, n: int, k: int) -> tuple[int, int]:
     """Elements of a Packed's data and of its scales."""
-    channels = -(-n // PANEL) * PANEL
-    if format in GROUP:
-        per = {"w8g": k, "w4g": k // 2, "w6g": k // 4 * 3}[format]
-        return channels * per, channels * (k // GROUP[format])
-    step = {"f32": 1, "bf16": 2, "w8": 4}[format]
-    return channels * (-(-k // step) * step), channels if format == "w8" else 0
+    form, channels = FORMS[format], -(-n // PANEL) * PANEL
+    elements = channels * (-(-k // form.step) * form.step)
+    if not form.quantised:
+        return elements, 0
+    return elements * form.bits // 8, channels * (k // form.group if form.group else 1)
 
 
 def _shape(weight: Packed | QTensor) -> tuple[int, int]:

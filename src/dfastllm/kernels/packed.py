@@ -32,14 +32,46 @@ from torch import Tensor
 
 from dfastllm.errors import ValidationError
 
-__all__ = ["FORMATS", "GROUP", "PANEL", "Packed", "QTensor", "pack_panels", "unpack_panels"]
+__all__ = ["FORMATS", "FORMS", "GROUP", "PANEL", "Form", "Packed", "QTensor", "pack_panels", "unpack_panels"]
 
 PANEL = 64  # output channels of a panel
-GROUP = {"w8g": 32, "w4g": 32, "w6g": 16}  # inputs that share a scale
 MOST_INPUTS = 2**17  # 128 * 127 times this fits into 32 bits (sums on the way there wrap, and come back)
-FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w6g")
-_ZERO = {"w4g": 8, "w6g": 32}  # the code of weight zero without minima
-_CODE = {"w8": torch.int8, "w8g": torch.int8, "w4g": torch.uint8, "w6g": torch.uint8}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One row of the tables above: what everything that differs by form is made of.
+
+    codes    dtype of natural codes. bits: of a weight in a panel.
+    step     inputs that lie together in a panel: k is rounded up to it.
+    group    inputs that share a scale, 0: one scale a channel, or none.
+    zero     the code of weight zero in a form that may have minima, None: it has none.
+    inputs   how it wants its input rows: f32, bf16, row8 (int8, one scale a row) or group8 (one per 32 inputs).
+    """
+
+    codes: torch.dtype
+    bits: int
+    step: int
+    inputs: str
+    group: int = 0
+    zero: int | None = None
+
+    @property
+    def quantised(self) -> bool:
+        return not self.codes.is_floating_point
+
+
+FORMS = {  # in the order of the native kernels' Format
+    "f32": Form(torch.float32, 32, 1, "f32"),
+    "bf16": Form(torch.bfloat16, 16, 2, "bf16"),
+    "w8": Form(torch.int8, 8, 4, "row8"),
+    "w8g": Form(torch.int8, 8, 4, "group8", group=32),
+    "w4g": Form(torch.uint8, 4, 8, "group8", group=32, zero=8),
+    "w6g": Form(torch.uint8, 6, 16, "group8", group=16, zero=32),
+}
+FORMATS = tuple(FORMS)
+GROUP = {name: form.group for name, form in FORMS.items() if form.group}  # inputs that share a scale
+_ZERO = {name: form.zero for name, form in FORMS.items() if form.zero is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +91,7 @@ class QTensor:
             raise ValidationError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}.", param="format")
         if self.codes.ndim != 2:
             raise ValidationError(f"a weight must have two dims [n, k], got {list(self.codes.shape)}.", param="codes")
-        wanted = {"f32": torch.float32, "bf16": torch.bfloat16, **_CODE}[self.format]
+        wanted = FORMS[self.format].codes
         if self.codes.dtype != wanted:
             raise ValidationError(f"codes of {self.format} must be {wanted}, got {self.codes.dtype}.", param="codes")
         n, k = self.codes.shape

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dfastllm.errors import CheckpointError, ModelLoadError
-from dfastllm.kernels.packed import GROUP, QTensor
+from dfastllm.kernels.packed import FORMS, GROUP, QTensor
 from dfastllm.quant.formats import FORMATS, Format
 from dfastllm.quant.stream import Entry, Planned, SafetensorsWriter, read_tensor
 
@@ -41,7 +41,8 @@ __all__ = [
 METHOD = "dfastllm"
 VERSION = 1
 PARTS = ("codes", "scales", "mins")
-_KIND_OF_BYTES = {32: "w8g", 16: "w4g", 12: "w6g"}  # bytes of codes under one scale -> natural form
+# bytes of codes under one scale -> natural form
+_KIND_OF_BYTES = {form.group * form.bits // 8: name for name, form in FORMS.items() if form.group}
 
 
 @dataclass(frozen=True, slots=True)

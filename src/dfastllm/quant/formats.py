@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dfastllm.errors import CheckpointError, UnsupportedError, ValidationError
-from dfastllm.kernels.packed import GROUP, QTensor
+from dfastllm.kernels.packed import FORMS, QTensor
 from dfastllm.quant.scales import Grid, encode, fit
 
 __all__ = ["FORMATS", "Format", "assemble", "find_format", "quantise", "require_divisible", "require_finite"]
@@ -21,25 +21,27 @@ CHUNK = 1 << 17  # weights searched at once: temporaries stay in the cache
 @dataclass(frozen=True, slots=True)
 class Format:
     """name: on the command line. kind: the natural form in kernels.packed, where `grid`'s codes are stored plus `zero`.
-    group: inputs that share a scale; 0: one scale per output channel."""
+    group: inputs that share a scale; 0: one scale per output channel. head: the format of the embedding and the head,
+    which decide every token, beside layers of this one; None: this one."""
 
     name: str
     kind: str
     grid: Grid
     zero: int
     summary: str
+    head: str | None = None
 
     @property
     def group(self) -> int:
-        return GROUP.get(self.kind, 0)
+        return FORMS[self.kind].group
 
     @property
     def code_bits(self) -> int:
-        return {"w8": 8, "w8g": 8, "w4g": 4, "w6g": 6}[self.kind]
+        return FORMS[self.kind].bits
 
     @property
     def code_dtype(self) -> torch.dtype:
-        return torch.int8 if self.code_bits == 8 else torch.uint8
+        return FORMS[self.kind].codes
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of an [n, k] matrix in a file."""
@@ -58,9 +60,11 @@ FORMATS = {
     for f in (
         Format("w8", "w8", Grid(-127, 127, half=False, tries=_EIGHT), 0, "8 bits, a float32 scale per channel"),
         Format("w8g", "w8g", Grid(-127, 127, tries=_EIGHT), 0, "8 bits, a float16 scale per 32 inputs"),
-        Format("w6", "w6g", Grid(-32, 31, tries=_SIX), 32, "6 bits, a float16 scale per 16 inputs"),
-        Format("w4m", "w4g", Grid(0, 15, minimum=True, tries=_RANGE), 0, "4 bits, scale and minimum per 32 inputs"),
-        Format("w4", "w4g", Grid(-8, 7, tries=_FOUR), 8, "4 bits, a float16 scale per 32 inputs"),
+        Format("w6", "w6g", Grid(-32, 31, tries=_SIX), 32, "6 bits, a float16 scale per 16 inputs", "w8g"),
+        Format(
+            "w4m", "w4g", Grid(0, 15, minimum=True, tries=_RANGE), 0, "4 bits, scale and minimum per 32 inputs", "w8g"
+        ),
+        Format("w4", "w4g", Grid(-8, 7, tries=_FOUR), 8, "4 bits, a float16 scale per 32 inputs", "w8g"),
     )
 }
 

@@ -21,7 +21,7 @@ from dfastllm.engine.runners.torch import TorchRunner
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels import native, set_threads
 from dfastllm.models import Decoder, PackedDecoder, tiny
-from dfastllm.quant import quantise
+from dfastllm.quant import FORMATS, quantise
 from tests.engine.test_invariance import answers, requests
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "llada", "dream", "sdar", "fast_dllm_v2")
@@ -188,7 +188,7 @@ def dequantised(model: Decoder, weights: str) -> Decoder:
     for name, parameter in out.named_parameters():
         if parameter.ndim == 2:
             outer = name in ("embed.weight", "lm_head.weight")
-            chosen = assemble.HEAD.get(weights, weights) if outer else weights
+            chosen = FORMATS[weights].head or weights if outer else weights
             parameter.data = quantise(parameter.data, chosen, name=name).dequantise()
     return out
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dfastllm.assemble import HEAD
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models import Decoder, PackedDecoder, pack_decoder
 from dfastllm.models.checkpoint import quantisable
@@ -29,8 +28,9 @@ def packed(model: Decoder, quantization: str | None) -> PackedDecoder:
                 yield name, value
                 continue
             outer = name in ("embed.weight", "lm_head.weight")
-            chosen = HEAD.get(quantization, quantization) if outer else quantization
-            yield name, quantise(value, find_format(chosen, "quantization"), search=False, name=name)
+            chosen = find_format(quantization, "quantization")
+            form = find_format(chosen.head) if outer and chosen.head else chosen
+            yield name, quantise(value, form, search=False, name=name)
 
     kv = model.dtype if quantization is None else torch.bfloat16
     return pack_decoder(model.config, model.info, parts(), kv)
