@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from torch import Tensor
 
 from dfastllm.errors import CheckpointError, ModelLoadError, TokenizerError, ValidationError
@@ -134,6 +135,18 @@ def test_mistral_is_written_as_llama(tmp_path: Path) -> None:
     path = write_gguf(tiny("mistral"), tmp_path / "m.gguf", "F32")
     with open_gguf(path) as opened:
         assert (opened.architecture, opened.info.family) == ("llama", "llama")
+
+
+@pytest.mark.parametrize("family", sorted(name for name, found in MODELS.items() if found.gguf))
+def test_names_are_those_of_the_converter(family: str) -> None:
+    """Published name -> name in the file, as the gguf package maps them; experts of a layer first become one tensor."""
+    found = MODELS[family]
+    assert found.gguf is not None
+    arch = next(number for number, name in MODEL_ARCH_NAMES.items() if name == found.gguf.arch)
+    table = get_tensor_name_map(arch, 8)
+    for own, _ in tiny(family).named_parameters():
+        published = re.sub(r"(?<=\.experts\.)\d+\.", "", found.names.published(own)).removeprefix("language_model.")
+        assert table.get_name(published, try_suffixes=(".weight", ".bias")) == found.gguf.names.published(own)
 
 
 def test_rows_of_rotary_pairs() -> None:
