@@ -75,7 +75,7 @@ class BlockDiffusion:
                 param="block_length",
             )
         scorer = self.scorer.vocab_size if self.scorer else None
-        choice, layout = compile_canvas(request, model, model.block, align=model.block, scorer=scorer)
+        choice, layout = compile_canvas(request, model, length, align=model.block, scorer=scorer)
         return Compiled(Tier.EXACT_FAST, layout.stop, (choice, layout, int(model.ar_first)))
 
     def begin(self, request: Request, model: ModelInfo, compiled: Compiled) -> tuple[list[int], Any]:

@@ -54,9 +54,9 @@ class MaskedDiffusion:
                 f"{model.kind!r} with mask id {model.mask_id}.",
                 param="model",
             )
-        default = _length(request) or request.sampling.max_tokens or 1
+        length = _length(request) or request.sampling.max_tokens or 1
         scorer = self.scorer.vocab_size if self.scorer else None
-        choice, layout = compile_canvas(request, model, default, scorer=scorer)
+        choice, layout = compile_canvas(request, model, length, scorer=scorer)
         tier = Tier.APPROXIMATE if choice.cache != "none" else Tier.EXACT_FAST if choice.drafts else Tier.REFERENCE
         return Compiled(tier, layout.stop + len(request.suffix), (choice, layout))
 

@@ -171,9 +171,9 @@ def _option(name: str, value: Any, option: Option) -> Any:
     return int(value) if whole else float(value)
 
 
-def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) -> Choice:
-    """The complete choice of a request. Raises UnsupportedError for an unknown or unusable name, ValidationError for a
-    bad value."""
+def choose(decode: DecodeParams, sampling: SamplingParams, length: int) -> Choice:
+    """The complete choice of a request whose blocks have `length` tokens. Raises UnsupportedError for an unknown or
+    unusable name, ValidationError for a bad value."""
     rule = _rule_of(decode)
     cache = "none" if decode.cache is None else decode.cache
     given = _rule_options(decode, rule)
@@ -203,7 +203,7 @@ def choose(decode: DecodeParams, sampling: SamplingParams, default_length: int) 
     return Choice(
         rule=rule.name,
         cache=cache,
-        block_length=decode.block_length or default_length,
+        block_length=length,
         steps=decode.steps,
         early_stop=decode.early_stop,
         provisional=decode.provisional,
@@ -235,16 +235,16 @@ def _rule_options(decode: DecodeParams, rule: Rule) -> dict[str, Any]:
 
 
 def compile_canvas(
-    request: Request, model: ModelInfo, default_length: int, *, align: int = 0, scorer: int | None
+    request: Request, model: ModelInfo, length: int, *, align: int = 0, scorer: int | None
 ) -> tuple[Choice, Layout]:
-    """The choice and the layout of a request's canvas. default_length: of a block; align: 0, or the model's block
+    """The choice and the layout of a request's canvas, in blocks of `length` tokens. align: 0, or the model's block
     length: then blocks lie at absolute multiples and the canvas ends with a whole model block. scorer: its vocabulary
     size, or None when the policy has none. Raises ValidationError or UnsupportedError naming the field."""
     decode, tokens = request.decode or DecodeParams(), request.sampling.max_tokens
     assert tokens is not None, "max_tokens is resolved before a policy sees the request"
-    choice = choose(decode, request.sampling, default_length)
+    choice = choose(decode, request.sampling, length)
     _check_rule(RULES[choice.rule], model, scorer)
-    start, length = len(request.prompt), choice.block_length
+    start = len(request.prompt)
     if align:
         stop, origin = -(-(start + tokens) // align) * align, start // length * length
     else:

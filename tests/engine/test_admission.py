@@ -1,0 +1,270 @@
+"""Admission: what is filled in, what is refused and by which name, and that each request is understood once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dfastllm.core import DecodeParams, Request, SamplingParams, SpeculativeParams, Tier
+from dfastllm.decode.canvas import layout
+from dfastllm.engine import Engine, EngineConfig
+from dfastllm.engine.admission import Admission
+from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationError
+from dfastllm.models import tiny
+from tests.kit.served import random_engine
+
+KINDS = {"ar": "llama", "diffusion": "llada", "block": "sdar"}
+
+
+def engine(kind: str, config: dict[str, Any] | None = None, **info: Any) -> Engine:
+    model = tiny(KINDS[kind])
+    model.info = replace(model.info, **info)
+    return Engine(model, config=EngineConfig(**{"kv_tokens": 4096, **(config or {})}))
+
+
+def ask(
+    prompt: tuple[int, ...] = (5, 6, 7), suffix: tuple[int, ...] = (), decode: Any = None, **fields: Any
+) -> Request:
+    return Request("r", prompt, SamplingParams(**fields), decode, suffix)
+
+
+def admitted(kind: str, request: Request, **info: Any) -> Admission:
+    return engine(kind, **info).admit(request)
+
+
+# ---- what is filled in ----
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_defaults_follow_model_then_kind_then_table(kind: str) -> None:
+    canvas = kind != "ar"
+    plain = admitted(kind, ask()).request.sampling
+    assert plain.temperature == (0.0 if canvas else 1.0)
+    assert plain.given == frozenset()
+    said = admitted(kind, ask(), defaults={"temperature": 0.5, "top_k": 7}).request.sampling
+    assert (said.temperature, said.top_k) == (0.5, 7)
+    asked = admitted(kind, ask(temperature=1.0, top_k=0), defaults={"temperature": 0.5, "top_k": 7}).request.sampling
+    assert (asked.temperature, asked.top_k) == (1.0, 0), "what was given stands, though it is the table's default"
+
+
+def test_max_tokens_not_given_is_what_the_context_leaves() -> None:
+    room = engine("ar").max_len - 3
+    assert admitted("ar", ask()).request.sampling.max_tokens == room
+    assert admitted("ar", ask(), defaults={"max_tokens": 9}).request.sampling.max_tokens == 9
+    assert admitted("ar", ask(), defaults={"max_tokens": 10**6}).request.sampling.max_tokens == room
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "suffix", "max_len", "tokens", "positions"),
+    [
+        ("diffusion", 3, 0, 512, 128, 131),
+        ("diffusion", 3, 5, 512, 128, 136),
+        ("diffusion", 3, 0, 131, 128, 131),
+        ("diffusion", 3, 0, 130, 96, 99),  # a canvas has whole blocks
+        ("diffusion", 3, 5, 130, 122, 130),  # with a suffix it need not
+        ("block", 3, 0, 512, 128, 132),
+        ("block", 3, 0, 130, 125, 128),  # it ends with a whole block of 4
+    ],
+)
+def test_a_default_canvas_is_cut_to_the_context(
+    kind: str, prompt: int, suffix: int, max_len: int, tokens: int, positions: int
+) -> None:
+    made = engine(kind, {"max_len": max_len}).admit(ask((5,) * prompt, (6,) * suffix))
+    assert (made.request.sampling.max_tokens, made.positions) == (tokens, positions)
+    assert len(made.state.tokens) == positions
+
+
+def test_min_tokens_lengthens_a_default() -> None:
+    assert admitted("diffusion", ask(min_tokens=200)).request.sampling.max_tokens == 200
+    with pytest.raises(ContextLengthError, match="less than min_tokens 500") as error:
+        engine("diffusion", {"max_len": 512}).admit(ask((5,) * 100, min_tokens=500))
+    assert error.value.param == "min_tokens"
+
+
+def test_a_canvas_takes_the_defaults_of_its_kind() -> None:
+    made = admitted("diffusion", ask(max_tokens=64))
+    choice = made.state.policy.choice
+    assert (choice.rule, choice.cache, choice.block_length, choice.steps) == ("schedule", "dual", 32, 128)
+    assert made.tier is Tier.APPROXIMATE
+    block = admitted("block", ask(max_tokens=64)).state.policy.choice
+    assert (block.cache, block.block_length, block.steps) == ("none", 4, None)
+
+
+def test_defaults_give_way() -> None:
+    """To more blocks than steps, to a bound on commits a step, to a rule that guesses ahead, to a whole-canvas rule."""
+    wide = engine("diffusion", {"max_len": 9000, "kv_tokens": 16384}, max_len=9000)
+    assert wide.admit(ask(max_tokens=128 * 64 + 1)).state.policy.choice.steps == 257
+    slow = DecodeParams(options={"max_parallel_tokens": 1})
+    assert wide.admit(ask(max_tokens=512, decode=slow)).state.policy.choice.steps == 512
+    ahead = wide.admit(ask(max_tokens=64, decode=DecodeParams(rule="free_dave")))
+    assert (ahead.state.policy.choice.cache, ahead.tier) == ("none", Tier.EXACT_FAST)
+    dream = wide.admit(ask(max_tokens=100, decode=DecodeParams(rule="dream"))).state.policy
+    assert (dream.layout.count, dream.choice.block_length) == (1, 100)
+    for demand in ({"cache": "dual", "rule": "free_dave"}, {"steps": 3}, {"steps": 128, **vars_of(slow)}):
+        with pytest.raises(ValidationError):
+            wide.admit(ask(max_tokens=512, decode=DecodeParams(**demand)))
+
+
+def vars_of(decode: DecodeParams) -> dict[str, Any]:
+    return {name: getattr(decode, name) for name in decode.given}
+
+
+def test_modes_are_presets_that_fields_override() -> None:
+    wide = {"max_parallel_tokens": 64, "early_stop_confidence": 0.9}
+
+    def chosen(kind: str = "diffusion", **fields: Any) -> Any:
+        return admitted(kind, ask(max_tokens=64, decode=DecodeParams(**fields))).state.policy.choice
+
+    fast = chosen(mode="fast")
+    assert (fast.rule, fast.options["threshold"], fast.cache, fast.block_length) == ("threshold", 0.9, "dual", 32)
+    turbo = chosen(mode="turbo")
+    assert (turbo.rule, turbo.options["factor"], turbo.block_length) == ("factor", 1.0, 64)
+    assert turbo.options.items() >= wide.items()
+    assert chosen(mode="streaming").provisional
+    assert not chosen(mode="streaming", provisional=False).provisional
+    standard = admitted("diffusion", ask(max_tokens=192, decode=DecodeParams(mode="standard")))
+    assert (standard.tier, standard.policy.bound(standard.policy.compile(standard.request, standard.state.model))) == (
+        Tier.REFERENCE,
+        192,
+    )
+    mixed = chosen(mode="turbo", threshold=0.7, options={"max_parallel_tokens": 4}, cache="prefix")
+    assert (mixed.rule, mixed.options["threshold"], mixed.cache) == ("threshold", 0.7, "prefix")
+    assert (mixed.options["max_parallel_tokens"], mixed.options["early_stop_confidence"]) == (4, 0.9)
+    assert chosen(mode="fast", rule="entropy_bound").rule == "entropy_bound"
+    assert chosen("block", mode="turbo").block_length == 4, "a block model has blocks and a cache of its own"
+
+
+def test_the_models_own_defaults_of_a_canvas() -> None:
+    own = {"threshold": 0.8, "cache": "prefix", "options": {"max_parallel_tokens": 3}}
+
+    def chosen(**fields: Any) -> Any:
+        return admitted(
+            "diffusion", ask(max_tokens=64, decode=DecodeParams(**fields)), defaults=own
+        ).state.policy.choice
+
+    plain = chosen()
+    assert (plain.rule, plain.options["threshold"], plain.cache) == ("threshold", 0.8, "prefix")
+    assert plain.options["max_parallel_tokens"] == 3
+    assert (chosen(factor=2.0).rule, chosen(mode="fast").options["threshold"]) == ("factor", 0.9)
+    assert chosen(options={"early_stop_confidence": 0.5}).options["max_parallel_tokens"] == 3
+
+
+def test_an_engines_speculation_is_for_those_who_say_nothing() -> None:
+    model = tiny("llama")
+    made = Engine(model, speculative=SpeculativeParams("ngram"))
+    assert made.admit(ask()).tier is Tier.EXACT_FAST
+    assert made.admit(replace(ask(), speculative=SpeculativeParams())).tier is Tier.REFERENCE
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "error", "param"),
+    [
+        ("ar", {"n": 2}, ValidationError, "n"),
+        ("ar", {"stop": "x"}, ValidationError, "stop"),
+        ("ar", {"prompt": (5,) * 512}, ContextLengthError, "prompt"),
+        ("ar", {"prompt": (4000,)}, ValidationError, "prompt"),
+        ("ar", {"prompt": (-1,)}, ValidationError, "prompt"),
+        ("ar", {"max_tokens": 510}, ContextLengthError, "max_tokens"),
+        ("ar", {"suffix": (3,)}, UnsupportedError, "suffix"),
+        ("ar", {"decode": DecodeParams(steps=4)}, UnsupportedError, "steps"),
+        ("diffusion", {"suffix": (4000,)}, ValidationError, "suffix"),
+        ("diffusion", {"max_tokens": 600}, ContextLengthError, "max_tokens"),
+        ("diffusion", {"max_tokens": 490}, ContextLengthError, "max_tokens"),  # its canvas has 512
+        ("diffusion", {"max_tokens": 2**40}, ContextLengthError, "max_tokens"),
+        ("diffusion", {"prompt": (5,) * 500}, ContextLengthError, "prompt"),  # no block is left
+        ("diffusion", {"stop_token_ids": (4000,)}, ValidationError, "stop_token_ids"),
+        ("diffusion", {"logit_bias": {-1: 2.0}}, ValidationError, "logit_bias"),
+        ("diffusion", {"allowed_token_ids": (4000,)}, ValidationError, "allowed_token_ids"),
+        ("block", {"max_tokens": 510}, ContextLengthError, "max_tokens"),
+    ],
+)
+def test_refused_by_name(kind: str, fields: dict[str, Any], error: type[ValidationError], param: str) -> None:
+    with pytest.raises(error) as refused:
+        admitted(kind, ask(**fields), max_len=512)
+    assert refused.value.param == param
+
+
+def test_the_mask_and_the_ends_are_no_text() -> None:
+    made = engine("diffusion")
+    mask = made.info.mask_id
+    assert mask is not None
+    for fields, param in (
+        ({"prompt": (5, mask)}, "prompt"),
+        ({"suffix": (mask,)}, "suffix"),
+        ({"allowed_token_ids": (mask,)}, "allowed_token_ids"),
+        ({"allowed_token_ids": made.info.eos_ids, "min_tokens": 1, "max_tokens": 4}, "allowed_token_ids"),
+    ):
+        with pytest.raises(ValidationError) as refused:
+            made.admit(ask(**fields))
+        assert refused.value.param == param
+
+
+def test_a_canvas_rounded_up_past_all_kv_is_refused() -> None:
+    """It would wait for ever: 33 tokens fit into 48 positions, the canvas of two blocks does not."""
+    small = engine("diffusion", {"kv_tokens": 48, "page_size": 16})
+    with pytest.raises(ContextLengthError, match="needs K,V for 67 positions; the engine holds 48") as refused:
+        small.admit(ask(max_tokens=33))
+    assert refused.value.param == "max_tokens"
+    assert small.admit(ask(max_tokens=32)).positions == 35
+
+
+# ---- once ----
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a request is checked, compiled and begun."""
+    from dfastllm.decode.ar import Autoregressive
+    from dfastllm.decode.canvas.diffusion import MaskedDiffusion
+    from dfastllm.engine import admission, loop
+
+    seen = {"admit": 0, "ids": 0, "choose": 0, "compile": 0, "begin": 0}
+
+    def count(name: str, owner: Any, attribute: str) -> None:
+        real: Callable[..., Any] = getattr(owner, attribute)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            seen[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, attribute, counting)
+
+    count("admit", loop, "admit")
+    count("ids", admission, "_check_ids")
+    count("choose", layout, "choose")
+    for policy in (Autoregressive, MaskedDiffusion):
+        count("compile", policy, "compile")
+        count("begin", policy, "begin")
+    return seen
+
+
+@pytest.mark.parametrize(("family", "canvas"), [("llada", 1), ("llama", 0)])
+@pytest.mark.parametrize("front", ["http", "python", "command line"])
+def test_one_request_is_one_check_one_compile_one_begin(
+    front: str, family: str, canvas: int, counted: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = random_engine(family)
+    if front == "http":
+        from tests.kit.live import serving
+
+        with serving({"m": made}) as live:
+            reply = live.post("/v1/completions", {"model": "m", "prompt": "The dog", "max_tokens": 8})
+            assert reply.status_code == 200, reply.text
+    else:
+        from dfastllm.llm import LLM
+
+        with LLM(engine=made) as llm:
+            if front == "python":
+                assert llm.generate("The dog", SamplingParams(max_tokens=8))[0].outputs[0].token_ids
+            else:
+                from dfastllm.cli.options import decode_params, sampling_params
+                from dfastllm.cli.session import run
+
+                run(llm, "The dog", sampling_params({"max_tokens": "8"}), decode_params({}), live=False)
+    assert counted == {"admit": 1, "ids": 1, "choose": canvas, "compile": 1, "begin": 1}
