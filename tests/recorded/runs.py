@@ -1,10 +1,11 @@
 """The recorded runs that the suite keeps: short runs of random two-layer models, one a family, which together hold
-every kind of span, cache, rule and drafter. `python -m tests.recorded.runs` records them again, which is right only
-when the numbers of a forward were meant to change.
+every kind of span, cache, rule and drafter. `python -m tests.recorded.runs [FAMILY ...]` records them again, which is
+right only for a new family, or when the numbers of a forward were meant to change.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from dfastllm import assemble, models
 from dfastllm.core import DecodeParams, ModelInfo, Request, SamplingParams, SpeculativeParams
-from dfastllm.decode.registry import CACHES, RULES, policies, policy_for
+from dfastllm.decode.registry import CACHES, RULES, policy_for
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.runners.record import Recorder
 from dfastllm.engine.speculate import DraftCanvas, DraftModel
@@ -128,6 +129,7 @@ def record(run: Run, path: Path) -> int:
 
 
 if __name__ == "__main__":
-    assert policies(None)
     for one in runs():
+        if sys.argv[1:] and one.family not in sys.argv[1:]:
+            continue
         print(one.path.name, record(one, one.path), "requests,", one.path.stat().st_size, "bytes")

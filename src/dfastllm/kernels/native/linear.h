@@ -47,6 +47,10 @@ Acts acts_at(void* memory, ActKind kind, int64_t rows, int64_t k);
 
 struct HeadPart;  // linear_head.h
 
+// One panel of output channels for rows [row0, row0 + rows) of acts -> tile [rows][64] float, scales applied, no bias.
+// scratch: kTileScratch bytes of the thread, 64-byte aligned.
+using Tile = void (*)(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch);
+
 // One instruction set's kernels of single rows and panels (linear_*.cpp).
 struct LinearOps {
   // One row: x [k] (norm: times 1/sqrt(mean(x^2) + eps) times norm[k] first, if norm is not null) into row `row` of out.
@@ -54,9 +58,7 @@ struct LinearOps {
   // 32 values x in [-inf, inf] into columns [column, column + 32) of row `row` of out; out.kind is not row8 (whose scale
   // needs the whole row).
   void (*prepare_32)(const float* x, const Acts& out, int64_t row, int64_t column);
-  // One panel of output channels for rows [row0, row0 + rows) of acts -> tile [rows][64] float, scales applied, no bias.
-  // scratch: kTileScratch bytes of the thread, 64-byte aligned.
-  void (*tile[6])(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch);
+  const Tile* tile;  // by Format
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);  // gate / (1 + exp(-gate)) * up
   // The first `channels` of a tile [rows][64] into y [rows][ldy]; bias [channels] or null.
   void (*write_tile)(const float* tile, int64_t rows, int64_t channels, const float* bias, float* y, int64_t ldy,

@@ -22,7 +22,7 @@ namespace avx2 {
 const LinearOps linear_avx2 = {
     avx2::prepare_row,
     avx2::prepare_32,
-    {avx2::f32_tile, avx2::bf16_tile, avx2::tiles::w8, avx2::tiles::w8g, avx2::tiles::w4g, avx2::tiles::w6g},
+    avx2::tiles::kByFormat,
     avx2::silu_mul,
     avx2::write_tile,
     avx2::head_rows,

@@ -26,7 +26,7 @@ namespace avx512 {
 const LinearOps linear_avx512 = {
     avx512::prepare_row,
     avx512::prepare_32,
-    {avx512::f32_tile, avx512::bf16_tile, avx512::tiles::w8, avx512::tiles::w8g, avx512::tiles::w4g, avx512::tiles::w6g},
+    avx512::tiles::kByFormat,
     avx512::silu_mul,
     avx512::write_tile,
     avx512::head_rows,

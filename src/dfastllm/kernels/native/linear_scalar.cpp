@@ -20,7 +20,7 @@ namespace scalar {
 const LinearOps linear_scalar = {
     scalar::prepare_row,
     scalar::prepare_32,
-    {scalar::f32_tile, scalar::bf16_tile, scalar::tiles::w8, scalar::tiles::w8g, scalar::tiles::w4g, scalar::tiles::w6g},
+    scalar::tiles::kByFormat,
     scalar::silu_mul,
     scalar::write_tile,
     scalar::head_rows,

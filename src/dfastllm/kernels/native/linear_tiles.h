@@ -1,6 +1,6 @@
 // Integer tiles: one panel (64 output channels) times rows of int8 codes -> float [rows][64]. Included inside a
 // translation unit's own namespace, after <immintrin.h> (x86), <cstring> and linear.h; tiles::w8, w8g, w4g and w6g are
-// of the type of LinearOps::tile.
+// of type Tile, and tiles::kByFormat holds those of every format.
 //
 // Weights are the unsigned operand of the dot product (u8 x s8), so their codes are stored with an offset (128, 8 or
 // 32). Integer sums start at -offset * sum(activation codes) instead of zero, which takes it off again, exactly.
@@ -149,5 +149,7 @@ inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
 }
 
 #endif
+
+static const Tile kByFormat[] = {f32_tile, bf16_tile, w8, w8g, w4g, w6g};
 
 }  // namespace tiles
