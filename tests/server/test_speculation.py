@@ -138,4 +138,4 @@ def test_a_draft_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_the_facade_takes_configurations_too() -> None:
     (config, _) = SpeculativeConfig.parse(CONFIG)
     with LLM("demo-ar", speculative=config) as llm:
-        assert llm.chat(ASK).outputs[0].usage.drafts > 0
+        assert llm.chat(ASK)[0].outputs[0].usage.drafts > 0

@@ -205,30 +205,31 @@ class CanvasChunk(TypedDict):
     events: list[CanvasEvent]
 
 
-class Completion(Out):
-    """A response."""
-
+class _Answer(Out):
     id: str
-    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+
+
+class _Chunk(_Answer):
+    """A chunk of a stream. `usage`: null but in the last chunk where it was asked for, unless for every chunk."""
+
+    usage: UsageOut | None = None
+    dfastllm: Figures | None = None
+    canvas: SkipValidation[CanvasChunk] | None = None  # ours; a hundred cells a step would cost more than the rest
+    obfuscation: str | None = None
+
+
+class Completion(_Answer):
+    object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: UsageOut
     dfastllm: Figures
 
 
-class CompletionChunk(Out):
-    """A chunk of a stream. `usage`: null but in the last chunk where it was asked for, unless for every chunk."""
-
-    id: str
+class CompletionChunk(_Chunk):
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: UsageOut | None = None
-    dfastllm: Figures | None = None
-    canvas: SkipValidation[CanvasChunk] | None = None  # ours; a hundred cells a step would cost more than the rest
-    obfuscation: str | None = None
 
 
 class FunctionCall(Out):
@@ -272,11 +273,8 @@ class ChatChoice(Out):
     token_ids: list[int] | None = None
 
 
-class ChatCompletion(Out):
-    id: str
+class ChatCompletion(_Answer):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: UsageOut
     dfastllm: Figures
@@ -298,16 +296,9 @@ class ChatChunkChoice(Out):
     token_ids: list[int] | None = None
 
 
-class ChatChunk(Out):
-    id: str
+class ChatChunk(_Chunk):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: UsageOut | None = None
-    dfastllm: Figures | None = None
-    canvas: SkipValidation[CanvasChunk] | None = None  # ours; a hundred cells a step would cost more than the rest
-    obfuscation: str | None = None
 
 
 class ErrorDetails(Out):
