@@ -31,7 +31,7 @@ def test_generate_prints_the_text_and_nothing_else(cli: Cli, diffusion: Path) ->
 
 
 def test_generate_autoregressive(cli: Cli, ar: Path) -> None:
-    result = cli("generate", "hello", "--model", ar, "--max-tokens", 12)
+    result = cli("generate", "hello", "--model", ar, "--max-tokens", 12, "--temperature", 0)
     assert result.stdout == expected(ar, "hello", SamplingParams(temperature=0.0, max_tokens=12)) + "\n"
 
 
@@ -81,11 +81,11 @@ def test_generate_several_answers_are_told_apart_on_stderr(cli: Cli, ar: Path) -
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--temperature", "-1"], "temperature must be >= 0, got -1.0."),
+        (["--temperature", "-1"], "temperature must be a number of at least 0, got -1.0."),
         (["--temperature", "hot"], "temperature must be a number; got 'hot'."),
-        (["--block-length", "0"], "block_length must be at least 1, got 0."),
+        (["--block-length", "0"], "block_length must be a whole number of at least 1, got 0."),
         (["--steps", "x"], "steps must be a whole number; got 'x'."),
-        (["--cache", "big"], "cache must be none, prefix, dual or windowed, got 'big'."),
+        (["--cache", "big"], "cache must be one of none, prefix, dual, windowed, got 'big'."),
         (["--logit-bias", "5"], "logit_bias must be NAME=VALUE; got '5'."),
         (["--logit-bias", "a=1"], "logit_bias must be a whole number; got 'a'."),
         (["--device", "gpu"], "device must be cpu, cuda, cuda:N or mps; got 'gpu' (from --device)."),

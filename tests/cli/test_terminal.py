@@ -16,6 +16,8 @@ import pytest
 pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
 # 257 is the end token of tests/cli/models.py: a random model may draw it, and it does not count as a token.
 SLOW = (
+    "--mode",
+    "standard",
     "--max-tokens",
     "192",
     "--steps",

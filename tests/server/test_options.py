@@ -1,4 +1,4 @@
-"""Body fields to decoder options: the documents' defaults and the cache strategy that follows from the flags."""
+"""Body fields to parameters: the two switches of the cache, two names of one option, and the way back of an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from dfastllm.core import DecodeParams, ModelInfo
 from dfastllm.errors import UnsupportedError, ValidationError
-from dfastllm.server.options import decode_params, sampling_params
+from dfastllm.server.options import decode_params, on_the_wire, sampling_params
 from dfastllm.server.schemas import ChatRequest, CompletionRequest
 from dfastllm.server.serving import ServedModel
 from tests.kit.served import byte_tokenizer
@@ -31,15 +31,23 @@ def served(kind: Any) -> ServedModel:
     return ServedModel(kind, info, byte_tokenizer(), 4096)
 
 
-def decode(kind: Any = "diffusion", max_tokens: int = 128, **fields: Any) -> DecodeParams | None:
-    body = CompletionRequest(model="m", prompt="x", **fields)
-    return decode_params(body, served(kind), max_tokens)
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"model": "m", "prompt": "x", **fields})
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields})
+
+
+def decode(kind: Any = "diffusion", **fields: Any) -> DecodeParams:
+    return decode_params(completion(**fields), served(kind)) or DecodeParams()
 
 
 @pytest.mark.parametrize(
     ("fields", "cache"),
     [
-        ({}, "dual"),
+        ({}, None),
+        ({"use_cache": None}, None),
         ({"use_cache": True}, "dual"),
         ({"use_cache": True, "use_dual_cache": True}, "dual"),
         ({"use_dual_cache": True}, "dual"),
@@ -48,16 +56,12 @@ def decode(kind: Any = "diffusion", max_tokens: int = 128, **fields: Any) -> Dec
         ({"use_cache": False}, "none"),
         ({"use_cache": False, "use_dual_cache": False}, "none"),
         ({"cache": "windowed"}, "windowed"),
-        ({"mode": "standard"}, "none"),
         ({"mode": "standard", "use_cache": True}, "dual"),
-        ({"mode": "fast"}, "dual"),
         ({"mode": "turbo", "use_dual_cache": False}, "prefix"),
     ],
 )
-def test_the_cache_follows_from_the_flags(fields: dict[str, Any], cache: str) -> None:
-    params = decode(**fields)
-    assert params is not None
-    assert params.cache == cache
+def test_the_cache_follows_from_the_switches(fields: dict[str, Any], cache: str | None) -> None:
+    assert decode(**fields).cache == cache
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,6 @@ def test_the_cache_follows_from_the_flags(fields: dict[str, Any], cache: str) ->
         ({"use_cache": True, "cache": "dual"}, "cache"),
         ({"threshold": 1.5}, "threshold"),
         ({"factor": 0.0}, "factor"),
-        ({"remasking": "best"}, "remasking"),
         ({"block_length": 0}, "block_length"),
         ({"steps": 0}, "steps"),
     ],
@@ -78,85 +81,66 @@ def test_bad_options_are_named(fields: dict[str, Any], param: str) -> None:
     assert refused.value.param == param
 
 
-def test_the_documents_defaults() -> None:
-    assert decode() == DecodeParams(cache="dual", steps=128, block_length=32)
-    assert decode(max_tokens=128 * 64 + 1) == DecodeParams(cache="dual", steps=257, block_length=32)  # one per block
-    assert decode(max_tokens=100, block_length=64, steps=7) == DecodeParams(cache="dual", steps=7, block_length=64)
-    sampling = sampling_params(CompletionRequest(model="m", prompt="x"), served("diffusion"), longest=1, logprobs=None)
-    assert (sampling.temperature, sampling.max_tokens) == (0.0, 128)
-    sampling = sampling_params(CompletionRequest(model="m", prompt="x"), served("ar"), longest=1, logprobs=None)
-    assert (sampling.temperature, sampling.max_tokens) == (1.0, 16)
-    chat = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}]})
-    assert sampling_params(chat, served("ar"), longest=96, logprobs=None).max_tokens == 4000
-    assert sampling_params(chat, served("block"), longest=96, logprobs=None).max_tokens == 128
+def test_what_is_not_sent_is_not_passed_on() -> None:
+    for body in (completion(), chat(), completion(temperature=None, max_tokens=None, steps=None)):
+        assert sampling_params(body).given == frozenset()
+        assert decode_params(body, served("diffusion")) is None
+    assert sampling_params(chat(temperature=1.0)).given == {"temperature"}
 
 
-def test_modes_are_presets_that_fields_override() -> None:
-    fast = decode(mode="fast")
-    assert fast is not None
-    assert (fast.threshold, fast.factor) == (0.9, None)
-    turbo = decode(mode="turbo")
-    assert turbo is not None
-    wide = {"max_parallel_tokens": 64, "early_stop_confidence": 0.9}
-    assert (turbo.factor, turbo.options, turbo.block_length) == (1.0, wide, 64)
-    streaming = decode(mode="streaming")
-    assert streaming is not None
-    assert streaming.block_length == 8
-    mixed = decode(mode="turbo", threshold=0.7)
-    assert mixed is not None
-    assert (mixed.threshold, mixed.factor, mixed.options) == (0.7, None, wide)
-    narrow = decode(mode="turbo", rule_options={"max_parallel_tokens": 4}, block_length=16)
-    assert narrow is not None
-    assert (narrow.options, narrow.block_length) == ({**wide, "max_parallel_tokens": 4}, 16)
-    ruled = decode(mode="fast", rule="entropy_bound", rule_options={"gamma": 0.1}, early_stop=False)
-    assert ruled is not None
-    assert (ruled.rule, ruled.options, ruled.threshold, ruled.early_stop) == (
-        "entropy_bound",
-        {"gamma": 0.1},
-        None,
-        False,
-    )
+def test_two_names_of_one_option() -> None:
+    assert sampling_params(chat(max_completion_tokens=5)).max_tokens == 5
+    assert sampling_params(chat(max_completion_tokens=5, max_tokens=5)).max_tokens == 5
+    with pytest.raises(ValidationError, match="two names of one option") as refused:
+        sampling_params(chat(max_completion_tokens=5, max_tokens=6))
+    assert refused.value.param == "max_completion_tokens"
 
 
-def test_block_diffusion_keeps_its_exact_cache() -> None:
-    assert decode("block") == DecodeParams()
-    assert decode("block", use_cache=True, use_dual_cache=False, threshold=0.9) == DecodeParams(threshold=0.9)
-    wide = {"max_parallel_tokens": 64, "early_stop_confidence": 0.9}
-    assert decode("block", mode="turbo") == DecodeParams(factor=1.0, options=wide)
-    for fields in ({"use_cache": False}, {"use_dual_cache": True}, {"cache": "dual"}):
+def test_log_probabilities() -> None:
+    assert sampling_params(completion(logprobs=0)).logprobs == 0
+    assert sampling_params(chat(logprobs=True)).logprobs == 0
+    assert sampling_params(chat(logprobs=True, top_logprobs=3)).logprobs == 3
+    assert sampling_params(chat(logprobs=False)).logprobs is None
+
+
+def test_logit_bias_has_token_ids_as_text() -> None:
+    assert sampling_params(completion(logit_bias={"7": 1.0})).logit_bias == {7: 1.0}
+    for key in ("x", "-1", "9" * 30, ""):
+        with pytest.raises(ValidationError, match="logit_bias maps token ids"):
+            sampling_params(completion(logit_bias={key: 1.0}))
+
+
+def test_models_that_have_a_cache_of_their_own() -> None:
+    for kind in ("ar", "block"):
+        assert decode(kind, use_cache=True, use_dual_cache=False).cache is None
+        assert decode(kind, use_cache=False).cache == "none", "the decoder refuses it"
         with pytest.raises(UnsupportedError) as refused:
-            decode("block", **fields)
-        assert refused.value.param == next(iter(fields))
+            decode(kind, use_dual_cache=True)
+        assert refused.value.param == "use_dual_cache"
 
 
-def test_an_autoregressive_model_refuses_every_diffusion_field() -> None:
-    assert decode("ar") is None
-    fields: dict[str, Any] = {
-        "use_cache": True,
-        "use_dual_cache": True,
-        "cache": "none",
-        "threshold": 0.9,
-        "factor": 1.0,
-        "steps": 8,
-        "block_length": 8,
-        "remasking": "random",
-        "mode": "fast",
-        "rule": "schedule",
-        "rule_options": {},
-        "early_stop": True,
-        "stream_options": {"canvas_events": True},
-    }
-    for name, value in fields.items():
-        with pytest.raises(UnsupportedError) as refused:
-            decode("ar", **{name: value})
-        assert (refused.value.param or "").startswith(name)
-    assert decode("ar", steps=None, stream_options={"canvas_events": False}) is None
+def test_guesses_only_for_who_watches() -> None:
+    assert decode(stream=True, stream_options={"canvas_events": True}, mode="fast").provisional
+    quiet = decode(mode="streaming")
+    assert not quiet.provisional
+    assert "provisional" in quiet.given, "the preset has guesses shown; nobody looks"
+    assert decode_params(completion(mode="streaming"), served("ar")) == DecodeParams(mode="streaming")
 
 
-def test_provisional_guesses_only_for_who_watches() -> None:
-    watched = decode(stream_options={"canvas_events": True})
-    assert watched is not None
-    assert watched.provisional
-    unwatched = decode()
-    assert unwatched is not None
-    assert not unwatched.provisional
+@pytest.mark.parametrize(
+    ("fields", "param", "wanted"),
+    [
+        ({"rule_options": {"x": 1}}, "options", "rule_options"),
+        ({"use_cache": False}, "cache", "use_cache"),
+        ({"cache": "dual"}, "cache", "cache"),
+        ({"max_tokens": 7}, "max_tokens", "max_tokens"),
+        ({}, "model", "model"),
+    ],
+)
+def test_errors_name_the_field_that_was_sent(fields: dict[str, Any], param: str, wanted: str) -> None:
+    error = on_the_wire(ValidationError(f"{param} is wrong.", param=param), completion(**fields))
+    assert (error.param, str(error)) == (wanted, f"{wanted} is wrong.")
+    told = on_the_wire(ValidationError("the prompt is long.", param="prompt"), chat())
+    assert told.param == "messages"
+    told = on_the_wire(ValidationError("max_tokens is much.", param="max_tokens"), chat(max_completion_tokens=7))
+    assert (told.param, str(told)) == ("max_completion_tokens", "max_completion_tokens is much.")
