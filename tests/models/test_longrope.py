@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfastllm import assemble, models
+from dfastllm import LLM, SamplingParams, models
 from dfastllm.engine import EngineConfig
 from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.llm import load_engine
@@ -115,11 +115,23 @@ def test_the_engine_takes_the_factors_of_its_context(backend: str, kind: str, tm
         from dfastllm.text.gguf import tokenizer_metadata
 
         path = write_gguf(path, tmp_path / "m.gguf", "F32", tokenizer=tokenizer_metadata(DEMO, 1280))
-    for limit, length in ((None, WHOLE), (TRAINED, TRAINED), (TRAINED + 1, TRAINED + 1)):
-        engine = load_engine(path, backend=backend, config=EngineConfig(max_len=limit))  # type: ignore[arg-type]
-        assert engine.max_len == length
-        assert engine.model.config == replace(model.config, max_len=length)  # type: ignore[union-attr]
-    assert assemble.load(path, max_len=TRAINED).model.config.max_len == TRAINED
+    texts = [some(length).tolist() for length in (5, 20, 41)]
+    answers = {}
+    for limit in (WHOLE, TRAINED, TRAINED + 1):
+        config = EngineConfig(max_len=limit)
+        engine = load_engine(path, backend=backend, kv_cache_dtype="float32", config=config)  # type: ignore[arg-type]
+        assert engine.max_len == limit
+        with LLM(engine=engine) as llm:
+            batch = llm.generate(texts, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+        answers[limit] = [output.outputs[0].token_ids for output in batch]
+        plain = models.Decoder(model.config.within(limit), model.info)
+        plain.load_state_dict(model.state_dict())
+        for text, answer in zip(texts, answers[limit], strict=True):
+            ids = torch.tensor(text)
+            for _ in range(20):
+                ids = torch.cat([ids, logits(plain, ids)[-1:].argmax(-1)])
+            assert list(answer) == ids[len(text) :].tolist()
+    assert answers[WHOLE] == answers[TRAINED + 1] != answers[TRAINED]
 
 
 # GGUF
