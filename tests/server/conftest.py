@@ -30,7 +30,7 @@ def live() -> Iterator[Live]:
 @pytest.fixture
 def parrot(live: Live) -> Iterator[Parrot]:
     """The scripted model, silent again afterwards."""
-    model = live.worker.engines["parrot"].runner.model
+    model = live.worker.engines["parrot"].model
     assert isinstance(model, Parrot)
     yield model
     model.teach(0, "")
