@@ -206,6 +206,48 @@ def test_the_windows_of_olmo3(windowed: tuple[bool, ...], said: Any, read: tuple
         assert (opened.config.window, opened.config.windowed) == (24, read)
 
 
+EVERY_FOURTH = tuple(i % 4 == 3 for i in range(64))
+OTHERS = tuple(not mark for mark in EVERY_FOURTH)
+
+
+@pytest.mark.parametrize(
+    ("said", "windowed"),
+    [
+        (None, OTHERS),
+        (8, tuple(i % 8 != 7 for i in range(64))),
+        (np.array([True, False] * 32), (True, False) * 32),
+        (np.array([True] * 64), ()),
+        (np.array([False] * 64), (False,) * 64),
+    ],
+)
+def test_the_windows_of_exaone4(said: Any, windowed: tuple[bool, ...], tmp_path: Path) -> None:
+    """llama.cpp has them in 64 layers; those without know no positions."""
+    model = tiny("exaone4", layers=64, window=24, windowed=OTHERS, ropeless=EVERY_FOURTH, rope_scaling=SCALINGS[0])
+    same(model, expanded(write_gguf(model, tmp_path / "m.gguf", "F32")))
+    with GgufFile.open(tmp_path / "m.gguf") as file:
+        assert file.metadata["exaone4.attention.sliding_window_pattern"].tolist() == list(OTHERS)
+        values = {name: to_float(file, tensor) for name, tensor in file.tensors.items()}
+        metadata = {key: value for key, value in file.metadata.items() if not key.endswith("window_pattern")}
+    if said is not None:
+        metadata["exaone4.attention.sliding_window_pattern"] = said
+    planned = [Planned(n, tuple(v.shape), "F32", lambda v=v: v) for n, v in values.items()]
+    with open_gguf(write_file(tmp_path / "other.gguf", metadata, planned)) as opened:
+        found = opened.config
+    assert (found.window, found.windowed) == ((24, windowed) if windowed[:1] != (False,) else (0, ()))
+    assert found.ropeless == tuple(not mark for mark in windowed)
+    for bad in (np.array([True, False]), 0):
+        metadata["exaone4.attention.sliding_window_pattern"] = bad
+        path = write_file(tmp_path / "bad.gguf", metadata, planned)
+        with pytest.raises(ModelLoadError, match="must be a number above 0 or 64 marks, got"):
+            open_gguf(path)
+
+
+def test_queries_scaled_by_position_are_refused(tmp_path: Path) -> None:
+    """Ministral 3, which shares the architecture of Mistral Small 3.1."""
+    with pytest.raises(ModelLoadError, match=r"attention\.temperature_scale=0\.5 is not supported"):
+        open_gguf(changed(tmp_path, "mistral3", A__attention__temperature_scale=0.5))
+
+
 # Rotary scaling
 
 SCALINGS = [
@@ -500,6 +542,16 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
         (lambda: tiny("fast_dllm_v2"), "no GGUF architecture"),
         (lambda: tiny("llama", rope_dim=4), "no place for rope_dim=4"),
         (lambda: tiny("qwen3", rope_scaling=SCALINGS[1]), "llama3 rope scaling"),
+        (
+            lambda: tiny("smollm3", ropeless=(False, True, False, True)),
+            "smollm3 has no rotary positions in every layer",
+        ),
+        (lambda: tiny("smollm3", window=8, windowed=(False, False, False, True)), "no place for window=8"),
+        (lambda: tiny("smollm3", qkv_bias=True, out_bias=True), "no place for qkv_bias=True"),
+        (lambda: tiny("smollm3", rope_scaling=SCALINGS[1]), "llama3 rope scaling"),
+        (lambda: tiny("seed_oss", out_bias=True), "no place for out_bias=True"),
+        (lambda: tiny("exaone4", window=8, windowed=(True, False), ropeless=(False, True)), "window in 64 layers"),
+        (lambda: tiny("mistral3", window=8), "no place for window=8"),
         (lambda: tiny("olmo2", tied=True), "olmo2 has no tied head"),
         (lambda: tiny("phi3", head_dim=16), r"heads \* head_dim equal to the hidden size"),
         (lambda: tiny("olmo2", qkv_bias=True, out_bias=True), "no place for qkv_bias=True"),

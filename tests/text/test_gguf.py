@@ -86,7 +86,10 @@ def test_fields_alone_give_the_shipped_tokenizer_but_for_its_pattern(demo_fields
         assert again.decode(again.encode(text)) == text
 
 
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "gpt-2", "tekken", "gpt-4o", "default"])
+NEW = ["deepseek-llm", "deepseek-coder", "seed-coder"]
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "gpt-2", "tekken", "gpt-4o", "default", *NEW])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_comes_back(pre: str, demo_fields: dict[str, Any], text: str) -> None:
@@ -101,6 +104,77 @@ def _cached(pre: str, fields: dict[str, Any]) -> Tokenizer:
     if pre not in _CACHE:
         _CACHE[pre] = read_tokenizer({**fields, "tokenizer.ggml.pre": pre})
     return _CACHE[pre]
+
+
+# As the authors' tokenizer.json files cut text. DeepSeek-LLM lists every letter that has another case, Unicode 11's.
+_SEED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+PUBLISHED: dict[str, list[str | None]] = {
+    "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, None],
+    "deepseek-llm": [
+        "[\r\n]",
+        SPLITS["deepseek-llm"].patterns[1],
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        _HAN,
+        None,
+    ],
+    "seed-coder": [_SEED],
+}
+
+
+@pytest.mark.parametrize("pre", NEW)
+def test_published_cutting_is_known_by_name(pre: str, tmp_path: Path, demo_fields: dict[str, Any]) -> None:
+    """tokenizer.json with these steps -> the name in GGUF -> the same ids, without the tokenizer.json."""
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if pattern is None
+        else pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+        for pattern in PUBLISHED[pre]
+    ]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {token: i for i, token in enumerate(demo_fields["tokenizer.ggml.tokens"])}
+    merges = [merge for merge in (_pair(text) for text in demo_fields["tokenizer.ggml.merges"]) if not _digits(merge)]
+    original = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    original.pre_tokenizer = pre_tokenizers.Sequence([*steps, level])
+    original.decoder = decoders.ByteLevel()
+    original.save(str(tmp_path / "tokenizer.json"))
+    fields = tokenizer_metadata(tmp_path, ROWS)
+    assert fields["tokenizer.ggml.pre"] == pre
+    assert "tokenizer.huggingface.json" not in fields
+    again = read_tokenizer(fields)
+    draw = np.random.default_rng(0)
+    letters = [*"".join(HARD).replace("\x00", ""), *"\u01c5\u0561\u10d0\u1f7d\u3000\U00010410"]
+    texts = HARD + ["".join(draw.choice(letters, 1 + i % 24)) for i in range(500)]
+    assert [again.encode(text) for text in texts] == [original.encode(text).ids for text in texts]
+    assert len({tuple(again.encode(text)) for text in texts}) > 400
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    cut = merge.index(" ", 1)
+    return merge[:cut], merge[cut + 1 :]
+
+
+def _digits(merge: tuple[str, str]) -> bool:
+    """Whether it joins digits, which no merge of these models does: one by one and in runs are then the same."""
+    return "".join(merge).strip("Ġ").isdecimal()
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("deepseek-coder", "It's 3.14\n\nok", ["It", "'", "s", " ", "3", ".", "1", "4", "\n", "\n", "ok"]),
+        ("deepseek-coder", "a, b 中文c", ["a", ",", " b", " ", "中文", "c"]),
+        ("deepseek-llm", "It's 3.14  ", ["It", "'", "s", " ", "3", ".", "14", "  "]),
+        ("deepseek-llm", "été中文 x", ["é", "t", "é", "中文", " x"]),
+        ("seed-coder", "It's 314!\n\nok", ["It", "'s", " ", "3", "1", "4", "!", "\n\n", "ok"]),
+    ],
+)
+def test_pieces(pre: str, text: str, pieces: list[str], demo_fields: dict[str, Any]) -> None:
+    cuts = _cached(pre, demo_fields).backend.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:stop] for _, (start, stop) in cuts] == pieces
 
 
 # SentencePiece

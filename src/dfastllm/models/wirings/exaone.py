@@ -52,6 +52,7 @@ def read_exaone(fields: Fields) -> DecoderConfig:
     """What the authors' class says stands where a config.json is silent; a head is hidden_size / heads there."""
     fields.only(activation_function="silu", attention_bias=False, mlp_bias=False, sliding_window=None)
     named = {theirs: fields.raw.get(own, fields.raw.get(theirs)) for theirs, own in RENAMED.items()}
+    fields.get("num_layers|num_hidden_layers", int)  # an error names the field as these files do
     silent = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     raw = {**silent, **fields.raw, **{name: value for name, value in named.items() if value is not None}}
     config = read_llama(Fields(raw, fields.where))
@@ -82,8 +83,10 @@ def _read_pattern(fields: Fields) -> int | str:
 
 
 def _hybrid(config: DecoderConfig, window: int, marks: tuple[bool, ...]) -> DecoderConfig:
-    """With these windows; layers that have none know no positions. marks: empty: all have one."""
-    return replace(config, window=window, windowed=marks, ropeless=tuple(not mark for mark in marks))
+    """With a window in the marked layers; the others know no positions."""
+    some = any(marks) and not all(marks)
+    ropeless = () if all(marks) else tuple(not mark for mark in marks)
+    return replace(config, window=window if any(marks) else 0, windowed=marks if some else (), ropeless=ropeless)
 
 
 def read_exaone4(fields: Fields) -> DecoderConfig:
@@ -96,7 +99,7 @@ def read_exaone4(fields: Fields) -> DecoderConfig:
         return body
     marks = _windowed(_read_pattern(fields), body.layers)  # where the file has no layer_types
     window, windowed = read_window(with_window, body.layers, lambda i: marks[i])
-    return _hybrid(body, window, windowed) if window else replace(body, ropeless=(True,) * body.layers)
+    return _hybrid(body, window, windowed or (window > 0,) * body.layers)
 
 
 def write_exaone4(config: DecoderConfig) -> dict[str, Any]:
@@ -114,14 +117,14 @@ def _read_gguf(metadata: Fields, config: DecoderConfig) -> DecoderConfig:
     said = metadata.raw.get("attention.sliding_window_pattern", EVERY)
     if isinstance(said, bool):  # the same mark for all layers
         said = [said] * config.layers
-    if not isinstance(said, int) and (not isinstance(said, list) or len(said) != config.layers):
+    if said < 1 if isinstance(said, int) else not isinstance(said, list) or len(said) != config.layers:
         raise ModelLoadError(
-            f"{metadata.where}: attention.sliding_window_pattern must be a number or {config.layers} marks, got "
-            f"{said!r:.200}.",
+            f"{metadata.where}: attention.sliding_window_pattern must be a number above 0 or {config.layers} marks, "
+            f"got {said!r:.200}.",
             param="attention.sliding_window_pattern",
         )
     marks = tuple(map(bool, said)) if isinstance(said, list) else _windowed(said, config.layers)
-    return _hybrid(config, config.window if any(marks) else 0, () if all(marks) else marks)
+    return _hybrid(config, config.window, marks)
 
 
 def _write_gguf(config: DecoderConfig) -> dict[str, Any]:
