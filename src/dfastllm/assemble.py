@@ -1,7 +1,7 @@
 """From a path to a model that can serve: the one place where read > quantise > pack meet. Models know none of it.
 
-On a CPU a dense model becomes a `PackedDecoder` (kernels of our own, quantised or not); on another device, for a
-mixture of experts, or where asked, it stays the plain torch `Decoder`.
+On a CPU a model becomes a `PackedDecoder` (kernels of our own, quantised or not); on another device, with ops that the
+kernels lack (mixtures of experts), or where asked, it stays the plain torch `Decoder`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, pack_decoder
+from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, find_family, pack_decoder, require_packable
 from dfastllm.models import load as load_decoder
 from dfastllm.models.checkpoint import (
+    fill,
     named_dtype,
     quant_config,
     quantisable,
@@ -103,6 +104,8 @@ def load(
         with open_gguf(path, name=name, max_len=max_len) as gguf:
             tokenizer = read_tokenizer(gguf.file.metadata)
             tokenizer.check_fits(gguf.info.vocab_size, gguf.info.mask_id)
+            if quantization is None and backend != "native" and _lacks(gguf.info, gguf.config):
+                return Loaded(_expanded(gguf, device, dtype), tokenizer)
             _packed_is_right(gguf.config, gguf.info, device, backend, quantised=True)
             return Loaded(_assemble(_from_gguf(gguf, dtype), quantization), tokenizer)
     _, config, info = read_model(path, name, max_len)
@@ -136,17 +139,35 @@ def model_info(path: str | Path, name: str | None = None) -> ModelInfo:
     return read_model(path, name or path.name)[2]
 
 
+def _lacks(info: ModelInfo, config: DecoderConfig) -> UnsupportedError | None:
+    """Why the kernels cannot run this model's program, if they cannot."""
+    try:
+        require_packable(find_family(info.family).program(config), info.name)
+    except UnsupportedError as error:
+        return error
+    return None
+
+
+def _expanded(gguf: GgufModel, device: str | torch.device, dtype: torch.dtype | str | None) -> Decoder:
+    """The plain model of a GGUF file, its weights as floats of `dtype`, None: bfloat16."""
+    model = skeleton(gguf.config, gguf.info, torch.bfloat16 if dtype is None else named_dtype(dtype))
+    return fill(model, ((own, value) for own, value, _ in gguf.tensors()), device)
+
+
 def _packed_is_right(
     config: DecoderConfig, info: ModelInfo, device: str | torch.device, backend: Backend, quantised: bool
 ) -> bool:
     """Whether the packed decoder is to be built. Raises UnsupportedError where it must and cannot be."""
     problem = None
+    lacks = _lacks(info, config)
+    if lacks is not None and (quantised or backend == "native"):
+        raise lacks
     if torch.device(device).type != "cpu":
         problem = ("device", f"on a CPU, not on {device}")
-    elif config.moe is not None:
-        problem = ("model", f"dense models; {info.name} is a mixture of experts")
     elif backend == "torch":
         problem = ("backend", "with backend native or auto, not torch")
+    if lacks is not None:
+        return False
     if problem is None:
         return quantised or backend == "native" or native() is not None
     param, serves = problem

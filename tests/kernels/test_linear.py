@@ -20,7 +20,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.extension import native, set_threads, threads
-from dfastllm.kernels.linear import linear, linear_swiglu, pack, prepare, weight_rows
+from dfastllm.kernels.linear import linear, linear_gated, pack, prepare, weight_rows
 from dfastllm.kernels.packed import GROUP, Packed, QTensor, pack_panels
 
 needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
@@ -95,7 +95,7 @@ def test_swiglu(format: str, mins: bool, kind: str) -> None:
     """As the products one by one: gate and up by `linear`, silu in float64, then the rule of `prepare`."""
     tensor, bias, x = random_qtensor(format, 192, 64, mins=mins), torch.randn(192) * 0.1, torch.randn(37, 64) * 0.1
     weight = pack(tensor)
-    out = linear_swiglu(x, weight, bias, kind=kind)
+    out = linear_gated(x, weight, bias, kind=kind)
     gate, up = linear(x, weight, bias).double().view(37, 3, 2, 32).unbind(dim=2)
     h = (gate / (1 + torch.exp(-gate)) * up).reshape(37, 96)
     scales = out.scales
@@ -104,7 +104,7 @@ def test_swiglu(format: str, mins: bool, kind: str) -> None:
         step = step + 0.501 * (scales[:, None] if kind == "row8" else scales.repeat_interleave(32, dim=1))
     assert bool(((out.dequantise() - h).abs() <= step + 1e-30).all())
     set_threads(3)
-    again = linear_swiglu(x[4:5], weight, bias, kind=kind)
+    again = linear_gated(x[4:5], weight, bias, kind=kind)
     if native() is not None:
         assert torch.equal(again.data, out.data[4:5])
 
@@ -177,7 +177,7 @@ SCRIPT = """
 import json, sys, torch
 from dfastllm.kernels import extension
 from dfastllm.kernels.activations import act_kind
-from dfastllm.kernels.linear import head_stats, linear, linear_swiglu, pack, prepare
+from dfastllm.kernels.linear import head_stats, linear, linear_gated, pack, prepare
 from tests.kit.weights import CASES, random_qtensor
 out, bits = {}, []
 for format, mins in CASES:
@@ -186,7 +186,7 @@ for format, mins in CASES:
     weight = pack(random_qtensor(format, 192, 160, mins=mins))
     acts = prepare(x, act_kind(format), norm=norm, eps=1e-6)
     bits.append([acts.data.double().tolist(), None if acts.scales is None else acts.scales.tolist()])
-    y, h = linear(acts, weight), linear_swiglu(acts, weight, kind="f32")
+    y, h = linear(acts, weight), linear_gated(acts, weight, kind="f32")
     stats = head_stats(acts, weight, ban=(3,), entropy=True, topk=4)
     results = (y, h.data, stats.token, stats.norm, stats.entropy)
     out[format + str(mins)] = [part.tolist() for part in results]
@@ -249,9 +249,9 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValidationError, match="must have the inputs' 3 rows, got 4"):
         linear(x, weight, accumulate=torch.zeros(4, 70))
     with pytest.raises(ValidationError, match="must alternate by 32"):
-        linear_swiglu(x, weight, kind="f32")
+        linear_gated(x, weight, kind="f32")
     with pytest.raises(ValidationError, match="must alternate by 32"):
-        linear_swiglu(x, pack(random_qtensor("w8g", 128, 64)), kind="f32", width=32)
+        linear_gated(x, pack(random_qtensor("w8g", 128, 64)), kind="f32", width=32)
     with pytest.raises(ValidationError, match="ids must be 0 to 69, got -1 to 3"):
         weight_rows(weight, torch.tensor([3, -1]))
     with pytest.raises(ValidationError, match="ids must be contiguous int64"):

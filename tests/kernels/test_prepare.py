@@ -13,7 +13,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import ACT_KINDS, Acts, act_kind
 from dfastllm.kernels.extension import native, set_threads, threads
-from dfastllm.kernels.linear import linear_swiglu, prepare
+from dfastllm.kernels.linear import linear_gated, prepare
 from dfastllm.kernels.packed import QTensor, pack_panels
 
 needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
@@ -168,7 +168,7 @@ def test_swiglu_against_float64(kind: str, width: int) -> None:
     at_gate, at_up = order[:, 0].reshape(-1)[:width], order[:, 1].reshape(-1)[:width]
     x = torch.zeros(50, columns)
     x[:, at_gate], x[:, at_up] = gate, up
-    out = linear_swiglu(x, pack_panels(QTensor("f32", torch.eye(columns))), kind=kind, width=width)
+    out = linear_gated(x, pack_panels(QTensor("f32", torch.eye(columns))), kind=kind, width=width)
     assert (out.rows, out.k) == (50, width)
     exact = gate.double() / (1 + torch.exp(-gate.double())) * up.double()
     step, scales = 2.0**-8 if kind == "bf16" else 0.0, prepare(exact.float(), kind).scales

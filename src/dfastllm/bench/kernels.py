@@ -17,7 +17,7 @@ from dfastllm.bench.cpu.ceilings import Ceilings
 from dfastllm.bench.measure import spread
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import act_kind
-from dfastllm.kernels.linear import head_stats, linear, linear_swiglu, pack, prepare
+from dfastllm.kernels.linear import head_stats, linear, linear_gated, pack, prepare
 from dfastllm.kernels.packed import GROUP, Packed, QTensor
 
 __all__ = ["FORMATS", "ROWS", "SHAPES", "Work", "measure", "works"]
@@ -128,7 +128,7 @@ def _glue(format: str, rows: Sequence[int]) -> Iterator[Work]:
             return plain.prepare(x, kind, norm=norm, eps=1e-6)
 
         def swiglu(i: int, acts: Any = acts) -> object:
-            return linear_swiglu(acts, weights[i % len(weights)], kind=kind)
+            return linear_gated(acts, weights[i % len(weights)], kind=kind)
 
         def eager(i: int, product: Any = product) -> object:
             gate, up = product(i).chunk(2, dim=1)

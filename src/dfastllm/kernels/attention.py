@@ -36,8 +36,8 @@ def rope_store(
 
     qkv float32 [rows, (heads + 2 kv_heads) * dim], rows may be further apart; cos, sin float32 [rows, rotary / 2]: the
     first `rotary` dims of a head rotate, in pairs (i, i + rotary / 2). q_norm, k_norm [dim]: RMSNorm of each head
-    first, x / sqrt(mean(x^2) + eps) * weight. K and V go to step.slot in `cache` and to step.own_slot in `own`, as the
-    layer's type: bfloat16 to the nearest, int8 as codes of -127 to 127 with scale max |x| / 127 per position and head
+    first, or [heads * dim] of all heads at once, x / sqrt(mean(x^2) + eps) * weight. K and V go to step.slot in
+    `cache` and to step.own_slot in `own`, as the layer's type: bfloat16 to the nearest, int8 as codes of -127 to 127 with scale max |x| / 127 per position and head
     (NaN if a value is not finite). ValidationError says what does not fit.
     """
     module = native()
@@ -49,9 +49,9 @@ def rope_store(
             _check_floats(name, table, (rows, half))
         if 2 * half > dim:
             raise ValidationError(f"{2 * half} rotary dims do not fit into heads of {dim}.", param="cos")
-        for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        for name, weight, count in (("q_norm", q_norm, heads), ("k_norm", k_norm, kv_heads)):
             if weight is not None:
-                _check_floats(name, weight, (dim,))
+                _check_floats(name, weight, (count * dim if weight.shape == (count * dim,) else dim,))
         step.check(cache.blocks, 0 if own is None else own.blocks)
         plain.rope_store(qkv, cos, sin, step, cache, own, heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
         return
@@ -70,12 +70,16 @@ def attention(
     *,
     heads: int,
     scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(scale * q k^T) v of every span over the keys that each row sees -> float32 [rows, heads * dim].
 
     q float32 [rows, heads * dim or more] (qkv as rope_store leaves it); the keys are those of step.spans, each row's
     limits and the masks. heads is a multiple of the layer's kv_heads, neighbours share one. scale: dim ** -0.5 unless
-    given. Rows that see no key, or are in no span, give zeros. ValidationError says what does not fit.
+    given. window: a row at position p sees only keys at positions above p - window; 0: all. softcap: a score s becomes
+    softcap * tanh(s / softcap) where softcap > 0. Rows that see no key, or are in no span, give zeros.
+    ValidationError says what does not fit.
 
     Sums are float32. The native AVX-512 kernels round q and the softmax weights to bfloat16 where K and V are that.
     """
@@ -85,11 +89,11 @@ def attention(
         kv_heads, dim = _check_layers(cache, own)
         _check_rows("q", q, len(step), heads, kv_heads, heads * dim)
         step.check(cache.blocks, 0 if own is None else own.blocks)
-        return plain.attention(q, step, cache, own, heads=heads, scale=scale)
+        return plain.attention(q, step, cache, own, heads=heads, scale=scale, window=window, softcap=softcap)
     out = torch.empty(len(step), heads * cache.k.shape[2])
     handle = None if own is None else own.native()
     try:
-        module.attention(q, heads, scale, cache.native(), handle, step.native(), out)
+        module.attention(q, heads, scale, cache.native(), handle, step.native(), out, window, softcap)
     except ValueError as error:
         raise ValidationError(str(error)) from error
     return out

@@ -66,7 +66,9 @@ def rope_store(
     q, k, v = by_head[:, :heads], by_head[:, heads : heads + kv_heads], by_head[:, heads + kv_heads :]
     for x, weight in ((q, q_norm), (k, k_norm)):
         if weight is not None:
-            x.mul_(torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).mul_(weight)
+            sizes = x.square().mean(-1, keepdim=True)  # of each head
+            sizes = sizes if len(weight) == dim else sizes.mean(1, keepdim=True)
+            x.mul_(torch.rsqrt(sizes + eps)).mul_(weight.view(-1, dim))
         half = cos.shape[1]
         c, s = cos[:, None, :], sin[:, None, :]
         a, b = x[..., :half].clone(), x[..., half : 2 * half].clone()
@@ -111,7 +113,17 @@ def read_keys(layer: KvLayer, blocks: Tensor, count: int) -> tuple[Tensor, Tenso
     return k.permute(0, 3, 1, 2).flatten(0, 1)[:count], v.transpose(1, 2).flatten(0, 1)[:count]
 
 
-def attention(q: Tensor, step: Step, cache: KvLayer, own: KvLayer | None, *, heads: int, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    step: Step,
+    cache: KvLayer,
+    own: KvLayer | None,
+    *,
+    heads: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
     kv_heads, dim = cache.k.shape[1], cache.k.shape[2]
     group = heads // kv_heads
     out = q.new_zeros(q.shape[0], heads * dim)
@@ -120,10 +132,12 @@ def attention(q: Tensor, step: Step, cache: KvLayer, own: KvLayer | None, *, hea
         if own is not None:
             parts.append(_keys(own, step.own_blocks, own_at, own_count))
         k, v = (torch.cat(side) for side in zip(*parts, strict=True))
-        seen = torch.from_numpy(_seen(step, i))  # [rows, keys]
+        seen = torch.from_numpy(_seen(step, i, window))  # [rows, keys]
         # [kv_heads, rows, group, dim] against [kv_heads, 1, keys, dim]
         part = q[row0:row1, : heads * dim].view(row1 - row0, kv_heads, group, dim).transpose(0, 1)
         scores = (part @ k.permute(1, 2, 0)[:, None]) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         weights = torch.softmax(scores.masked_fill(~seen[None, :, None, :], -torch.inf), dim=-1)
         mixed = weights.masked_fill(~seen[None, :, None, :], 0.0) @ v.transpose(0, 1)[:, None]
         out[row0:row1] = mixed.transpose(0, 1).reshape(row1 - row0, heads * dim)
@@ -134,11 +148,14 @@ def _keys(layer: KvLayer, blocks: np.ndarray, at: int, count: int) -> tuple[Tens
     return read_keys(layer, torch.from_numpy(blocks[at : at + -(-count // BLOCK)]).long(), count)
 
 
-def _seen(step: Step, span: int) -> np.ndarray:
+def _seen(step: Step, span: int, window: int) -> np.ndarray:
     """bool [rows, cached + own]: which keys the rows of a span see."""
     row0, row1, cached, own = (int(x) for x in step.spans[span, :4])
     limits = np.arange(cached) < step.cached_limit[row0:row1, None], np.arange(own) < step.own_limit[row0:row1, None]
     seen: np.ndarray = np.concatenate(limits, axis=1)
+    if window:
+        places = np.concatenate([np.arange(cached), int(step.spans[span, 6]) + np.arange(own)])
+        seen &= places > step.positions[row0:row1, None] - window
     at = int(step.spans[span, 7])
     if at >= 0:
         seen &= step.mask[at : at + seen.size].reshape(seen.shape) != 0

@@ -8,6 +8,8 @@ Whoever calls keeps tensors on the CPU; ValidationError says what does not fit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +31,21 @@ from dfastllm.kernels.activations import (
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import FORMATS, FORMS, PANEL, Packed, QTensor, aligned, pack_panels
 
-__all__ = ["describe", "describe_acts", "head_stats", "linear", "linear_swiglu", "pack", "prepare", "weight_rows"]
+__all__ = [
+    "ACTIVATIONS",
+    "bound",
+    "describe",
+    "describe_acts",
+    "head_stats",
+    "linear",
+    "linear_gated",
+    "pack",
+    "prepare",
+    "softcap",
+    "weight_rows",
+]
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # of a gate; gelu_tanh: the approximation by tanh
 
 _STATS = np.dtype(
     [("token", "i4"), ("finite", "i4"), ("top", "f4"), ("second", "f4"), ("norm", "f4"), ("entropy", "f4")]
@@ -73,11 +89,17 @@ def linear(
     return y
 
 
-def linear_swiglu(
-    x: Tensor | Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, kind: str, width: int | None = None
+def linear_gated(
+    x: Tensor | Acts,
+    weight: Packed | QTensor,
+    bias: Tensor | None = None,
+    *,
+    kind: str,
+    width: int | None = None,
+    activation: str = "silu",
 ) -> Acts:
-    """silu(gate) * up prepared for the next linear. The weight holds 32 channels of the gate and the same 32 of the up
-    projection in turn (bias [n] too), n a multiple of 64; width (default n / 2): how many of the products exist, the
+    """activation(gate) * up prepared for the next linear. The weight holds 32 channels of the gate and the same 32 of the
+    up projection in turn (bias [n] too), n a multiple of 64; width (default n / 2): how many of the products exist, the
     last up to 31 pairs of channels being padding."""
     n, k = _shape(weight)
     width = n // 2 if width is None else width
@@ -88,15 +110,32 @@ def linear_swiglu(
         )
     if kind not in ACT_KINDS:
         raise ValidationError(f"kind must be one of {', '.join(ACT_KINDS)}, got {kind!r}.", param="kind")
+    if activation not in ACTIVATIONS:
+        raise ValidationError(
+            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.", param="activation"
+        )
     check_vector("bias", bias, n)
     acts = _prepared(x, weight.format, k)
     module = native()
     if module is None or isinstance(weight, QTensor):
-        return plain.linear_swiglu(acts, weight, bias, kind=kind, width=width)
+        return plain.linear_gated(acts, weight, bias, kind=kind, width=width, activation=activation)
     out = _acts(kind, acts.rows, width)
     h = torch.empty(acts.rows, width) if kind == "row8" else None
-    module.linear_swiglu(describe(weight, bias), describe_acts(acts), _address(h), describe_acts(out))
+    number = ACTIVATIONS.index(activation)
+    module.linear_gated(describe(weight, bias), describe_acts(acts), number, _address(h), describe_acts(out))
     return out
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap) of float32 rows, in place, NaN where x is not finite; x itself where cap is 0."""
+    if not cap:
+        return x
+    check_rows(x)
+    module = native()
+    if module is None or not x.is_contiguous():
+        return plain.softcap(x, cap)
+    module.softcap(x.data_ptr(), x.numel(), cap)
+    return x
 
 
 def head_stats(
@@ -107,23 +146,25 @@ def head_stats(
     ban: tuple[int, ...] = (),
     entropy: bool = False,
     topk: int = 0,
+    cap: float = 0.0,
 ) -> HeadStats:
-    """What a decoder asks about each row of logits x @ weight.T + bias, the ids in `ban` left out. The native kernels
-    never write the logits out; the numbers are those of the logits that `linear` gives, and the same bits whatever else
-    is asked for."""
+    """What a decoder asks about each row of logits x @ weight.T + bias, capped where `cap` is not 0 (as by `softcap`),
+    the ids in `ban` left out. The native kernels never write the logits out; the numbers are those of the logits that
+    `linear` and `softcap` give, and the same bits whatever else is asked for."""
     n, k = _shape(weight)
     check_vector("bias", bias, n)
     check_ban(ban, topk, n)
     acts = _prepared(x, weight.format, k)
     module = native()
     if module is None or isinstance(weight, QTensor):
-        return plain.head_stats(acts, weight, bias, ban=ban, entropy=entropy, topk=topk)
+        return plain.head_stats(acts, weight, bias, ban=ban, entropy=entropy, topk=topk, cap=cap)
     out = np.empty(acts.rows, dtype=_STATS)
     values, ids = np.empty((acts.rows, topk), dtype=np.float32), np.empty((acts.rows, topk), dtype=np.int32)
     banned = np.array(ban, dtype=np.int32)
     module.head_stats(
         describe(weight, bias),
         describe_acts(acts),
+        cap,
         banned.ctypes.data,
         len(banned),
         entropy,
@@ -205,6 +246,17 @@ def describe(weight: Packed, bias: Tensor | None = None) -> tuple[int, ...]:
         )
     where = (_address(t) for t in (weight.data, weight.scales, weight.mins, bias))
     return (FORMATS.index(weight.format), weight.n, weight.k, *where)
+
+
+def bound(weight: Packed, bias: Tensor | None = None) -> Any:
+    """The weight as a native forward takes it, which keeps its arrays alive. Raises ValidationError when its parts have
+    the wrong size or type."""
+    try:
+        return native().Linear(
+            weight.format, weight.n, weight.k, weight.data, scales=weight.scales, mins=weight.mins, bias=bias
+        )
+    except ValueError as error:
+        raise ValidationError(str(error), param="weight") from error
 
 
 def _acts(kind: str, rows: int, k: int) -> Acts:

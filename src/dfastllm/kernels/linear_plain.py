@@ -10,7 +10,7 @@ from torch import Tensor
 from dfastllm.kernels.activations import Acts, HeadStats
 from dfastllm.kernels.packed import Packed, QTensor, unpack_panels
 
-__all__ = ["head_stats", "linear", "linear_swiglu", "prepare", "weight_rows"]
+__all__ = ["head_stats", "linear", "linear_gated", "prepare", "softcap", "weight_rows"]
 
 LEAST_AMAX = 2.0**-100  # below it codes are zero: 127 / amax would overflow
 
@@ -59,14 +59,26 @@ def linear(
     return y if accumulate is None else accumulate.add_(y)
 
 
-def linear_swiglu(
-    x: Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, kind: str, width: int | None = None
+def linear_gated(
+    x: Acts,
+    weight: Packed | QTensor,
+    bias: Tensor | None = None,
+    *,
+    kind: str,
+    width: int | None = None,
+    activation: str = "silu",
 ) -> Acts:
-    """silu(gate) * up of a weight that holds 32 channels of the gate and the same 32 of the up projection in turn."""
+    """activation(gate) * up of a weight that holds 32 channels of the gate and the same 32 of up in turn."""
     y = linear(x, weight, bias)
     gate, up = y.view(x.rows, y.shape[1] // 64, 2, 32).unbind(dim=2)
-    h = (gate / (1.0 + torch.exp(-gate)) * up).reshape(x.rows, y.shape[1] // 2)
+    inner = gate if activation == "silu" else 1.59576912 * (gate + 0.044715 * gate * gate * gate)  # 2 sqrt(2 / pi)
+    h = (gate / (1.0 + torch.exp(-inner)) * up).reshape(x.rows, y.shape[1] // 2)
     return prepare(h[:, :width], kind)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap) in place; NaN where x is not finite, which a cap would hide."""
+    return x.copy_(cap * torch.tanh(x / cap) + x * 0.0)
 
 
 def head_stats(
@@ -77,9 +89,11 @@ def head_stats(
     ban: tuple[int, ...] = (),
     entropy: bool = False,
     topk: int = 0,
+    cap: float = 0.0,
 ) -> HeadStats:
     """See dfastllm.kernels.linear.head_stats."""
-    return stats_of(linear(x, weight, bias), ban, entropy, topk)
+    logits = linear(x, weight, bias)
+    return stats_of(softcap(logits, cap) if cap else logits, ban, entropy, topk)
 
 
 def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> HeadStats:

@@ -11,7 +11,8 @@ from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import FAMILIES, Family, Ids, describe, find_family
-from dfastllm.models.packed import PackedDecoder, pack_decoder
+from dfastllm.models.pack import pack_decoder, require_packable
+from dfastllm.models.packed import PackedDecoder
 from dfastllm.models.parts import AttendFunction, dense_attention
 from dfastllm.models.program import Attend, Program
 from dfastllm.models.tiny import random_like, tiny, tiny_config
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "pack_decoder",
     "random_like",
+    "require_packable",
     "save",
     "tiny",
     "tiny_config",

@@ -38,6 +38,7 @@ __all__ = [
     "build",
     "compare",
     "config_json",
+    "fill",
     "load",
     "named_dtype",
     "quant_config",
@@ -196,8 +197,16 @@ def load(
         info = replace(info, edit=edit)
     chosen = stored_dtype(inventory(directory), quant_config(directory)) if dtype is None else named_dtype(dtype)
     model = skeleton(config, info, chosen)
+    return fill(model, read_weights(directory, family, model), device)
+
+
+def fill(
+    model: Decoder, parts: Iterable[tuple[str, QTensor | torch.Tensor]], device: str | torch.device = "cpu"
+) -> Decoder:
+    """A skeleton with these values for its parameters, without gradient; quantised ones are expanded. Raises
+    ModelLoadError for an unknown device."""
     place = _device(device)
-    for own, weight in read_weights(directory, family, model):
+    for own, weight in parts:
         module, _, leaf = own.rpartition(".")
         parent = model.get_submodule(module)
         value = weight.dequantise() if isinstance(weight, QTensor) else weight

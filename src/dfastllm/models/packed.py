@@ -1,14 +1,13 @@
 """The decoder over packed weights: what serves on a CPU, quantised or not.
 
-The same wiring as `decoder`, without modules or gradients: weights are panels (kernels.packed), q, k, v and gate, up
-are fused, the residual stream is float32, and K,V are written and read by the kernels themselves. `forward` is one
-native call; without the native kernels, the same operations one by one through their torch twins.
+A program whose ops the kernels know becomes a list of fewer, larger ones (`pack`): a norm is part of the linear that
+reads it, gate and up lie in one matrix, an add is part of the linear before it. The twin here and the native forward
+walk that list, each over the same packed weights, a float32 stream, and K,V that the kernels write and read themselves.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,26 +15,23 @@ import torch
 from torch import Tensor
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import CheckpointError, UnsupportedError, ValidationError
+from dfastllm.errors import ValidationError
 from dfastllm.kernels import attention, linear
-from dfastllm.kernels.activations import Acts, act_kind
+from dfastllm.kernels.activations import Acts, HeadStats, act_kind
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.kv import KV_TYPES, KvCache
-from dfastllm.kernels.packed import PANEL, Packed, QTensor
+from dfastllm.kernels.packed import Packed
 from dfastllm.kernels.step import Step
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.decoder import Decoder
 from dfastllm.models.parts import inverse_frequencies
-from dfastllm.models.program import RopeTable
+from dfastllm.models.program import Activation, Attend, Program
 
-__all__ = ["PackedDecoder", "Weights", "pack_decoder"]
-
-HALF = PANEL // 2  # a panel of gate_up holds so many channels of each
+__all__ = ["Gated", "Mix", "Normalise", "PackedDecoder", "PackedOp", "Project", "ScaledNorm", "Sum", "Weights"]
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A linear layer: packed matrix and float32 bias (gate_up: in panel order, padded to whole panels)."""
+    """A linear layer: packed matrix and float32 bias (of gate and up: in panel order, padded to whole panels)."""
 
     packed: Packed
     bias: Tensor | None = None
@@ -46,281 +42,245 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedLayer:
-    """qkv: one matrix, or q, k and v when their formats differ; norms float32."""
+class ScaledNorm:
+    """RMSNorm; weight float32 [size], with its offset added."""
 
-    attn_norm: Tensor
-    mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    qkv: tuple[Weights, ...]
-    o: Weights
-    gate_up: Weights
-    down: Weights
+    weight: Tensor
+    eps: float
 
-    @property
-    def linears(self) -> tuple[Weights, ...]:
-        return (*self.qkv, self.o, self.gate_up, self.down)
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """h <- norm(h) W^T of matrices side by side (several where their formats differ). onto_stream: x += it, and the
+    next branch begins."""
+
+    weights: tuple[Weights, ...]
+    norm: ScaledNorm | None = None
+    onto_stream: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the linear that follows. The
+    matrix holds 32 channels of gate and the same 32 of up in turn."""
+
+    weights: Weights
+    activation: Activation
+    width: int
+    kind: str
+    norm: ScaledNorm | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """h = (q, k, v) <- attention: norms of q and k over their weights' size, rotation by a table (None: none), K and V
+    stored, then `op`."""
+
+    op: Attend
+    q_norm: ScaledNorm | None = None
+    k_norm: ScaledNorm | None = None
+    table: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Normalise:
+    """h <- norm(h)"""
+
+    norm: ScaledNorm
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """x <- x + factor * h, and the next branch begins."""
+
+    factor: float
+
+
+PackedOp = Project | Gated | Mix | Normalise | Sum
 
 
 @dataclass(eq=False)
 class PackedDecoder:
-    """A model ready to serve on the CPU. Made by `pack_decoder`.
+    """A model ready to serve on the CPU. Made by `pack.pack_decoder`.
 
-    head is None when it is tied to the embedding: `embed` is then used for both. dtype: what the floating-point weights
-    were stored in, and so the default of the K,V pages. notes: what was converted at load, for people.
+    head is None when it is tied to the embedding: `embed` is then used for both. norm: the final one, times the
+    program's logits_factor. dtype: what the floating-point weights were stored in, and so the default of the K,V pages.
+    notes: what was converted at load, for people.
     """
 
     config: DecoderConfig
     info: ModelInfo
+    program: Program
     dtype: torch.dtype
     embed: Packed
-    norm: Tensor
-    layers: tuple[PackedLayer, ...]
+    norm: ScaledNorm
+    layers: tuple[tuple[PackedOp, ...], ...]
     head: Packed | None = None
     notes: list[str] = field(default_factory=list)
     _native: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        table = RopeTable(self.config.rope_theta, self.config.rotary_dim, self.config.rope_scaling)
-        self._frequencies, self._rope_factor = inverse_frequencies(table)
+        self._ropes = [inverse_frequencies(table) for table in self.program.ropes]
 
     @property
     def head_weights(self) -> Packed:
         return self.head or self.embed
 
+    def _linears(self) -> Iterator[Weights]:
+        for op in (op for layer in self.layers for op in layer):
+            if isinstance(op, Project):
+                yield from op.weights
+            elif isinstance(op, Gated):
+                yield op.weights
+
+    def _norms(self) -> Iterator[ScaledNorm]:
+        for op in (op for layer in self.layers for op in layer):
+            norms = (op.q_norm, op.k_norm) if isinstance(op, Mix) else () if isinstance(op, Sum) else (op.norm,)
+            yield from (norm for norm in norms if norm is not None)
+        yield self.norm
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        norms = [t for la in self.layers for t in (la.attn_norm, la.mlp_norm, la.q_norm, la.k_norm) if t is not None]
-        matrices = sum(w.nbytes for la in self.layers for w in la.linears)
-        head = self.head.nbytes if self.head else 0
-        return self.embed.nbytes + head + matrices + sum(t.nbytes for t in norms) + self.norm.nbytes
+        matrices = self.embed.nbytes + (self.head.nbytes if self.head else 0) + sum(w.nbytes for w in self._linears())
+        return matrices + sum(norm.weight.nbytes for norm in self._norms())
 
     @property
     def formats(self) -> dict[str, int]:
         """Format -> how many matrices are held in it."""
-        matrices = [self.embed, *([self.head] if self.head else [])]
-        matrices += [w.packed for la in self.layers for w in la.linears]
+        matrices = [self.embed, *([self.head] if self.head else []), *(w.packed for w in self._linears())]
         return {f: sum(m.format == f for m in matrices) for f in sorted({m.format for m in matrices})}
 
     def forward(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
         """Hidden float32 [wanted, hidden] after the final norm. Writes the K,V of `step.slot` into `cache` (all layers)
-        and those of `step.own_slot` into `own` (one layer, used by each in turn)."""
-        if native() is not None:
-            return self._run_native(step, cache, own)
-        return self._run_plain(step, cache, own)
-
-    def _run_plain(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
-        config = self.config
-        x = linear.weight_rows(self.embed, torch.from_numpy(step.ids).long())
-        angles = torch.from_numpy(step.positions).float()[:, None] * self._frequencies
-        cos, sin = angles.cos() * self._rope_factor, angles.sin() * self._rope_factor
-        want = torch.from_numpy(step.want).long()
-        for i, layer in enumerate(self.layers):
-            qkv = torch.cat([linear.linear(self._in(x, w, layer.attn_norm), w.packed, w.bias) for w in layer.qkv], 1)
-            kv = cache.layer(i), own.layer(0)
-            attention.rope_store(
-                qkv, cos, sin, step, *kv,
-                heads=config.heads, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=config.norm_eps,
-            )  # fmt: skip
-            mixed = attention.attention(qkv, step, *kv, heads=config.heads)
-            if layer is self.layers[-1]:  # what follows is only looked at in the wanted rows
-                x, mixed = x[want], mixed[want]
-            linear.linear(self._in(mixed, layer.o), layer.o.packed, layer.o.bias, accumulate=x)
-            width, kind = layer.down.packed.k, act_kind(layer.down.packed.format)
-            up = layer.gate_up
-            h = linear.linear_swiglu(self._in(x, up, layer.mlp_norm), up.packed, up.bias, kind=kind, width=width)
-            linear.linear(h, layer.down.packed, layer.down.bias, accumulate=x)
-        return linear.prepare(x, "f32", norm=self.norm, eps=config.norm_eps).dequantise()
-
-    def _in(self, x: Tensor, weights: Weights, norm: Tensor | None = None) -> Acts:
-        return linear.prepare(x, act_kind(weights.packed.format), norm=norm, eps=self.config.norm_eps)
-
-    def _run_native(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
+        and those of `step.own_slot` into `own` (one layer, used by each in turn). Raises ValidationError for a step
+        that does not fit."""
+        if native() is None:
+            return self._run_plain(step, cache, own)
         if cache.type not in self._native:
             self._native[cache.type] = self._compile(cache)
         out = torch.empty(len(step.want), self.config.hidden_size)
-
         try:
             self._native[cache.type].run(step.native(), cache.native(), own.native(), out.numpy())
         except ValueError as error:
             raise ValidationError(str(error), param="step") from error
         return out
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden float32 [rows, hidden] of `forward` -> float32 [rows, vocab]."""
+        head = self.head_weights
+        return linear.softcap(linear.linear(self._head_in(hidden), head), self.program.logits_softcap)
+
+    def head_stats(self, hidden: Tensor, *, ban: tuple[int, ...], entropy: bool, topk: int) -> HeadStats:
+        """Statistics of the rows' logits, see `linear.head_stats`."""
+        cap = self.program.logits_softcap
+        return linear.head_stats(self._head_in(hidden), self.head_weights, ban=ban, entropy=entropy, topk=topk, cap=cap)
+
+    def _head_in(self, hidden: Tensor) -> Acts:
+        return linear.prepare(hidden, act_kind(self.head_weights.format))
+
+    def _run_plain(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
+        x = linear.weight_rows(self.embed, torch.from_numpy(step.ids).long()) * self.program.embed_factor
+        positions, want = torch.from_numpy(step.positions).float(), torch.from_numpy(step.want).long()
+        tables = []
+        for frequencies, factor in self._ropes:
+            angles = positions[:, None] * frequencies
+            tables.append((angles.cos() * factor, angles.sin() * factor))
+        nowhere = torch.empty(len(step), 0)
+        for i, layer in enumerate(self.layers):
+            h: Tensor | Acts = x
+            for op in layer:
+                match op:
+                    case Normalise():
+                        h = _prepared(h, "f32", op.norm).dequantise()
+                    case Project():
+                        out = x if op.onto_stream else None
+                        parts = [
+                            linear.linear(
+                                _prepared(h, act_kind(w.packed.format), op.norm), w.packed, w.bias, accumulate=out
+                            )
+                            for w in op.weights
+                        ]
+                        h = x if op.onto_stream else torch.cat(parts, dim=1)
+                    case Gated():
+                        w = op.weights
+                        rows = _prepared(h, act_kind(w.packed.format), op.norm)
+                        h = linear.linear_gated(
+                            rows, w.packed, w.bias, kind=op.kind, width=op.width, activation=op.activation
+                        )
+                    case Mix():
+                        assert isinstance(h, Tensor)
+                        h = self._mix(
+                            op, h, (nowhere, nowhere) if op.table is None else tables[op.table], step, cache, own, i
+                        )
+                        if layer is self.layers[-1]:  # what follows is only looked at in the wanted rows
+                            x, h = x[want], h[want]
+                    case Sum():
+                        assert isinstance(h, Tensor)
+                        x = x.add_(h, alpha=op.factor)
+                        h = x
+        return linear.prepare(x, "f32", norm=self.norm.weight, eps=self.norm.eps).dequantise()
+
+    def _mix(
+        self, op: Mix, qkv: Tensor, table: tuple[Tensor, Tensor], step: Step, cache: KvCache, own: KvCache, layer: int
+    ) -> Tensor:
+        kv, heads = (cache.layer(layer), own.layer(0)), op.op.heads
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (op.q_norm, op.k_norm))
+        eps = 0.0 if op.q_norm is None else op.q_norm.eps
+        attention.rope_store(qkv, *table, step, *kv, heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
+        return attention.attention(
+            qkv, step, *kv, heads=heads, scale=op.op.scale, window=op.op.window, softcap=op.op.softcap
+        )
+
     def _compile(self, cache: KvCache) -> Any:
-        config = self.config
-        return native().Forward(
-            hidden=config.hidden_size,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            dim=config.head_dim,
-            rotary=config.rotary_dim,
-            eps=config.norm_eps,
-            rope_factor=self._rope_factor,
-            frequencies=self._frequencies.data_ptr(),
+        """The native forward over these weights: the same list, for C++."""
+        made = native().Forward(
+            hidden=self.config.hidden_size,
+            heads=self.config.heads,
+            kv_heads=self.config.kv_heads,
+            dim=self.config.head_dim,
             kv_type=list(KV_TYPES).index(cache.type),
-            embed=linear.describe(self.embed),
-            norm=self.norm.data_ptr(),
-            layers=[
-                (
-                    layer.attn_norm.data_ptr(),
-                    layer.mlp_norm.data_ptr(),
-                    0 if layer.q_norm is None else layer.q_norm.data_ptr(),
-                    0 if layer.k_norm is None else layer.k_norm.data_ptr(),
-                    [linear.describe(w.packed, w.bias) for w in layer.qkv],
-                    *(linear.describe(w.packed, w.bias) for w in (layer.o, layer.gate_up, layer.down)),
-                )
-                for layer in self.layers
-            ],
+            embed=linear.bound(self.embed),
+            embed_factor=self.program.embed_factor,
+            norm=self.norm.weight,
+            eps=self.norm.eps,
         )
+        for frequencies, factor in self._ropes:
+            made.add_rope(frequencies, factor)
+        for layer in self.layers:
+            made.begin_layer()
+            for op in layer:
+                _emit(made, op)
+        return made
 
 
-Value = QTensor | Tensor
-Quantise = Callable[[str, Value], Value]  # own name of a parameter, as stored -> as it shall be kept
+def _prepared(h: Tensor | Acts, kind: str, norm: ScaledNorm | None) -> Acts:
+    if isinstance(h, Acts):  # of a Gated, for this linear
+        return h
+    if norm is None:
+        return linear.prepare(h, kind)
+    return linear.prepare(h, kind, norm=norm.weight, eps=norm.eps)
 
 
-def pack_decoder(
-    config: DecoderConfig,
-    info: ModelInfo,
-    parts: Iterable[tuple[str, Value]],
-    dtype: torch.dtype,
-    *,
-    tied: bool | None = None,
-    notes: list[str] | None = None,
-) -> PackedDecoder:
-    """Build from a stream of (parameter name as in `Decoder`, matrix or vector); each layer is packed as soon as it is
-    complete, so that no more than about one layer is held in both forms. Floating-point matrices become float32 or
-    bfloat16 panels.
+def _emit(made: Any, op: PackedOp) -> None:
+    """One op for C++, see native/bind_forward.cpp."""
 
-    Raises UnsupportedError for a mixture of experts, CheckpointError for a missing, surplus or mis-shaped parameter or
-    one that is not finite.
-    """
-    if config.moe is not None:
-        raise UnsupportedError(f"{info.name} is a mixture of experts, which has no packed form yet.", param="model")
-    wanted = _shapes(config, info)
-    waiting: dict[int | None, dict[str, Value]] = {}
-    count = {place: sum(_place(n) == place for n in wanted) for place in {_place(n) for n in wanted}}
-    layers: dict[int, PackedLayer] = {}
-    seen: set[str] = set()
-    for name, value in parts:
-        if name not in wanted or name in seen:
-            raise CheckpointError(f"unexpected parameter {name}.")
-        if tuple(value.shape) != wanted[name]:
-            raise CheckpointError(f"{name} has shape {list(value.shape)}, wanted {list(wanted[name])}.")
-        seen.add(name)
-        place = _place(name)
-        group = waiting.setdefault(place, {})
-        group[name.removeprefix(f"layers.{place}.")] = _finite(name, value)
-        if place is not None and len(group) == count[place]:
-            layers[place] = _layer(config, group)
-            del waiting[place], group
-    missing = sorted(wanted.keys() - seen)
-    if missing:
-        raise CheckpointError(f"missing parameter(s) {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}.")
-    outer = waiting[None]
-    return PackedDecoder(
-        config=config,
-        info=info,
-        dtype=dtype,
-        embed=_pack(outer["embed.weight"]),
-        norm=_vector(outer["norm.weight"]),
-        layers=tuple(layers[i] for i in range(config.layers)),
-        head=None if config.tied else _pack(outer["lm_head.weight"]),
-        notes=notes or [],
-    )
+    def norm(found: ScaledNorm | None) -> dict[str, Any]:
+        return {"norm": None, "eps": 0.0} if found is None else {"norm": found.weight, "eps": found.eps}
 
-
-def _shapes(config: DecoderConfig, info: ModelInfo) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Decoder(config, info).named_parameters()}
-
-
-def _place(name: str) -> int | None:
-    """The layer a parameter belongs to, None: none."""
-    found = re.match(r"layers\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
-def _finite(name: str, value: Value) -> Value:
-    floats = [value] if isinstance(value, Tensor) else [value.scales, value.mins]
-    if isinstance(value, QTensor) and value.scales is None:
-        floats = [value.codes]
-    if not all(bool(torch.isfinite(t).all()) for t in floats if t is not None):
-        raise CheckpointError(
-            f"{name} holds values that are not finite (NaN or infinity).", hint="The file is damaged."
-        )
-    return value
-
-
-def _layer(config: DecoderConfig, parts: dict[str, Value]) -> PackedLayer:
-    def norm(name: str) -> Tensor | None:
-        return _vector(parts[name]) if name in parts else None
-
-    def bias(*names: str) -> list[Tensor | None]:
-        return [_vector(parts[n]) if n in parts else None for n in names]
-
-    names = ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
-    matrices = [_matrix(parts[f"{n}.weight"]) for n in names]
-    biases = bias(*(f"{n}.bias" for n in names))
-    gate, up = (_matrix(parts[f"mlp.{n}_proj.weight"]) for n in ("gate", "up"))
-    attn_norm, mlp_norm = norm("attn_norm.weight"), norm("mlp_norm.weight")
-    assert attn_norm is not None
-    assert mlp_norm is not None
-    return PackedLayer(
-        attn_norm=attn_norm,
-        mlp_norm=mlp_norm,
-        q_norm=norm("attn.q_norm.weight"),
-        k_norm=norm("attn.k_norm.weight"),
-        qkv=_side_by_side(matrices, biases),
-        o=Weights(_pack(parts["attn.o_proj.weight"]), *bias("attn.o_proj.bias")),
-        gate_up=_interleaved(gate, up, bias("mlp.gate_proj.bias", "mlp.up_proj.bias")),
-        down=Weights(_pack(parts["mlp.down_proj.weight"]), *bias("mlp.down_proj.bias")),
-    )
-
-
-def _side_by_side(matrices: list[QTensor], biases: Sequence[Tensor | None]) -> tuple[Weights, ...]:
-    if len({_kind(m) for m in matrices}) > 1:
-        return tuple(Weights(linear.pack(m), b) for m, b in zip(matrices, biases, strict=True))
-    whole = None
-    if any(b is not None for b in biases):
-        whole = torch.cat([torch.zeros(m.shape[0]) if b is None else b for m, b in zip(matrices, biases, strict=True)])
-    return (Weights(linear.pack(QTensor.stack(matrices)), whole),)
-
-
-def _interleaved(gate: QTensor, up: QTensor, biases: Sequence[Tensor | None]) -> Weights:
-    """Panels of 32 gate channels and the same 32 of up; channels beyond the last are zero weights."""
-    if _kind(gate) != _kind(up):  # files mix formats by layer, hardly ever inside one MLP
-        gate, up = (QTensor("f32", m.dequantise()) for m in (gate, up))
-    n = gate.shape[0]
-    panels = -(-n // HALF)
-    both = QTensor.stack([gate.padded(panels * HALF), up.padded(panels * HALF)])
-    order = torch.arange(2 * panels * HALF).view(2, panels, HALF).transpose(0, 1).reshape(-1)
-    packed = linear.pack(both.rows(order))
-    bias = None
-    if any(b is not None for b in biases):
-        full = torch.zeros(2, panels * HALF)
-        for row, b in zip(full, biases, strict=True):
-            if b is not None:
-                row[:n] = b
-        bias = full.view(-1)[order].contiguous()
-    return Weights(packed, bias)
-
-
-def _kind(matrix: QTensor) -> tuple[str, bool]:
-    return matrix.format, matrix.mins is not None
-
-
-def _vector(value: Value) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else value.dequantise()
-    return tensor.float().contiguous()
-
-
-def _matrix(value: Value) -> QTensor:
-    if isinstance(value, QTensor):
-        return value
-    return QTensor("bf16", value) if value.dtype == torch.bfloat16 else QTensor("f32", value.float())
-
-
-def _pack(value: Value) -> Packed:
-    return linear.pack(_matrix(value))
+    match op:
+        case Project():
+            linears = [linear.bound(w.packed, w.bias) for w in op.weights]
+            made.project(linears, onto_stream=op.onto_stream, **norm(op.norm))
+        case Gated():
+            bound = linear.bound(op.weights.packed, op.weights.bias)
+            made.gated(bound, activation=op.activation, width=op.width, kind=op.kind, **norm(op.norm))
+        case Mix():
+            norms = [None if n is None else n.weight for n in (op.q_norm, op.k_norm)]
+            eps = 0.0 if op.q_norm is None else op.q_norm.eps
+            table = -1 if op.table is None else op.table
+            made.mix(*norms, eps=eps, table=table, scale=op.op.scale, window=op.op.window, softcap=op.op.softcap)
+        case Normalise():
+            made.normalise(**norm(op.norm))
+        case Sum():
+            made.sum(op.factor)

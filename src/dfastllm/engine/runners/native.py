@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError
-from dfastllm.kernels import linear, native
-from dfastllm.kernels.activations import Acts, act_kind
+from dfastllm.kernels import native
 from dfastllm.kernels.kv import KvCache
 from dfastllm.kernels.rows import Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
@@ -70,18 +69,13 @@ class HeadRows(Rows):
         self._hidden = hidden
         self._model = model
 
-    def _prepared(self) -> Acts:
-        return linear.prepare(self._hidden, act_kind(self._model.head_weights.format))
-
     def _logits(self) -> tuple[Tensor, NDArray[np.bool_]]:
-        head = self._model.head_weights
-        logits = linear.linear(self._prepared(), head)
+        logits = self._model.logits(self._hidden)
         return logits, torch.isfinite(logits.sum(dim=-1)).numpy()
 
     def _stats(self, ban: tuple[int, ...], norm: bool, spread: bool, top: int) -> RowStats:
-        head = self._model.head_weights
         top = min(top, self.vocab)
-        s = linear.head_stats(self._prepared(), head, ban=ban, entropy=spread, topk=top)
+        s = self._model.head_stats(self._hidden, ban=ban, entropy=spread, topk=top)
         none, no_ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
         margin = np.exp(s.top - s.norm) - np.exp(s.second - s.norm) if spread else none
         return RowStats(

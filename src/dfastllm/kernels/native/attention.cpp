@@ -60,6 +60,12 @@ class Arena {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The first range that any of the rows sees keys of.
+int64_t first_range(const int32_t* from, int64_t first, int64_t last) {
+  if (from == nullptr || first == last) return 0;
+  return *std::min_element(from + first, from + last) / kRange;
+}
+
 int32_t highest(const int32_t* limit, int64_t first, int64_t last) {
   int32_t most = 0;
   for (int64_t i = first; i < last; ++i) most = std::max(most, limit[i]);
@@ -100,8 +106,9 @@ void plan_tasks(const Attention& a, int64_t rows, std::vector<AttendTask>& out) 
       const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
       const int64_t cached = ceil_div(highest(a.cached_limit + span.row0, first, last), kRange);
       const int64_t own = ceil_div(highest(a.own_limit + span.row0, first, last), kRange);
+      const int64_t hidden = a.cached_from == nullptr ? 0 : first_range(a.cached_from + span.row0, first, last);
       for (int64_t head = 0; head < a.shape.kv_heads; ++head) {
-        out.push_back({&span, head, first, last, 0, cached + own, cached, nullptr});
+        out.push_back({&span, head, first, last, std::min(hidden, cached), cached + own, cached, nullptr});
       }
     }
   }
@@ -123,7 +130,7 @@ void split_ranges(const Attention& a, const std::vector<AttendTask>& tasks, Spli
   out.whole_at.clear();
   out.floats = 0;
   for (const AttendTask& task : tasks) {
-    if (task.range1 < 2) {
+    if (task.range1 - task.range0 < 2) {
       out.pieces.push_back(task);
       out.piece_at.push_back(-1);
       continue;
@@ -131,7 +138,7 @@ void split_ranges(const Attention& a, const std::vector<AttendTask>& tasks, Spli
     const int64_t size = partial_floats((task.last - task.first) * group, a.shape.dim);
     out.whole.push_back(task);
     out.whole_at.push_back(out.floats);
-    for (int64_t range = 0; range < task.range1; ++range) {
+    for (int64_t range = task.range0; range < task.range1; ++range) {
       AttendTask piece = task;
       piece.range0 = range;
       piece.range1 = range + 1;
@@ -157,6 +164,17 @@ void clear_padding(const Attention& a) {
 }
 
 }  // namespace
+
+void window_from(const SpanKeys* spans, int64_t count, const int32_t* positions, int64_t window, int32_t* cached_from,
+                 int32_t* own_from) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int32_t row = spans[i].row0; row < spans[i].row1; ++row) {
+      const int64_t first = positions[row] - window + 1;
+      cached_from[row] = static_cast<int32_t>(std::max<int64_t>(0, first));
+      own_from[row] = static_cast<int32_t>(std::max<int64_t>(0, first - spans[i].own_start));
+    }
+  }
+}
 
 void attention(const Attention& a) {
   static thread_local std::vector<AttendTask> tasks;

@@ -33,8 +33,9 @@ struct KvShape {
 struct RopeStore {
   float* qkv;              // [rows][stride]: heads * dim of q, kv_heads * dim of k, the same of v; q, k change in place
   int64_t rows, stride, heads;
-  const float* q_norm;     // [dim] RMSNorm weights per head, or null
+  const float* q_norm;     // RMSNorm weights, or null
   const float* k_norm;
+  int64_t q_size, k_size;  // dims that a norm goes over: a head's, or those of all heads
   float eps;
   const float* cos;        // [rows][rotary / 2]
   const float* sin;
@@ -62,14 +63,21 @@ struct Attention {
   const float* q;               // [rows][stride], heads * dim used
   int64_t rows, stride, heads;
   float scale;                  // on scores, usually dim ** -0.5
+  float softcap;                // > 0: a score s becomes softcap * tanh(s / softcap)
   KvShape shape;
   KvLayer cache, own;
   const SpanKeys* spans;        // cover rows in order; rows outside (padding) give zeros
   int64_t span_count;
   const int32_t* cached_limit;  // [rows]: sees the first so many cached keys
   const int32_t* own_limit;     // [rows]: and the first so many own keys. A row that sees no key gives zeros.
+  const int32_t* cached_from;   // [rows]: but for the first so many cached keys, which a window hides; or null
+  const int32_t* own_from;      // [rows]: the same of own keys
   float* out;                   // [rows][heads * dim]
 };
+
+// What a window hides from the rows: a row at position p sees only keys at positions above p - window.
+void window_from(const SpanKeys* spans, int64_t count, const int32_t* positions, int64_t window, int32_t* cached_from,
+                 int32_t* own_from);
 
 // Online softmax. The running maximum, sum and weighted V are float32.
 void attention(const Attention& a);

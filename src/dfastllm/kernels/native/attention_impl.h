@@ -11,7 +11,8 @@
 //   may hold anything, and 0 * NaN is NaN).
 // - Where the CPU multiplies bfloat16 pairs, pairs are of fixed dims and positions (attention_pairs.h).
 // - The register tile (rows x keys, rows x dims) only says which independent sums are interleaved.
-// Scores are in log2 units: log2(e) * scale is folded into q.
+// Scores are in log2 units: log2(e) * scale is folded into q; where they are capped, scale / softcap is, and the cap has
+// the log2(e).
 #include "attention_steps.h"
 
 namespace dfk {
@@ -80,6 +81,7 @@ struct Keys {
   const int32_t* blocks;
   int64_t block_count;
   const int32_t* limit;  // [rows of the span]
+  const int32_t* from;   // the same, or null
   const uint8_t* mask;   // of the span's row 0, or null
   int64_t mask_stride;
 };
@@ -99,6 +101,8 @@ Keys<T> keys_of(const Attention& a, const AttendTask& task, bool own) {
   out.blocks = own ? span.own_blocks : span.blocks;
   out.block_count = ((own ? span.own : span.cached) + kBlock - 1) / kBlock;
   out.limit = (own ? a.own_limit : a.cached_limit) + span.row0;
+  const int32_t* const from = own ? a.own_from : a.cached_from;
+  out.from = from == nullptr ? nullptr : from + span.row0;
   out.mask = span.mask == nullptr ? nullptr : span.mask + (own ? span.cached : 0);
   out.mask_stride = static_cast<int64_t>(span.cached) + span.own;
   return out;
@@ -109,6 +113,10 @@ template <class T>
 uint32_t visible(const Keys<T>& keys, int64_t row, int64_t base) {
   const int64_t n = keys.limit[row] - base;
   uint32_t bits = n >= kBlock ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1;
+  if (keys.from != nullptr) {
+    const int64_t hidden = keys.from[row] - base;
+    bits &= hidden >= kBlock ? 0u : hidden <= 0 ? 0xffffu : 0xffffu << hidden;
+  }
   if (keys.mask != nullptr) {
     const uint8_t* mask = keys.mask + row * keys.mask_stride + base;
     uint32_t shown = 0;
@@ -138,20 +146,26 @@ template <class T>
 void tile_step(const Attention& a, const Keys<T>& keys, const Folded& folded, int64_t f0, int rows, int64_t base,
                const Scratch& s) {
   int64_t most = 0, least = kTile;  // keys of this tile that any, and that every one of the rows may see
+  int64_t fewest = keys.from == nullptr ? 0 : kTile, hidden = 0;  // that a window hides from all, and from any of them
   for (int64_t row = folded.row(f0); row <= folded.row(f0 + rows - 1); ++row) {
     const int64_t n = keys.limit[row] - base;
     most = n > most ? n : most;
     least = n < least ? n : least;
+    if (keys.from == nullptr) continue;
+    const int64_t before = keys.from[row] - base;
+    fewest = before < fewest ? before : fewest;
+    hidden = before > hidden ? before : hidden;
   }
-  if (most <= 0) return;
+  if (most <= 0 || fewest >= kTile) return;
   const int64_t dim = a.shape.dim;
   const int blocks = static_cast<int>(((most < kTile ? most : kTile) + kBlock - 1) / kBlock);
   const TileKeys<T> tile = tile_at(keys, base, blocks);
   float* mix = s.range.mix + f0 * padded(dim);
   float scale[16];
   scores(rows, s.q + f0 * dim, tile, blocks, dim, s.scores);
-  if (least == kTile && keys.mask == nullptr) {
-    soften<true>(rows, tile, blocks, nullptr, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
+  const float cap = a.softcap * kLog2e;
+  if (least == kTile && hidden == 0 && keys.mask == nullptr) {
+    soften<true>(rows, tile, blocks, nullptr, cap, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
     return weigh(rows, tile, kTile, s.scores, scale, dim, mix);
   }
   uint32_t bits[Vec::max_rows * kTileBlocks];
@@ -165,7 +179,7 @@ void tile_step(const Attention& a, const Keys<T>& keys, const Folded& folded, in
     }
   }
   if (paired<T>()) common &= ~int64_t{1};
-  soften<false>(rows, tile, blocks, bits, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
+  soften<false>(rows, tile, blocks, bits, cap, s.scores, s.range.top + f0, s.lanes + f0 * kBlock, scale);
   weigh(rows, tile, common, s.scores, scale, dim, mix);
   for (int r = 0; r < rows; ++r) {
     weigh_rest(tile, common, blocks, bits + r * kTileBlocks, s.scores + r * kTile, dim, mix + r * padded(dim));
@@ -186,7 +200,13 @@ void attend_range(const Attention& a, const AttendTask& task, const Folded& fold
   int64_t stop = 0;
   for (int64_t row = task.first; row < task.last; ++row) stop = keys.limit[row] > stop ? keys.limit[row] : stop;
   stop = stop < start + kRange ? stop : start + kRange;
-  for (int64_t base = start; base < stop; base += kTile) {
+  int64_t first = start;
+  if (keys.from != nullptr) {  // whole tiles before the window of every row
+    int64_t least = stop;
+    for (int64_t row = task.first; row < task.last; ++row) least = keys.from[row] < least ? keys.from[row] : least;
+    if (least > start) first = start + (least - start) / kTile * kTile;
+  }
+  for (int64_t base = first; base < stop; base += kTile) {
     for (int64_t tile = 0; tile < folded.tiles; ++tile) {
       const int64_t f0 = folded.start(tile);
       tile_step(a, keys, folded, f0, static_cast<int>(folded.start(tile + 1) - f0), base, s);
@@ -244,7 +264,7 @@ void finish(const Attention& a, const AttendTask& task, const Folded& folded, co
 template <class T>
 void pack_queries(const Attention& a, const AttendTask& task, const Folded& folded, float* to) {
   const int64_t dim = a.shape.dim;
-  const float factor = a.scale * 1.44269504088896340736f;
+  const float factor = a.softcap > 0.0f ? a.scale / a.softcap : a.scale * kLog2e;
   for (int64_t tile = 0; tile < folded.tiles; ++tile) {
     const int64_t f0 = folded.start(tile), rows = folded.start(tile + 1) - f0;
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,4 +1,4 @@
-// One row: norms of the heads, rotation, K,V into the cache (attention_impl.h).
+// One row: norms of q and k, rotation, K,V into the cache (attention_impl.h).
 namespace dfk {
 namespace {
 
@@ -84,12 +84,14 @@ void rope_store_row(const RopeStore& a, int64_t row) {
   const float* v = k + a.shape.kv_heads * dim;
   const float* cos = a.cos + row * (a.rotary / 2);
   const float* sin = a.sin + row * (a.rotary / 2);
+  for (int64_t i = 0; a.q_norm != nullptr && i < a.heads * dim; i += a.q_size) head_norm(q + i, a.q_norm, a.eps, a.q_size);
+  for (int64_t i = 0; a.k_norm != nullptr && i < a.shape.kv_heads * dim; i += a.k_size) {
+    head_norm(k + i, a.k_norm, a.eps, a.k_size);
+  }
   for (int64_t head = 0; head < a.heads; ++head) {
-    if (a.q_norm != nullptr) head_norm(q + head * dim, a.q_norm, a.eps, dim);
     rotate(q + head * dim, cos, sin, a.rotary);
   }
   for (int64_t head = 0; head < a.shape.kv_heads; ++head) {
-    if (a.k_norm != nullptr) head_norm(k + head * dim, a.k_norm, a.eps, dim);
     rotate(k + head * dim, cos, sin, a.rotary);
     if (a.slot[row] >= 0) put_any(k + head * dim, v + head * dim, a.shape, a.cache, a.slot[row], head);
     if (a.own_slot[row] >= 0) put_any(k + head * dim, v + head * dim, a.shape, a.own, a.own_slot[row], head);

@@ -9,6 +9,7 @@ constexpr int kTileBlocks = 8;
 constexpr int64_t kTile = kTileBlocks * kBlock;
 static_assert(kRange % kTile == 0, "a tile must not cross ranges");
 
+constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kNone = -INFINITY;  // maximum of no keys
 
 constexpr int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
@@ -54,6 +55,14 @@ inline Vec power2(Vec x) {
   p = fma(p, r, set1(0x1.62e430p-1f));
   p = fma(p, r, set1(1.0f));
   return scale_by_power(p, n);
+}
+
+// tanh(x), by 2^(2 x log2 e): its error is absolute, about 1e-7. A NaN stays a NaN.
+inline Vec tanh_of(Vec x) {
+  const Vec zero = set1(0.0f), one = set1(1.0f);
+  x = sub(zero, at_least(sub(zero, at_least(x, -10.0f)), -10.0f));  // beyond, it is 1 to the last bit
+  const Vec e = power2(mul(x, set1(2.0f * kLog2e)));
+  return div(sub(e, one), add(e, one));
 }
 
 // 16 values.
@@ -229,9 +238,10 @@ void weigh(int rows, const TileKeys<T>& tile, int64_t keys, const float* s, cons
 // weighted V so far must be multiplied by. bits [rows][kTileBlocks]: the visible keys; the weights of others are 0.
 // All: every row sees every key, and bits is not read.
 // Paired: the weights are rounded to bfloat16 and stored as such, [kTile] in the first half of the row's memory.
-// int8: scores are multiplied by the keys' scales first, and the weights by those of V (not in the sums).
+// cap > 0: scores x become cap * tanh(x) first of all, but for
+// int8: scores are multiplied by the keys' scales before that, and the weights by those of V (not in the sums).
 template <bool All, class T>
-void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits, float* s, float* top, float* lanes,
+void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits, float cap, float* s, float* top, float* lanes,
             float* scale) {
   const Vec none = set1(kNone);
   float now[16] = {};
@@ -247,8 +257,9 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
         float* at = s + r * kTile + b * kBlock + j * Vec::width;
         Vec x = load(at);
         if constexpr (sizeof(T) == 1) x = mul(x, load(tile.ks[b] + j * Vec::width));
+        if (cap > 0.0f) x = mul(tanh_of(x), set1(cap));
         if constexpr (!All) x = select(seen >> (j * Vec::width), x, none);
-        if constexpr (!All || sizeof(T) == 1) store(at, x);
+        if (!All || sizeof(T) == 1 || cap > 0.0f) store(at, x);
         most = max(most, x);
       }
     }

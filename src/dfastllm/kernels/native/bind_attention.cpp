@@ -23,8 +23,12 @@ float* rows_of(const AnyArray& a, const char* name, int64_t rows, int64_t width)
   return static_cast<float*>(a.data());
 }
 
-const float* vector_of(const std::optional<AnyArray>& a, const char* name, int64_t n) {
-  return a ? array_of<float>(*a, name, "float32", {n}) : nullptr;
+// A norm of every head, or of all heads at once.
+const float* norm_of(const std::optional<AnyArray>& a, const char* name, int64_t heads, int64_t dim, int64_t& size) {
+  size = dim;
+  if (!a) return nullptr;
+  if (a->ndim() == 1 && static_cast<int64_t>(a->shape(0)) == heads * dim) size = heads * dim;
+  return array_of<float>(*a, name, "float32", {size});
 }
 
 // Layer 0 of both, checked against the step.
@@ -58,8 +62,8 @@ void bind_attention(nb::module_& m) {
         a.heads = heads;
         a.qkv = rows_of(qkv, "qkv", step.rows, (heads + 2 * a.shape.kv_heads) * a.shape.dim);
         a.stride = step.rows > 1 ? qkv.stride(0) : static_cast<int64_t>(qkv.shape(1));
-        a.q_norm = vector_of(q_norm, "q_norm", a.shape.dim);
-        a.k_norm = vector_of(k_norm, "k_norm", a.shape.dim);
+        a.q_norm = norm_of(q_norm, "q_norm", heads, a.shape.dim, a.q_size);
+        a.k_norm = norm_of(k_norm, "k_norm", a.shape.kv_heads, a.shape.dim, a.k_size);
         a.eps = eps;
         const int64_t half = cos.ndim() == 2 ? static_cast<int64_t>(cos.shape(1)) : 0;
         a.cos = array_of<float>(cos, "cos", "float32", {step.rows, half});
@@ -80,7 +84,7 @@ void bind_attention(nb::module_& m) {
   m.def(
       "attention",
       [](const AnyArray& q, int64_t heads, float scale, const BoundKv& cache, const BoundKv* own, const BoundStep& bound,
-         const AnyArray& out) {
+         const AnyArray& out, int64_t window, float softcap) {
         const Step& step = bound.step;
         require_heads(heads, cache);
         Attention a{};
@@ -95,10 +99,17 @@ void bind_attention(nb::module_& m) {
         a.span_count = static_cast<int64_t>(step.spans.size());
         a.cached_limit = step.cached_limit;
         a.own_limit = step.own_limit;
+        a.softcap = softcap;
+        std::vector<int32_t> from(window > 0 ? static_cast<size_t>(2 * step.rows) : 0);
+        if (window > 0) {
+          a.cached_from = from.data();
+          a.own_from = from.data() + step.rows;
+          window_from(a.spans, a.span_count, step.positions, window, from.data(), from.data() + step.rows);
+        }
         a.out = array_of<float>(out, "out", "float32", {step.rows, heads * a.shape.dim});
         dfk::Unlocked unlocked;
         attention(a);
       },
       nb::arg("q"), nb::arg("heads"), nb::arg("scale"), nb::arg("cache"), nb::arg("own").none(), nb::arg("step"),
-      nb::arg("out"));
+      nb::arg("out"), nb::arg("window") = 0, nb::arg("softcap") = 0.0f);
 }

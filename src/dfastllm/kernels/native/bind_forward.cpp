@@ -1,7 +1,7 @@
-// Binding of the whole forward pass. Addresses are integers; the caller keeps the memory alive as long as the object.
+// Binding of the whole forward pass: a model is made op by op of arrays that are checked here and kept alive.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind_step.h"
@@ -13,56 +13,153 @@ using namespace dfk;
 
 namespace {
 
-using Address = uintptr_t;
-// format, n, k, data, scales, mins, bias
-using LinearTuple = std::tuple<int, int64_t, int64_t, Address, Address, Address, Address>;
-// attn_norm, mlp_norm, q_norm, k_norm, qkv, o, gate_up, down
-using LayerTuple = std::tuple<Address, Address, Address, Address, std::vector<LinearTuple>, LinearTuple, LinearTuple, LinearTuple>;
+using MaybeArray = std::optional<AnyArray>;
 
-template <class T>
-const T* at(Address address) {
-  return reinterpret_cast<const T*>(address);
+constexpr const char* kFormats[] = {"f32", "bf16", "w8", "w8g", "w4g", "w6g"};
+constexpr const char* kKinds[] = {"f32", "bf16", "row8", "group8"};
+constexpr const char* kActivations[] = {"silu", "gelu_tanh"};
+
+// The number of a name in its enumeration.
+template <class E, size_t N>
+E named(const char* const (&names)[N], const std::string& name, const char* what) {
+  for (size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return static_cast<E>(i);
+  }
+  throw std::invalid_argument(std::string("there is no ") + what + " '" + name + "' in the native forward.");
 }
 
-Linear linear_of(const LinearTuple& t) {
-  return {static_cast<Format>(std::get<0>(t)), std::get<1>(t),          std::get<2>(t),      at<void>(std::get<3>(t)),
-          at<void>(std::get<4>(t)),            at<uint16_t>(std::get<5>(t)), at<float>(std::get<6>(t))};
-}
+// A packed matrix and its bias, sizes as kernels/packed.py has them.
+struct BoundLinear {
+  BoundLinear(const std::string& format_name, int64_t n, int64_t k, AnyArray data, MaybeArray scales, MaybeArray mins,
+              MaybeArray bias) {
+    linear.format = named<Format>(kFormats, format_name, "format");
+    linear.n = n;
+    linear.k = k;
+    const int64_t rows = round_up(n, kPanel), groups = linear.format == Format::w6g ? k / 16 : k / 32;
+    nb::dlpack::dtype type = nb::dtype<uint8_t>();
+    int64_t size = 0, sides = rows * groups;
+    bool scaled = true;
+    switch (linear.format) {
+      case Format::f32: size = rows * k, type = nb::dtype<float>(), scaled = false; break;
+      case Format::bf16:
+        size = rows * round_up(k, 2), scaled = false;
+        type = {static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
+        break;
+      case Format::w8: size = rows * round_up(k, 4), sides = rows; break;
+      case Format::w8g: size = rows * k; break;
+      case Format::w4g: size = rows * k / 2; break;
+      case Format::w6g: size = rows * k / 4 * 3; break;
+    }
+    require_array(data, "a packed weight", type, "its format's type", {size});
+    linear.data = data.data();
+    held.push_back(std::move(data));
+    if (scaled != scales.has_value()) throw std::invalid_argument("quantised weights have scales, others none.");
+    if (scaled) {
+      if (linear.format == Format::w8) require_array(*scales, "scales", nb::dtype<float>(), "float32", {sides});
+      else require_array(*scales, "scales", half(), "float16", {sides});
+      linear.scales = keep(scales);
+    }
+    if (mins) {
+      if (linear.format != Format::w4g && linear.format != Format::w6g) throw std::invalid_argument("minima need w4g or w6g.");
+      require_array(*mins, "minima", half(), "float16", {sides});
+      linear.mins = static_cast<const uint16_t*>(keep(mins));
+    }
+    if (bias) {
+      require_array(*bias, "a bias", nb::dtype<float>(), "float32", {n});
+      linear.bias = static_cast<const float*>(keep(bias));
+    }
+  }
 
-Layer layer_of(const LayerTuple& t) {
-  Layer out{};
-  out.attn_norm = at<float>(std::get<0>(t));
-  out.mlp_norm = at<float>(std::get<1>(t));
-  out.q_norm = at<float>(std::get<2>(t));
-  out.k_norm = at<float>(std::get<3>(t));
-  for (const LinearTuple& part : std::get<4>(t)) out.qkv.push_back(linear_of(part));
-  out.o = linear_of(std::get<5>(t));
-  out.gate_up = linear_of(std::get<6>(t));
-  out.down = linear_of(std::get<7>(t));
-  return out;
-}
+  Linear linear{};
+  std::vector<AnyArray> held;
+
+ private:
+  static nb::dlpack::dtype half() { return {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}; }
+  const void* keep(MaybeArray& array) {
+    held.push_back(std::move(*array));
+    return held.back().data();
+  }
+};
+
+struct BoundForward : Forward {
+  using Forward::Forward;
+  std::vector<AnyArray> held;
+
+  Linear take(const BoundLinear& linear) {
+    held.insert(held.end(), linear.held.begin(), linear.held.end());
+    return linear.linear;
+  }
+  Norm take(const MaybeArray& weight, float eps) {
+    if (!weight) return {};
+    Norm out{array_of<float>(*weight, "a norm", "float32", {-1}), static_cast<int64_t>(weight->shape(0)), eps};
+    held.push_back(*weight);
+    return out;
+  }
+};
 
 }  // namespace
 
 void bind_forward(nb::module_& m) {
-  nb::class_<Forward>(m, "Forward")
+  nb::class_<BoundLinear>(m, "Linear")
+      .def(nb::init<const std::string&, int64_t, int64_t, AnyArray, MaybeArray, MaybeArray, MaybeArray>(), nb::arg("format"),
+           nb::arg("n"), nb::arg("k"), nb::arg("data"), nb::arg("scales").none(), nb::arg("mins").none(),
+           nb::arg("bias").none());
+  nb::class_<BoundForward>(m, "Forward")
       .def(
           "__init__",
-          [](Forward* self, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, int64_t rotary, float eps,
-             float rope_factor, Address frequencies, int kv_type, const LinearTuple& embed, Address norm,
-             const std::vector<LayerTuple>& layers) {
-            Decoder d{hidden, heads, dim, rotary, eps, rope_factor, at<float>(frequencies),
-                      KvShape{static_cast<KvType>(kv_type), kv_heads, dim}, linear_of(embed), at<float>(norm), {}};
-            for (const LayerTuple& layer : layers) d.layers.push_back(layer_of(layer));
-            new (self) Forward(std::move(d));
+          [](BoundForward* self, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, int kv_type,
+             const BoundLinear& embed, float embed_factor, const AnyArray& norm, float eps) {
+            Decoder d{hidden, heads, {static_cast<KvType>(kv_type), kv_heads, dim}, {}, embed_factor, {}, {}, {}};
+            if (heads < 1 || kv_heads < 1 || heads % kv_heads != 0 || embed.linear.k != hidden) {
+              throw std::invalid_argument("the heads or the embedding do not fit.");
+            }
+            d.embed = embed.linear;
+            d.norm = {array_of<float>(norm, "the final norm", "float32", {hidden}), hidden, eps};
+            new (self) BoundForward(std::move(d));
+            self->take(embed);
+            self->held.push_back(norm);
           },
-          nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"), nb::arg("rotary"),
-          nb::arg("eps"), nb::arg("rope_factor"), nb::arg("frequencies"), nb::arg("kv_type"), nb::arg("embed"),
-          nb::arg("norm"), nb::arg("layers"))
+          nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"), nb::arg("kv_type"),
+          nb::arg("embed"), nb::arg("embed_factor"), nb::arg("norm"), nb::arg("eps"))
+      .def("add_rope",
+           [](BoundForward& self, const AnyArray& frequencies, float factor) {
+             const float* const at = array_of<float>(frequencies, "frequencies", "float32", {-1});
+             self.add(RopeTable{{at, at + frequencies.shape(0)}, factor});
+           })
+      .def("begin_layer", &BoundForward::begin_layer)
+      .def(
+          "project",
+          [](BoundForward& self, const std::vector<BoundLinear*>& linears, const MaybeArray& norm, float eps, bool onto_stream) {
+            Project op{{}, self.take(norm, eps), onto_stream};
+            for (const BoundLinear* linear : linears) op.linears.push_back(self.take(*linear));
+            self.add(std::move(op));
+          },
+          nb::arg("linears"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("onto_stream"))
+      .def(
+          "gated",
+          [](BoundForward& self, const BoundLinear& linear, const MaybeArray& norm, float eps, const std::string& activation,
+             int64_t width, const std::string& kind) {
+            self.add(Gated{self.take(linear), self.take(norm, eps), named<Activation>(kActivations, activation, "activation"),
+                           width, named<ActKind>(kKinds, kind, "kind of rows")});
+          },
+          nb::arg("linear"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation"), nb::arg("width"), nb::arg("kind"))
+      .def(
+          "mix",
+          [](BoundForward& self, const MaybeArray& q_norm, const MaybeArray& k_norm, float eps, int64_t table, float scale,
+             int64_t window, float softcap) {
+            self.add(Mix{self.take(q_norm, eps), self.take(k_norm, eps), table, scale, softcap, window});
+          },
+          nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("eps"), nb::arg("table"), nb::arg("scale"),
+          nb::arg("window"), nb::arg("softcap"))
+      .def(
+          "normalise",
+          [](BoundForward& self, const MaybeArray& norm, float eps) { self.add(Normalise{self.take(norm, eps)}); },
+          nb::arg("norm").none(), nb::arg("eps"))
+      .def("sum", [](BoundForward& self, float factor) { self.add(Sum{factor}); })
       .def(
           "run",
           // out: float32 [wanted, hidden].
-          [](Forward& self, const BoundStep& bound, const BoundKv& cache, const BoundKv& own, AnyArray out) {
+          [](BoundForward& self, const BoundStep& bound, const BoundKv& cache, const BoundKv& own, AnyArray out) {
             const Step& step = bound.step;
             require_kv(step, cache, own);
             self.require(step, cache.shape, cache.layers);
@@ -76,5 +173,5 @@ void bind_forward(nb::module_& m) {
             dfk::Unlocked unlocked;
             self.run(step, memory, own.layer(0), to);
           })
-      .def_prop_ro("bytes_held", &Forward::bytes_held);
+      .def_prop_ro("bytes_held", &BoundForward::bytes_held);
 }

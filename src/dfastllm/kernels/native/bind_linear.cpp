@@ -45,13 +45,14 @@ void bind_linear(nb::module_& m) {
   m.def("linear", [](const LinearTuple& w, const ActsTuple& x, Address y, int64_t ldy, bool accumulate) {
     linear(linear_of(w), acts_of(x), at<float>(y), ldy, accumulate);
   }, release());
-  m.def("linear_swiglu", [](const LinearTuple& w, const ActsTuple& x, Address h, const ActsTuple& out) {
-    linear_swiglu(linear_of(w), acts_of(x), at<float>(h), acts_of(out));
+  m.def("linear_gated", [](const LinearTuple& w, const ActsTuple& x, int activation, Address h, const ActsTuple& out) {
+    linear_gated(linear_of(w), acts_of(x), static_cast<Activation>(activation), at<float>(h), acts_of(out));
   }, release());
+  m.def("softcap", [](Address x, int64_t count, float cap) { softcap(at<float>(x), count, cap); }, release());
   // out: [rows] of (int32 token, int32 finite, float top, float second, float norm, float entropy)
-  m.def("head_stats", [](const LinearTuple& w, const ActsTuple& x, Address ban, int64_t bans, bool entropy, int64_t topk,
-                         Address out, Address values, Address ids) {
-    head_stats(linear_of(w), acts_of(x), at<int32_t>(ban), bans, entropy, topk, at<RowStats>(out), at<float>(values),
+  m.def("head_stats", [](const LinearTuple& w, const ActsTuple& x, float cap, Address ban, int64_t bans, bool entropy,
+                         int64_t topk, Address out, Address values, Address ids) {
+    head_stats(linear_of(w), acts_of(x), cap, at<int32_t>(ban), bans, entropy, topk, at<RowStats>(out), at<float>(values),
                at<int32_t>(ids));
   }, release());
   m.def("weight_rows", [](const LinearTuple& w, Address ids, int64_t count, Address out) {

@@ -43,124 +43,295 @@ void Forward::require(const Step& step, const KvShape& kv, int64_t layers) const
       layers != static_cast<int64_t>(d_.layers.size())) {
     throw std::invalid_argument("these K,V are not of this model's shape.");
   }
+  const auto mixes = [](const Op& op) { return std::holds_alternative<Mix>(op); };
+  if (d_.layers.empty() || std::none_of(d_.layers.back().begin(), d_.layers.back().end(), mixes)) {
+    throw std::invalid_argument("the last layer has no attention.");
+  }
   if (step.adapted) throw std::invalid_argument("the step asks for adapters, which this forward has none of.");
 }
 
 size_t Forward::bytes_held() const {
-  size_t total = x_.size() + qkv_.size() + mixed_.size() + cos_.size() + sin_.size() + h_.size() + tail_.size() + next_.size();
+  size_t total = x_.size() + wide_.size() + mixed_.size() + h_.size() + tail_.size() + next_.size();
   for (const Buffer& b : acts_) total += b.size();
+  for (const std::vector<Buffer>* side : {&cos_, &sin_}) {
+    for (const Buffer& b : *side) total += b.size();
+  }
   return total;
 }
 
-const Acts& Forward::prepared(ActKind kind, const float* x, int64_t ldx, int64_t rows, int64_t k, const float* norm) {
-  const int i = static_cast<int>(kind);
-  at_[i] = acts_at(acts_[i].bytes(acts_bytes(kind, rows, k)), kind, rows, k);
-  prepare(x, ldx, norm, d_.eps, at_[i]);
-  return at_[i];
+namespace {
+
+void require_width(const char* what, int64_t wanted, int64_t got) {
+  if (wanted != got) {
+    throw std::invalid_argument(std::string(what) + " takes " + std::to_string(wanted) + " values, the op before gives " +
+                                std::to_string(got) + ".");
+  }
 }
 
-void Forward::attend(const Layer& layer, const Step& step, const KvLayer& cache, const KvLayer& own, float* qkv) {
-  const int64_t stride = (d_.heads + 2 * d_.kv.kv_heads) * d_.dim;
-  RopeStore rope{};
-  rope.qkv = qkv;
-  rope.rows = step.rows;
-  rope.stride = stride;
-  rope.heads = d_.heads;
-  rope.q_norm = layer.q_norm;
-  rope.k_norm = layer.k_norm;
-  rope.eps = d_.eps;
-  rope.cos = cos_.floats(0);
-  rope.sin = sin_.floats(0);
-  rope.rotary = d_.rotary;
-  rope.shape = d_.kv;
-  rope.cache = cache;
-  rope.own = own;
-  rope.slot = step.slot;
-  rope.own_slot = step.own_slot;
-  rope_store(rope);
-
-  Attention a{};
-  a.q = qkv;
-  a.rows = step.rows;
-  a.stride = stride;
-  a.heads = d_.heads;
-  a.scale = 1.0f / std::sqrt(static_cast<float>(d_.dim));
-  a.shape = d_.kv;
-  a.cache = cache;
-  a.own = own;
-  a.spans = step.spans.data();
-  a.span_count = static_cast<int64_t>(step.spans.size());
-  a.cached_limit = step.cached_limit;
-  a.own_limit = step.own_limit;
-  a.out = mixed_.floats(0);
-  attention(a);
+void require_norm(const Norm& norm, int64_t width) {
+  if (norm.weight != nullptr) require_width("a norm", norm.size, width);
 }
 
 // Rows `index` of x [..][width] -> out, in order.
-static void gather(const float* x, int64_t width, const int32_t* index, int64_t count, float* out) {
+void gather(const float* x, int64_t width, const int32_t* index, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(out + i * width, x + index[i] * width, static_cast<size_t>(width) * sizeof(float));
   }
 }
 
-void Forward::run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out) {
-  const int64_t hidden = d_.hidden, mixed = d_.heads * d_.dim, half = d_.rotary / 2;
-  const int64_t stride = mixed + 2 * d_.kv.kv_heads * d_.dim;
-  int64_t rows = step.rows;
-  float* x = x_.floats(static_cast<size_t>(rows * hidden));
-  float* qkv = qkv_.floats(static_cast<size_t>(rows * stride));
-  mixed_.floats(static_cast<size_t>(rows * mixed));
-  float* cos = cos_.floats(static_cast<size_t>(rows * half));
-  float* sin = sin_.floats(static_cast<size_t>(rows * half));
+// f(first, last) for stretches of `count` values, on the pool.
+template <class F>
+void in_pieces(int64_t count, F&& f) {
+  constexpr int64_t piece = 1 << 14;
+  parallel((count + piece - 1) / piece, [&](int64_t task, int) { f(task * piece, std::min(count, (task + 1) * piece)); });
+}
 
-  ids_.assign(step.ids, step.ids + rows);
-  weight_rows(d_.embed, ids_.data(), rows, x);
-  parallel((rows + 7) / 8, [&](int64_t task, int) {
-    for (int64_t r = task * 8; r < std::min(rows, task * 8 + 8); ++r) {
-      for (int64_t i = 0; i < half; ++i) {
-        const float angle = static_cast<float>(step.positions[r]) * d_.frequencies[i];
-        cos[r * half + i] = std::cos(angle) * d_.rope_factor;
-        sin[r * half + i] = std::sin(angle) * d_.rope_factor;
-      }
+}  // namespace
+
+void Forward::add(RopeTable table) {
+  if (2 * static_cast<int64_t>(table.frequencies.size()) > d_.kv.dim) {
+    throw std::invalid_argument("more rotary dims than a head has.");
+  }
+  d_.ropes.push_back(std::move(table));
+  cos_.emplace_back();
+  sin_.emplace_back();
+}
+
+void Forward::begin_layer() {
+  d_.layers.emplace_back();
+  width_ = d_.hidden;
+}
+
+void Forward::add(Op op) {
+  if (d_.layers.empty()) throw std::invalid_argument("an op before the first layer.");
+  if (gated_ && !std::holds_alternative<Project>(op)) throw std::invalid_argument("only a linear may follow a gate.");
+  if (const auto* project = std::get_if<Project>(&op)) {
+    require_norm(project->norm, width_);
+    int64_t n = 0;
+    for (const Linear& linear : project->linears) {
+      require_width("a linear", linear.k, width_);
+      n += linear.n;
     }
-  });
+    if (project->onto_stream) require_width("the stream", d_.hidden, n);
+    if (gated_ && (project->norm.weight != nullptr || project->linears.size() != 1)) {
+      throw std::invalid_argument("a linear after a gate is one matrix without a norm.");
+    }
+    width_ = n;
+    widest_ = std::max(widest_, n);
+    gated_ = false;
+  } else if (const auto* gated = std::get_if<Gated>(&op)) {
+    require_norm(gated->norm, width_);
+    require_width("a gate", gated->linear.k, width_);
+    if (gated->linear.n != (gated->width + kPanel / 2 - 1) / (kPanel / 2) * kPanel) {
+      throw std::invalid_argument("gate and up must alternate by 32 channels.");
+    }
+    width_ = gated->width;
+    gated_ = true;
+  } else if (const auto* mix = std::get_if<Mix>(&op)) {
+    const int64_t q = d_.heads * d_.kv.dim, k = d_.kv.kv_heads * d_.kv.dim;
+    require_width("attention", q + 2 * k, width_);
+    if (d_.layers.back().empty() || !std::holds_alternative<Project>(d_.layers.back().back())) {
+      throw std::invalid_argument("attention takes what a linear gives.");
+    }
+    const bool fits = (mix->q_norm.weight == nullptr || mix->q_norm.size == d_.kv.dim || mix->q_norm.size == q) &&
+                      (mix->k_norm.weight == nullptr || mix->k_norm.size == d_.kv.dim || mix->k_norm.size == k);
+    if (!fits) throw std::invalid_argument("norms of q and k go over a head or over all of them.");
+    if (mix->table >= static_cast<int64_t>(d_.ropes.size())) throw std::invalid_argument("there is no such rotary table.");
+    width_ = q;
+  } else if (const auto* normalise = std::get_if<Normalise>(&op)) {
+    require_norm(normalise->norm, width_);
+  } else {
+    require_width("the stream", d_.hidden, width_);
+  }
+  d_.layers.back().push_back(std::move(op));
+}
 
-  const int64_t last = static_cast<int64_t>(d_.layers.size()) - 1;
-  for (int64_t i = 0; i <= last; ++i) {
-    const Layer& layer = d_.layers[static_cast<size_t>(i)];
-    int64_t column = 0;
+const Acts& Forward::prepared(ActKind kind, const float* x, int64_t ldx, int64_t rows, int64_t k, const Norm& norm) {
+  const int i = static_cast<int>(kind);
+  at_[i] = acts_at(acts_[i].bytes(acts_bytes(kind, rows, k)), kind, rows, k);
+  prepare(x, ldx, norm.weight, norm.eps, at_[i]);
+  return at_[i];
+}
+
+void Forward::fill_angles(const Step& step) {
+  for (size_t t = 0; t < d_.ropes.size(); ++t) {
+    const RopeTable& table = d_.ropes[t];
+    const int64_t half = static_cast<int64_t>(table.frequencies.size());
+    float* cos = cos_[t].floats(static_cast<size_t>(step.rows * half));
+    float* sin = sin_[t].floats(static_cast<size_t>(step.rows * half));
+    parallel((step.rows + 7) / 8, [&](int64_t task, int) {
+      for (int64_t r = task * 8; r < std::min(step.rows, task * 8 + 8); ++r) {
+        for (int64_t i = 0; i < half; ++i) {
+          const float angle = static_cast<float>(step.positions[r]) * table.frequencies[static_cast<size_t>(i)];
+          cos[r * half + i] = std::cos(angle) * table.factor;
+          sin[r * half + i] = std::sin(angle) * table.factor;
+        }
+      }
+    });
+  }
+}
+
+const Forward::Window& Forward::window_of(const Step& step, int64_t size) {
+  for (const Window& window : windows_) {
+    if (window.size == size) return window;
+  }
+  const std::vector<int32_t> none(static_cast<size_t>(step.rows), 0);
+  windows_.push_back({size, none, none});
+  Window& made = windows_.back();
+  window_from(step.spans.data(), static_cast<int64_t>(step.spans.size()), step.positions, size, made.cached_from.data(),
+              made.own_from.data());
+  return made;
+}
+
+// One pass over the ops: the stream x and the branch h, `width` values a row, or prepared rows of it.
+struct Forward::Pass {
+  Forward& f;
+  const Step& step;
+  float* x;
+  int64_t rows;
+  const float* h = nullptr;
+  int64_t width = 0;
+  const Acts* ready = nullptr;
+  KvLayer cache{}, own{};
+
+  void begin() {
+    h = x;
+    width = f.d_.hidden;
+    ready = nullptr;
+  }
+
+  void operator()(const Project& op) {
+    int64_t n = 0, column = 0;
+    for (const Linear& w : op.linears) n += w.n;
+    float* const out = op.onto_stream ? x : f.wide_.floats(0);
     bool done[4] = {};
-    for (const Linear& w : layer.qkv) {
+    for (const Linear& w : op.linears) {
       const ActKind kind = act_kind(w.format);
-      bool& ready = done[static_cast<int>(kind)];
-      const Acts& acts = ready ? at_[static_cast<int>(kind)] : prepared(kind, x, hidden, rows, hidden, layer.attn_norm);
-      ready = true;
-      linear(w, acts, qkv + column, stride, false);
+      bool& made = done[static_cast<int>(kind)];
+      const Acts& in = ready != nullptr ? *ready
+                       : made           ? f.at_[static_cast<int>(kind)]
+                                        : f.prepared(kind, h, width, rows, width, op.norm);
+      made = true;
+      linear(w, in, out + column, n, op.onto_stream);
       column += w.n;
     }
-    attend(layer, step, cache.layer(i), own, qkv);
-
-    const float* mix = mixed_.floats(0);
-    if (i == last) {  // what follows is only looked at in the wanted rows
-      if (step.wanted == 0) return;
-      float* some = tail_.floats(static_cast<size_t>(step.wanted * (hidden + mixed)));
-      gather(x, hidden, step.want, step.wanted, some);
-      gather(mix, mixed, step.want, step.wanted, some + step.wanted * hidden);
-      x = some;
-      mix = some + step.wanted * hidden;
-      rows = step.wanted;
-    }
-    linear(layer.o, prepared(act_kind(layer.o.format), mix, mixed, rows, mixed, nullptr), x, hidden, true);
-
-    const Acts& in = prepared(act_kind(layer.gate_up.format), x, hidden, rows, hidden, layer.mlp_norm);
-    const ActKind kind = act_kind(layer.down.format);
-    const int64_t inner = layer.down.k;  // gate_up may be padded to whole panels
-    Acts h = acts_at(next_.bytes(acts_bytes(kind, rows, inner)), kind, rows, inner);
-    linear_swiglu(layer.gate_up, in, h_.floats(static_cast<size_t>(rows * inner)), h);
-    linear(layer.down, h, x, hidden, true);
+    ready = nullptr;
+    if (op.onto_stream) return begin();
+    h = out;
+    width = n;
   }
-  Acts plain{ActKind::f32, rows, hidden, hidden, out, nullptr, nullptr};
-  prepare(x, hidden, d_.norm, d_.eps, plain);
+
+  void operator()(const Gated& op) {
+    const Acts& in = f.prepared(act_kind(op.linear.format), h, width, rows, width, op.norm);
+    f.next_at_ = acts_at(f.next_.bytes(acts_bytes(op.kind, rows, op.width)), op.kind, rows, op.width);
+    linear_gated(op.linear, in, op.activation, f.h_.floats(static_cast<size_t>(rows * op.width)), f.next_at_);
+    ready = &f.next_at_;
+    width = op.width;
+  }
+
+  void operator()(const Mix& op) {
+    const Decoder& d = f.d_;
+    RopeStore rope{};
+    rope.qkv = f.wide_.floats(0);  // that is h: a Project made it
+    rope.rows = rows;
+    rope.stride = width;
+    rope.heads = d.heads;
+    rope.q_norm = op.q_norm.weight;
+    rope.k_norm = op.k_norm.weight;
+    rope.q_size = op.q_norm.size;
+    rope.k_size = op.k_norm.size;
+    rope.eps = op.q_norm.eps;
+    if (op.table >= 0) {
+      const size_t t = static_cast<size_t>(op.table);
+      rope.cos = f.cos_[t].floats(0);
+      rope.sin = f.sin_[t].floats(0);
+      rope.rotary = 2 * static_cast<int64_t>(d.ropes[t].frequencies.size());
+    }
+    rope.shape = d.kv;
+    rope.cache = cache;
+    rope.own = own;
+    rope.slot = step.slot;
+    rope.own_slot = step.own_slot;
+    rope_store(rope);
+
+    Attention a{};
+    a.q = rope.qkv;
+    a.rows = rows;
+    a.stride = width;
+    a.heads = d.heads;
+    a.scale = op.scale;
+    a.softcap = op.softcap;
+    a.shape = d.kv;
+    a.cache = cache;
+    a.own = own;
+    a.spans = step.spans.data();
+    a.span_count = static_cast<int64_t>(step.spans.size());
+    a.cached_limit = step.cached_limit;
+    a.own_limit = step.own_limit;
+    if (op.window > 0) {
+      const Window& window = f.window_of(step, op.window);
+      a.cached_from = window.cached_from.data();
+      a.own_from = window.own_from.data();
+    }
+    width = d.heads * d.kv.dim;
+    a.out = f.mixed_.floats(static_cast<size_t>(rows * width));
+    attention(a);
+    h = a.out;
+  }
+
+  void operator()(const Normalise& op) {
+    float* const out = f.wide_.floats(0);  // may be h itself: a row's sum is made before it is written
+    prepare(h, width, op.norm.weight, op.norm.eps, Acts{ActKind::f32, rows, width, width, out, nullptr, nullptr});
+    h = out;
+  }
+
+  void operator()(const Sum& op) {
+    in_pieces(rows * width, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) x[i] += op.factor * h[i];
+    });
+    begin();
+  }
+
+  // What follows the last attention is only looked at in the wanted rows.
+  void keep_wanted() {
+    const int64_t wanted = step.wanted, hidden = f.d_.hidden;
+    float* const some = f.tail_.floats(static_cast<size_t>(wanted * (hidden + width)));
+    gather(x, hidden, step.want, wanted, some);
+    gather(h, width, step.want, wanted, some + wanted * hidden);
+    x = some;
+    h = some + wanted * hidden;
+    rows = wanted;
+  }
+};
+
+void Forward::run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out) {
+  const int64_t hidden = d_.hidden;
+  Pass pass{*this, step, x_.floats(static_cast<size_t>(step.rows * hidden)), step.rows};
+  ids_.assign(step.ids, step.ids + step.rows);
+  weight_rows(d_.embed, ids_.data(), step.rows, pass.x);
+  if (d_.embed_factor != 1.0f) {
+    in_pieces(step.rows * hidden, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) pass.x[i] *= d_.embed_factor;
+    });
+  }
+  wide_.floats(static_cast<size_t>(step.rows * std::max(widest_, hidden)));  // no growth, which loses what it holds, later
+  fill_angles(step);
+  windows_.clear();
+  pass.own = own;
+  const std::vector<Op>& last = d_.layers.back();
+  const auto mixes = [](const Op& op) { return std::holds_alternative<Mix>(op); };
+  const Op* const last_mix = &*std::find_if(last.rbegin(), last.rend(), mixes);
+  for (size_t i = 0; i < d_.layers.size(); ++i) {
+    pass.cache = cache.layer(static_cast<int64_t>(i));
+    pass.begin();
+    for (const Op& op : d_.layers[i]) {
+      std::visit(pass, op);
+      if (&op != last_mix) continue;
+      if (step.wanted == 0) return;
+      pass.keep_wanted();
+    }
+  }
+  prepare(pass.x, hidden, d_.norm.weight, d_.norm.eps, Acts{ActKind::f32, pass.rows, hidden, hidden, out, nullptr, nullptr});
 }
 
 }  // namespace dfk

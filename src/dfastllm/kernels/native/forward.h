@@ -1,11 +1,12 @@
-// A whole forward pass of a dense decoder in one call: embedding, layers, final norm of the wanted rows. Its plain twin
-// is dfastllm/models/packed.py, which calls the same operations one by one.
+// A whole forward pass in one call: embedding, the ops of each layer, final norm of the wanted rows. The ops are those of
+// dfastllm/models/packed.py, whose plain twin walks the same list.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <variant>
 #include <vector>
 
 #include "attention.h"
@@ -29,24 +30,64 @@ class Buffer {
   size_t size_ = 0;
 };
 
-struct Layer {
-  const float* attn_norm;
-  const float* mlp_norm;
-  const float* q_norm;  // per head, or null
-  const float* k_norm;
-  std::vector<Linear> qkv;  // one fused, or q, k, v when their formats differ; outputs side by side
-  Linear o, gate_up, down;  // gate_up: 32 gate, 32 up channels per panel
+// RMSNorm, its offset added to the weights; null: none.
+struct Norm {
+  const float* weight = nullptr;  // [size]
+  int64_t size = 0;
+  float eps = 0.0f;
+};
+
+// The branch h begins as the stream x, at the start of a layer and after every op that adds to the stream.
+
+// h <- norm(h) W^T of matrices side by side (several where their formats differ), or x += it.
+struct Project {
+  std::vector<Linear> linears;
+  Norm norm;
+  bool onto_stream;
+};
+
+// h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the Project that follows.
+struct Gated {
+  Linear linear;  // 32 gate, 32 up channels per panel
+  Norm norm;
+  Activation activation;
+  int64_t width;
+  ActKind kind;
+};
+
+// h = (q, k, v) <- attention, K and V being stored.
+struct Mix {
+  Norm q_norm, k_norm;  // over a head, or over all heads
+  int64_t table;        // of rotary positions, or -1
+  float scale, softcap;
+  int64_t window;       // keys that a row sees, 0: all
+};
+
+// h <- norm(h)
+struct Normalise {
+  Norm norm;
+};
+
+// x <- x + factor * h
+struct Sum {
+  float factor;
+};
+
+using Op = std::variant<Project, Gated, Mix, Normalise, Sum>;
+
+struct RopeTable {
+  std::vector<float> frequencies;  // radians per position, of half the dims that rotate
+  float factor;                    // on cos and sin
 };
 
 struct Decoder {
-  int64_t hidden, heads, dim, rotary;
-  float eps;
-  float rope_factor;         // on cos and sin
-  const float* frequencies;  // [rotary / 2], radians per position
+  int64_t hidden, heads;
   KvShape kv;
   Linear embed;
-  const float* norm;
-  std::vector<Layer> layers;
+  float embed_factor;
+  Norm norm;
+  std::vector<RopeTable> ropes;
+  std::vector<std::vector<Op>> layers;
 };
 
 // The K,V of all layers: layer i starts `stride` bytes after layer i - 1.
@@ -60,6 +101,11 @@ class Forward {
  public:
   explicit Forward(Decoder decoder) : d_(std::move(decoder)) {}
 
+  // Making it: tables first, then layer by layer. Throw std::invalid_argument for an op that does not fit the one before.
+  void add(RopeTable table);
+  void begin_layer();
+  void add(Op op);
+
   // out [wanted][hidden] float, after the final norm. `own` is the K,V of one layer, used by all in turn.
   void run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out);
 
@@ -70,14 +116,27 @@ class Forward {
   size_t bytes_held() const;
 
  private:
-  const Acts& prepared(ActKind kind, const float* x, int64_t ldx, int64_t rows, int64_t k, const float* norm);
-  void attend(const Layer& layer, const Step& step, const KvLayer& cache, const KvLayer& own, float* qkv);
+  // What a window hides from the rows of a step.
+  struct Window {
+    int64_t size;
+    std::vector<int32_t> cached_from, own_from;
+  };
+  struct Pass;
+
+  const Acts& prepared(ActKind kind, const float* x, int64_t ldx, int64_t rows, int64_t k, const Norm& norm);
+  void fill_angles(const Step& step);
+  const Window& window_of(const Step& step, int64_t size);
 
   Decoder d_;
-  Buffer x_, qkv_, mixed_, cos_, sin_, h_, tail_;
-  std::array<Buffer, 4> acts_;  // by ActKind
+  int64_t width_ = 0;      // while it is made: of the branch
+  bool gated_ = false;     // and whether it is prepared rows
+  int64_t widest_ = 0;     // branch that there is
+  Buffer x_, wide_, mixed_, h_, tail_, next_;
+  std::vector<Buffer> cos_, sin_;  // by table
+  std::array<Buffer, 4> acts_;     // by ActKind
   std::array<Acts, 4> at_{};
-  Buffer next_;
+  Acts next_at_{};
+  std::vector<Window> windows_;
   std::vector<int64_t> ids_;
 };
 

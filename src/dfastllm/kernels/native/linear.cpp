@@ -145,8 +145,18 @@ void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumula
   });
 }
 
-void linear_swiglu(const Linear& w, const Acts& x, float* h, const Acts& out) {
+void softcap(float* x, int64_t count, float cap) {
+  constexpr int64_t piece = 1 << 14;
+  const auto capped = linear_ops().softcap;
+  parallel((count + piece - 1) / piece, [&](int64_t task, int) {
+    const int64_t left = count - task * piece;
+    capped(x + task * piece, left < piece ? left : piece, cap);
+  });
+}
+
+void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out) {
   const LinearOps& ops = linear_ops();
+  const auto gate_mul = ops.gate_mul[static_cast<int>(activation)];
   constexpr int64_t half = kPanel / 2;
   const bool through_h = out.kind == ActKind::row8;
   each_tile(w, x, [&](int64_t panel, int64_t row, int64_t rows, float* tile) {
@@ -156,7 +166,7 @@ void linear_swiglu(const Linear& w, const Acts& x, float* h, const Acts& out) {
     for (int64_t r = 0; r < rows; ++r) {
       alignas(64) float product[half] = {};
       float* to = through_h ? h + (row + r) * out.k + column : product;
-      ops.silu_mul(tile + r * kPanel, tile + r * kPanel + half, to, width);
+      gate_mul(tile + r * kPanel, tile + r * kPanel + half, to, width);
       if (!through_h) ops.prepare_32(product, out, row + r, column);
     }
   });

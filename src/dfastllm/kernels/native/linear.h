@@ -22,6 +22,9 @@ struct Linear {
   const float* bias;      // [n], or null
 };
 
+// What a gate goes through before it multiplies; gelu_tanh: the approximation by tanh.
+enum class Activation : int { silu = 0, gelu_tanh = 1 };
+
 // How a format wants its input rows.
 enum class ActKind : int { f32 = 0, bf16 = 1, row8 = 2, group8 = 3 };
 
@@ -59,7 +62,8 @@ struct LinearOps {
   // needs the whole row).
   void (*prepare_32)(const float* x, const Acts& out, int64_t row, int64_t column);
   const Tile* tile;  // by Format
-  void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);  // gate / (1 + exp(-gate)) * up
+  void (*gate_mul[2])(const float* gate, const float* up, float* out, int64_t count);  // by Activation
+  void (*softcap)(float* x, int64_t count, float cap);  // cap * tanh(x / cap); NaN where x is not finite
   // The first `channels` of a tile [rows][64] into y [rows][ldy]; bias [channels] or null.
   void (*write_tile)(const float* tile, int64_t rows, int64_t channels, const float* bias, float* y, int64_t ldy,
                      bool accumulate);
@@ -83,10 +87,13 @@ void prepare(const float* x, int64_t ldx, const float* norm, float eps, const Ac
 void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate);
 
 // w holds, panel by panel, 32 channels of the gate and the 32 same channels of the up projection (bias in that order
-// too). h[m, i] = silu(gate) * up is prepared for the next linear in `out` (kind of its format, k: the width of h, which
+// too). h[m, i] = activation(gate) * up is prepared for the next linear in `out` (kind of its format, k: the width of h, which
 // is a multiple of 32 or the last panel is padded with zero weights). A row8 `out` goes through `h` [rows][out.k] float
 // and `h` may be null only for the others, which do not touch it.
-void linear_swiglu(const Linear& w, const Acts& x, float* h, const Acts& out);
+void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out);
+
+// x <- cap * tanh(x / cap) in place; NaN where x is not finite, which a cap would hide.
+void softcap(float* x, int64_t count, float cap);
 
 // What the head of a model is asked about a row of logits, `ban` ids left out. Ties: the lowest id.
 struct RowStats {
@@ -100,8 +107,8 @@ struct RowStats {
 
 // The logits are never written out: panel tiles are reduced as they are made, panel results are merged in panel order
 // (so a row's floats do not depend on threads). topk > 0: also the best `topk` (logit, id) per row, descending, ties by
-// lowest id, into top_values / top_ids [rows][topk].
-void head_stats(const Linear& w, const Acts& x, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
+// lowest id, into top_values / top_ids [rows][topk]. cap > 0: of capped logits.
+void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
                 RowStats* out, float* top_values, int32_t* top_ids);
 
 // Natural codes [n][k] (int8 or uint8; bf16 bits or float for those formats), scales and mins -> the panels that

@@ -23,7 +23,8 @@ const LinearOps linear_avx2 = {
     avx2::prepare_row,
     avx2::prepare_32,
     avx2::tiles::kByFormat,
-    avx2::silu_mul,
+    {avx2::gate_mul<avx2::silu_mul_16>, avx2::gate_mul<avx2::gelu_mul_16>},
+    avx2::softcap,
     avx2::write_tile,
     avx2::head_rows,
 };

@@ -27,7 +27,8 @@ const LinearOps linear_avx512 = {
     avx512::prepare_row,
     avx512::prepare_32,
     avx512::tiles::kByFormat,
-    avx512::silu_mul,
+    {avx512::gate_mul<avx512::silu_mul_16>, avx512::gate_mul<avx512::gelu_mul_16>},
+    avx512::softcap,
     avx512::write_tile,
     avx512::head_rows,
 };

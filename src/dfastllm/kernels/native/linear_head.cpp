@@ -68,6 +68,7 @@ struct ChunkPart {
 struct Head {
   const Linear& w;
   const Acts& x;
+  float cap;
   std::vector<int32_t> ban;  // ascending
   bool entropy;
   int64_t topk, chunks;
@@ -111,6 +112,7 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
     const int64_t first_id = panel * kPanel, channels = std::min(kPanel, w.n - first_id);
     ops.tile[static_cast<int>(w.format)](w, head.x, panel, top, rows, tile, memory);
     if (w.bias) ops.write_tile(tile, rows, channels, w.bias + first_id, tile, kPanel, false);
+    if (head.cap > 0) ops.softcap(tile, rows * kPanel, head.cap);
     const auto banned = std::lower_bound(head.ban.begin(), head.ban.end(), static_cast<int32_t>(first_id));
     const bool whole = channels == kPanel && (banned == head.ban.end() || *banned >= first_id + kPanel);
     if (!whole) exclude(head, first_id, channels, rows, tile, parts);
@@ -159,11 +161,11 @@ RowStats merge(const Head& head, int64_t row) {
 
 }  // namespace
 
-void head_stats(const Linear& w, const Acts& x, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
+void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
                 RowStats* out, float* top_values, int32_t* top_ids) {
   const int64_t rows = x.rows, panels = (w.n + kPanel - 1) / kPanel, chunks = (panels + kChunk - 1) / kChunk;
   if (rows <= 0) return;
-  Head head{w, x, std::vector<int32_t>(ban, ban + bans), entropy, topk, chunks, nullptr, nullptr};
+  Head head{w, x, cap, std::vector<int32_t>(ban, ban + bans), entropy, topk, chunks, nullptr, nullptr};
   std::sort(head.ban.begin(), head.ban.end());
   head.parts.reset(new ChunkPart[static_cast<size_t>(chunks * rows)]);
   if (topk > 0) head.best.reset(new Best[static_cast<size_t>(rows)]);

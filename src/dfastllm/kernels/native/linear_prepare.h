@@ -148,10 +148,29 @@ inline void prepare_row(const float* x, const float* norm, float eps, const Acts
 
 inline Floats16 silu_mul_16(Floats16 gate, Floats16 up) { return gate / (floats16(1.0f) + exp(floats16(0.0f) - gate)) * up; }
 
-inline void silu_mul(const float* gate, const float* up, float* out, int64_t count) {
+// gate / (1 + exp(-2 y)) * up, y = sqrt(2 / pi) (gate + 0.044715 gate^3)
+inline Floats16 gelu_mul_16(Floats16 gate, Floats16 up) {
+  const Floats16 y = gate + floats16(0.044715f) * gate * gate * gate;
+  return gate / (floats16(1.0f) + exp(floats16(-1.59576912f) * y)) * up;
+}
+
+template <Floats16 (*f)(Floats16, Floats16)>
+inline void gate_mul(const float* gate, const float* up, float* out, int64_t count) {
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) store(out + i, silu_mul_16(load(gate + i), load(up + i)));
-  if (i < count) store(out + i, silu_mul_16(load(gate + i, count - i), load(up + i, count - i)), count - i);
+  for (; i + 16 <= count; i += 16) store(out + i, f(load(gate + i), load(up + i)));
+  if (i < count) store(out + i, f(load(gate + i, count - i), load(up + i, count - i)), count - i);
+}
+
+// cap * tanh(x / cap), tanh by e^2x: its error is absolute, 1e-7 of the cap. What is not finite becomes NaN.
+inline void softcap(float* x, int64_t count, float cap) {
+  const Floats16 one = floats16(1.0f), twice = floats16(2.0f / cap);
+  for (int64_t i = 0; i < count; i += 16) {
+    const bool whole = count - i >= 16;
+    const Floats16 v = whole ? load(x + i) : load(x + i, count - i), e = exp(v * twice);
+    const Floats16 out = floats16(cap) * ((e - one) / (e + one)) + v * floats16(0.0f);
+    if (whole) store(x + i, out);
+    else store(x + i, out, count - i);
+  }
 }
 
 // A tile [rows][64] into y [rows][ldy]: channels of it, bias (or null) added, y += or y =.

@@ -21,7 +21,8 @@ const LinearOps linear_scalar = {
     scalar::prepare_row,
     scalar::prepare_32,
     scalar::tiles::kByFormat,
-    scalar::silu_mul,
+    {scalar::gate_mul<scalar::silu_mul_16>, scalar::gate_mul<scalar::gelu_mul_16>},
+    scalar::softcap,
     scalar::write_tile,
     scalar::head_rows,
 };

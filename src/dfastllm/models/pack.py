@@ -1,0 +1,219 @@
+"""From a stream of parameters to a PackedDecoder: each layer's ops are joined and packed as soon as its weights are
+there, so that no more than about one layer is held in both forms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dfastllm.core import ModelInfo
+from dfastllm.errors import CheckpointError, UnsupportedError
+from dfastllm.kernels import linear
+from dfastllm.kernels.activations import act_kind
+from dfastllm.kernels.packed import PANEL, Packed, QTensor
+from dfastllm.models.config import DecoderConfig
+from dfastllm.models.decoder import Decoder
+from dfastllm.models.family import find_family
+from dfastllm.models.packed import Gated, Mix, Normalise, PackedDecoder, PackedOp, Project, ScaledNorm, Sum, Weights
+from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Norm, Op, Program, Rope
+
+__all__ = ["pack_decoder", "require_packable"]
+
+HALF = PANEL // 2  # a panel of gate and up holds so many channels of each
+Value = QTensor | Tensor
+
+
+def require_packable(program: Program, name: str) -> None:
+    """Raises UnsupportedError, naming the op and the layer, for a program that the kernels cannot run."""
+    for i, layer in enumerate(program.layers):
+        for op in layer:
+            if isinstance(op, Experts):
+                raise UnsupportedError(
+                    f"{name}: op experts (layer {i}, a mixture of experts) runs on the torch runner; the native runner "
+                    "lacks it.",
+                    param="model",
+                    hint="Load float weights with backend torch or auto.",
+                )
+
+
+def pack_decoder(
+    config: DecoderConfig,
+    info: ModelInfo,
+    parts: Iterable[tuple[str, Value]],
+    dtype: torch.dtype,
+    *,
+    notes: list[str] | None = None,
+) -> PackedDecoder:
+    """Build from a stream of (parameter name as in `Decoder`, matrix or vector). Floating-point matrices become float32
+    or bfloat16 panels.
+
+    Raises UnsupportedError as `require_packable` does, CheckpointError for a missing, surplus or mis-shaped parameter
+    or one that is not finite.
+    """
+    program = find_family(info.family).program(config)
+    require_packable(program, info.name)
+    wanted = _shapes(config, info)
+    waiting: dict[int | None, dict[str, Value]] = {}
+    places = [_place(name) for name in wanted]
+    count = {place: places.count(place) for place in set(places)}
+    layers: dict[int, tuple[PackedOp, ...]] = {}
+    seen: set[str] = set()
+    for name, value in parts:
+        if name not in wanted or name in seen:
+            raise CheckpointError(f"unexpected parameter {name}.")
+        if tuple(value.shape) != wanted[name]:
+            raise CheckpointError(f"{name} has shape {list(value.shape)}, wanted {list(wanted[name])}.")
+        seen.add(name)
+        place = _place(name)
+        group = waiting.setdefault(place, {})
+        group[name.removeprefix(f"layers.{place}.")] = _finite(name, value)
+        if place is not None and len(group) == count[place]:
+            layers[place] = _layer(program.layers[place], group)
+            del waiting[place], group
+    missing = sorted(wanted.keys() - seen)
+    if missing:
+        raise CheckpointError(f"missing parameter(s) {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}.")
+    outer = waiting[None]
+    last = _norm(program.norm, outer)
+    return PackedDecoder(
+        config=config,
+        info=info,
+        program=program,
+        dtype=dtype,
+        embed=_pack(outer["embed.weight"]),
+        norm=ScaledNorm(last.weight * program.logits_factor, last.eps),
+        layers=tuple(layers[i] for i in range(config.layers)),
+        head=None if config.tied else _pack(outer["lm_head.weight"]),
+        notes=notes or [],
+    )
+
+
+def _shapes(config: DecoderConfig, info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Decoder(config, info).named_parameters()}
+
+
+def _place(name: str) -> int | None:
+    """The layer a parameter belongs to, None: none."""
+    found = re.match(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _finite(name: str, value: Value) -> Value:
+    floats = [value] if isinstance(value, Tensor) else [value.scales, value.mins]
+    if isinstance(value, QTensor) and value.scales is None:
+        floats = [value.codes]
+    if not all(bool(torch.isfinite(t).all()) for t in floats if t is not None):
+        raise CheckpointError(
+            f"{name} holds values that are not finite (NaN or infinity).", hint="The file is damaged."
+        )
+    return value
+
+
+def _layer(ops: Sequence[Op], parts: Mapping[str, Value]) -> tuple[PackedOp, ...]:
+    """The ops of a layer joined into those of the kernels."""
+    out: list[PackedOp] = []
+    norm: ScaledNorm | None = None  # read by the linear that follows
+    heads: tuple[ScaledNorm | None, ScaledNorm | None] = (None, None)
+    table: int | None = None
+    for before, op, after in zip((None, *ops), ops, (*ops[1:], None), strict=False):
+        match op, after:
+            case Norm(), Linear():
+                norm = _norm(op, parts)
+            case Norm(), _:
+                out.append(Normalise(_norm(op, parts)))
+            case Linear(), Gate():
+                follows = ops[ops.index(after) + 1]
+                assert isinstance(follows, Linear)
+                into = _matrix(parts[f"{follows.matrices[0].name}.weight"])
+                gate, up = _parts(op, parts)
+                packed = _interleaved(gate, up)
+                out.append(Gated(packed, after.activation, gate[0].shape[0], act_kind(into.format), norm))
+                norm = None
+            case Linear(), _:
+                onto = isinstance(after, Add) and after.factor == 1
+                out.append(Project(_side_by_side(_parts(op, parts)), norm, onto))
+                norm = None
+            case HeadNorm(), _:
+                heads = _norm(op.q, parts), _norm(op.k, parts)
+            case Rope(), _:
+                table = op.table
+            case Attend(), _:
+                out.append(Mix(op, *heads, table))
+                heads, table = (None, None), None
+            case Add(), _ if not (isinstance(before, Linear) and op.factor == 1):
+                out.append(Sum(op.factor))
+    return tuple(out)
+
+
+def _norm(op: Norm, parts: Mapping[str, Value]) -> ScaledNorm:
+    return ScaledNorm(_vector(parts[f"{op.name}.weight"]) + op.offset, op.eps)
+
+
+Part = tuple[QTensor, Tensor | None]  # rows of a matrix and of its bias
+
+
+def _parts(op: Linear, parts: Mapping[str, Value]) -> list[Part]:
+    """The parts of an op's matrices, those that share a matrix cut out of it."""
+    found: list[Part] = []
+    for m in op.matrices:
+        matrix = _matrix(parts[f"{m.name}.weight"])
+        bias = _vector(parts[f"{m.name}.bias"]) if m.bias else None
+        start = 0
+        for size in m.outputs:
+            rows = slice(start, start + size)
+            whole = len(m.outputs) == 1
+            found.append((matrix if whole else matrix.rows(rows), bias if bias is None or whole else bias[rows]))
+            start += size
+    return found
+
+
+def _side_by_side(parts: Sequence[Part]) -> tuple[Weights, ...]:
+    if len({_kind(matrix) for matrix, _ in parts}) > 1:
+        return tuple(Weights(linear.pack(matrix), bias) for matrix, bias in parts)
+    whole = None
+    if any(bias is not None for _, bias in parts):
+        whole = torch.cat([torch.zeros(matrix.shape[0]) if bias is None else bias for matrix, bias in parts])
+    return (Weights(linear.pack(QTensor.stack([matrix for matrix, _ in parts])), whole),)
+
+
+def _interleaved(*pair: Part) -> Weights:
+    """Panels of 32 gate channels and the same 32 of up; channels beyond the last are zero weights."""
+    gate, up = (matrix for matrix, _ in pair)
+    if _kind(gate) != _kind(up):  # files mix formats by layer, hardly ever inside one MLP
+        gate, up = (QTensor("f32", m.dequantise()) for m in (gate, up))
+    n = gate.shape[0]
+    panels = -(-n // HALF)
+    both = QTensor.stack([gate.padded(panels * HALF), up.padded(panels * HALF)])
+    order = torch.arange(2 * panels * HALF).view(2, panels, HALF).transpose(0, 1).reshape(-1)
+    packed = linear.pack(both.rows(order))
+    bias = None
+    if any(b is not None for _, b in pair):
+        full = torch.zeros(2, panels * HALF)
+        for row, (_, b) in zip(full, pair, strict=True):
+            if b is not None:
+                row[:n] = b
+        bias = full.view(-1)[order].contiguous()
+    return Weights(packed, bias)
+
+
+def _kind(matrix: QTensor) -> tuple[str, bool]:
+    return matrix.format, matrix.mins is not None
+
+
+def _vector(value: Value) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else value.dequantise()
+    return tensor.float().contiguous()
+
+
+def _matrix(value: Value) -> QTensor:
+    if isinstance(value, QTensor):
+        return value
+    return QTensor("bf16", value) if value.dtype == torch.bfloat16 else QTensor("f32", value.float())
+
+
+def _pack(value: Value) -> Packed:
+    return linear.pack(_matrix(value))
