@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 SHAPE = {"vocab_size": 36, "hidden_size": 32, "intermediate_size": 48, "max_len": 128}
 # Two layers show both kinds of a pattern only where it is this short.
 MORE: dict[str, dict[str, Any]] = {
+    "exaone4": {"window": 8, "windowed": (True, False), "ropeless": (False, True)},
     "fast_dllm_v2": {"block": 8},
     "llada2_moe": {"block": 8, "edit": True},
     "sdar": {"block": 4},
