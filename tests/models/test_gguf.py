@@ -307,7 +307,8 @@ def theirs(llama: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_every_architecture(family: str, theirs: Any, tmp_path: Path) -> None:
     """Weights large enough that position and every row order matter: any mistake shows at this bound."""
-    model = tiny(family, hidden_size=64, heads=4, intermediate_size=96)
+    layers = {"layers": 6} if family == "gemma3" else {}  # llama.cpp aborts without a layer that has no window
+    model = tiny(family, hidden_size=64, heads=4, intermediate_size=96, **layers)
     path = write_gguf(model, tmp_path / "m.gguf", "F32")
     found = theirs(path, PROMPT)
     assert cosine(found, logits(expanded(path), PROMPT)) > 0.999999
