@@ -44,17 +44,27 @@ class Rows:
     own_limit: list[int]
     cached: int
     mask: np.ndarray | None = None  # bool [rows, cached + own]
+    positions: list[int] = field(default_factory=list)  # of the rows; by default the last ones of the keys
+    own_start: int = -1  # position of the first own key; by default after the cached ones
+
+    def __post_init__(self) -> None:
+        last = self.cached + self.own
+        self.positions = self.positions or [max(0, last - len(self.q) + i) for i in range(len(self.q))]
+        self.own_start = self.cached if self.own_start < 0 else self.own_start
 
     @property
     def own(self) -> int:
         return len(self.k) - self.cached
 
-    def seen(self) -> np.ndarray:
+    def seen(self, window: int = 0) -> np.ndarray:
         parts = [
             np.arange(n) < np.array(limit)[:, None]
             for n, limit in ((self.cached, self.cached_limit), (self.own, self.own_limit))
         ]
         seen = np.concatenate(parts, axis=1)
+        if window:
+            places = np.concatenate([np.arange(self.cached), self.own_start + np.arange(self.own)])
+            seen = seen & (places > np.array(self.positions)[:, None] - window)
         return seen if self.mask is None else seen & self.mask
 
 
@@ -66,6 +76,8 @@ class Packed:
     spans: list[Rows]
     seed: int = 0
     gap: int = 0  # padding rows before each span
+    window: int = 0
+    softcap: float = 0.0
     q: Tensor = field(init=False)
     step: Step = field(init=False)
     cache: KvLayer = field(init=False)
@@ -81,15 +93,17 @@ class Packed:
             tables.append(draw.permutation(total).astype(np.int32)[: total - 3])
         self.cache, self.own = layers
         rows, at, spans, limits = 0, [0, 0], [], ([], [])
+        positions: list[int] = []
         q = [torch.zeros(0, shape.heads * shape.dim)]
         masks: list[np.ndarray] = []
         for s, (nc, no) in zip(self.spans, counts, strict=True):
             rows += self.gap
+            positions += [0] * self.gap + s.positions
             for limit, part in zip(limits, (s.cached_limit, s.own_limit), strict=True):
                 limit += [0] * self.gap + part
             q += [torch.full((self.gap, shape.heads * shape.dim), torch.nan), s.q]
             area = sum(m.size for m in masks)
-            spans.append([rows, rows + len(s.q), s.cached, s.own, *at, s.cached, -1 if s.mask is None else area])
+            spans.append([rows, rows + len(s.q), s.cached, s.own, *at, s.own_start, -1 if s.mask is None else area])
             rows += len(s.q)
             fill(self.cache, tables[0][at[0] : at[0] + nc], s.k[: s.cached], s.v[: s.cached])
             fill(self.own, tables[1][at[1] : at[1] + no], s.k[s.cached :], s.v[s.cached :])
@@ -100,6 +114,7 @@ class Packed:
         self.step = Step.of(
             {
                 "ids": np.zeros(rows),
+                "positions": np.array(positions),
                 "spans": np.array(spans).reshape(-1, SPAN_WORDS),
                 "blocks": tables[0],
                 "own_blocks": tables[1],
@@ -112,7 +127,8 @@ class Packed:
     def run(self, function: Callable[..., Tensor] = attention, scale: float | None = None) -> list[Tensor]:
         """The spans' results."""
         scale = self.shape.dim**-0.5 if scale is None else scale
-        out = function(self.q, self.step, self.cache, self.own, heads=self.shape.heads, scale=scale)
+        how = {"scale": scale, "window": self.window, "softcap": self.softcap}
+        out = function(self.q, self.step, self.cache, self.own, heads=self.shape.heads, **how)
         assert out.shape == self.q.shape
         covered = torch.zeros(len(out), dtype=torch.bool)
         for row0, row1 in self.step.spans[:, :2].tolist():
@@ -151,19 +167,29 @@ def pairs(type: str, function: Callable[..., Tensor]) -> bool:
     return type == "bf16" and function is attention and module is not None and module.isa() == "avx512"
 
 
-def dense(shape: Shape, span: Rows, scale: float | None = None, *, rounded: bool = False) -> Tensor:
+def dense(
+    shape: Shape,
+    span: Rows,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    *,
+    rounded: bool = False,
+) -> Tensor:
     """In float64, over the visible keys only. rounded: of bfloat16 q (times scale and log2(e), as kernels have it)."""
-    factor = np.float32(shape.dim**-0.5 if scale is None else scale) * np.float32(np.log2(np.e))
+    unit = np.float32(1 / softcap if softcap else np.log2(np.e))
+    factor = np.float32(shape.dim**-0.5 if scale is None else scale) * unit
     scaled = span.q * torch.tensor(factor)
     if rounded:
         scaled = scaled.bfloat16()
     k, v = stored(span.k, shape.type).double().numpy(), stored(span.v, shape.type).double().numpy()
     q = scaled.double().view(len(span.q), shape.heads, shape.dim).numpy()
     out = np.zeros_like(q)
-    for row, seen in enumerate(span.seen()):
+    for row, seen in enumerate(span.seen(window)):
         for head in range(shape.heads) if seen.any() else ():
             mine = head // (shape.heads // shape.kv_heads)
             scores = k[seen, mine] @ q[row, head]
+            scores = softcap * np.log2(np.e) * np.tanh(scores) if softcap else scores
             weights = np.exp2(scores - scores.max())
             out[row, head] = weights / weights.sum() @ v[seen, mine]
     return torch.from_numpy(out.reshape(len(q), -1))
@@ -176,13 +202,16 @@ def check(
     function: Callable[..., Tensor] = attention,
     *,
     scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
     atol: float = 1e-5,
 ) -> None:
     """Against float64. Weights rounded to bfloat16 are off by 2^-9 of themselves, and so is their sum."""
     rounded = pairs(shape.type, function)
     if rounded and len(span.v):
         atol += 2**-8 * span.v.abs().max().item()
-    torch.testing.assert_close(got.double(), dense(shape, span, scale, rounded=rounded), rtol=0, atol=atol)
+    wanted = dense(shape, span, scale, window, softcap, rounded=rounded)
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=atol)
 
 
 def random_span(shape: Shape, rows: int, cached: int, own: int, kind: str, seed: int) -> Rows:
@@ -221,7 +250,9 @@ def mixes(draw: st.DrawFn) -> Packed:
         own = draw(st.one_of(st.integers(0 if cached else 1, 33), st.integers(120, 140)))
         kind = draw(st.sampled_from(["full", "causal", "ragged", "mask"]))
         spans.append(random_span(shape, draw(st.integers(1, 20)), cached, own, kind, draw(st.integers(0, 99))))
-    return Packed(shape, spans, seed=draw(st.integers(0, 99)), gap=draw(st.integers(0, 2)))
+    window = draw(st.one_of(st.just(0), st.integers(1, 40), st.integers(100, 300)))
+    softcap = draw(st.sampled_from([0.0, 0.0, 2.0, 50.0]))
+    return Packed(shape, spans, draw(st.integers(0, 99)), draw(st.integers(0, 2)), window, softcap)
 
 
 @pytest.fixture(autouse=True)
@@ -236,16 +267,17 @@ def same_threads() -> Iterator[None]:
 @pytest.mark.parametrize("function", [attention, attention_plain.attention], ids=["dispatched", "twin"])
 def test_agrees_with_float64(function: Callable[..., Tensor], mix: Packed) -> None:
     for got, span in zip(mix.run(function), mix.spans, strict=True):
-        check(got, mix.shape, span, function)
+        check(got, mix.shape, span, function, window=mix.window, softcap=mix.softcap)
 
 
-def alone(shape: Shape, span: Rows, row: int, seed: int) -> Tensor:
+def alone(shape: Shape, span: Rows, row: int, seed: int, window: int = 0, softcap: float = 0.0) -> Tensor:
     """One row's result with nothing else in the step and no key that it does not see at the end."""
     cached, own = span.cached_limit[row], span.own_limit[row]
     keys = [*range(cached), *range(span.cached, span.cached + own)]
     mask = None if span.mask is None else span.mask[row : row + 1, keys]
-    single = Rows(span.q[row : row + 1], span.k[keys], span.v[keys], [cached], [own], cached, mask)
-    return Packed(shape, [single], seed=seed).run()[0]
+    q, place = span.q[row : row + 1], [span.positions[row]]
+    single = Rows(q, span.k[keys], span.v[keys], [cached], [own], cached, mask, place, span.own_start)
+    return Packed(shape, [single], seed=seed, window=window, softcap=softcap).run()[0]
 
 
 @needs_native
@@ -255,7 +287,7 @@ def test_a_row_alone_has_the_same_bits(mix: Packed, data: st.DataObject) -> None
     """Not the other rows, nor the spans beside it, nor keys beyond its limits, nor which blocks hold the keys."""
     for got, span in zip(mix.run(), mix.spans, strict=True):
         for row in {0, len(got) - 1, data.draw(st.integers(0, len(got) - 1))}:
-            assert torch.equal(got[row : row + 1], alone(mix.shape, span, row, seed=mix.seed + 1))
+            assert torch.equal(got[row : row + 1], alone(mix.shape, span, row, mix.seed + 1, mix.window, mix.softcap))
 
 
 @needs_native
@@ -272,28 +304,31 @@ def test_threads_do_not_show(mix: Packed) -> None:
 @needs_native
 @pytest.mark.parametrize("type", list(KV_TYPES))
 @pytest.mark.parametrize("rows", [1, 3])
-def test_long_contexts_are_cut_the_same_way_always(type: str, rows: int) -> None:
+@pytest.mark.parametrize("window", [0, 700, 1500])
+def test_long_contexts_are_cut_the_same_way_always(type: str, rows: int, window: int) -> None:
     """Beyond 1024 keys ranges are merged; with idle threads each range is a task. 2100 + 1030 keys: three and two."""
     shape = Shape(heads=6, kv_heads=2, dim=32, type=type)
     span = random_span(shape, rows, 2100, 1030, "causal", 5)
     results = []
     for count in (1, 2, 8):
         extension.set_threads(count)
-        results.append(Packed(shape, [span]).run()[0])
-    beside = Packed(shape, [random_span(shape, 30, 64, 0, "full", i) for i in range(3)] + [span], seed=4).run()[-1]
-    check(results[0], shape, span)
+        results.append(Packed(shape, [span], window=window).run()[0])
+    spans = [*(random_span(shape, 30, 64, 0, "full", i) for i in range(3)), span]
+    beside = Packed(shape, spans, seed=4, window=window).run()[-1]
+    check(results[0], shape, span, window=window)
     assert all(torch.equal(results[0], other) for other in [*results[1:], beside])
 
 
 @needs_native
 @pytest.mark.parametrize("type", list(KV_TYPES))
-def test_a_prompt_chunk_equals_decode_steps(type: str) -> None:
+@pytest.mark.parametrize("window", [0, 200])
+def test_a_prompt_chunk_equals_decode_steps(type: str, window: int) -> None:
     """512 causal rows at once, against single rows that see the cache as it was then."""
     shape = Shape(heads=14, kv_heads=2, dim=64, type=type)
     span = random_span(shape, 512, 700, 0, "causal", 1)
-    together = Packed(shape, [span]).run()[0]
+    together = Packed(shape, [span], window=window).run()[0]
     for row in (0, 1, 15, 16, 17, 100, 255, 324, 400, 511):
-        assert torch.equal(together[row : row + 1], alone(shape, span, row, seed=row))
+        assert torch.equal(together[row : row + 1], alone(shape, span, row, row, window))
 
 
 @needs_native

@@ -13,7 +13,7 @@ from torch import Tensor
 from dfastllm.errors import ValidationError
 from dfastllm.kernels.activations import HeadStats
 from dfastllm.kernels.extension import native, set_threads, threads
-from dfastllm.kernels.linear import head_stats, linear, pack
+from dfastllm.kernels.linear import head_stats, linear, pack, softcap
 from dfastllm.kernels.linear_plain import stats_of
 from dfastllm.kernels.packed import Packed, QTensor
 
@@ -42,17 +42,23 @@ def dense(logits: Tensor) -> tuple[Tensor, Packed]:
     st.sampled_from([0.01, 1.0, 10.0]),
     st.integers(0, 3),
     st.sampled_from([0, 1, 5, 40]),
+    st.sampled_from([0.0, 0.0, 3.0, 30.0]),
 )
 def test_as_of_the_logits(
-    case: tuple[str, bool], rows: int, n: int, seed: int, size: float, bans: int, topk: int
+    case: tuple[str, bool], rows: int, n: int, seed: int, size: float, bans: int, topk: int, cap: float
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     weight = pack(random_qtensor(case[0], n, 64, mins=case[1], seed=seed))
     x, bias = torch.randn(rows, 64, generator=draw) * size, torch.randn(n, generator=draw)
     ban = tuple(torch.randint(0, n, (bans,), generator=draw).tolist())
-    got = head_stats(x, weight, bias, ban=ban, entropy=True, topk=topk)
-    agree(got, stats_of(linear(x, weight, bias), ban, True, topk))
-    plain = head_stats(x, weight, bias, ban=ban)  # the same bits whatever else is asked for
+    got = head_stats(x, weight, bias, ban=ban, entropy=True, topk=topk, cap=cap)
+    logits = linear(x, weight, bias)
+    capped = softcap(logits.clone(), cap)
+    agree(got, stats_of(capped, ban, True, topk))
+    if cap:
+        exact = cap * torch.tanh(logits.double() / cap)
+        torch.testing.assert_close(capped.double(), exact, rtol=0, atol=3e-7 * cap)
+    plain = head_stats(x, weight, bias, ban=ban, cap=cap)  # the same bits whatever else is asked for
     for name in ("token", "top", "second", "norm"):
         assert np.array_equal(getattr(plain, name), getattr(got, name)), name
     assert not plain.entropy.any()
@@ -162,3 +168,12 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValidationError, match="must have 64 columns"):
         head_stats(torch.randn(1, 32), weight)
     assert head_stats(torch.randn(0, 64), weight, topk=2).top_ids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_cap_hides_nothing_that_is_not_finite(value: float) -> None:
+    x, weight = torch.randn(3, 64), pack(random_qtensor("f32", 130, 64))
+    x[1, 5] = value
+    stats, logits = head_stats(x, weight, cap=30.0), linear(x, weight)
+    assert stats.finite.tolist() == [True, False, True]
+    assert torch.isfinite(softcap(logits, 30.0).sum(1)).tolist() == [True, False, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kit.weights import INT_KINDS
@@ -13,7 +14,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import ACT_KINDS, Acts, act_kind
 from dfastllm.kernels.extension import native, set_threads, threads
-from dfastllm.kernels.linear import linear_gated, prepare
+from dfastllm.kernels.linear import ACTIVATIONS, linear_gated, prepare
 from dfastllm.kernels.packed import QTensor, pack_panels
 
 needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
@@ -160,22 +161,27 @@ def test_rows_stand_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ACT_KINDS)
 @pytest.mark.parametrize("width", [32, 96, 41])
-def test_swiglu_against_float64(kind: str, width: int) -> None:
-    """With the identity as its weight: silu over all its range, to a few units in the last place."""
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gates_against_float64(kind: str, width: int, activation: str) -> None:
+    """With the identity as its weight: the activation over all its range, to a few units in the last place (of what it
+    multiplies, where the gate is negative: there gelu is the rest of a cancellation)."""
     columns = -(-width // 32) * 64
     gate, up = torch.linspace(-120, 120, 50 * width).view(50, width), rows_of(50, width, 2, 1)
     order = torch.arange(columns).view(-1, 2, 32)
     at_gate, at_up = order[:, 0].reshape(-1)[:width], order[:, 1].reshape(-1)[:width]
     x = torch.zeros(50, columns)
     x[:, at_gate], x[:, at_up] = gate, up
-    out = linear_gated(x, pack_panels(QTensor("f32", torch.eye(columns))), kind=kind, width=width)
+    identity = pack_panels(QTensor("f32", torch.eye(columns)))
+    out = linear_gated(x, identity, kind=kind, width=width, activation=activation)
     assert (out.rows, out.k) == (50, width)
-    exact = gate.double() / (1 + torch.exp(-gate.double())) * up.double()
+    function = F.silu if activation == "silu" else lambda g: F.gelu(g, approximate="tanh")
+    exact = function(gate.double()) * up.double()
+    slack = 0.0 if activation == "silu" else 2e-6 * up.abs().double()
     step, scales = 2.0**-8 if kind == "bf16" else 0.0, prepare(exact.float(), kind).scales
     if scales is not None:
         scales = scales[:, None] if kind == "row8" else scales.repeat_interleave(32, dim=1)[:, :width]
     quantum = 0.0 if scales is None else scales * 0.501
-    bound = exact.abs() * (1e-6 + step) + quantum + 2 * plain.LEAST_AMAX  # e^-x stops at e^88
+    bound = exact.abs() * (1e-6 + step) + quantum + slack + 2 * plain.LEAST_AMAX  # e^-x stops at e^88
     assert bool(((out.dequantise() - exact).abs() <= bound).all())
     assert not out.data[:, width:].any()
 

@@ -32,6 +32,7 @@ class Case:
 
     def __init__(
         self, rows: int = 21, heads: int = 4, kv_heads: int = 2, dim: int = 64, rotary: int = 64, norms: bool = True,
+        whole: bool = False,
         type: str = "f32", seed: int = 0,
     ) -> None:  # fmt: skip
         draw = torch.Generator().manual_seed(seed)
@@ -39,7 +40,8 @@ class Case:
         self.qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim, generator=draw) * 3
         angle = torch.rand(rows, rotary // 2, generator=draw) * 100
         self.cos, self.sin = angle.cos(), angle.sin()
-        self.norms = (torch.randn(2, dim, generator=draw) + 2).unbind() if norms else (None, None)
+        sizes = (heads * dim, kv_heads * dim) if whole else (dim, dim)
+        self.norms = [torch.randn(size, generator=draw) + 2 for size in sizes] if norms else [None, None]
         self.blocks = rows // BLOCK + 2
         places = torch.randperm(self.blocks * BLOCK, generator=draw)[:rows]
         kept, passing = torch.rand(2, rows, generator=draw) < 0.7
@@ -63,7 +65,9 @@ class Case:
         out = []
         for x, weight in zip((q, k), self.norms, strict=True):
             if weight is not None:
-                x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+                whole = len(weight) > self.dim
+                size = x.square().mean((1, 2) if whole else 2, keepdim=True)
+                x = x / (size + 1e-6).sqrt() * weight.double().view(-1, self.dim)
             pair = torch.complex(x[..., :half], x[..., half : 2 * half])
             turned = pair * torch.complex(self.cos.double(), self.sin.double())[:, None]
             out.append(torch.cat([turned.real, turned.imag, x[..., 2 * half :]], -1))
@@ -80,6 +84,7 @@ class Case:
         kv_heads=st.integers(1, 3),
         heads=st.just(6),
         norms=st.booleans(),
+        whole=st.booleans(),
         seed=st.integers(0, 99),
     )
 )

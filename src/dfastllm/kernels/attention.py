@@ -37,8 +37,9 @@ def rope_store(
     qkv float32 [rows, (heads + 2 kv_heads) * dim], rows may be further apart; cos, sin float32 [rows, rotary / 2]: the
     first `rotary` dims of a head rotate, in pairs (i, i + rotary / 2). q_norm, k_norm [dim]: RMSNorm of each head
     first, or [heads * dim] of all heads at once, x / sqrt(mean(x^2) + eps) * weight. K and V go to step.slot in
-    `cache` and to step.own_slot in `own`, as the layer's type: bfloat16 to the nearest, int8 as codes of -127 to 127 with scale max |x| / 127 per position and head
-    (NaN if a value is not finite). ValidationError says what does not fit.
+    `cache` and to step.own_slot in `own`, as the layer's type: bfloat16 to the nearest, int8 as codes of -127 to 127
+    with scale max |x| / 127 per position and head (NaN if a value is not finite). ValidationError says what does not
+    fit.
     """
     module = native()
     if module is None:

@@ -98,9 +98,9 @@ def linear_gated(
     width: int | None = None,
     activation: str = "silu",
 ) -> Acts:
-    """activation(gate) * up prepared for the next linear. The weight holds 32 channels of the gate and the same 32 of the
-    up projection in turn (bias [n] too), n a multiple of 64; width (default n / 2): how many of the products exist, the
-    last up to 31 pairs of channels being padding."""
+    """activation(gate) * up prepared for the next linear. The weight holds 32 channels of the gate and the same 32 of
+    the up projection in turn (bias [n] too), n a multiple of 64; width (default n / 2): how many of the products exist,
+    the last up to 31 pairs of channels being padding."""
     n, k = _shape(weight)
     width = n // 2 if width is None else width
     if n % PANEL or not n // 2 - 32 < width <= n // 2:
