@@ -41,7 +41,8 @@ class KvLayer(NamedTuple):
 
     def native(self) -> Any:
         """The native kernels' form of it, its arrays checked. Raises ValidationError."""
-        return _native(*(None if t is None else t.unsqueeze(0) for t in self))
+        k_scales, v_scales = (None if t is None else t.unsqueeze(0) for t in (self.k_scales, self.v_scales))
+        return _native(self.k.unsqueeze(0), self.v.unsqueeze(0), k_scales, v_scales)
 
 
 class KvCache:

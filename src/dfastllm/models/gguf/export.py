@@ -20,7 +20,7 @@ from dfastllm.models.checkpoint import compare, quant_config, read_model, skelet
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import FAMILIES, Gguf, find_family
-from dfastllm.models.gguf.names import SETTINGS, interleave, row_order
+from dfastllm.models.gguf.names import SAMPLING, SETTINGS, interleave, row_order
 from dfastllm.models.gguf.rope import factors_of, write_scaling
 from dfastllm.models.headers import inventory
 from dfastllm.models.program import offsets
@@ -148,6 +148,7 @@ def _metadata(gguf: Gguf, config: DecoderConfig, info: ModelInfo, name: str, typ
         value = getattr(config, field)
         if field in gguf.fields and field != "moe" and value != DecoderConfig.__dataclass_fields__[field].default:
             fields.setdefault(f"{arch}.{key}", value)
+    fields |= {key: info.defaults[option] for option, key in SAMPLING.items() if option in info.defaults}
     if info.kind != "ar":
         fields[f"{arch}.attention.causal"] = False
         fields["diffusion.shift_logits"] = bool(info.shift)

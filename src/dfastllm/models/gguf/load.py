@@ -21,9 +21,10 @@ from dfastllm.kernels.packed import QTensor
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf
-from dfastllm.models.gguf.names import HARMLESS, SETTINGS, row_order, separate
+from dfastllm.models.gguf.names import HARMLESS, SAMPLING, SETTINGS, row_order, separate
 from dfastllm.models.gguf.rope import read_scaling
 from dfastllm.models.program import offsets
+from dfastllm.options import generation_defaults
 from dfastllm.quant.gguf import GgufFile, GgufTensor, special_ids, to_float, to_qtensor
 from dfastllm.quant.gguf.memory import return_freed
 
@@ -138,6 +139,8 @@ def _match(file: GgufFile, name: str | None, max_len: int | None) -> GgufModel:
     sources = _sources(file, family, gguf, config)
     title = name or fields.get("general.name", str, file.path.stem)
     info = describe(family.name, config, _ids(file, family, config), name=title)
+    given = {option: fields.raw.get(key) for option, key in SAMPLING.items()}
+    info = replace(info, defaults=generation_defaults(given))
     return GgufModel(file, gguf.arch, config, info, sources)
 
 

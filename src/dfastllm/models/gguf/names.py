@@ -16,7 +16,7 @@ from torch import Tensor
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.family import Gguf
 
-__all__ = ["HARMLESS", "SETTINGS", "interleave", "row_order", "separate"]
+__all__ = ["HARMLESS", "SAMPLING", "SETTINGS", "interleave", "row_order", "separate"]
 
 HARMLESS = (r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight", r"blk\.\d+\.attn_rot_embd")
 # Metadata that changes what is computed -> field of DecoderConfig, which an architecture may have (`Gguf.fields`).
@@ -29,6 +29,14 @@ SETTINGS = {
     "embedding_scale": "embed_factor",
     "residual_scale": "residual_factor",
     "expert_count": "moe",
+}
+# Option of a request -> where a file says the model's own default of it.
+SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
 }
 
 
