@@ -97,13 +97,18 @@ class TorchRunner:
 
         def attend(layer: int, op: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layer_k, layer_v = all_k[layer], all_v[layer]
-            if plan.write_rows.numel():
-                layer_k[plan.write_slots] = k[plan.write_rows].to(layer_k.dtype)
-                layer_v[plan.write_slots] = v[plan.write_rows].to(layer_v.dtype)
+            if len(plan.write_slots):
+                layer_k[plan.write_slots] = _picked(k, plan.write_rows).to(layer_k.dtype)
+                layer_v[plan.write_slots] = _picked(v, plan.write_rows).to(layer_v.dtype)
             parts = [group.attend(op, q, (layer_k, layer_v), (k, v)).flatten(0, 1) for group in plan.groups]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts))[plan.where]
+            return _picked(parts[0] if len(parts) == 1 else torch.cat(parts), plan.where)
 
         return attend
+
+
+def _picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows [n] of x; None: all of them, in order, which most steps want."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 @dataclass(slots=True)
@@ -144,7 +149,8 @@ class _Group:
         """[B, kv_heads, cached + own, dim]."""
         parts = []
         if self.slots.shape[1]:
-            parts.append(cache[self.slots].to(dtype))
+            kept = cache[self.slots]
+            parts.append(kept if kept.dtype == dtype else kept.to(dtype))
         if self.own.shape[1]:
             parts.append(fresh[self.own])
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
@@ -172,16 +178,16 @@ class _Plan:
     """What a step is on a device: int64 tensors.
 
     ids, positions  [rows and padding]; want [wanted and padding].
-    write_rows, write_slots  [stored]: rows whose K,V are kept, and where.
-    where           [rows and padding]: which of the groups' rows, end to end, a row is; padding is any.
+    write_rows, write_slots  [stored]: rows whose K,V are kept (None: all), and where.
+    where           [rows and padding]: which of the groups' rows, end to end, a row is; padding is any. None: itself.
     """
 
     ids: Tensor
     positions: Tensor
     want: Tensor
-    write_rows: Tensor
+    write_rows: Tensor | None
     write_slots: Tensor
-    where: Tensor
+    where: Tensor | None
     groups: list[_Group]
 
     @classmethod
@@ -191,15 +197,16 @@ class _Plan:
         order = np.lexsort(shapes.T)
         first = np.flatnonzero(np.diff(shapes[order], axis=0, prepend=-1).any(axis=1))  # of each kind
         kinds, counts = shapes[order[first]], np.diff(first, append=len(order))
-        written = np.flatnonzero(step.slot >= 0)
+        written, places = np.flatnonzero(step.slot >= 0), _places(step, order, shapes)
         wanted = len(step.want)
         extra = (
             np.zeros(max(0, min_rows - len(step)), dtype=np.int32),  # padding
             np.full(max(0, min_rows - wanted) if wanted else 0, step.want[0] if wanted else 0, dtype=np.int32),
             written,
             order,
-            _places(step, order, shapes),
+            places,
         )
+        same = len(places) == max(min_rows, int(shapes[:, 0].sum())) and bool((places == np.arange(len(places))).all())
         flat = torch.from_numpy(np.concatenate([step.words, *extra], dtype=np.int32, casting="unsafe"))
         sizes = [len(step.words), *[len(part) for part in extra]]
         words, pad, again, write_rows, turns, where = torch.split(flat.to(device).long(), sizes)
@@ -212,9 +219,9 @@ class _Plan:
             torch.cat((a["ids"], pad)),
             torch.cat((a["positions"], pad)),
             torch.cat((a["want"], again)),
-            write_rows,
+            write_rows if len(written) < len(step) or len(pad) else None,
             a["slot"][write_rows],
-            torch.cat((where, pad)),
+            None if same else torch.cat((where, pad)),
             groups,
         )
 
