@@ -134,7 +134,7 @@ def _engine(kind: str, sequences: int, null: bool) -> tuple[Engine, list[StepSta
         engine.runner = NullRunner(engine.info.vocab_size)  # type: ignore[assignment]
     stats: list[StepStats] = []
     engine.subscribe(stats.append)
-    decode = DecodeParams(cache="dual", block_length=32) if kind == "diffusion" else None
+    decode = DecodeParams(cache="dual", block_length=32, steps=256) if kind == "diffusion" else None
     for i in range(sequences):
         sampling = SamplingParams(temperature=0, max_tokens=2048 if kind == "ar" else 256)
         engine.add(Request(f"r{i}", tuple(range(2, 66)), sampling, decode))

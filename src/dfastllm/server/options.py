@@ -8,12 +8,13 @@ probabilities of a chat, and the way back from an option's name to the field tha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from dfastllm.core import DecodeParams, SamplingParams, SpeculativeParams
 from dfastllm.core import speculative_params as parse_speculative
 from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
-from dfastllm.options import Front, Group, Option, RequestOptions, wire_fields
+from dfastllm.options import GROUPS, Front, Group, Option, RequestOptions, wire_fields
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
 
@@ -66,7 +67,7 @@ def on_the_wire(error: DFastLLMError, body: GenerationRequest) -> DFastLLMError:
     if param == "prompt" and isinstance(body, ChatRequest):
         error.param = "messages"
         return error
-    sent = [name for name, option, _ in _sent(body) if option.name == param]
+    sent = [name for group in GROUPS for name, option, _ in _sent(body, group) if option.name == param]
     if param == "logprobs" and isinstance(body, ChatRequest):
         sent = ["top_logprobs"]
     if param == "cache" and not sent:
@@ -79,24 +80,35 @@ def on_the_wire(error: DFastLLMError, body: GenerationRequest) -> DFastLLMError:
     return error
 
 
-def _sent(body: GenerationRequest) -> Iterator[tuple[str, Option, Any]]:
-    """(name, option, value) of each field of the body that gives an option."""
-    front: Front = "chat" if isinstance(body, ChatRequest) else "completions"
-    for field in wire_fields(front):
-        value: Any = body
-        for part in field.name.split("."):
-            value = getattr(value, part, None)
-        if value is not None and field.option is not None and field.name not in (*SWITCHES, "top_logprobs"):
-            yield field.name, field.option, value
+@cache
+def _fields(front: Front, group: Group) -> tuple[frozenset[str], tuple[tuple[str, str, str, Option], ...]]:
+    """The fields of a route's body that give an option of a group by themselves: their names in the body, and (name,
+    part before a dot, part after it, option) of each."""
+    apart = (*SWITCHES, "top_logprobs")
+    found = [(f.name, f.option) for f in wire_fields(front) if f.option is not None and f.option.group == group]
+    rows = [(name, *name.partition(".")[::2], option) for name, option in found if name not in apart]
+    return frozenset(top for _, top, _, _ in rows), tuple(rows)
+
+
+def _sent(body: GenerationRequest, group: Group) -> Iterator[tuple[str, Option, Any]]:
+    """(name, option, value) of each field of the body that gives an option of the group."""
+    sent = body.model_fields_set
+    tops, rows = _fields("chat" if isinstance(body, ChatRequest) else "completions", group)
+    if tops.isdisjoint(sent):
+        return
+    for name, top, rest, option in rows:
+        if top in sent:
+            value = getattr(body, top)
+            value = getattr(value, rest, None) if rest else value
+            if value is not None:
+                yield name, option, value
 
 
 def _given(body: GenerationRequest, group: Group) -> dict[str, Any]:
     """Option -> value, of one group. Raises ValidationError when two names of one option say different things."""
     given: dict[str, Any] = {}
     names: dict[str, str] = {}
-    for name, option, value in _sent(body):
-        if option.group != group:
-            continue
+    for name, option, value in _sent(body, group):
         if given.setdefault(option.name, value) != value:
             raise ValidationError(
                 f"{names[option.name]} ({given[option.name]}) and {name} ({value}) are two names of one option; "

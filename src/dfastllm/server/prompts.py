@@ -51,7 +51,8 @@ async def completion_prompts(body: CompletionRequest, model: ServedModel) -> lis
         if isinstance(prompt, str):
             out.append((await encode(model, prompt, param="prompt", add_special=special), prompt))
         else:
-            _check_ids(prompt, model)
+            if body.echo:
+                _check_ids(prompt, model)
             out.append((tuple(prompt), model.tokenizer.decode(prompt, skip_special=False) if body.echo else ""))
     return out
 

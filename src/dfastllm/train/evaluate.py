@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.llm import LLM
 from dfastllm.tasks import SPLITS, TASKS, Split, draw, grade
 from dfastllm.train.data import encode
@@ -60,7 +60,8 @@ def evaluate(
         decode = None
         if llm.info.kind != "ar":
             block = llm.info.block or 32
-            decode = DecodeParams(rule="schedule", steps=int(max_tokens * share), block_length=block)
+            cache: Cache | None = "none" if llm.info.kind == "diffusion" else None
+            decode = DecodeParams(rule="schedule", steps=int(max_tokens * share), block_length=block, cache=cache)
         prompts = [encode(llm.tokenizer, sample).prompt for sample in samples]
         found = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens), decode)
         name = llm.info.name

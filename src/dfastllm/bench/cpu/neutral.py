@@ -47,14 +47,14 @@ def contenders(canvas: int) -> list[Contender]:
     def diffusion(setting: str, **params: Any) -> None:
         out.append(Contender("masked diffusion", setting, DecodeParams(block_length=32, **params)))
 
-    diffusion("schedule, 1 a step, no cache", rule="schedule", steps=canvas)
+    diffusion("schedule, 1 a step, no cache", rule="schedule", steps=canvas, cache="none")
     diffusion("schedule, 1 a step, dual", rule="schedule", steps=canvas, cache="dual")
     diffusion("schedule, 2 a step, dual", rule="schedule", steps=canvas // 2, cache="dual")
     for threshold in (0.99, 0.9, 0.7):
         diffusion(f"threshold {threshold}, dual", rule="threshold", threshold=threshold, cache="dual")
     for factor in (0.25, 1.0):
         diffusion(f"factor {factor}, dual", rule="factor", factor=factor, cache="dual")
-    diffusion("threshold 0.9, no cache", rule="threshold", threshold=0.9)
+    diffusion("threshold 0.9, no cache", rule="threshold", threshold=0.9, cache="none")
     out.append(Contender("block diffusion", "schedule, 1 a step", DecodeParams(rule="schedule", steps=canvas)))
     for threshold in (0.99, 0.9, 0.7):
         decode = DecodeParams(rule="threshold", threshold=threshold)

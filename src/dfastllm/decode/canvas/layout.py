@@ -256,12 +256,13 @@ def compile_canvas(
 
 
 def _steps(choice: Choice, blocks: int, canvas: int, given: bool) -> int | None:
-    """The denoise steps of a canvas. What was given is checked, a default gives way. Raises ValidationError."""
+    """The denoise steps of a canvas, None for one a token. What was given is checked, a default gives way. Raises
+    ValidationError."""
     steps, most = choice.steps, choice.options["max_parallel_tokens"]
     if steps is None:
         return None
     if not given:
-        return max(steps, blocks * (-(-choice.block_length // most) if most else 1))
+        steps = max(steps, blocks * (-(-choice.block_length // most) if most else 1))
     if steps < blocks:
         raise ValidationError(
             f"steps must be at least the number of blocks, {blocks} (canvas {canvas}, "
@@ -275,7 +276,7 @@ def _steps(choice: Choice, blocks: int, canvas: int, given: bool) -> int | None:
             param="max_parallel_tokens",
             hint="Raise steps or max_parallel_tokens.",
         )
-    return steps
+    return None if steps // blocks >= choice.block_length else steps
 
 
 def canvas_bound(choice: Choice, layout: Layout, more: int = 0) -> int:
