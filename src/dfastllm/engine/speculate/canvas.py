@@ -18,9 +18,10 @@ import torch
 from dfastllm.core import Draft, ModelInfo, Request, SequenceState, Span
 from dfastllm.decode.draft.proposal import Proposal, pick
 from dfastllm.decode.draft.verify import Cell
+from dfastllm.engine.batch import pack
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.pages import Pages, PageTable
-from dfastllm.engine.runners.torch import Runnable, runner_for
+from dfastllm.engine.runners import Runnable, runner_for
 from dfastllm.engine.speculate.model import Mirror, Mirrors, ends
 from dfastllm.errors import UnsupportedError
 
@@ -106,7 +107,9 @@ class DraftCanvas:
                     break
                 left -= span.rows
                 batch.append((task, span))
-            rows = self.runner.run([(span, t.mirror.table, t.mirror.kv_len) for t, span in batch])
+            rows = self.runner.run(
+                pack([(span, t.mirror.table, t.mirror.kv_len) for t, span in batch], self.runner.block_size)
+            )
             for task, span in batch:  # what the text has not filled is not kept
                 if self.mirrors is not None:
                     task.mirror.kv_len = min(span.stop, len(task.seq.tokens) // self.info.block * self.info.block)
