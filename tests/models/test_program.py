@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.kv import KvCache
-from dfastllm.models.packed import Gated, Mix, Normalise, Project, Sum
+from dfastllm.llm import SHIPPED
+from dfastllm.models.gguf import open_gguf, write_gguf
+from dfastllm.models.packed import Gated, Mix, Project, Sum
 from dfastllm.models.program import Experts, offsets
+from dfastllm.text.gguf import tokenizer_metadata
 
 WINDOWED = [name for name in sorted(models.FAMILIES) if models.tiny_config(name).window]
 DENSE = [name for name in sorted(models.FAMILIES) if models.tiny_config(name).moe is None]
@@ -123,6 +127,41 @@ def test_an_op_that_a_runner_lacks(family: str) -> None:
     with pytest.raises(UnsupportedError, match=said) as caught:
         assemble.pack(model)
     assert caught.value.hint == "Load float weights with backend torch or auto."
+
+
+@pytest.mark.parametrize("family", [name for name in DENSE if models.FAMILIES[name].gguf])
+def test_a_gguf_file_packs_to_the_same_numbers(family: str, tmp_path: Path) -> None:
+    model = models.tiny(family, seed=8, hidden_size=64, heads=4, layers=3).requires_grad_(False)
+    ids = torch.randint(0, 90, (60,), generator=torch.Generator().manual_seed(0))
+    with open_gguf(write_gguf(model, tmp_path / "m.gguf", "F32")) as opened:
+        parts = ((name, value) for name, value, _ in opened.tensors())
+        packed = models.pack_decoder(opened.config, opened.info, parts, torch.float32)
+    table = PageTable(Pages(8, 16))
+    table.grow(60)
+    kind = "causal" if model.info.kind == "ar" else "full"
+    span = Span(0, tuple(ids.tolist()), kind, "keep" if kind == "causal" else "none", want=tuple(range(60)))  # type: ignore[arg-type]
+    got = NativeRunner(packed, 128, torch.float32, 16).run(pack([(span, table, 0)])).logits()
+    assert (got - torch_logits(model, ids, torch.arange(60))).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llada_moe"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_mixture_in_a_gguf_file(family: str, kind: str, tmp_path: Path) -> None:
+    """One tensor holds the experts of a layer; they are floats on torch, and the native runner says what it lacks."""
+    moe = replace(models.tiny_config(family).moe, intermediate_size=32)  # type: ignore[type-var]
+    model = models.tiny(family, seed=8, hidden_size=64, heads=4, vocab_size=1280, moe=moe).requires_grad_(False)
+    demo = SHIPPED / "demo-ar"
+    path = write_gguf(model, tmp_path / "m.gguf", kind, tokenizer=tokenizer_metadata(demo, 1280))
+    with open_gguf(path) as opened:
+        assert opened.file.tensors["blk.1.ffn_gate_exps.weight"].shape == (8, 32, 64)
+    loaded = assemble.load(path, dtype="float32").model
+    assert isinstance(loaded, models.Decoder)
+    assert loaded.config == model.config
+    for (name, ours), (_, theirs) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert (ours - theirs).abs().max() <= (0 if kind == "F32" else theirs.abs().max() / 120), name
+    for options in ({"backend": "native"}, {"quantization": "w8"}):
+        with pytest.raises(UnsupportedError, match=r"op experts \(layer 0"):
+            assemble.load(path, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", ["order", "width", "table", "activation"])
