@@ -87,18 +87,19 @@ def test_min_tokens_lengthens_a_default() -> None:
 def test_a_canvas_takes_the_defaults_of_its_kind() -> None:
     made = admitted("diffusion", ask(max_tokens=192))
     choice = made.state.policy.choice
-    assert (choice.rule, choice.cache, choice.block_length, choice.steps) == ("schedule", "dual", 32, 128)
+    assert (choice.rule, choice.cache, choice.block_length) == ("schedule", "dual", 32)
+    assert made.state.policy.layout.steps == 128
     assert made.tier is Tier.APPROXIMATE
-    block = admitted("block", ask(max_tokens=64)).state.policy.choice
-    assert (block.cache, block.block_length, block.steps) == ("none", 4, None)
+    block = admitted("block", ask(max_tokens=64)).state.policy
+    assert (block.choice.cache, block.choice.block_length, block.layout.steps) == ("none", 4, None)
 
 
 def test_defaults_give_way() -> None:
     """To more blocks than steps, to a bound on commits a step, to a rule that guesses ahead, to a whole-canvas rule."""
     wide = engine("diffusion", {"max_len": 9000, "kv_tokens": 16384}, max_len=9000)
-    assert wide.admit(ask(max_tokens=128 * 64 + 1)).state.policy.choice.steps == 257
+    assert wide.admit(ask(max_tokens=128 * 64 + 1)).state.policy.layout.steps == 257
     slow = DecodeParams(options={"max_parallel_tokens": 1})
-    assert wide.admit(ask(max_tokens=512, decode=slow)).state.policy.choice.steps is None, "one a token"
+    assert wide.admit(ask(max_tokens=512, decode=slow)).state.policy.layout.steps is None, "one a token"
     ahead = wide.admit(ask(max_tokens=64, decode=DecodeParams(rule="free_dave")))
     assert (ahead.state.policy.choice.cache, ahead.tier) == ("none", Tier.EXACT_FAST)
     dream = wide.admit(ask(max_tokens=100, decode=DecodeParams(rule="dream"))).state.policy

@@ -9,7 +9,7 @@ never passes that end, so the result is tokens[canvas_start : stable of the last
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field
 from typing import Any
 
 from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, SequenceState, value
@@ -44,11 +44,10 @@ CACHES: dict[str, dict[str, Option]] = {
 KEEPS = ("dual", "windowed")  # caches that store the K,V of every step
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Choice:
     """Decoder options of one request, complete and checked, and what follows from them for every step.
 
-    steps    over the canvas, None: one per token.
     needs    of the rule.
     spreads  the rule looks at entropy or margin. noisy: it draws positions. revises: it changes what it committed.
     reports  the request asks for guesses or records, or drafts (then all candidates of a step are wanted after it).
@@ -60,7 +59,6 @@ class Choice:
     rule: str
     cache: str
     block_length: int
-    steps: int | None
     early_stop: bool
     provisional: bool
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +71,7 @@ class Choice:
     way: tuple[bool, ...] = (True,)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Layout:
     """Where the blocks of a canvas lie. Positions are absolute; block b begins at origin + b * length.
 
@@ -204,7 +202,6 @@ def choose(decode: DecodeParams, sampling: SamplingParams, length: int) -> Choic
         rule=rule.name,
         cache=cache,
         block_length=length,
-        steps=decode.steps,
         early_stop=decode.early_stop,
         provisional=decode.provisional,
         options=options,
@@ -250,18 +247,16 @@ def compile_canvas(
     else:
         stop, origin = start + (tokens if request.suffix else -(-tokens // length) * length), start
     count = -(-(stop - origin) // length)
-    steps = _steps(choice, count, stop - start, "steps" in decode.given)
-    choice = choice if steps == choice.steps else replace(choice, steps=steps)
-    return choice, Layout(start, stop, origin, length, steps)
+    return choice, Layout(start, stop, origin, length, _steps(decode, choice, count, stop - start))
 
 
-def _steps(choice: Choice, blocks: int, canvas: int, given: bool) -> int | None:
+def _steps(decode: DecodeParams, choice: Choice, blocks: int, canvas: int) -> int | None:
     """The denoise steps of a canvas, None for one a token. What was given is checked, a default gives way. Raises
     ValidationError."""
-    steps, most = choice.steps, choice.options["max_parallel_tokens"]
+    steps, most = decode.steps, choice.options["max_parallel_tokens"]
     if steps is None:
         return None
-    if not given:
+    if "steps" not in decode.given:
         steps = max(steps, blocks * (-(-choice.block_length // most) if most else 1))
     if steps < blocks:
         raise ValidationError(
