@@ -29,7 +29,7 @@ from dfastllm.bench.measure import write_record
 from dfastllm.bench.stats import Ratio, paired_ratio, summarise
 from dfastllm.errors import ValidationError
 
-FAKE = Path(__file__).with_name("fake_peer.py")
+FAKE = Path(__file__).parents[1] / "kit" / "fake_peer.py"
 positive = st.floats(1e-6, 1e3)
 
 

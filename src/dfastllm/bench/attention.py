@@ -163,7 +163,8 @@ def _by_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     folded = q.view(rows, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * rows, dim)
     seen = mask.repeat(group, 1) if mask is not None and group > 1 else mask
     k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
-    return functional.scaled_dot_product_attention(folded, k, v, attn_mask=seen)
+    out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=seen)
+    return out.view(kv_heads, group, rows, dim).permute(2, 0, 1, 3).reshape(rows, heads, dim)
 
 
 def _gathered(case: Case, cache: KvCache, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
