@@ -138,7 +138,7 @@ class Step:
     @property
     def own_keys(self) -> int:
         """Slots of own K,V in use: own blocks times the block size."""
-        return len(self.own_blocks) * self.block_size
+        return int(len(self.own_blocks) * self.block_size)
 
     def span_masks(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """(span number, uint8 [rows, cached + own]) of the spans that have a mask."""
