@@ -44,13 +44,16 @@ def _cell(value: Any) -> str:
 
 @app.command()
 def overhead(out: Out = Path("benchmarks"), steps: int = 60) -> None:
-    """The loop's own cost per step with a null model at 1, 8 and 64 sequences."""
+    """The loop's own cost per step with a null model at 1, 8 and 64 sequences, and what a request costs before it."""
+    from dfastllm.bench.admission import MODELS, admission
     from dfastllm.bench.overhead import step_overhead
 
     cases = [(kind, n) for kind in ("ar", "diffusion", "block") for n in (1, 8, 64)]
     rows = [step_overhead(kind, n, steps) for kind, n in track(cases, "loop overhead", console=console)]
-    write_record(out / "overhead.json", "overhead", rows, steps=steps)
+    admitted = [{"model": name, "first_span_us": admission(name)} for name in MODELS]
+    write_record(out / "overhead.json", "overhead", rows, steps=steps, admission=admitted)
     _table("engine step with a null model, µs: median (low–high)", rows)
+    _table("from a parsed body to the first planned span, µs: median (low–high)", admitted)
 
 
 @app.command()
