@@ -12,8 +12,8 @@ import pytest
 from typer.testing import Result
 
 from dfastllm.bench import counters as exact
+from dfastllm.bench.gate_command import COUNTERS
 from dfastllm.bench.gates import SpeedReport, load_report, save_report
-from dfastllm.cli.gate import COUNTERS
 from tests.kit.source import ROOT
 
 Cli = Callable[..., Result]

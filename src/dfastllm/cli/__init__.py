@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dfastllm.cli.bench import bench
+from dfastllm.bench.command import bench
+from dfastllm.bench.gate_command import app as gate
 from dfastllm.cli.chat import chat
 from dfastllm.cli.check import check
 from dfastllm.cli.doctor import doctor
-from dfastllm.cli.gate import app as gate
 from dfastllm.cli.generate import generate
 from dfastllm.cli.output import Group
 from dfastllm.cli.quantize import quantize

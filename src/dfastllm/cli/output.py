@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,7 +16,7 @@ from dfastllm.errors import CancelledError, DFastLLMError, ModelNotFoundError, V
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Group", "console", "exit_code", "printable", "warn", "working"]
+__all__ = ["Group", "console", "exit_code", "printable", "warn"]
 
 # C0 and C1 controls but tab and newline -> their visible signs: a model's text must not steer the terminal.
 CONTROLS = {
@@ -40,17 +38,6 @@ def printable(text: str) -> str:
 
 def warn(message: str) -> None:
     typer.echo(f"warning: {message}", err=True)
-
-
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner on stderr while something takes its time; nothing where stderr is not a terminal."""
-    screen = console(stderr=True)
-    if not screen.is_terminal:
-        yield
-        return
-    with screen.status(what):
-        yield
 
 
 def exit_code(error: BaseException) -> int:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dfastllm.cli.canvas import Canvas, Screen
-from dfastllm.cli.output import console, printable, working
+from dfastllm.cli.output import console, printable
 from dfastllm.core import DecodeParams, SamplingParams, Usage
 from dfastllm.settings import Settings
 
@@ -24,7 +24,7 @@ __all__ = ["cancelled_by_interrupt", "open_model", "run"]
 
 def open_model(model: str, settings: Settings, draft: str | None = None) -> LLM:
     """The model, and the draft model of rule apd if one is named, loaded as the settings say."""
-    with working(f"loading {model}"):
+    with console(stderr=True).status(f"loading {model}"):
         from dfastllm.engine import EngineConfig
         from dfastllm.kernels import set_threads
         from dfastllm.llm import LLM, model_options

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from dfastllm.bench.command import _serve_arguments
 from dfastllm.bench.suite import load_results
 from dfastllm.bench.suite.run import Plan, Suite
 from dfastllm.bench.suite.sweep import Settings
 from dfastllm.bench.suite.workloads import prompt_types
 from dfastllm.cli import app
-from dfastllm.cli.bench import _serve_arguments
 from tests.kit.mock_server import Behaviour, MockServer, faster
 
 SPECULATES = Behaviour(ttft=0.005, itl=0.002, tokens=12, honours={"speculative_config": faster(1.1)})

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfastllm.cli.output import console, working
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dfastllm.bench.compare import Compared
     from dfastllm.bench.counters import Change, Counters
 
@@ -32,6 +33,12 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Speed gates. Exit codes: 0 pass or skipped, 1 fail, 2 usage, 3 no verdict. See docs/gates.md.",
 )
+
+
+def console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
 
 
 def _end(verdict: str, as_json: bool, **found: Any) -> None:
@@ -66,7 +73,7 @@ def record(
 ) -> None:
     """Measure a model on this machine and keep the speed as a report: a baseline, or what `check` holds against one."""
     settings = Settings.load({"threads": threads})
-    with working("loading"):
+    with console(stderr=True).status("loading"):
         from dfastllm.bench.gates import make_report, save_report
         from dfastllm.bench.speed import measure_speed, speed_samples
         from dfastllm.core import SamplingParams
@@ -76,7 +83,7 @@ def record(
 
         set_threads(settings.threads)
         llm = LLM(model, **model_options(settings))
-    with llm, working(f"measuring {requests} requests"):
+    with llm, console(stderr=True).status(f"measuring {requests} requests"):
         samples = speed_samples(requests, seed)
         rows = measure_speed(llm, samples, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     workload = {
@@ -187,7 +194,7 @@ def compare(
 
     asked = Asked(requests, max_tokens, model)
     with ExitStack() as stack:
-        with working("opening both sides"):
+        with console(stderr=True).status("opening both sides"):
             sides = [stack.enter_context(open_side(side, asked)) for side in (base, new)]
         bar = stack.enter_context(Progress(console=console(stderr=True), transient=True))
         task = bar.add_task("pairs", total=pairs)
@@ -233,7 +240,7 @@ def counters(
     if update:
         if case:
             raise ValidationError("--update writes the whole file: leave --case out.", param="case")
-        with working("counting with every kind of kernels, a process each"):
+        with console(stderr=True).status("counting with every kind of kernels, a process each"):
             kinds = dict(exact.count_everywhere())
         exact.save_counters(baseline, kinds)
         _show_counters(kinds[exact.counters_key()])
