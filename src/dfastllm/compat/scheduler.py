@@ -55,6 +55,8 @@ class Scheduler:
     bring none. Raises what loading raises.
     """
 
+    default_config = SchedulerConfig()
+
     def __init__(
         self,
         config: SchedulerConfig | None = None,
@@ -63,7 +65,7 @@ class Scheduler:
         *,
         decode: DecodeParams | None = None,
     ) -> None:
-        self.config = config or SchedulerConfig()
+        self.config = config or self.default_config
         self.decode = decode
         sizes = EngineConfig(
             max_sequences=self.config.max_batch_size,
