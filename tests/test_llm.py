@@ -104,3 +104,38 @@ def test_closing_ends_requests() -> None:
 def test_names_resolve_to_directories() -> None:
     for name in shipped_models():
         assert (resolve(name) / "config.json").is_file()
+
+
+def test_chat_gives_a_list_as_vllms_does() -> None:
+    """One RequestOutput per conversation, the same for one alone as among others."""
+    first = [{"role": "user", "content": "What is 12 + 30?"}]
+    second = [{"role": "user", "content": "What is 7 + 5?"}]
+    with LLM("demo-ar") as llm:
+        alone = llm.chat(first, SamplingParams(max_tokens=24))
+        both = llm.chat([first, second], SamplingParams(max_tokens=24))
+    assert [len(alone), len(both)] == [1, 2]
+    assert alone[0].text == both[0].text
+    assert "42" in alone[0].text
+    assert "12" in both[1].text
+
+
+def test_the_same_question_has_the_same_defaults_on_every_front() -> None:
+    """The demo models' generation_config.json says greedy; nobody else has an opinion."""
+    with LLM("demo-diffusion") as llm:
+        asked = llm.submit("The dog").request
+    assert (asked.sampling.temperature, asked.sampling.max_tokens, asked.decode.cache) == (0.0, 128, "dual")
+    assert asked.sampling.given == frozenset()
+
+
+def test_public_names_have_one_owner() -> None:
+    """The package's Request, Scheduler and Completion are the documents' and the facade's, not the engine's own."""
+    import dfastllm
+    from dfastllm import compat, core, engine, llm
+
+    assert (dfastllm.Request, dfastllm.Scheduler, dfastllm.Completion) == (
+        compat.Request,
+        compat.Scheduler,
+        llm.Completion,
+    )
+    assert dfastllm.Request is not core.Request
+    assert not {"Request", "Scheduler", "Completion"} & set(engine.__all__)

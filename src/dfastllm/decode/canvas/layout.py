@@ -106,7 +106,7 @@ class Layout:
 
 @value(frozen=True, slots=True)
 class Ahead:
-    """What a sequence expects of its own next steps (see `dave`).
+    """What a sequence expects of its own next steps (see `lookahead`).
 
     steps     per step what it would commit, (position, token) pairs ascending; the last one at most fills the block.
     branches  how many of the canvases after them run beside the next step.

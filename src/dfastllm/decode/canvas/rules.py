@@ -357,7 +357,7 @@ _COMMON = {
 
 
 def _drafts(steps: int) -> dict[str, Option]:
-    """For rules that decide by the rows of one step alone (`dave`)."""
+    """For rules that decide by the rows of one step alone (`lookahead`)."""
     return {
         "draft_steps": Option(steps, "lossless: run up to so many guessed next steps beside each step; 0: none", 0, 64),
         "forward_rows": Option(
