@@ -2,14 +2,12 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu.h"
 #include "pool.h"
+#include "scratch.h"
 
 namespace dfk {
 
@@ -34,29 +32,6 @@ namespace {
 constexpr int64_t kFolded = 64;      // query rows x heads of a task: enough that K,V come from the near cache
 constexpr int64_t kLeastFolded = 8;  // fewer would not fill a register tile
 constexpr int64_t kInline = 200000;  // products that the calling thread does sooner than it wakes another
-
-// Memory that a calling thread keeps between calls; 64-byte aligned.
-class Arena {
- public:
-  void* bytes(size_t count) {
-    if (count > size_) {
-      data_.reset();
-      size_ = 0;
-      const size_t wanted = (count + 4095) / 4096 * 4096;
-      data_.reset(std::aligned_alloc(64, wanted));
-      if (!data_) throw std::bad_alloc();
-      size_ = wanted;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
-  size_t size_ = 0;
-};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -179,7 +154,7 @@ void window_from(const SpanKeys* spans, int64_t count, const int32_t* positions,
 void attention(const Attention& a) {
   static thread_local std::vector<AttendTask> tasks;
   static thread_local Split split;
-  static thread_local Arena scratch_memory, partial_memory;
+  static thread_local Buffer scratch_memory, partial_memory;
 
   const AttentionOps& ops = attention_ops();
   const int threads = products(a) <= kInline ? 1 : thread_count();

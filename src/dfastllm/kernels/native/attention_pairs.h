@@ -15,24 +15,19 @@ template <int R, int B>
 inline void scores_of(const float* q, const uint16_t* const* k, int64_t dim, float* s) {
   const char* pairs = reinterpret_cast<const char*>(q);
   Vec sum[R][B];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) sum[r][b] = set1(0.0f);
+  DFK_EACH(r, R) {
+    DFK_EACH(b, B) sum[r][b] = set1(0.0f);
   }
   const auto add_products = [&](const Pairs* key, const char* at) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(r, R) {
       const Pairs x = set1_pair(at + 4 * r);
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) sum[r][b] = dot(sum[r][b], x, key[b]);
+      DFK_EACH(b, B) sum[r][b] = dot(sum[r][b], x, key[b]);
     }
   };
   int64_t d = 0;
   for (; d + 2 <= dim; d += 2, pairs += 4 * R) {
     Pairs key[B];
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
+    DFK_EACH(b, B) {
       key[b] = zip_halves(k[b] + d * kBlock);
       __builtin_prefetch(k[b + B] + d * kBlock);
     }
@@ -43,10 +38,8 @@ inline void scores_of(const float* q, const uint16_t* const* k, int64_t dim, flo
     for (int b = 0; b < B; ++b) key[b] = zip(k[b] + d * kBlock, kZeros, 16);
     add_products(key, pairs);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) store(s + r * kTile + b * kBlock, sum[r][b]);
+  DFK_EACH(r, R) {
+    DFK_EACH(b, B) store(s + r * kTile + b * kBlock, sum[r][b]);
   }
 }
 
@@ -56,11 +49,9 @@ inline void weigh_of(const TileKeys<uint16_t>& tile, int64_t keys, const float* 
                      int64_t column, int64_t part, float* out) {
   const char* weights = reinterpret_cast<const char*>(s);
   Vec sum[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  DFK_EACH(r, R) {
     const Vec x = set1(scale[r]);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = mul(load(out + r * padded(dim) + column + c * Vec::width), x);
+    DFK_EACH(c, C) sum[r][c] = mul(load(out + r * padded(dim) + column + c * Vec::width), x);
   }
   for (int64_t first = 0; first < keys; first += kBlock) {
     const uint16_t* v = tile.v[first / kBlock] + column;
@@ -68,24 +59,19 @@ inline void weigh_of(const TileKeys<uint16_t>& tile, int64_t keys, const float* 
     const int64_t count = keys - first < kBlock ? keys - first : kBlock;
     for (int64_t i = 0; i < count; i += 2, v += 2 * dim, next += 2 * dim, weights += 4) {
       Pairs value[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         value[c] = zip(v + c * Vec::width, v + dim + c * Vec::width, Part && c == C - 1 ? part : Vec::width);
         __builtin_prefetch(next + c * Vec::width);
         __builtin_prefetch(next + dim + c * Vec::width);
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      DFK_EACH(r, R) {
         const Pairs x = set1_pair(weights + r * kTile * 4);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r][c] = dot(sum[r][c], x, value[c]);
+        DFK_EACH(c, C) sum[r][c] = dot(sum[r][c], x, value[c]);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(out + r * padded(dim) + column + c * Vec::width, sum[r][c]);
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) store(out + r * padded(dim) + column + c * Vec::width, sum[r][c]);
   }
 }
 

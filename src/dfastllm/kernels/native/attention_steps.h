@@ -2,6 +2,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "unroll.h"
+
 namespace dfk {
 namespace {
 
@@ -84,28 +86,20 @@ constexpr int clamp_tile(int n) { return n < 1 ? 1 : n > 4 ? 4 : n; }
 template <int R, int B, class T>
 inline void scores_of(const float* q, const T* const* k, int64_t dim, float* s) {
   Vec sum[R][B * kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int j = 0; j < B * kVecs; ++j) sum[r][j] = set1(0.0f);
+  DFK_EACH(r, R) {
+    DFK_EACH(j, B * kVecs) sum[r][j] = set1(0.0f);
   }
   for (int64_t d = 0; d < dim; ++d) {
     Vec key[B * kVecs];
-#pragma GCC unroll 16
-    for (int j = 0; j < B * kVecs; ++j) key[j] = load(k[j / kVecs] + d * kBlock + j % kVecs * Vec::width);
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) __builtin_prefetch(k[b + B] + d * kBlock);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(j, B * kVecs) key[j] = load(k[j / kVecs] + d * kBlock + j % kVecs * Vec::width);
+    DFK_EACH(b, B) __builtin_prefetch(k[b + B] + d * kBlock);
+    DFK_EACH(r, R) {
       const Vec x = set1(q[d * R + r]);
-#pragma GCC unroll 16
-      for (int j = 0; j < B * kVecs; ++j) sum[r][j] = fma(x, key[j], sum[r][j]);
+      DFK_EACH(j, B * kVecs) sum[r][j] = fma(x, key[j], sum[r][j]);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int j = 0; j < B * kVecs; ++j) store(s + r * kTile + j * Vec::width, sum[r][j]);
+  DFK_EACH(r, R) {
+    DFK_EACH(j, B * kVecs) store(s + r * kTile + j * Vec::width, sum[r][j]);
   }
 }
 
@@ -115,11 +109,9 @@ template <int R, int C, bool Part, class T>
 inline void weigh_of(const TileKeys<T>& tile, int64_t keys, const float* s, const float* scale, int64_t dim,
                      int64_t column, int64_t part, float* out) {
   Vec sum[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  DFK_EACH(r, R) {
     const Vec x = set1(scale[r]);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = mul(load(out + r * padded(dim) + column + c * Vec::width), x);
+    DFK_EACH(c, C) sum[r][c] = mul(load(out + r * padded(dim) + column + c * Vec::width), x);
   }
   for (int64_t first = 0; first < keys; first += kBlock) {
     const T* v = tile.v[first / kBlock] + column;
@@ -127,23 +119,18 @@ inline void weigh_of(const TileKeys<T>& tile, int64_t keys, const float* s, cons
     const int64_t count = keys - first < kBlock ? keys - first : kBlock;
     for (int64_t i = 0; i < count; ++i, v += dim, next += dim) {
       Vec value[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         value[c] = Part && c == C - 1 ? load_part(v + c * Vec::width, part) : load(v + c * Vec::width);
         __builtin_prefetch(next + c * Vec::width);
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      DFK_EACH(r, R) {
         const Vec x = set1(s[r * kTile + first + i]);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r][c] = fma(x, value[c], sum[r][c]);
+        DFK_EACH(c, C) sum[r][c] = fma(x, value[c], sum[r][c]);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(out + r * padded(dim) + column + c * Vec::width, sum[r][c]);
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) store(out + r * padded(dim) + column + c * Vec::width, sum[r][c]);
   }
 }
 
@@ -158,23 +145,20 @@ void weigh_rest(const TileKeys<T>& tile, int64_t from, int blocks, const uint32_
     if (seen == 0) continue;
     for (int64_t column = 0; column < dim; column += C * W) {
       Vec sum[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         sum[c] = column + c * W < dim ? load(out + column + c * W) : set1(0.0f);
       }
       for (uint32_t left = seen; left != 0; left &= left - 1) {
         const int i = __builtin_ctz(left);
         const T* v = tile.v[b] + i * dim + column;
         const Vec x = set1(s[b * kBlock + i]);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
+        DFK_EACH(c, C) {
           const int64_t n = dim - column - c * W;
           if (n >= W) sum[c] = fma(x, load(v + c * W), sum[c]);
           else if (n > 0) sum[c] = fma(x, load_part(v + c * W, n), sum[c]);
         }
       }
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         if (column + c * W < dim) store(out + column + c * W, sum[c]);
       }
     }
@@ -252,8 +236,7 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
     for (int b = 0; b < blocks; ++b) {
       const uint32_t seen = All ? 0xffffu : bits[r * kTileBlocks + b];
       any |= seen;
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
+      DFK_EACH(j, kVecs) {
         float* at = s + r * kTile + b * kBlock + j * Vec::width;
         Vec x = load(at);
         if constexpr (sizeof(T) == 1) x = mul(x, load(tile.ks[b] + j * Vec::width));
@@ -275,12 +258,10 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
   for (int r = 0; r < rows; ++r) {
     const Vec high = set1(now[r]);
     Vec sum[kVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) sum[j] = set1(0.0f);
+    DFK_EACH(j, kVecs) sum[j] = set1(0.0f);
     for (int b = 0; b < blocks; ++b) {
       const uint32_t seen = All ? 0xffffu : bits[r * kTileBlocks + b];
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
+      DFK_EACH(j, kVecs) {
         float* at = s + r * kTile + b * kBlock + j * Vec::width;
         Vec p = power2(sub(load(at), high));
         if constexpr (!All) p = select(seen >> (j * Vec::width), p, set1(0.0f));
@@ -295,8 +276,7 @@ void soften(int rows, const TileKeys<T>& tile, int blocks, const uint32_t* bits,
         store(at, p);
       }
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
+    DFK_EACH(j, kVecs) {
       float* at = lanes + r * kBlock + j * Vec::width;
       store(at, fma(load(at), set1(scale[r]), sum[j]));
     }

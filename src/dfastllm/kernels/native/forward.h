@@ -4,31 +4,15 @@
 
 #include <array>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <variant>
 #include <vector>
 
 #include "attention.h"
 #include "linear.h"
+#include "scratch.h"
 #include "step.h"
 
 namespace dfk {
-
-// Memory that grows and is kept from pass to pass; 64-byte aligned, contents undefined after growth.
-class Buffer {
- public:
-  void* bytes(size_t count);
-  float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
-  size_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
-  size_t size_ = 0;
-};
 
 // RMSNorm, its offset added to the weights; null: none.
 struct Norm {

@@ -8,7 +8,7 @@
 #if defined(__AVX512F__)
 
 // Rows of a register tile: 6 x 4 accumulators, 4 registers of weights, 1 broadcast.
-template <int rows> inline void f32_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
+template <int rows> inline void float_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
   __m512 acc[rows][4];
   for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; ++i, w += kPanel) {
@@ -25,7 +25,7 @@ template <int rows> inline void f32_rows(const float* w, const float* x, int64_t
   for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) _mm512_storeu_ps(tile + r * kPanel + 16 * c, acc[r][c]);
 }
 
-template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
+template <int rows> inline void float_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
   __m512 acc[rows][4];
   for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; i += 2, w += 2 * kPanel) {
@@ -47,7 +47,7 @@ template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, 
 #elif defined(__AVX2__)
 
 // 16 channels (a quarter of the panel) at a time: 12 accumulators, 2 registers of weights, 1 broadcast.
-template <int rows> inline void f32_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
+template <int rows> inline void float_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
   for (int c = 0; c < kPanel; c += 16) {
     __m256 acc[rows][2];
     for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
@@ -67,7 +67,7 @@ template <int rows> inline void f32_rows(const float* w, const float* x, int64_t
 }
 
 // Eight channels' pairs lie in one register: the even inputs are its low halves, shifted up, the odd ones its high halves.
-template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
+template <int rows> inline void float_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
   const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
   for (int c = 0; c < kPanel; c += 16) {
     __m256 acc[rows][2];
@@ -105,7 +105,7 @@ inline float widen(uint16_t x) {
   return out;
 }
 
-template <int rows> inline void f32_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
+template <int rows> inline void float_rows(const float* w, const float* x, int64_t stride, int64_t k, float* tile) {
   for (int r = 0; r < rows; ++r) {
     float acc[kPanel] = {};
     for (int64_t i = 0; i < k; ++i) {
@@ -116,7 +116,7 @@ template <int rows> inline void f32_rows(const float* w, const float* x, int64_t
   }
 }
 
-template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
+template <int rows> inline void float_rows(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, float* tile) {
   for (int r = 0; r < rows; ++r) {
     float acc[kPanel] = {};
     for (int64_t i = 0; i < k; i += 2) {
@@ -131,32 +131,18 @@ template <int rows> inline void bf16_rows(const uint16_t* w, const uint16_t* x, 
 
 #endif
 
-inline void f32_tile(const Linear& w, const Acts& acts, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
-  const float* data = static_cast<const float*>(w.data) + panel * w.k * kPanel;
-  const float* x = static_cast<const float*>(acts.data) + row0 * acts.stride;
-  const int64_t s = acts.stride;
+template <class T>
+inline void float_tile(const Linear& w, const Acts& acts, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
+  const int64_t k = round_up(w.k, 4 / sizeof(T)), s = acts.stride;
+  const T* data = static_cast<const T*>(w.data) + panel * k * kPanel;
+  const T* x = static_cast<const T*>(acts.data) + row0 * s;
   int64_t r = 0;
-  for (; r + 6 <= rows; r += 6) f32_rows<6>(data, x + r * s, s, w.k, tile + r * kPanel);
+  for (; r + 6 <= rows; r += 6) float_rows<6>(data, x + r * s, s, k, tile + r * kPanel);
   switch (rows - r) {
-    case 5: return f32_rows<5>(data, x + r * s, s, w.k, tile + r * kPanel);
-    case 4: return f32_rows<4>(data, x + r * s, s, w.k, tile + r * kPanel);
-    case 3: return f32_rows<3>(data, x + r * s, s, w.k, tile + r * kPanel);
-    case 2: return f32_rows<2>(data, x + r * s, s, w.k, tile + r * kPanel);
-    case 1: return f32_rows<1>(data, x + r * s, s, w.k, tile + r * kPanel);
-  }
-}
-
-inline void bf16_tile(const Linear& w, const Acts& acts, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
-  const int64_t k = round_up(w.k, 2), s = acts.stride;
-  const uint16_t* data = static_cast<const uint16_t*>(w.data) + panel * k * kPanel;
-  const uint16_t* x = static_cast<const uint16_t*>(acts.data) + row0 * s;
-  int64_t r = 0;
-  for (; r + 6 <= rows; r += 6) bf16_rows<6>(data, x + r * s, s, k, tile + r * kPanel);
-  switch (rows - r) {
-    case 5: return bf16_rows<5>(data, x + r * s, s, k, tile + r * kPanel);
-    case 4: return bf16_rows<4>(data, x + r * s, s, k, tile + r * kPanel);
-    case 3: return bf16_rows<3>(data, x + r * s, s, k, tile + r * kPanel);
-    case 2: return bf16_rows<2>(data, x + r * s, s, k, tile + r * kPanel);
-    case 1: return bf16_rows<1>(data, x + r * s, s, k, tile + r * kPanel);
+    case 5: return float_rows<5>(data, x + r * s, s, k, tile + r * kPanel);
+    case 4: return float_rows<4>(data, x + r * s, s, k, tile + r * kPanel);
+    case 3: return float_rows<3>(data, x + r * s, s, k, tile + r * kPanel);
+    case 2: return float_rows<2>(data, x + r * s, s, k, tile + r * kPanel);
+    case 1: return float_rows<1>(data, x + r * s, s, k, tile + r * kPanel);
   }
 }

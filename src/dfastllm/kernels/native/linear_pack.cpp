@@ -7,19 +7,7 @@
 namespace dfk {
 namespace {
 
-float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, mantissa = h & 0x3ff;
-  const int exponent = h >> 10 & 0x1f;
-  uint32_t raw;
-  if (exponent == 0) {  // zero, denormal: mantissa * 2^-24
-    const float value = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign ? -value : value;
-  }
-  raw = sign | (exponent == 31 ? 0x7f800000u : static_cast<uint32_t>(exponent + 112) << 23) | mantissa << 13;
-  float out;
-  std::memcpy(&out, &raw, sizeof out);
-  return out;
-}
+#include "linear_natural.h"
 
 int64_t group_of(Format f) { return f == Format::w6g ? 16 : 32; }
 
@@ -93,16 +81,6 @@ void pack_side(const T* from, int64_t channels, int64_t groups, T* to) {
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t c = 0; c < kPanel; ++c) *to++ = c < channels ? from[c * groups + g] : T{};
   }
-}
-
-// Value i of a channel of a panel, codes only.
-int code_at(Format f, const uint8_t* panel, int64_t channel, int64_t i) {
-  if (f == Format::w8 || f == Format::w8g) return panel[i / 4 * 256 + channel * 4 + i % 4];
-  const uint8_t* group = f == Format::w4g ? panel + i / 8 * 256 : panel + i / 16 * 768 + i % 16 / 8 * 256;
-  const int low = group[channel * 4 + i % 4] >> (i % 8 / 4 * 4) & 15;
-  if (f == Format::w4g) return low;
-  const uint8_t high = panel[i / 16 * 768 + 512 + channel * 4 + i % 4];
-  return low | (high >> (i % 16 / 4 * 2) & 3) << 4;
 }
 
 size_t panel_bytes(Format f, int64_t k) {

@@ -21,6 +21,8 @@
 // over a slice. With more than one row block the slice after it is prefetched meanwhile, a little at a time. Panels lie
 // one after another, so the prefetch runs on into the next one; at the end of the matrix it runs past it, which is
 // allowed (prefetches never fault).
+#include "unroll.h"
+
 namespace tiles {
 
 constexpr int kSlice = 8;  // groups of 32 inputs
@@ -38,13 +40,6 @@ struct Ahead {
     for (; at < stop; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
   }
 };
-
-// Register arrays stay in registers only when the loops over them are unrolled before GCC looks at arrays.
-#if defined(__clang__)
-#define DFK_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define DFK_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // Row block `i` of `count` blocks as even as possible over `rows`: [first, first + rows).
 struct RowBlock {
@@ -72,6 +67,16 @@ struct Block {
   float* tile;
 };
 
+// The int32 sums of w8 in a tile's memory -> floats with both scales.
+inline void scale_sums(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile) {
+  const float* scales = static_cast<const float*>(w.scales) + panel * kPanel;
+  for (int64_t r = 0; r < rows; ++r, tile += kPanel) {
+    int32_t sum[kPanel];
+    std::memcpy(sum, tile, sizeof sum);
+    for (int c = 0; c < kPanel; ++c) tile[c] = static_cast<float>(sum[c]) * scales[c] * x.scales[row0 + r];
+  }
+}
+
 #if defined(__AVX512VNNI__)
 #include "linear_tiles_avx512.h"
 #elif defined(__AVX2__)
@@ -80,7 +85,25 @@ struct Block {
 #include "linear_tiles_scalar.h"
 #endif
 
-#if defined(__AVX2__)  // the walk over a panel's groups with the kernels above
+#if defined(__AVX2__)  // the walk over a panel with the kernels above
+
+// Per-channel weights: the int32 sums wait in the tile's memory between slices.
+inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
+  const int64_t steps = (w.k + 3) / 4, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
+  for (int64_t s = 0; s < steps; s += 8 * kSlice) {
+    const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
+    const int64_t turns = (here + 7) / 8 * blocks * channel_passes(static_cast<int>(rows / blocks));
+    Ahead ahead(data + (s + here) * 256, is_channel_single(rows) ? 0 : 8 * kSlice * 256, turns);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const RowBlock block = row_block(rows, blocks, i);
+      const int64_t row = row0 + block.first;
+      const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride + 4 * s;
+      channel_block(block.rows, data + s * 256, codes, x.stride, here, s == 0, x.sums + row, tile + block.first * kPanel, ahead);
+    }
+  }
+  scale_sums(w, x, panel, row0, rows, tile);
+}
 
 // Groups of the slice after [g, g + here): the panel's next or the first of the next panel.
 inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here, int64_t slice) {
@@ -150,6 +173,6 @@ inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
 
 #endif
 
-static const Tile kByFormat[] = {f32_tile, bf16_tile, w8, w8g, w4g, w6g};
+static const Tile kByFormat[] = {float_tile<float>, float_tile<uint16_t>, w8, w8g, w4g, w6g};
 
 }  // namespace tiles

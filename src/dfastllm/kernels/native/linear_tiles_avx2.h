@@ -26,20 +26,16 @@ template <int R, int C> struct Sums { __m256i at[R][C]; };
 template <int R, int C> struct Floats { __m256 at[R][C]; };
 
 template <int R, int C> inline void zero(Sums<R, C>& sum) {
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) sum.at[r][c] = _mm256_setzero_si256();
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) sum.at[r][c] = _mm256_setzero_si256();
   }
 }
 
 // Every 16-bit lane's neighbours added: int32 sums.
 template <int R, int C> inline Sums<R, C> widened(const Sums<R, C>& sum) {
   Sums<R, C> out;
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) out.at[r][c] = _mm256_madd_epi16(sum.at[r][c], _mm256_set1_epi16(1));
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) out.at[r][c] = _mm256_madd_epi16(sum.at[r][c], _mm256_set1_epi16(1));
   }
   return out;
 }
@@ -55,17 +51,14 @@ inline void widen_codes(const int8_t* x, int8_t* out) {
 // One step of bytes: 4 inputs. x: widened codes at the step.
 template <int R, int C> inline void add_bytes(const uint8_t* data, const int8_t* x, int64_t stride, Sums<R, C>& sum) {
   __m256i even[C], odd[C];
-  DFK_UNROLL
-  for (int c = 0; c < C; ++c) {
+  DFK_EACH(c, C) {
     const __m256i v = load_codes(data + 32 * c);
     even[c] = _mm256_and_si256(v, _mm256_set1_epi16(255));
     odd[c] = _mm256_srli_epi16(v, 8);
   }
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
+  DFK_EACH(r, R) {
     const __m256i x_even = broadcast4(x + r * stride), x_odd = broadcast4(x + r * stride + 32);
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) {
+    DFK_EACH(c, C) {
       const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[c], x_even), _mm256_madd_epi16(odd[c], x_odd));
       sum.at[r][c] = _mm256_add_epi32(sum.at[r][c], both);
     }
@@ -89,11 +82,9 @@ struct Bytes {  // w8g
 // sum16 += codes * activations of one step.
 template <int R, int C>
 inline void add_step(const __m256i (&w)[C], const int8_t* x, int64_t stride, Sums<R, C>& sum16) {
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
+  DFK_EACH(r, R) {
     const __m256i codes = broadcast4(x + r * stride);
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) sum16.at[r][c] = _mm256_add_epi16(sum16.at[r][c], _mm256_maddubs_epi16(w[c], codes));
+    DFK_EACH(c, C) sum16.at[r][c] = _mm256_add_epi16(sum16.at[r][c], _mm256_maddubs_epi16(w[c], codes));
   }
 }
 
@@ -107,8 +98,7 @@ struct Nibbles {  // w4g
     DFK_ROLLED
     for (int i = 0; i < 4; ++i) {
       __m256i low[C], high[C];
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         const __m256i both = load_codes(data + 256 * i + 32 * c);
         low[c] = _mm256_and_si256(both, _mm256_set1_epi8(15));
         high[c] = _mm256_and_si256(_mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
@@ -136,20 +126,16 @@ inline __m256i six_codes(const uint8_t* p, int i) {
 template <class Codes, int R, int C>
 inline Sums<R, C> six_sums(const uint8_t* data, const int8_t* x, int64_t stride, int p) {
   Sums<R, C> pairs[2];
-  DFK_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  DFK_EACH(i, 4) {
     __m256i w[C];
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) w[c] = Codes::at(data + 32 * c, 4 * p + i);
+    DFK_EACH(c, C) w[c] = Codes::at(data + 32 * c, 4 * p + i);
     if (i % 2 == 0) zero(pairs[i / 2]);
     add_step<R, C>(w, x + 4 * (4 * p + i), stride, pairs[i / 2]);
   }
   Sums<R, C> sum = widened(pairs[0]);
   const Sums<R, C> more = widened(pairs[1]);
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) sum.at[r][c] = _mm256_add_epi32(sum.at[r][c], more.at[r][c]);
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) sum.at[r][c] = _mm256_add_epi32(sum.at[r][c], more.at[r][c]);
   }
   return sum;
 }
@@ -176,8 +162,7 @@ inline const uint8_t* unpack_sixes(const uint8_t* data, int64_t groups, void* sc
   uint8_t* out = static_cast<uint8_t*>(scratch);
   for (int64_t g = 0; g < groups; ++g, data += Sixes::bytes, out += UnpackedSixes::bytes) {
     for (int c = 0; c < 8; ++c) {
-      DFK_UNROLL
-      for (int i = 0; i < 8; ++i) {
+      DFK_EACH(i, 8) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(out + 256 * i + 32 * c), six_codes(data + 32 * c, i));
       }
     }
@@ -190,15 +175,12 @@ template <class Codes, bool mins, int R, int C>
 inline Floats<R, C> group_floats(const uint8_t* data, const uint16_t* scales, const int8_t* x, int64_t stride,
                                  const int32_t* x_sums, int64_t sums_stride) {
   Floats<R, C> out;
-  DFK_UNROLL
-  for (int p = 0; p < Codes::parts; ++p) {
+  DFK_EACH(p, Codes::parts) {
     const Sums<R, C> sum = Codes::template sums<R, C>(data, x, stride, p);
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(r, R) {
       const int32_t* s = x_sums + r * sums_stride;
       const __m256i start = _mm256_set1_epi32(-Codes::offset * (Codes::parts == 2 ? s[p] : s[0] + s[1]));
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         const __m256 f = _mm256_cvtepi32_ps(mins ? sum.at[r][c] : _mm256_add_epi32(sum.at[r][c], start));
         const __m256 scale = half8(scales + p * kPanel + 8 * c);
         out.at[r][c] = p ? _mm256_fmadd_ps(f, scale, out.at[r][c]) : _mm256_mul_ps(f, scale);
@@ -220,17 +202,14 @@ inline void group_columns(const Block& b, const int8_t* x, int64_t stride, int c
     const Floats<R, C> group = group_floats<Codes, mins, R, C>(b.data + channel * 4 + g * Codes::bytes, scales,
                                                                x + g * Codes::x_bytes, stride, x_sums,
                                                                2 * b.x_scales_stride);
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(r, R) {
       const float x_scale = b.x_scales[r * b.x_scales_stride + g];
       const int32_t* s = x_sums + 2 * r * b.x_scales_stride;
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         float* at = b.tile + r * kPanel + channel + 8 * c;
         __m256 y = first && g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(at);
         y = _mm256_fmadd_ps(group.at[r][c], _mm256_set1_ps(x_scale), y);
-        DFK_UNROLL
-        for (int p = 0; p < (mins ? Codes::parts : 0); ++p) {
+        DFK_EACH(p, mins ? Codes::parts : 0) {
           const float weighted = x_scale * static_cast<float>(Codes::parts == 2 ? s[p] : s[0] + s[1]);
           const uint16_t* low = b.mins + channel + g * side + p * kPanel + 8 * c;
           y = _mm256_fnmadd_ps(half8(low), _mm256_set1_ps(weighted), y);
@@ -293,10 +272,8 @@ inline void channel_rows(const uint8_t* data, const int8_t* x, int64_t stride, i
   for (int channel = 0; channel < kPanel; channel += 8 * C) {
     __m256i* out = reinterpret_cast<__m256i*>(tile + channel);
     Sums<R, C> sum;
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) {
+    DFK_EACH(r, R) {
+      DFK_EACH(c, C) {
         sum.at[r][c] = first ? _mm256_set1_epi32(-128 * x_sums[r]) : _mm256_loadu_si256(out + r * 8 + c);
       }
     }
@@ -304,42 +281,21 @@ inline void channel_rows(const uint8_t* data, const int8_t* x, int64_t stride, i
       if (i % 8 == 0) ahead.turn();
       add_bytes<R, C>(data + 256 * i + 4 * channel, wide + i / 8 * 64 + i % 8 * 4, wide_stride, sum);
     }
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) _mm256_storeu_si256(out + r * 8 + c, sum.at[r][c]);
+    DFK_EACH(r, R) {
+      DFK_EACH(c, C) _mm256_storeu_si256(out + r * 8 + c, sum.at[r][c]);
     }
   }
 }
 
-inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
-  const int64_t steps = (w.k + 3) / 4, blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
-  for (int64_t s = 0; s < steps; s += 8 * kSlice) {
-    const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
-    const int64_t turns = (here + 7) / 8 * blocks * passes<Bytes>(static_cast<int>(rows / blocks), false);
-    Ahead ahead(data + (s + here) * 256, is_single<Bytes>(rows) ? 0 : 8 * kSlice * 256, turns);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const RowBlock block = row_block(rows, blocks, i);
-      const int64_t row = row0 + block.first;
-      const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride + 4 * s;
-      float* out = tile + block.first * kPanel;
-      const uint8_t* d = data + s * 256;
-      switch (block.rows) {
-        case 1: channel_rows<1>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        case 2: channel_rows<2>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        case 3: channel_rows<3>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        default: channel_rows<4>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead);
-      }
-    }
-  }
-  const float* scales = static_cast<const float*>(w.scales) + panel * kPanel;
-  for (int64_t r = 0; r < rows; ++r) {
-    const __m256 x_scale = _mm256_set1_ps(x.scales[row0 + r]);
-    for (int c = 0; c < 8; ++c) {
-      float* at = tile + r * kPanel + 8 * c;
-      const __m256 sum = _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-      _mm256_storeu_ps(at, _mm256_mul_ps(_mm256_mul_ps(sum, _mm256_loadu_ps(scales + 8 * c)), x_scale));
-    }
+constexpr bool is_channel_single(int64_t rows) { return rows == 1; }
+constexpr int channel_passes(int rows) { return passes<Bytes>(rows, false); }
+
+inline void channel_block(int rows, const uint8_t* data, const int8_t* x, int64_t stride, int64_t steps, bool first,
+                          const int32_t* x_sums, float* tile, Ahead& ahead) {
+  switch (rows) {
+    case 1: return channel_rows<1>(data, x, stride, steps, first, x_sums, tile, ahead);
+    case 2: return channel_rows<2>(data, x, stride, steps, first, x_sums, tile, ahead);
+    case 3: return channel_rows<3>(data, x, stride, steps, first, x_sums, tile, ahead);
+    default: return channel_rows<4>(data, x, stride, steps, first, x_sums, tile, ahead);
   }
 }

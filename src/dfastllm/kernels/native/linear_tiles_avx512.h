@@ -87,8 +87,7 @@ inline const uint8_t* unpack_sixes(const uint8_t* data, int64_t groups, void* sc
   uint8_t* out = static_cast<uint8_t*>(scratch);
   for (int64_t g = 0; g < groups; ++g, data += Sixes::bytes, out += UnpackedSixes::bytes) {
     for (int c = 0; c < 4; ++c) {
-      DFK_UNROLL
-      for (int i = 0; i < 8; ++i) _mm512_store_si512(out + 256 * i + 64 * c, Sixes::at(data + 64 * c, i));
+      DFK_EACH(i, 8) _mm512_store_si512(out + 256 * i + 64 * c, Sixes::at(data + 64 * c, i));
     }
   }
   return static_cast<const uint8_t*>(scratch);
@@ -142,23 +141,17 @@ inline Sums<R, C> part_sums(const uint8_t* data, const int8_t* x, int64_t stride
                             int g, int p) {
   constexpr int steps = 8 / Codes::parts;  // registers of weights that share a scale
   Sums<R, C> sum;
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
+  DFK_EACH(r, R) {
     const __m512i start =
         mins ? _mm512_setzero_si512() : _mm512_set1_epi32(starts.sum[r][g * Codes::parts + p]);
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) sum.at[r][c] = start;
+    DFK_EACH(c, C) sum.at[r][c] = start;
   }
-  DFK_UNROLL
-  for (int i = 0; i < steps; ++i) {
+  DFK_EACH(i, steps) {
     __m512i w[C];
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) w[c] = Codes::at(data + 64 * c, p * steps + i);
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, p * steps + i);
+    DFK_EACH(r, R) {
       const __m512i codes = four_codes(x + r * stride + 4 * (p * steps + i));
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) sum.at[r][c] = _mm512_dpbusd_epi32(sum.at[r][c], w[c], codes);
+      DFK_EACH(c, C) sum.at[r][c] = _mm512_dpbusd_epi32(sum.at[r][c], w[c], codes);
     }
   }
   return sum;
@@ -174,9 +167,10 @@ template <class Codes> inline const float* scale_table(const uint16_t* scales, i
     for (int i = 0; i < side; i += 16) {
       const __m512 scale = half16(scales + i), quarter = _mm512_mul_ps(scale, _mm512_set1_ps(0.25f));
       __m512 value = scale;
-      _mm512_store_ps(table + i, value);
-      DFK_UNROLL
-      for (int v = 1; v < 4; ++v) _mm512_store_ps(table + v * side + i, value = _mm512_add_ps(value, quarter));
+      DFK_EACH(v, 4) {
+        _mm512_store_ps(table + v * side + i, value);
+        value = _mm512_add_ps(value, quarter);
+      }
     }
   }
   return out;
@@ -187,22 +181,18 @@ template <class Codes> inline const float* scale_table(const uint16_t* scales, i
 template <class Codes, bool mins, int R, int C, bool single>
 inline void add_group(const uint8_t* data, const void* side, const uint16_t* minima, const int8_t* x, int64_t stride,
                       const Starts<Codes, mins, R>& starts, int g, Floats<R, C>& y) {
-  DFK_UNROLL
-  for (int p = 0; p < Codes::parts; ++p) {
+  DFK_EACH(p, Codes::parts) {
     const Sums<R, C> sum = part_sums<Codes, mins, R, C>(data, x, stride, starts, g, p);
     __m512 scale[C];
     if (single) {
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) scale[c] = half16(static_cast<const uint16_t*>(side) + p * kPanel + 16 * c);
+      DFK_EACH(c, C) scale[c] = half16(static_cast<const uint16_t*>(side) + p * kPanel + 16 * c);
     }
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(r, R) {
       const __m512 power = _mm512_set1_ps(starts.power[r][g]);
       const int32_t variant = starts.variant[r][g];
       const float* row = single ? nullptr : static_cast<const float*>(side) + (variant * Codes::parts + p) * kPanel;
       const __m512 factor = _mm512_set1_ps(single ? 1.0f + 0.25f * static_cast<float>(variant) : 0.0f);
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) {
+      DFK_EACH(c, C) {
         const __m512 s = _mm512_scalef_ps(_mm512_cvtepi32_ps(sum.at[r][c]), power);
         const __m512 both = single ? _mm512_mul_ps(scale[c], factor) : _mm512_load_ps(row + 16 * c);
         y.at[r][c] = _mm512_fmadd_ps(s, both, y.at[r][c]);
@@ -210,35 +200,27 @@ inline void add_group(const uint8_t* data, const void* side, const uint16_t* min
     }
   }
   if (!mins) return;
-  DFK_UNROLL
-  for (int p = 0; p < Codes::parts; ++p, minima += kPanel) {
+  DFK_EACH(p, Codes::parts) {
     __m512 low[C];
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) low[c] = half16(minima + 16 * c);
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(c, C) low[c] = half16(minima + p * kPanel + 16 * c);
+    DFK_EACH(r, R) {
       const __m512 weighted = _mm512_set1_ps(starts.weighted[r][g * Codes::parts + p]);
-      DFK_UNROLL
-      for (int c = 0; c < C; ++c) y.at[r][c] = _mm512_fnmadd_ps(low[c], weighted, y.at[r][c]);
+      DFK_EACH(c, C) y.at[r][c] = _mm512_fnmadd_ps(low[c], weighted, y.at[r][c]);
     }
   }
 }
 
 template <int R, int C> inline Floats<R, C> load_tile(const float* tile, bool zero) {
   Floats<R, C> y;
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) y.at[r][c] = zero ? _mm512_setzero_ps() : _mm512_loadu_ps(tile + r * kPanel + 16 * c);
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) y.at[r][c] = zero ? _mm512_setzero_ps() : _mm512_loadu_ps(tile + r * kPanel + 16 * c);
   }
   return y;
 }
 
 template <int R, int C> inline void store_tile(float* tile, const Floats<R, C>& y) {
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DFK_UNROLL
-    for (int c = 0; c < C; ++c) _mm512_storeu_ps(tile + r * kPanel + 16 * c, y.at[r][c]);
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) _mm512_storeu_ps(tile + r * kPanel + 16 * c, y.at[r][c]);
   }
 }
 
@@ -303,62 +285,37 @@ template <int R>
 inline void channel_rows(const uint8_t* data, const int8_t* x, int64_t stride, int64_t steps, bool first,
                          const int32_t* x_sums, float* tile, Ahead& ahead) {
   __m512i sum[R][4];
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DFK_UNROLL
-    for (int c = 0; c < 4; ++c) {
+  DFK_EACH(r, R) {
+    DFK_EACH(c, 4) {
       sum[r][c] = first ? _mm512_set1_epi32(-128 * x_sums[r]) : _mm512_loadu_si512(tile + r * kPanel + 16 * c);
     }
   }
   for (int64_t i = 0; i < steps; ++i, data += 256, x += 4) {
     if (i % 8 == 0) ahead.turn();
     __m512i w[4];
-    DFK_UNROLL
-    for (int c = 0; c < 4; ++c) w[c] = _mm512_loadu_si512(data + 64 * c);
-    DFK_UNROLL
-    for (int r = 0; r < R; ++r) {
+    DFK_EACH(c, 4) w[c] = _mm512_loadu_si512(data + 64 * c);
+    DFK_EACH(r, R) {
       const __m512i codes = four_codes(x + r * stride);
-      DFK_UNROLL
-      for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], w[c], codes);
+      DFK_EACH(c, 4) sum[r][c] = _mm512_dpbusd_epi32(sum[r][c], w[c], codes);
     }
   }
-  DFK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DFK_UNROLL
-    for (int c = 0; c < 4; ++c) _mm512_storeu_si512(tile + r * kPanel + 16 * c, sum[r][c]);
+  DFK_EACH(r, R) {
+    DFK_EACH(c, 4) _mm512_storeu_si512(tile + r * kPanel + 16 * c, sum[r][c]);
   }
 }
 
-inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
-  const int64_t steps = (w.k + 3) / 4, blocks = (rows + 5) / 6;
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
-  for (int64_t s = 0; s < steps; s += 8 * kSlice) {
-    const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
-    Ahead ahead(data + (s + here) * 256, blocks == 1 ? 0 : 8 * kSlice * 256, (here + 7) / 8 * blocks);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const RowBlock block = row_block(rows, blocks, i);
-      const int64_t row = row0 + block.first;
-      const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride + 4 * s;
-      float* out = tile + block.first * kPanel;
-      const uint8_t* d = data + s * 256;
-      switch (block.rows) {
-        case 1: channel_rows<1>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        case 2: channel_rows<2>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        case 3: channel_rows<3>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        case 4: channel_rows<4>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        case 5: channel_rows<5>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead); break;
-        default: channel_rows<6>(d, codes, x.stride, here, s == 0, x.sums + row, out, ahead);
-      }
-    }
-  }
-  const float* scales = static_cast<const float*>(w.scales) + panel * kPanel;
-  for (int64_t r = 0; r < rows; ++r) {
-    const __m512 x_scale = _mm512_set1_ps(x.scales[row0 + r]);
-    for (int c = 0; c < 4; ++c) {
-      float* at = tile + r * kPanel + 16 * c;
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(at));
-      _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_loadu_ps(scales + 16 * c)), x_scale));
-    }
+constexpr bool is_channel_single(int64_t rows) { return rows <= kBlockRows; }
+constexpr int channel_passes(int) { return 1; }
+
+inline void channel_block(int rows, const uint8_t* data, const int8_t* x, int64_t stride, int64_t steps, bool first,
+                          const int32_t* x_sums, float* tile, Ahead& ahead) {
+  switch (rows) {
+    case 1: return channel_rows<1>(data, x, stride, steps, first, x_sums, tile, ahead);
+    case 2: return channel_rows<2>(data, x, stride, steps, first, x_sums, tile, ahead);
+    case 3: return channel_rows<3>(data, x, stride, steps, first, x_sums, tile, ahead);
+    case 4: return channel_rows<4>(data, x, stride, steps, first, x_sums, tile, ahead);
+    case 5: return channel_rows<5>(data, x, stride, steps, first, x_sums, tile, ahead);
+    default: return channel_rows<6>(data, x, stride, steps, first, x_sums, tile, ahead);
   }
 }
 

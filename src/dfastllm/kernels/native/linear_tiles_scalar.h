@@ -1,23 +1,10 @@
 // Tiles in portable C++; see linear_tiles.h. 32 inputs of the panel at a time are unpacked to signed 16-bit codes
 // [32][64], which compilers turn into widening vector multiplications; all rows of the call then pass over them.
 
+#include "linear_natural.h"
+
 // Bytes of 32 inputs of a panel.
 constexpr int64_t group_bytes(Format f) { return f == Format::w4g ? 1024 : f == Format::w6g ? 1536 : 2048; }
-
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
-  uint32_t bits;
-  float value;
-  if (exponent == 0) {
-    value = static_cast<float>(fraction) * 0x1p-24f;  // zero and denormals
-    std::memcpy(&bits, &value, sizeof bits);
-    bits |= sign;
-  } else {
-    bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
-  }
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 inline void halves(const uint16_t* p, float* out) {
   for (int c = 0; c < kPanel; ++c) out[c] = half_to_float(p[c]);
@@ -26,20 +13,7 @@ inline void halves(const uint16_t* p, float* out) {
 // `count` inputs (a multiple of 4, at most 32) of a panel from `data` on -> out [count][64], minus the format's offset.
 inline void codes(Format format, const uint8_t* data, int count, int offset, int16_t* out) {
   for (int i = 0; i < count; ++i) {
-    for (int c = 0; c < kPanel; ++c) {
-      const int at = c * 4 + i % 4;
-      int code = 0;
-      if (format == Format::w4g) {
-        code = data[i / 8 * 256 + at] >> (i / 4 % 2 * 4) & 15;
-      } else if (format == Format::w6g) {
-        const uint8_t* half = data + i / 16 * 768;
-        const int quad = i / 4 % 4;
-        code = (half[quad / 2 * 256 + at] >> (quad % 2 * 4) & 15) | (half[512 + at] >> (quad * 2) & 3) << 4;
-      } else {
-        code = data[i / 4 * 256 + at];
-      }
-      out[i * kPanel + c] = static_cast<int16_t>(code - offset);
-    }
+    for (int c = 0; c < kPanel; ++c) out[i * kPanel + c] = static_cast<int16_t>(code_at(format, data, c, i) - offset);
   }
 }
 
@@ -54,7 +28,6 @@ inline void add_products(const int16_t* w, const int8_t* x, int count, int32_t* 
 inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
   const int64_t k4 = round_up(w.k, 4);
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * k4 * kPanel;
-  const float* scales = static_cast<const float*>(w.scales) + panel * kPanel;
   int16_t* unpacked = static_cast<int16_t*>(scratch);
   for (int64_t i = 0; i < k4; i += 32) {
     const int count = static_cast<int>(k4 - i < 32 ? k4 - i : 32);
@@ -66,11 +39,7 @@ inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int6
       std::memcpy(tile + r * kPanel, sum, sizeof sum);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    int32_t sum[kPanel];
-    std::memcpy(sum, tile + r * kPanel, sizeof sum);
-    for (int c = 0; c < kPanel; ++c) tile[r * kPanel + c] = static_cast<float>(sum[c]) * scales[c] * x.scales[row0 + r];
-  }
+  scale_sums(w, x, panel, row0, rows, tile);
 }
 
 template <Format format>

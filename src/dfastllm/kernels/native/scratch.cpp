@@ -1,33 +1,24 @@
 #include "scratch.h"
 
-#include <cstdint>
-#include <cstdlib>
 #include <new>
 
 namespace dfk {
-namespace {
 
-struct Scratch {
-  void* raw = nullptr;
-  char* aligned = nullptr;
-  size_t bytes = 0;
-  ~Scratch() { std::free(raw); }
-};
-
-thread_local Scratch scratch;
-
-}  // namespace
+void* Buffer::bytes(size_t count) {
+  if (count > size_) {
+    const size_t wanted = (count + 63) / 64 * 64;
+    data_.reset();  // before the new one: the peak is the larger of both, not the sum
+    size_ = 0;
+    data_.reset(std::aligned_alloc(64, wanted));
+    if (!data_) throw std::bad_alloc();
+    size_ = wanted;
+  }
+  return data_.get();
+}
 
 char* thread_scratch(size_t bytes) {
-  if (scratch.bytes < bytes) {
-    std::free(scratch.raw);
-    scratch.bytes = 0;
-    scratch.raw = std::malloc(bytes + 64);
-    if (scratch.raw == nullptr) throw std::bad_alloc();
-    scratch.aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.raw) + 63) / 64 * 64);
-    scratch.bytes = bytes;
-  }
-  return scratch.aligned;
+  static thread_local Buffer scratch;
+  return static_cast<char*>(scratch.bytes(bytes));
 }
 
 }  // namespace dfk
