@@ -10,23 +10,23 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from dfastllm import llm
 from dfastllm.core import (
     Finish,
     FinishReason,
     Request,
     StepEvent,
     Tier,
-    TokenLogprob,
     Usage,
 )
 from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
-from dfastllm.llm import split_choices
+from dfastllm.llm import Completion, split_choices
 from dfastllm.server.options import decode_params, request_options, sampling_params, speculative_params
 from dfastllm.server.schemas import GenerationRequest
 from dfastllm.server.serving import ServedModel, Serving
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Events",
     "Job",
-    "Result",
     "collect",
     "disconnected",
     "engine_requests",
@@ -194,35 +193,18 @@ async def _merge(streams: Sequence[Stream]) -> Events:
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-@dataclass
-class Result:
-    """What one engine request gave."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: Finish | None = None
-
-
-async def collect(
-    job: Job, watch: Callable[[int, StepEvent], object] = lambda index, event: None
-) -> list[tuple[Result, Finish]]:
-    """Run a job to its end; one result per engine request, in order. watch: is shown each event."""
-    results = [Result() for _ in job.requests]
+async def collect(job: Job, watch: Callable[[int, StepEvent], object] = lambda index, event: None) -> list[Completion]:
+    """Run a job to its end; one answer per engine request, in order. watch: is shown each event."""
+    seen: list[list[StepEvent]] = [[] for _ in job.requests]
     async with aclosing(job.timed_events()) as events:
         async for index, event in events:
-            result = results[index]
-            result.text += event.text
-            result.token_ids += event.token_ids
-            result.logprobs += event.logprobs
-            result.finish = event.finish
+            seen[index].append(event)
             watch(index, event)
-    return [(result, result.finish) for result in results if result.finish is not None]
+    return [llm.collect(events_of_one, index) for index, events_of_one in enumerate(seen)]
 
 
-def total(finishes: Sequence[Finish], choices: int) -> Usage:
+def total(used: Sequence[Usage], choices: int) -> Usage:
     """Usage of a whole call. A prompt is counted once for all its `choices`; times are those of the slowest request."""
-    used = [finish.usage for finish in finishes]
     first = [u.first_token_s for u in used if u.first_token_s is not None]
     return Usage(
         prompt_tokens=sum(u.prompt_tokens for u in used[::choices]),

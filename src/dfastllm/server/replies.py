@@ -50,7 +50,6 @@ __all__ = [
     "figures",
     "padded",
     "usage_out",
-    "usage_so_far",
 ]
 
 
@@ -358,21 +357,16 @@ class Cancelled(Out):
     cancelled: int = Field(description="Calls of the API that were ended.")
 
 
-def usage_out(usage: Usage) -> UsageOut:
-    return UsageOut(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+def usage_out(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> UsageOut:
+    """cached_tokens: None for the usage so far of one choice in the middle of its stream."""
+    details = (
+        {} if cached_tokens is None else {"prompt_tokens_details": PromptTokensDetails(cached_tokens=cached_tokens)}
     )
-
-
-def usage_so_far(prompt_tokens: int, completion_tokens: int) -> UsageOut:
-    """Of one choice in the middle of its stream."""
     return UsageOut(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
+        **details,
     )
 
 
