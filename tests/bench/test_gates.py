@@ -18,8 +18,8 @@ from dfastllm.bench.gates import (
     same_machine,
     save_report,
 )
+from dfastllm.bench.timelines import aggregate
 from dfastllm.errors import ValidationError
-from dfastllm.metrics.speed import aggregate
 
 BASE = {"ttft_ms": {"p50": 200.0, "p95": 400.0}, "tps": {"p50": 30.0, "p95": 25.0}}
 

@@ -24,11 +24,12 @@ from dfastllm.bench.suite.schema import (
     Target,
     save_results,
 )
+from dfastllm.bench.timelines import aggregate
+from dfastllm.bench.tool_schemas import is_valid_tool_json
 from dfastllm.core import Finish, FinishReason, SamplingParams, StepEvent, Usage
 from dfastllm.errors import ValidationError
 from dfastllm.llm import LLM, resolve
-from dfastllm.metrics.speed import aggregate
-from dfastllm.text import Tokenizer, is_valid_tool_json
+from dfastllm.text import Tokenizer
 
 
 def test_every_other_sample_calls_a_tool() -> None:

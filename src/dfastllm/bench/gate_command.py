@@ -76,10 +76,10 @@ def record(
     with console(stderr=True).status("loading"):
         from dfastllm.bench.gates import make_report, save_report
         from dfastllm.bench.speed import measure_speed, speed_samples
+        from dfastllm.bench.timelines import aggregate
         from dfastllm.core import SamplingParams
         from dfastllm.kernels.extension import set_threads
         from dfastllm.llm import LLM, model_options
-        from dfastllm.metrics.speed import aggregate
 
         set_threads(settings.threads)
         llm = LLM(model, **model_options(settings))

@@ -41,7 +41,7 @@ SAME = ("workload", "threads")  # fingerprints without which two speeds say noth
 
 
 class SpeedReport(BaseModel):
-    """What is kept of a measurement. speed_metrics: see `metrics.speed.aggregate`. n: requests measured. Infinite
+    """What is kept of a measurement. speed_metrics: see `timelines.aggregate`. n: requests measured. Infinite
     values are written as "Infinity"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -163,7 +163,7 @@ def evaluate_speed_gates(
     regression_threshold: float = 0.05,
     ttfa_limit: float = TTFA_LIMIT,
 ) -> dict[str, Any]:
-    """Compare the aggregates of two measurements (`metrics.speed.aggregate`).
+    """Compare the aggregates of two measurements (`timelines.aggregate`).
 
     TTFT p50 and p95 may grow by `regression_threshold` of the baseline's, TPS p50, p95 and p05 (where the baseline has
     it) may fall by it; the p95 of ttfa_tokens may be at most `ttfa_limit`. A value that the current measurement lacks

@@ -1,4 +1,4 @@
-"""Speed metrics (defined in `metrics.speed`) of a model in this process and of what `dfastllm bench` wrote.
+"""Speed metrics (of `metrics.speed` and `timelines`) of a model in this process and of what `dfastllm bench` wrote.
 
 The workload of the speed gates is the held-out task mix: every other request should call a tool, so that TTFA means
 something; the rest are the other graded tasks. Requests are sent one after the other: this is what one reader feels.
@@ -16,11 +16,12 @@ from typing import Any
 from dfastllm.bench.gates import SpeedReport, load_report, read_json
 from dfastllm.bench.suite.schema import SCHEMA as SUITE
 from dfastllm.bench.suite.schema import ConfigurationResult, Results, Speed, load_results
+from dfastllm.bench.timelines import ToolTimeline, aggregate, measure, record
 from dfastllm.bench.workload import gradable
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.errors import ValidationError
 from dfastllm.llm import LLM
-from dfastllm.metrics.speed import Arrival, Timeline, aggregate, measure, record
+from dfastllm.metrics.speed import Arrival
 from dfastllm.tasks import Sample, draw
 
 __all__ = ["load_current", "measure_speed", "speed_samples", "suite_report"]
@@ -55,7 +56,7 @@ def measure_speed(
     sample that should be answered by a tool call is held to its own tools' schemas."""
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=64)
 
-    def ask(sample: Sample) -> tuple[Timeline, Sequence[Mapping[str, Any]] | None]:
+    def ask(sample: Sample) -> tuple[ToolTimeline, Sequence[Mapping[str, Any]] | None]:
         prompt = llm.render(sample.messages, sample.tools or None)
         sent = clock()
         events = llm.stream(prompt, sampling, decode)
@@ -153,7 +154,7 @@ def _of_requests(path: Path, name: str) -> dict[str, Any]:
 
 def _of_request(row: Mapping[str, Any]) -> dict[str, float | None]:
     arrivals = [Arrival(at, tokens, "x" * characters) for at, characters, tokens in row["chunks"]]
-    timeline = Timeline(arrivals, row["e2el"], tokens=row["output_tokens"])
+    timeline = ToolTimeline(arrivals, row["e2el"], tokens=row["output_tokens"])
     found = timeline.metrics()
     if row["wants_call"]:
         at = row["ttfa"]

@@ -8,19 +8,15 @@ from dfastllm.text.chat import ChatTemplates
 from dfastllm.text.detokenizer import Detokenizer
 from dfastllm.text.files import read_text
 from dfastllm.text.tokenizer import Tokenizer
-from dfastllm.text.tool_schemas import CallFinder, ToolSchemas, is_valid_tool_json
 from dfastllm.text.tools import ParsedMessage, ToolCall, ToolCallParser, parse_tool_calls
 
 __all__ = [
-    "CallFinder",
     "ChatTemplates",
     "Detokenizer",
     "ParsedMessage",
     "Tokenizer",
     "ToolCall",
     "ToolCallParser",
-    "ToolSchemas",
-    "is_valid_tool_json",
     "parse_tool_calls",
     "read_text",
 ]

@@ -23,8 +23,9 @@ from dfastllm.bench.suite.schema import (
     Speed,
 )
 from dfastllm.bench.suite.workloads import Prompt
+from dfastllm.bench.tool_schemas import CallFinder
 from dfastllm.errors import ValidationError
-from dfastllm.text import CallFinder, ToolCall
+from dfastllm.text import ToolCall
 
 __all__ = [
     "Measured",

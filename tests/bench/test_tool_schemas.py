@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from dfastllm.bench.tool_schemas import CallFinder, ToolSchemas, is_valid_tool_json
 from dfastllm.errors import ValidationError
 from dfastllm.text import ToolCall
-from dfastllm.text.tool_schemas import CallFinder, ToolSchemas, is_valid_tool_json
 
 WEATHER = {
     "type": "function",

@@ -1,7 +1,7 @@
 """Whether generated text holds a complete tool call, and whether the call fits the JSON Schema of the tool it names.
 
 `CallFinder` reads a text as it grows and answers once: with the first call that fits. It takes a call in the markup
-that `tools` parses and, because many templates use no markup, a text that is nothing but the call's JSON. The
+that `text.tools` parses and, because many templates use no markup, a text that is nothing but the call's JSON. The
 `jsonschema` library validates (drafts 4 to 2020-12, by the schema's `$schema`); references out of a schema are never
 fetched.
 
