@@ -15,7 +15,6 @@ class Tier(StrEnum):
     EXACT_FAST = "exact-fast"  # the same tokens, in fewer or cheaper forwards
     EXACT_DISTRIBUTION = "exact-distribution"  # tokens of the same distribution, not those of the seed
     APPROXIMATE = "approximate"  # K,V or rows are approximated: other tokens may come
-    ORDERED = "ordered"  # positions are decided in another order than the model's: no plain run gives this text
 
     @classmethod
     def least(cls, tiers: Iterable[Tier]) -> Tier:
