@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = [
     "compare",
     "config_json",
     "fill",
+    "listed",
     "load",
     "named_dtype",
     "quant_config",
@@ -220,12 +222,13 @@ def read_weights(directory: Path, family: Family, model: Decoder) -> Iterator[tu
     found = inventory(directory)
     problems = compare(family, model, stored(found), quant_config(directory))
     if problems:
-        raise CheckpointError(f"{directory} does not fit family {family.name}: {_listed(problems)}")
+        raise CheckpointError(f"{directory} does not fit family {family.name}: {listed(problems)}")
     own = {family.names.published(name): name for name, _ in model.named_parameters()}
     yield from read(found, own, own.__getitem__)
 
 
-def _listed(problems: list[str], most: int = 12) -> str:
+def listed(problems: list[str], most: int = 12) -> str:
+    """The first problems as the end of a sentence, and how many more there are."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more + "."
 
@@ -325,20 +328,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         Path(temporary).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-class _replacing:
+@contextmanager
+def _replacing(path: Path) -> Iterator[str]:
     """A temporary path beside `path` that takes its place when the block ends well and vanishes when it does not."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        return self.temporary
-
-    def __exit__(self, kind: object, value: object, trace: object) -> None:
-        if kind is not None:
-            os.unlink(self.temporary)
-            return
-        os.chmod(self.temporary, 0o644)
-        os.replace(self.temporary, self.path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)

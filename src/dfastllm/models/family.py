@@ -1,14 +1,15 @@
 """Families: how a published model describes itself (config.json, tensor names, token ids) in the terms of one decoder.
 
-A wiring file (llama, llada, dream, blockdiff, moe, gemma) declares `Family` values with `register`; everything else
-asks the registry. A family is data and a few functions, never a subclass: the module tree is always `Decoder`.
+A wiring file (llama, llada, dream, blockdiff, moe, gemma) declares `Family` values with `register` and `variant`;
+everything else asks the registry. A family is data and a few functions, never a subclass: the module tree is always
+`Decoder`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from dfastllm.core import Kind, ModelInfo
@@ -30,6 +31,7 @@ __all__ = [
     "find_family",
     "register",
     "require_expressible",
+    "variant",
 ]
 
 T = TypeVar("T")
@@ -223,6 +225,12 @@ def register(family: Family) -> Family:
         raise ValueError(f"family {family.name!r} is registered twice")
     FAMILIES[family.name] = family
     return family
+
+
+def variant(of: Family, name: str, *architectures: str, **changes: Any) -> Family:
+    """Register a family that is `of` but for its names and these fields; its one model_type is `name` unless said."""
+    own = {"name": name, "architectures": architectures, "model_types": (name,)}
+    return register(replace(of, **{**own, **changes}))
 
 
 def find_family(name: str) -> Family:

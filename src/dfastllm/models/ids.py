@@ -10,7 +10,7 @@ from dfastllm.models.family import Family, Fields, Ids
 from dfastllm.models.headers import read_json
 from dfastllm.options import generation_defaults
 
-__all__ = ["added_tokens", "read_defaults", "read_ids", "tokenizer_size"]
+__all__ = ["added_tokens", "read_defaults", "read_ids", "tokenizer_size", "with_fallbacks"]
 
 
 def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -> Ids:
@@ -43,10 +43,12 @@ def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -
     if mask is None:
         mask = next((tokens[content] for content in family.mask_tokens if content in tokens), None)
     known = Ids(eos=tuple(dict.fromkeys(eos)), mask=mask, bos=one("bos"), pad=one("pad"))
-    return _with_fallbacks(known, family.ids, vocab_size)
+    return with_fallbacks(known, family.ids, vocab_size)
 
 
-def _with_fallbacks(known: Ids, published: Ids, vocab_size: int) -> Ids:
+def with_fallbacks(known: Ids, published: Ids, vocab_size: int) -> Ids:
+    """The known ids, and the published ones that are inside the vocabulary where nothing is known."""
+
     def inside(token: int | None) -> int | None:
         return token if token is not None and token < vocab_size else None
 

@@ -13,6 +13,7 @@ here, and which tensors there must be is for `models` to say.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from dfastllm.errors import CheckpointError, ModelLoadError
 from dfastllm.kernels.packed import FORMS, GROUP, QTensor
 from dfastllm.quant.formats import FORMATS, Format
-from dfastllm.quant.stream import Entry, Planned, SafetensorsWriter, read_tensor
+from dfastllm.quant.stream import DTYPES, Entry, Planned, SafetensorsWriter, read_tensor
 
 __all__ = [
     "METHOD",
@@ -103,13 +104,8 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        total = 0
-        for entry in self.parts.values():
-            size = 1
-            for dim in entry.shape:
-                size *= dim
-            total += size * {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}.get(entry.dtype, 2)
-        return total
+        entries = self.parts.values()
+        return sum(math.prod(entry.shape) * DTYPES.get(entry.dtype, torch.float16).itemsize for entry in entries)
 
 
 def stored(found: Mapping[str, Entry]) -> dict[str, Stored]:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,12 @@ from torch import Tensor
 from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models.checkpoint import skeleton
+from dfastllm.models.checkpoint import listed, skeleton
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf
 from dfastllm.models.gguf.names import HARMLESS, SAMPLING, SETTINGS, row_order, separate
 from dfastllm.models.gguf.rope import read_scaling
+from dfastllm.models.ids import with_fallbacks
 from dfastllm.models.program import offsets
 from dfastllm.options import generation_defaults
 from dfastllm.quant.gguf import GgufFile, GgufTensor, special_ids, to_float, to_qtensor
@@ -107,9 +107,7 @@ class GgufModel:
     def __enter__(self) -> GgufModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -261,8 +259,7 @@ def _sources(file: GgufFile, family: Family, gguf: Gguf, config: DecoderConfig) 
         if not any(re.fullmatch(pattern, found) for pattern in HARMLESS):
             problems.append(f"unexpected tensor {found} {list(file.tensors[found].shape)}")
     if problems:
-        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{file.path} does not fit architecture {gguf.arch}: {'; '.join(problems[:12])}{more}.")
+        raise CheckpointError(f"{file.path} does not fit architecture {gguf.arch}: {listed(problems)}")
     return sources
 
 
@@ -290,16 +287,8 @@ def _ids(file: GgufFile, family: Family, config: DecoderConfig) -> Ids:
     """The file's ids, the family's published ones where it says nothing (and they are inside the vocabulary)."""
     known = special_ids(file.metadata, config.vocab_size)
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-
-    def inside(token: int | None) -> int | None:
-        return token if token is not None and token < config.vocab_size else None
-
     mask = known.mask
-    if mask is None and family.kind != "ar":
-        mask = next((tokens.index(text) for text in family.mask_tokens if text in tokens), inside(family.ids.mask))
-    return Ids(
-        eos=known.ends or tuple(token for token in family.ids.eos if token < config.vocab_size),
-        mask=mask,
-        bos=known.bos if known.bos is not None else inside(family.ids.bos),
-        pad=known.pad if known.pad is not None else inside(family.ids.pad),
-    )
+    if mask is None:
+        mask = next((tokens.index(text) for text in family.mask_tokens if text in tokens), None)
+    found = Ids(eos=known.ends, mask=mask, bos=known.bos, pad=known.pad)
+    return with_fallbacks(found, family.ids, config.vocab_size)

@@ -7,59 +7,49 @@ token of a block comes from the last row of the block before it, as in autoregre
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dfastllm.models.config import MoEConfig
-from dfastllm.models.family import Family, Ids, NameTable, register
-from dfastllm.models.wirings.llama import NAMES, read_qwen2, read_qwen3, write_llama
+from dfastllm.models.family import Ids, NameTable, variant
+from dfastllm.models.wirings.llama import LLAMA, read_qwen2, read_qwen3
 from dfastllm.models.wirings.moe import QWEN3_MOE_NAMES, read_qwen3_moe, write_qwen3_moe
 
 __all__ = ["FAST_DLLM_V2", "SDAR", "SDAR_MOE"]
 
-SDAR = register(
-    Family(
-        name="sdar",
-        architectures=("SDARForCausalLM",),
-        model_types=("sdar",),
-        names=NameTable(NAMES),
-        read=read_qwen3,
-        write=write_llama,
-        kind="block",
-        block=("block_size", 4),
-        ids=Ids(eos=(151645, 151643), mask=151669, pad=151643),
-        end_tokens=("<|im_end|>",),
-        mask_tokens=("<|MASK|>",),
-        shape={"qk_norm": True},
-    )
+SDAR = variant(
+    LLAMA,
+    "sdar",
+    "SDARForCausalLM",
+    gguf=None,
+    read=read_qwen3,
+    kind="block",
+    block=("block_size", 4),
+    ids=Ids(eos=(151645, 151643), mask=151669, pad=151643),
+    end_tokens=("<|im_end|>",),
+    mask_tokens=("<|MASK|>",),
+    shape={"qk_norm": True},
 )
-SDAR_MOE = register(
-    replace(
-        SDAR,
-        name="sdar_moe",
-        architectures=("SDARMoeForCausalLM",),
-        model_types=("sdar_moe",),
-        names=NameTable(QWEN3_MOE_NAMES),
-        read=read_qwen3_moe,
-        write=write_qwen3_moe,
-        shape={"qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24, normalise=True)},
-    )
+SDAR_MOE = variant(
+    SDAR,
+    "sdar_moe",
+    "SDARMoeForCausalLM",
+    names=NameTable(QWEN3_MOE_NAMES),
+    read=read_qwen3_moe,
+    write=write_qwen3_moe,
+    shape={"qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24, normalise=True)},
 )
-FAST_DLLM_V2 = register(
-    Family(
-        name="fast_dllm_v2",
-        architectures=("Fast_dLLM_QwenForCausalLM",),
-        model_types=("Fast_dLLM_Qwen",),
-        names=NameTable(NAMES),
-        read=read_qwen2,
-        write=write_llama,
-        kind="block",
-        shift=1,
-        ar_first=True,
-        causal=True,
-        block=("bd_size", 32),
-        ids=Ids(eos=(151645,), mask=151665, pad=151643),
-        end_tokens=("<|im_end|>",),
-        mask_tokens=("|<MASK>|",),
-        shape={"qkv_bias": True},
-    )
+FAST_DLLM_V2 = variant(
+    LLAMA,
+    "fast_dllm_v2",
+    "Fast_dLLM_QwenForCausalLM",
+    model_types=("Fast_dLLM_Qwen",),
+    gguf=None,
+    read=read_qwen2,
+    kind="block",
+    shift=1,
+    ar_first=True,
+    causal=True,
+    block=("bd_size", 32),
+    ids=Ids(eos=(151645,), mask=151665, pad=151643),
+    end_tokens=("<|im_end|>",),
+    mask_tokens=("|<MASK>|",),
+    shape={"qkv_bias": True},
 )

@@ -3,25 +3,22 @@ arXiv 2508.15487). Dream-7B and DiffuCoder-7B."""
 
 from __future__ import annotations
 
-from dfastllm.models.family import Family, Gguf, Ids, NameTable, register
-from dfastllm.models.wirings.llama import NAMES, read_qwen2, write_llama
+from dfastllm.models.family import Gguf, Ids, variant
+from dfastllm.models.wirings.llama import LLAMA, read_qwen2
 
 __all__ = ["DREAM"]
 
-DREAM = register(
-    Family(
-        name="dream",
-        architectures=("DreamModel",),
-        model_types=("Dream",),
-        names=NameTable(NAMES),
-        read=read_qwen2,
-        write=write_llama,
-        gguf=Gguf("dream", fields=frozenset({"qkv_bias"}), free_dim=False),
-        kind="diffusion",
-        shift=1,
-        ids=Ids(eos=(151643, 151645), mask=151666, pad=151643),
-        end_tokens=("<|im_end|>",),
-        mask_tokens=("<|mask|>",),
-        shape={"qkv_bias": True},
-    )
+DREAM = variant(
+    LLAMA,
+    "dream",
+    "DreamModel",
+    model_types=("Dream",),
+    read=read_qwen2,
+    gguf=Gguf("dream", fields=frozenset({"qkv_bias"}), free_dim=False),
+    kind="diffusion",
+    shift=1,
+    ids=Ids(eos=(151643, 151645), mask=151666, pad=151643),
+    end_tokens=("<|im_end|>",),
+    mask_tokens=("<|mask|>",),
+    shape={"qkv_bias": True},
 )

@@ -12,9 +12,9 @@ import numpy as np
 
 from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
+from dfastllm.models.family import Fields, Gguf, Ids, NameTable, variant
 from dfastllm.models.program import standard
-from dfastllm.models.wirings.llama import NAMES, read_llama, read_window, write_llama, write_window
+from dfastllm.models.wirings.llama import LLAMA, NAMES, read_llama, read_window, write_llama, write_window
 
 __all__ = ["EXAONE", "EXAONE4", "read_exaone", "read_exaone4", "write_exaone", "write_exaone4"]
 
@@ -139,38 +139,33 @@ def _write_gguf(config: DecoderConfig) -> dict[str, Any]:
     return {"attention.sliding_window_pattern": np.array(marks)} if config.window else {}
 
 
-EXAONE = register(
-    Family(
-        name="exaone",
-        architectures=("ExaoneForCausalLM",),
-        model_types=("exaone",),
-        names=NameTable(EXAONE_NAMES),
-        read=read_exaone,
-        write=write_exaone,
-        gguf=Gguf("exaone", scalings=("linear", "yarn", "llama3"), free_dim=False),
-        ids=Ids(eos=(361,), bos=1, pad=0),
-        end_tokens=("[|endofturn|]",),
-        harmless=(r".*\.rotary(_emb)?\.inv_freq",),
-        shape={"norm_eps": 1e-5},
-    )
+EXAONE = variant(
+    LLAMA,
+    "exaone",
+    "ExaoneForCausalLM",
+    names=NameTable(EXAONE_NAMES),
+    read=read_exaone,
+    write=write_exaone,
+    gguf=Gguf("exaone", scalings=("linear", "yarn", "llama3"), free_dim=False),
+    ids=Ids(eos=(361,), bos=1, pad=0),
+    end_tokens=("[|endofturn|]",),
+    harmless=(r".*\.rotary(_emb)?\.inv_freq",),
+    shape={"norm_eps": 1e-5},
 )
-EXAONE4 = register(
-    replace(
-        EXAONE,
-        name="exaone4",
-        architectures=("Exaone4ForCausalLM",),
-        model_types=("exaone4",),
-        names=NameTable(EXAONE4_NAMES),
-        read=read_exaone4,
-        write=write_exaone4,
-        program=partial(standard, pre_norms=False, post_norms=True),
-        gguf=Gguf(
-            "exaone4",
-            fields=frozenset({"qk_norm", "window", "windowed", "ropeless"}),
-            scalings=("linear", "yarn", "llama3"),
-            read=_read_gguf,
-            write=_write_gguf,
-        ),
-        shape={"qk_norm": True, "norm_eps": 1e-5},
-    )
+EXAONE4 = variant(
+    EXAONE,
+    "exaone4",
+    "Exaone4ForCausalLM",
+    names=NameTable(EXAONE4_NAMES),
+    read=read_exaone4,
+    write=write_exaone4,
+    program=partial(standard, pre_norms=False, post_norms=True),
+    gguf=Gguf(
+        "exaone4",
+        fields=frozenset({"qk_norm", "window", "windowed", "ropeless"}),
+        scalings=("linear", "yarn", "llama3"),
+        read=_read_gguf,
+        write=_write_gguf,
+    ),
+    shape={"qk_norm": True, "norm_eps": 1e-5},
 )

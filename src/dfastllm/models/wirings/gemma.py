@@ -11,9 +11,9 @@ from typing import Any
 
 from dfastllm.errors import ValidationError
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
+from dfastllm.models.family import Fields, Gguf, Ids, NameTable, variant
 from dfastllm.models.program import standard
-from dfastllm.models.wirings.llama import NAMES, read_llama, read_rope, read_window, write_llama, write_window
+from dfastllm.models.wirings.llama import LLAMA, NAMES, read_llama, read_rope, read_window, write_llama, write_window
 
 __all__ = ["GEMMA2", "GEMMA3", "read_gemma2", "read_gemma3", "write_gemma2", "write_gemma3"]
 
@@ -141,42 +141,38 @@ SMALL = {  # of `tiny`
     "attention_scale": lambda shape: shape["head_dim"] ** -0.5,
     "window": 24,
 }
-GEMMA2 = register(
-    Family(
-        name="gemma2",
-        architectures=("Gemma2ForCausalLM",),
-        model_types=("gemma2",),
-        names=NameTable(GEMMA_NAMES),
-        read=read_gemma2,
-        write=write_gemma2,
-        program=partial(standard, post_norms=True, norm_offset=1.0, activation="gelu_tanh"),
-        gguf=_gguf("gemma2", frozenset(), 2, 46),
-        ids=Ids(eos=(1, 107), bos=2, pad=0),
-        end_tokens=("<end_of_turn>",),
-        shape={
-            **SMALL,
-            "attention_softcap": 50.0,
-            "logits_softcap": 30.0,
-            "windowed": lambda shape: _pattern(shape["layers"], 2),
-        },
-    )
+GEMMA2 = variant(
+    LLAMA,
+    "gemma2",
+    "Gemma2ForCausalLM",
+    names=NameTable(GEMMA_NAMES),
+    read=read_gemma2,
+    write=write_gemma2,
+    program=partial(standard, post_norms=True, norm_offset=1.0, activation="gelu_tanh"),
+    gguf=_gguf("gemma2", frozenset(), 2, 46),
+    ids=Ids(eos=(1, 107), bos=2, pad=0),
+    end_tokens=("<end_of_turn>",),
+    shape={
+        **SMALL,
+        "attention_softcap": 50.0,
+        "logits_softcap": 30.0,
+        "windowed": lambda shape: _pattern(shape["layers"], 2),
+    },
 )
-GEMMA3 = register(
-    replace(
-        GEMMA2,
-        name="gemma3",
-        architectures=("Gemma3ForCausalLM",),
-        model_types=("gemma3_text",),
-        read=read_gemma3,
-        write=write_gemma3,
-        gguf=_gguf("gemma3", frozenset({"qk_norm", "local_theta"}), PERIOD3, 62),
-        ids=Ids(eos=(1, 106), bos=2, pad=0),
-        shape={
-            **SMALL,
-            "qk_norm": True,
-            "rope_theta": 1e6,
-            "windowed": lambda shape: _pattern(shape["layers"], PERIOD3),
-            "local_theta": 1e4,
-        },
-    )
+GEMMA3 = variant(
+    GEMMA2,
+    "gemma3",
+    "Gemma3ForCausalLM",
+    model_types=("gemma3_text",),
+    read=read_gemma3,
+    write=write_gemma3,
+    gguf=_gguf("gemma3", frozenset({"qk_norm", "local_theta"}), PERIOD3, 62),
+    ids=Ids(eos=(1, 106), bos=2, pad=0),
+    shape={
+        **SMALL,
+        "qk_norm": True,
+        "rope_theta": 1e6,
+        "windowed": lambda shape: _pattern(shape["layers"], PERIOD3),
+        "local_theta": 1e4,
+    },
 )

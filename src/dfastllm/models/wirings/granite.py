@@ -7,8 +7,8 @@ from typing import Any
 
 from dfastllm.errors import ModelLoadError
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
-from dfastllm.models.wirings.llama import NAMES, read_llama, write_llama
+from dfastllm.models.family import Fields, Gguf, Ids, variant
+from dfastllm.models.wirings.llama import LLAMA, read_llama, write_llama
 
 __all__ = ["GRANITE", "read_granite", "write_granite"]
 
@@ -59,32 +59,29 @@ def _from_gguf(metadata: Fields, config: DecoderConfig) -> DecoderConfig:
     )
 
 
-GRANITE = register(
-    Family(
-        name="granite",
-        architectures=("GraniteForCausalLM",),
-        model_types=("granite",),
-        names=NameTable(NAMES),
-        read=read_granite,
-        write=write_granite,
-        gguf=Gguf(
-            "granite",
-            interleaved=True,
-            fields=frozenset(
-                {"out_bias", "mlp_bias", "qkv_bias"}
-                | {"embed_factor", "attention_scale", "residual_factor", "logits_factor"}
-            ),
-            scalings=("linear", "yarn", "llama3", "longrope"),
-            read=_from_gguf,
-            write=lambda config: {"logit_scale": _inverse(config.logits_factor)},
+GRANITE = variant(
+    LLAMA,
+    "granite",
+    "GraniteForCausalLM",
+    read=read_granite,
+    write=write_granite,
+    gguf=Gguf(
+        "granite",
+        interleaved=True,
+        fields=frozenset(
+            {"out_bias", "mlp_bias", "qkv_bias"}
+            | {"embed_factor", "attention_scale", "residual_factor", "logits_factor"}
         ),
-        ids=Ids(eos=(0,), bos=0, pad=0),
-        end_tokens=("<|end_of_text|>",),
-        shape={
-            "embed_factor": 12.0,
-            "attention_scale": lambda shape: 1.5 / shape["head_dim"],
-            "residual_factor": 0.22,
-            "logits_factor": 0.125,
-        },
-    )
+        scalings=("linear", "yarn", "llama3", "longrope"),
+        read=_from_gguf,
+        write=lambda config: {"logit_scale": _inverse(config.logits_factor)},
+    ),
+    ids=Ids(eos=(0,), bos=0, pad=0),
+    end_tokens=("<|end_of_text|>",),
+    shape={
+        "embed_factor": 12.0,
+        "attention_scale": lambda shape: 1.5 / shape["head_dim"],
+        "residual_factor": 0.22,
+        "logits_factor": 0.125,
+    },
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
+from dfastllm.models.family import Fields, Gguf, Ids, NameTable, variant
+from dfastllm.models.wirings.llama import LLAMA
 
 __all__ = ["LLADA", "NAMES", "read_llada", "write_llada"]
 
@@ -85,19 +86,17 @@ def write_llada(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-LLADA = register(
-    Family(
-        name="llada",
-        architectures=("LLaDAModelLM",),
-        model_types=("llada",),
-        names=NameTable(NAMES),
-        read=read_llada,
-        write=write_llada,
-        gguf=Gguf("llada", interleaved=True),
-        kind="diffusion",
-        ids=Ids(eos=(126081, 126348), mask=126336, pad=126081),
-        end_tokens=("<|eot_id|>",),
-        mask_tokens=("<|mdm_mask|>",),
-        shape={"norm_eps": 1e-5},
-    )
+LLADA = variant(
+    LLAMA,
+    "llada",
+    "LLaDAModelLM",
+    names=NameTable(NAMES),
+    read=read_llada,
+    write=write_llada,
+    gguf=Gguf("llada", interleaved=True),
+    kind="diffusion",
+    ids=Ids(eos=(126081, 126348), mask=126336, pad=126081),
+    end_tokens=("<|eot_id|>",),
+    mask_tokens=("<|mdm_mask|>",),
+    shape={"norm_eps": 1e-5},
 )

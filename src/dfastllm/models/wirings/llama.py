@@ -12,7 +12,7 @@ from typing import Any
 
 from dfastllm.errors import ModelLoadError
 from dfastllm.models.config import DecoderConfig, RopeScaling
-from dfastllm.models.family import Family, Fields, Gguf, NameTable, register
+from dfastllm.models.family import Family, Fields, Gguf, NameTable, register, variant
 
 __all__ = [
     "LLAMA",
@@ -242,26 +242,20 @@ LLAMA = register(
         ),
     )
 )
-MISTRAL = register(replace(LLAMA, name="mistral", architectures=("MistralForCausalLM",), model_types=("mistral",)))
-QWEN2 = register(
-    replace(
-        LLAMA,
-        name="qwen2",
-        architectures=("Qwen2ForCausalLM",),
-        model_types=("qwen2",),
-        read=read_qwen2,
-        gguf=Gguf("qwen2", fields=frozenset({"qkv_bias", "window"}), free_dim=False),
-        shape={"qkv_bias": True},
-    )
+MISTRAL = variant(LLAMA, "mistral", "MistralForCausalLM")
+QWEN2 = variant(
+    LLAMA,
+    "qwen2",
+    "Qwen2ForCausalLM",
+    read=read_qwen2,
+    gguf=Gguf("qwen2", fields=frozenset({"qkv_bias", "window"}), free_dim=False),
+    shape={"qkv_bias": True},
 )
-QWEN3 = register(
-    replace(
-        LLAMA,
-        name="qwen3",
-        architectures=("Qwen3ForCausalLM",),
-        model_types=("qwen3",),
-        read=read_qwen3,
-        gguf=Gguf("qwen3", fields=frozenset({"qk_norm", "window"})),
-        shape={"qk_norm": True},
-    )
+QWEN3 = variant(
+    LLAMA,
+    "qwen3",
+    "Qwen3ForCausalLM",
+    read=read_qwen3,
+    gguf=Gguf("qwen3", fields=frozenset({"qk_norm", "window"})),
+    shape={"qk_norm": True},
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Fields, Gguf, Ids, NameTable, register
+from dfastllm.models.family import Fields, Gguf, Ids, NameTable, variant
 from dfastllm.models.wirings.llama import LLAMA, MISTRAL, NAMES, read_llama, write_llama
 
 __all__ = ["MISTRAL3", "read_mistral3", "write_mistral3"]
@@ -34,23 +34,20 @@ def _read_gguf(metadata: Fields, config: DecoderConfig) -> DecoderConfig:
 
 
 assert LLAMA.gguf is not None
-MISTRAL3 = register(
-    replace(
-        MISTRAL,
-        name="mistral3",
-        architectures=("Mistral3ForConditionalGeneration",),
-        model_types=("mistral3",),
-        names=NameTable({own: f"language_model.{published}" for own, published in NAMES.items()}),
-        read=read_mistral3,
-        write=write_mistral3,
-        gguf=Gguf(
-            "mistral3",
-            interleaved=True,
-            fields=LLAMA.gguf.fields - {"window"},
-            scalings=LLAMA.gguf.scalings,
-            read=_read_gguf,
-        ),
-        ids=Ids(eos=(2,), bos=1, pad=11),
-        harmless=(*MISTRAL.harmless, r"vision_tower\..*", r"multi_modal_projector\..*"),
-    )
+MISTRAL3 = variant(
+    MISTRAL,
+    "mistral3",
+    "Mistral3ForConditionalGeneration",
+    names=NameTable({own: f"language_model.{published}" for own, published in NAMES.items()}),
+    read=read_mistral3,
+    write=write_mistral3,
+    gguf=Gguf(
+        "mistral3",
+        interleaved=True,
+        fields=LLAMA.gguf.fields - {"window"},
+        scalings=LLAMA.gguf.scalings,
+        read=_read_gguf,
+    ),
+    ids=Ids(eos=(2,), bos=1, pad=11),
+    harmless=(*MISTRAL.harmless, r"vision_tower\..*", r"multi_modal_projector\..*"),
 )

@@ -12,9 +12,9 @@ from typing import Any
 
 from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig, MoEConfig
-from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
+from dfastllm.models.family import Fields, Gguf, Ids, NameTable, variant
 from dfastllm.models.program import standard
-from dfastllm.models.wirings.llama import NAMES, read_llama, read_qwen3, write_llama
+from dfastllm.models.wirings.llama import LLAMA, NAMES, read_llama, read_qwen3, write_llama
 
 __all__ = [
     "LLADA2_MOE",
@@ -216,61 +216,58 @@ def _gguf(arch: str, fields: set[str], *, normalise: bool) -> Gguf:
     return Gguf(arch, fields=frozenset({*fields, "moe"}), read=read, write=write)
 
 
-QWEN3_MOE = register(
-    Family(
-        name="qwen3_moe",
-        architectures=("Qwen3MoeForCausalLM",),
-        model_types=("qwen3_moe",),
-        names=NameTable(QWEN3_MOE_NAMES),
-        read=read_qwen3_moe,
-        write=write_qwen3_moe,
-        gguf=_gguf("qwen3moe", {"qk_norm", "window"}, normalise=True),
-        shape={"qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24, normalise=True)},
-    )
+QWEN3_MOE = variant(
+    LLAMA,
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    names=NameTable(QWEN3_MOE_NAMES),
+    read=read_qwen3_moe,
+    write=write_qwen3_moe,
+    gguf=_gguf("qwen3moe", {"qk_norm", "window"}, normalise=True),
+    shape={"qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24, normalise=True)},
 )
-LLADA_MOE = register(
-    Family(
-        name="llada_moe",
-        architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
-        model_types=("lladamoe",),
-        names=NameTable(QWEN3_MOE_NAMES),
-        read=read_llada_moe,
-        write=write_llada_moe,
-        gguf=_gguf("llada-moe", {"qk_norm"}, normalise=False),
-        kind="diffusion",
-        ids=Ids(eos=(156892,), mask=156895, pad=156892),
-        mask_tokens=("<|mask|>",),
-        shape={"norm_eps": 1e-5, "qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24)},
-    )
+LLADA_MOE = variant(
+    LLAMA,
+    "llada_moe",
+    "LLaDAMoEModelLM",
+    "LLaDAMoEModel",
+    model_types=("lladamoe",),
+    names=NameTable(QWEN3_MOE_NAMES),
+    read=read_llada_moe,
+    write=write_llada_moe,
+    gguf=_gguf("llada-moe", {"qk_norm"}, normalise=False),
+    kind="diffusion",
+    ids=Ids(eos=(156892,), mask=156895, pad=156892),
+    mask_tokens=("<|mask|>",),
+    shape={"norm_eps": 1e-5, "qk_norm": True, "moe": MoEConfig(experts=8, top_k=2, intermediate_size=24)},
 )
-LLADA2_MOE = register(
-    Family(
-        name="llada2_moe",
-        architectures=("LLaDA2MoeModelLM",),
-        model_types=("llada2_moe",),
-        names=NameTable(LLADA2_NAMES),
-        read=read_llada2_moe,
-        write=write_llada2_moe,
-        program=partial(standard, fused_qkv=True),
-        kind="block",
-        block=("block_size", 32),
-        ids=Ids(eos=(156892,), mask=156895, pad=156892),
-        mask_tokens=("<|mask|>",),
-        shape={
-            "qk_norm": True,
-            "rope_dim": 4,
-            "moe": MoEConfig(
-                experts=8,
-                top_k=2,
-                intermediate_size=24,
-                router="sigmoid",
-                normalise=True,
-                scale=2.5,
-                groups=4,
-                groups_kept=2,
-                shared_size=24,
-                layers=(False, True),
-            ),
-        },
-    )
+LLADA2_MOE = variant(
+    LLAMA,
+    "llada2_moe",
+    "LLaDA2MoeModelLM",
+    gguf=None,
+    names=NameTable(LLADA2_NAMES),
+    read=read_llada2_moe,
+    write=write_llada2_moe,
+    program=partial(standard, fused_qkv=True),
+    kind="block",
+    block=("block_size", 32),
+    ids=Ids(eos=(156892,), mask=156895, pad=156892),
+    mask_tokens=("<|mask|>",),
+    shape={
+        "qk_norm": True,
+        "rope_dim": 4,
+        "moe": MoEConfig(
+            experts=8,
+            top_k=2,
+            intermediate_size=24,
+            router="sigmoid",
+            normalise=True,
+            scale=2.5,
+            groups=4,
+            groups_kept=2,
+            shared_size=24,
+            layers=(False, True),
+        ),
+    },
 )

@@ -12,9 +12,9 @@ import numpy as np
 
 from dfastllm.errors import ValidationError
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
+from dfastllm.models.family import Fields, Gguf, Ids, NameTable, variant
 from dfastllm.models.program import standard
-from dfastllm.models.wirings.llama import NAMES, read_llama, read_window, write_llama, write_window
+from dfastllm.models.wirings.llama import LLAMA, NAMES, read_llama, read_window, write_llama, write_window
 
 __all__ = ["OLMO2", "read_olmo2", "write_olmo2"]
 
@@ -90,24 +90,24 @@ def _to_gguf(config: DecoderConfig) -> dict[str, Any]:
     return {"attention.sliding_window_pattern": marks, "rope.freq_base_swa": config.local_theta or config.rope_theta}
 
 
-OLMO2 = register(
-    Family(
-        name="olmo2",
-        architectures=("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
-        model_types=("olmo2", "olmo3"),
-        names=NameTable(OLMO2_NAMES),
-        read=read_olmo2,
-        write=write_olmo2,
-        program=partial(standard, pre_norms=False, post_norms=True, whole_qk_norm=True),
-        gguf=Gguf(
-            "olmo2",
-            fields=frozenset({"qk_norm", "window", "windowed", "local_theta"}),
-            free_dim=False,
-            read=_from_gguf,
-            write=_to_gguf,
-        ),
-        ids=Ids(eos=(100257,), pad=100277),
-        end_tokens=("<|endoftext|>", "<|im_end|>"),
-        shape={"qk_norm": True},
-    )
+OLMO2 = variant(
+    LLAMA,
+    "olmo2",
+    "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM",
+    model_types=("olmo2", "olmo3"),
+    names=NameTable(OLMO2_NAMES),
+    read=read_olmo2,
+    write=write_olmo2,
+    program=partial(standard, pre_norms=False, post_norms=True, whole_qk_norm=True),
+    gguf=Gguf(
+        "olmo2",
+        fields=frozenset({"qk_norm", "window", "windowed", "local_theta"}),
+        free_dim=False,
+        read=_from_gguf,
+        write=_to_gguf,
+    ),
+    ids=Ids(eos=(100257,), pad=100277),
+    end_tokens=("<|endoftext|>", "<|im_end|>"),
+    shape={"qk_norm": True},
 )

@@ -13,9 +13,9 @@ from typing import Any
 
 from dfastllm.errors import ModelLoadError
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import GGUF_NAMES, Family, Fields, Gguf, Ids, NameTable, register
+from dfastllm.models.family import GGUF_NAMES, Fields, Gguf, Ids, NameTable, variant
 from dfastllm.models.program import standard
-from dfastllm.models.wirings.llama import NAMES, read_llama, write_llama
+from dfastllm.models.wirings.llama import LLAMA, NAMES, read_llama, write_llama
 
 __all__ = ["PHI3", "read_phi3", "write_phi3"]
 
@@ -53,27 +53,25 @@ def write_phi3(config: DecoderConfig) -> dict[str, Any]:
     return {**raw, "sliding_window": config.window or None, ORIGINAL: trained}
 
 
-PHI3 = register(
-    Family(
-        name="phi3",
-        architectures=("Phi3ForCausalLM",),
-        model_types=("phi3",),
-        names=NameTable({own: name for own, name in NAMES.items() if own not in SPLIT} | FUSED),
-        read=read_phi3,
-        write=write_phi3,
-        program=partial(standard, fused_qkv=True, fused_gate_up=True),
-        gguf=Gguf(
-            "phi3",
-            names=NameTable(
-                {own: name for own, name in GGUF_NAMES.items() if own not in SPLIT}
-                | {"layers.{i}.mlp.gate_up_proj": "blk.{i}.ffn_up"}
-            ),
-            fields=frozenset({"rope_dim", "window"}),  # llama.cpp itself has switched the windows off
-            scalings=("longrope",),
-            free_dim=False,
-            write=lambda config: {"attention.sliding_window": config.window},
+PHI3 = variant(
+    LLAMA,
+    "phi3",
+    "Phi3ForCausalLM",
+    names=NameTable({own: name for own, name in NAMES.items() if own not in SPLIT} | FUSED),
+    read=read_phi3,
+    write=write_phi3,
+    program=partial(standard, fused_qkv=True, fused_gate_up=True),
+    gguf=Gguf(
+        "phi3",
+        names=NameTable(
+            {own: name for own, name in GGUF_NAMES.items() if own not in SPLIT}
+            | {"layers.{i}.mlp.gate_up_proj": "blk.{i}.ffn_up"}
         ),
-        ids=Ids(eos=(32000, 32007), bos=1, pad=32000),
-        end_tokens=("<|end|>", "<|endoftext|>", "<|im_end|>"),
-    )
+        fields=frozenset({"rope_dim", "window"}),  # llama.cpp itself has switched the windows off
+        scalings=("longrope",),
+        free_dim=False,
+        write=lambda config: {"attention.sliding_window": config.window},
+    ),
+    ids=Ids(eos=(32000, 32007), bos=1, pad=32000),
+    end_tokens=("<|end|>", "<|endoftext|>", "<|im_end|>"),
 )

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import GGUF_NAMES, Family, Fields, Gguf, Ids, NameTable, register
-from dfastllm.models.wirings.llama import NAMES, read_llama, write_llama
+from dfastllm.models.family import GGUF_NAMES, Fields, Gguf, Ids, NameTable, variant
+from dfastllm.models.wirings.llama import LLAMA, read_llama, write_llama
 
 __all__ = ["SEED_OSS", "read_seed_oss", "write_seed_oss"]
 
@@ -28,17 +28,14 @@ def write_seed_oss(config: DecoderConfig) -> dict[str, Any]:
     return {**write_llama(config), "attention_bias": config.qkv_bias, "attention_out_bias": config.out_bias}
 
 
-SEED_OSS = register(
-    Family(
-        name="seed_oss",
-        architectures=("SeedOssForCausalLM",),
-        model_types=("seed_oss",),
-        names=NameTable(NAMES),
-        read=read_seed_oss,
-        write=write_seed_oss,
-        gguf=Gguf("seed_oss", names=NameTable(SEED_GGUF_NAMES), fields=frozenset({"qkv_bias"})),
-        ids=Ids(eos=(2,), bos=0, pad=1),
-        end_tokens=("<seed:eos>",),
-        shape={"qkv_bias": True},
-    )
+SEED_OSS = variant(
+    LLAMA,
+    "seed_oss",
+    "SeedOssForCausalLM",
+    read=read_seed_oss,
+    write=write_seed_oss,
+    gguf=Gguf("seed_oss", names=NameTable(SEED_GGUF_NAMES), fields=frozenset({"qkv_bias"})),
+    ids=Ids(eos=(2,), bos=0, pad=1),
+    end_tokens=("<seed:eos>",),
+    shape={"qkv_bias": True},
 )

@@ -7,8 +7,8 @@ from typing import Any
 
 from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig
-from dfastllm.models.family import Family, Fields, Gguf, Ids, NameTable, register
-from dfastllm.models.wirings.llama import NAMES, read_llama, read_window, write_llama, write_window
+from dfastllm.models.family import Fields, Gguf, Ids, variant
+from dfastllm.models.wirings.llama import LLAMA, read_llama, read_window, write_llama, write_window
 
 __all__ = ["SMOLLM3", "read_smollm3", "write_smollm3"]
 
@@ -72,17 +72,14 @@ def _write_gguf(config: DecoderConfig) -> dict[str, Any]:
     return {}
 
 
-SMOLLM3 = register(
-    Family(
-        name="smollm3",
-        architectures=("SmolLM3ForCausalLM",),
-        model_types=("smollm3",),
-        names=NameTable(NAMES),
-        read=read_smollm3,
-        write=write_smollm3,
-        gguf=Gguf("smollm3", interleaved=True, fields=frozenset({"ropeless"}), read=_read_gguf, write=_write_gguf),
-        ids=Ids(eos=(128001,), bos=128000, pad=128004),
-        end_tokens=("<|im_end|>",),
-        shape={"layers": EVERY, "tied": True, "ropeless": lambda shape: _ropeless(shape["layers"], EVERY)},
-    )
+SMOLLM3 = variant(
+    LLAMA,
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    read=read_smollm3,
+    write=write_smollm3,
+    gguf=Gguf("smollm3", interleaved=True, fields=frozenset({"ropeless"}), read=_read_gguf, write=_write_gguf),
+    ids=Ids(eos=(128001,), bos=128000, pad=128004),
+    end_tokens=("<|im_end|>",),
+    shape={"layers": EVERY, "tied": True, "ropeless": lambda shape: _ropeless(shape["layers"], EVERY)},
 )
