@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfastllm.cli.options import DECODE, SAMPLING, decode_params, from_settings, sampling_params, takes
-from dfastllm.cli.output import console, printable, warn
+from dfastllm.cli.output import console, warn
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.errors import CancelledError, ContextLengthError, DFastLLMError, UnsupportedError, ValidationError
 from dfastllm.settings import Settings
@@ -64,7 +64,7 @@ class Conversation:
         self.sampling = sampling
         self.decode = decode
         self.out = console()
-        self.live = self.out.is_terminal and not self.out.is_dumb_terminal and not plain
+        self.plain = plain
         self.asks = sys.stdin.isatty()
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self.opening)
@@ -99,12 +99,11 @@ class Conversation:
 
     def turn(self, text: str) -> None:
         """Ask, show the answer, remember both."""
-        from dfastllm.cli.canvas import summary
         from dfastllm.cli.session import run
 
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer, usage = run(self.llm, self.llm.render(messages), self.sampling, self.decode, live=self.live)
+            answer = run(self.llm, self.llm.render(messages), self.sampling, self.decode, plain=self.plain)
         except (CancelledError, KeyboardInterrupt):
             self.out.print("\n(stopped)", style="dim")
             return
@@ -114,9 +113,4 @@ class Conversation:
         except DFastLLMError as error:
             typer.echo(f"error: {error}", err=True)
             return
-        if self.live:
-            self.out.print(printable(answer), markup=False, soft_wrap=True)
-            self.out.print(summary(usage), style="dim")
-        else:
-            typer.echo("")
         self.messages = [*messages, {"role": "assistant", "content": answer}]

@@ -17,28 +17,9 @@ __all__ = ["doctor"]
 
 # Instruction sets that decide which kernel is fast, as the kernel names them; the rest of the flags is noise.
 INSTRUCTION_SETS = (
-    "sse4_2",
-    "f16c",
-    "fma",
-    "avx",
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",  # Arm from here
-    "asimddp",
-    "asimdhp",
-    "i8mm",
-    "bf16",
-    "sve",
-    "sve2",
+    *"sse4_2 f16c fma avx avx2 avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16".split(),
+    *"amx_tile amx_int8 amx_bf16".split(),
+    *"asimd asimddp asimdhp i8mm bf16 sve sve2".split(),  # of Arm
 )
 GIB = 1 << 30
 
@@ -155,19 +136,14 @@ def _print(report: dict[str, Any]) -> None:
     machine.add_row("torch", f"{installed['torch']} (CPU code path {capability}, {threads} threads)")
     machine.add_row("python", f"{installed['python']} on {installed['platform']}")
     machine.add_row("dfastllm", installed["dfastllm"])
-    devices = Table(title="Devices", title_justify="left")
-    for column in ("device", "name", "memory"):
-        devices.add_column(column)
+    devices = Table("device", "name", "memory", title="Devices", title_justify="left")
     for device in report["devices"]:
         devices.add_row(device["device"], device["name"], _size(device["memory_bytes"]))
-    choices = Table(title="Operations", title_justify="left")
-    for column in ("op", "implementation", "reason"):
-        choices.add_column(column)
+    choices = Table("op", "implementation", "reason", title="Operations", title_justify="left")
     for choice in report["ops"]:
         choices.add_row(choice["op"], choice["implementation"], choice["reason"])
-    sharing = Table(title="Prefix caching, unless switched off", title_justify="left")
-    for column in ("kind of model", "requests share K,V"):
-        sharing.add_column(column)
+    titles = ("kind of model", "requests share K,V")
+    sharing = Table(*titles, title="Prefix caching, unless switched off", title_justify="left")
     for kind, state in report["prefix_caching"].items():
         sharing.add_row(kind, state)
     screen = console()

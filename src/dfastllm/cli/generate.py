@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfastllm.cli.options import DECODE, SAMPLING, decode_params, from_settings, sampling_params, takes
-from dfastllm.cli.output import console, printable
 from dfastllm.errors import ValidationError
 from dfastllm.settings import Settings
 
@@ -51,13 +50,11 @@ def generate(
     if params.logprobs is not None and not as_json:
         raise ValidationError("--logprobs are shown in JSON only: give --json as well.", param="logprobs")
 
-    from dfastllm.cli.canvas import summary
     from dfastllm.cli.session import open_model, run
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_model(model, loaded, draft) as llm:
         ids = _encode(llm, text, system, raw=raw)
-        out = console()
         if params.n > 1 or as_json:
             [result] = llm.generate([ids], params, decoding, suffixes=[suffix])
             if as_json:
@@ -67,13 +64,7 @@ def generate(
                 typer.echo(f"--- {completion.index + 1} of {params.n}", err=True)
                 typer.echo(completion.text)
             return
-        live = out.is_terminal and not out.is_dumb_terminal and not plain
-        answer, usage = run(llm, ids, params, decoding, live=live, suffix=suffix)
-        if live:
-            out.print(printable(answer), markup=False, soft_wrap=True)
-            out.print(summary(usage), style="dim")
-        else:
-            typer.echo("")
+        run(llm, ids, params, decoding, plain=plain, suffix=suffix)
 
 
 def _encode(llm: LLM, text: str, system: str, *, raw: bool) -> tuple[int, ...]:

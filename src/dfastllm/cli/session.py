@@ -10,9 +10,11 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dfastllm.cli.canvas import Canvas, Screen
+import typer
+
+from dfastllm.cli.canvas import Canvas, Screen, summary
 from dfastllm.cli.output import console, printable
-from dfastllm.core import DecodeParams, SamplingParams, Usage
+from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,15 +61,17 @@ def run(
     sampling: SamplingParams,
     decode: DecodeParams | None,
     *,
-    live: bool,
+    plain: bool,
     suffix: str = "",
-) -> tuple[str, Usage]:
-    """Run one request; show its canvas while it runs (live), or print the text as it becomes final.
+) -> str:
+    """Run one request; on a terminal show its canvas while it runs and then the text with a line about it, elsewhere
+    (and where it is to be plain) print the text as it becomes final.
 
-    Returns the text and the counts. Raises CancelledError after ctrl-C, once the engine has let go of the request.
+    Returns the text. Raises CancelledError after ctrl-C, once the engine has let go of the request.
     """
     canvas = Canvas(llm.tokenizer, frozenset(llm.info.eos_ids))
     out = console()
+    live = out.is_terminal and not out.is_dumb_terminal and not plain
     if live and llm.info.kind != "ar":
         decode = replace(decode or DecodeParams(), provisional=True)
     stream = llm.submit(prompt, sampling, decode, suffix=suffix)
@@ -87,4 +91,9 @@ def run(
         if not stream.done:
             stream.cancel()
     assert canvas.usage is not None, "a stream that ends without raising ends with a Finish"
-    return canvas.text, canvas.usage
+    if live:
+        out.print(printable(canvas.text), markup=False, soft_wrap=True)
+        out.print(summary(canvas.usage), style="dim")
+    else:
+        typer.echo("")
+    return canvas.text

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from dfastllm.core import Cache, DecodeParams, FinishReason, ModelInfo, SamplingParams, Tier
 from dfastllm.decode.presets import PRESETS
 from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.options import changed
 
-__all__ = ["DiffusionConfig", "GenerationMode", "GenerationResult", "StreamChunk", "configure"]
+__all__ = ["DiffusionConfig", "GenerationMode", "GenerationResult", "StreamChunk", "configure", "overridden"]
 
 Config = TypeVar("Config")
 
@@ -197,6 +198,11 @@ class StreamChunk:
     finished: bool
     preview: str
     finish_reason: FinishReason | None = None
+
+
+def overridden(sampling: SamplingParams | None, **wins: Any) -> SamplingParams:
+    """Sampling options with the values that are not None in place of its own. Raises ValidationError."""
+    return changed(sampling or SamplingParams(), **{name: value for name, value in wins.items() if value is not None})
 
 
 def configure(kind: Callable[..., Config], given: Mapping[str, Any]) -> Config:

@@ -10,14 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dfastllm.compat.config import DiffusionConfig, GenerationMode, GenerationResult, StreamChunk, configure
+from dfastllm.compat.config import (
+    DiffusionConfig,
+    GenerationMode,
+    GenerationResult,
+    StreamChunk,
+    configure,
+    overridden,
+)
 from dfastllm.core import CanvasUpdate, Request, SamplingParams, StepEvent
 from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig, Stream
 from dfastllm.errors import ValidationError
-from dfastllm.llm import LLM, Prompt, load_engine
-from dfastllm.options import changed, kind_defaults
+from dfastllm.llm import LLM, Prompt, collect, load_engine
+from dfastllm.options import kind_defaults
 from dfastllm.text import Tokenizer
 
 __all__ = ["DiffusionGenerator", "build_engine", "create_generator", "open_llm"]
@@ -129,25 +136,19 @@ class DiffusionGenerator:
         `sampling`, which carries seed, stop, top_p and the rest; what none of them says is the config's, else the
         model's or the default of docs/options.md. timeout: seconds."""
         began = time.perf_counter()
-        steps = 0
-        ids: list[int] = []
-        text: list[str] = []
-        for event in _events(self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout)):
-            steps += _is_step(event.canvas)
-            ids += event.token_ids
-            text.append(event.text)
-            finish = event.finish
-        assert finish is not None, "a stream ends with a finish or raises"
+        stream = self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout)
+        events = list(_events(stream))
+        answer = collect(events)
         return GenerationResult(
-            text="".join(text),
-            tokens=tuple(ids),
-            num_generated=finish.usage.completion_tokens,
-            steps_taken=steps,
+            text=answer.text,
+            tokens=answer.token_ids,
+            num_generated=answer.usage.completion_tokens,
+            steps_taken=sum(_is_step(event.canvas) for event in events),
             generation_time_ms=(time.perf_counter() - began) * 1000,
-            forwards=finish.usage.forwards,
-            prompt_tokens=finish.usage.prompt_tokens,
-            finish_reason=finish.reason,
-            exactness=finish.usage.exactness,
+            forwards=answer.usage.forwards,
+            prompt_tokens=answer.usage.prompt_tokens,
+            finish_reason=answer.finish_reason,
+            exactness=answer.usage.exactness,
         )
 
     def generate_stream(
@@ -183,10 +184,7 @@ class DiffusionGenerator:
     ) -> SamplingParams:
         if temperature is None and sampling is None:
             temperature = self.config.temperature
-        wins = {"max_tokens": max_tokens, "temperature": temperature}
-        return changed(
-            sampling or SamplingParams(), **{name: value for name, value in wins.items() if value is not None}
-        )
+        return overridden(sampling, max_tokens=max_tokens, temperature=temperature)
 
     def _open(self, prompt: Prompt, sampling: SamplingParams, timeout: float | None) -> Stream:
         info = self.llm.info
@@ -214,9 +212,7 @@ class _Canvas:
     def __init__(self, tokenizer: Tokenizer | None, sampling: SamplingParams) -> None:
         self._tokenizer = tokenizer
         self._skip_special = sampling.skip_special_tokens
-        self._visible = (
-            sampling.max_tokens or 0
-        )  # the canvas is rounded up to whole blocks; what is beyond is never output
+        self._visible = sampling.max_tokens or 0  # the canvas has whole blocks; what is beyond is never output
         self._decided: dict[int, int] = {}
         self._guessed: dict[int, int] = {}
         self._length = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dfastllm import core
+from dfastllm.compat.config import overridden
 from dfastllm.core import DecodeParams, Kind, SamplingParams, SpeculativeParams
 from dfastllm.errors import ValidationError
 from dfastllm.options import changed
@@ -136,10 +137,7 @@ class Request:
 
     def params(self) -> SamplingParams:
         """The sampling options in full. Raises ValidationError."""
-        wins = {"max_tokens": self.max_tokens, "temperature": self.temperature}
-        return changed(
-            self.sampling or SamplingParams(), **{name: value for name, value in wins.items() if value is not None}
-        )
+        return overridden(self.sampling, max_tokens=self.max_tokens, temperature=self.temperature)
 
     def for_engine(
         self, priority: int, decode: DecodeParams | None, speculative: SpeculativeParams | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dfastllm.core import TokenLogprob
 from dfastllm.server.replies import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
@@ -72,18 +72,12 @@ def completion_logprobs(tokenizer: Tokenizer, records: Sequence[TokenLogprob], o
 
 
 def chat_logprobs(tokenizer: Tokenizer, records: Sequence[TokenLogprob]) -> ChatLogprobs:
-    def entry(token: int, logprob: float) -> dict[str, object]:
-        return {
-            "token": token_text(tokenizer, token),
-            "logprob": logprob,
-            "bytes": list(token_bytes(tokenizer, token)),
-        }
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = list(token_bytes(tokenizer, token))
+        return {"token": token_text(tokenizer, token), "logprob": logprob, "bytes": data}
 
-    return ChatLogprobs(
-        content=[
-            ChatTokenLogprob.model_validate(
-                {**entry(r.token, r.logprob), "top_logprobs": [TopLogprob.model_validate(entry(*t)) for t in r.top]}
-            )
-            for r in records
-        ]
-    )
+    content = [
+        ChatTokenLogprob(**entry(r.token, r.logprob), top_logprobs=[TopLogprob(**entry(*top)) for top in r.top])
+        for r in records
+    ]
+    return ChatLogprobs(content=content)

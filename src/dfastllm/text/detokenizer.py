@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from dfastllm.text.tokenizer import Tokenizer
 
-__all__ = ["Detokenizer"]
+__all__ = ["Detokenizer", "overlap"]
 
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16  # ids decoded anew each time before a new anchor is worth looking for
@@ -135,11 +135,11 @@ class Detokenizer:
         if match is not None:
             self.stopped, self._held = match, ""
             return pending[: end if self._include_stop else end - len(match)]
-        keep = 0 if last else max((_overlap(pending, s) for s in self._stop), default=0)
+        keep = 0 if last else max((overlap(pending, s) for s in self._stop), default=0)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dfastllm.text.detokenizer import overlap
+
 __all__ = ["ParsedMessage", "ToolCall", "ToolCallParser", "parse_tool_calls"]
 
 _OPEN = "<tool_call>"
@@ -56,7 +58,7 @@ class ToolCallParser:
         while True:
             start = self._text.find(_OPEN)
             if start < 0:
-                cut = len(self._text) - (0 if last else _open_prefix(self._text))
+                cut = len(self._text) - (0 if last else overlap(self._text, _OPEN))
                 yield self._take(cut)
                 return
             yield self._take(start)
@@ -125,11 +127,6 @@ def parse_tool_calls(text: str) -> ParsedMessage:
         "".join(piece for piece in pieces if isinstance(piece, str)),
         tuple(piece for piece in pieces if isinstance(piece, ToolCall)),
     )
-
-
-def _open_prefix(text: str) -> int:
-    """Length of the longest end of `text` that an opening tag may continue."""
-    return next((n for n in range(min(len(_OPEN) - 1, len(text)), 0, -1) if text.endswith(_OPEN[:n])), 0)
 
 
 def _no_constant(name: str) -> Any:
