@@ -21,8 +21,7 @@ ACT_KINDS = ("f32", "bf16", "row8", "group8")
 def act_kind(format: str) -> str:
     """How a weight format wants its input rows: f32, bf16, row8 (int8, one scale a row) or group8 (one per 32 inputs).
     Raises ValidationError for an unknown format."""
-    if format not in FORMATS:
-        raise ValidationError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.", param="format")
+    check_choice("format", format, FORMATS)
     return FORMS[format].inputs
 
 
@@ -73,6 +72,12 @@ class HeadStats:
     entropy: NDArray[np.float32]
     top_values: NDArray[np.float32]
     top_ids: NDArray[np.int32]
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValidationError listing the choices for another value."""
+    if value not in choices:
+        raise ValidationError(f"{name} must be one of {', '.join(choices)}, got {value!r}.", param=name)
 
 
 def check_rows(x: Tensor, k: int | None = None) -> None:

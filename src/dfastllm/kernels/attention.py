@@ -44,15 +44,15 @@ def rope_store(
     module = native()
     if module is None:
         kv_heads, dim = _check_layers(cache, own)
-        rows = _check_rows("qkv", qkv, len(step), heads, kv_heads, (heads + 2 * kv_heads) * dim)
+        _check_rows("qkv", qkv, len(step), heads, kv_heads, (heads + 2 * kv_heads) * dim)
         half = cos.shape[-1]
         for name, table in (("cos", cos), ("sin", sin)):
-            _check_floats(name, table, (rows, half))
+            _check_tensor(name, table, (len(step), half))
         if 2 * half > dim:
             raise ValidationError(f"{2 * half} rotary dims do not fit into heads of {dim}.", param="cos")
         for name, weight, count in (("q_norm", q_norm, heads), ("k_norm", k_norm, kv_heads)):
             if weight is not None:
-                _check_floats(name, weight, (count * dim if weight.shape == (count * dim,) else dim,))
+                _check_tensor(name, weight, (count * dim if weight.shape == (count * dim,) else dim,))
         step.check(cache.blocks, 0 if own is None else own.blocks)
         plain.rope_store(qkv, cos, sin, step, cache, own, heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
         return
@@ -120,13 +120,13 @@ def _check_layers(cache: KvLayer, own: KvLayer | None) -> tuple[int, int]:
                     f"{side} of {name} is {layer.k.dtype}: only int8 K,V have scales, and they must.", param=name
                 )
             if scales is not None:
-                _check_tensor(f"{side} scales of {name}", scales, (blocks, kv_heads, BLOCK), torch.float32)
+                _check_tensor(f"{side} scales of {name}", scales, (blocks, kv_heads, BLOCK))
         if (layer.k.dtype, kv_heads, dim) != (cache.k.dtype, cache.k.shape[1], cache.k.shape[2]):
             raise ValidationError("cache and own must have one type, kv_heads and dim.", param="own")
     return cache.k.shape[1], cache.k.shape[2]
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
         raise ValidationError(
             f"{name} must be contiguous {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype}"
@@ -134,11 +134,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torc
         )
 
 
-def _check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    _check_tensor(name, tensor, shape, torch.float32)
-
-
-def _check_rows(name: str, x: Tensor, rows: int, heads: int, kv_heads: int, width: int) -> int:
+def _check_rows(name: str, x: Tensor, rows: int, heads: int, kv_heads: int, width: int) -> None:
     if heads < 1 or heads % kv_heads:
         raise ValidationError(f"heads must be a multiple of the {kv_heads} K,V heads, got {heads}.", param="heads")
     fits = x.ndim == 2 and x.shape[0] == rows and x.shape[1] >= width
@@ -148,4 +144,3 @@ def _check_rows(name: str, x: Tensor, rows: int, heads: int, kv_heads: int, widt
             f"{x.dtype} with strides {list(x.stride())}.",
             param=name,
         )
-    return rows

@@ -15,6 +15,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from dfastllm.kernels.packed import aligned
+
 __all__ = ["empty"]
 
 HUGE = 2 << 20
@@ -30,9 +32,7 @@ _used = 0  # bytes of the slab
 def empty(size: int) -> Tensor:
     """Uninitialised uint8 [size] on a 64-byte boundary."""
     if size < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        raw = torch.empty(size + LINE, dtype=torch.uint8)
-        skip = -raw.data_ptr() % LINE
-        return raw[skip : skip + size]
+        return aligned(size, torch.uint8)
     if size >= SLAB // 2:
         memory, start = _mapping(size)
         return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)

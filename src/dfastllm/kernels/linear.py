@@ -24,6 +24,7 @@ from dfastllm.kernels.activations import (
     act_kind,
     check_acts,
     check_ban,
+    check_choice,
     check_ids,
     check_rows,
     check_vector,
@@ -57,8 +58,7 @@ def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.
     * norm. linear_plain.prepare states the quantisation."""
     check_rows(x)
     check_vector("norm", norm, x.shape[1])
-    if kind not in ACT_KINDS:
-        raise ValidationError(f"kind must be one of {', '.join(ACT_KINDS)}, got {kind!r}.", param="kind")
+    check_choice("kind", kind, ACT_KINDS)
     module = native()
     if module is None:
         return plain.prepare(x, kind, norm=norm, eps=eps)
@@ -108,12 +108,8 @@ def linear_gated(
             f"gate and up must alternate by 32 channels, {PANEL} * ceil(width / 32) in all, got {n} for width {width}.",
             param="weight",
         )
-    if kind not in ACT_KINDS:
-        raise ValidationError(f"kind must be one of {', '.join(ACT_KINDS)}, got {kind!r}.", param="kind")
-    if activation not in ACTIVATIONS:
-        raise ValidationError(
-            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.", param="activation"
-        )
+    check_choice("kind", kind, ACT_KINDS)
+    check_choice("activation", activation, ACTIVATIONS)
     check_vector("bias", bias, n)
     acts = _prepared(x, weight.format, k)
     module = native()
@@ -157,21 +153,14 @@ def head_stats(
     acts = _prepared(x, weight.format, k)
     module = native()
     if module is None or isinstance(weight, QTensor):
-        return plain.head_stats(acts, weight, bias, ban=ban, entropy=entropy, topk=topk, cap=cap)
+        logits = plain.linear(acts, weight, bias)
+        return plain.stats_of(plain.softcap(logits, cap) if cap else logits, ban, entropy, topk)
     out = np.empty(acts.rows, dtype=_STATS)
     values, ids = np.empty((acts.rows, topk), dtype=np.float32), np.empty((acts.rows, topk), dtype=np.int32)
     banned = np.array(ban, dtype=np.int32)
+    wanted = (cap, banned.ctypes.data, len(banned), entropy, topk)
     module.head_stats(
-        describe(weight, bias),
-        describe_acts(acts),
-        cap,
-        banned.ctypes.data,
-        len(banned),
-        entropy,
-        topk,
-        out.ctypes.data,
-        values.ctypes.data,
-        ids.ctypes.data,
+        describe(weight, bias), describe_acts(acts), *wanted, *(a.ctypes.data for a in (out, values, ids))
     )
     return HeadStats(
         out["token"], out["finite"] != 0, out["top"], out["second"], out["norm"], out["entropy"], values, ids

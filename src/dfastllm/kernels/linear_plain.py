@@ -1,5 +1,5 @@
-"""The linear layers in plain torch: the twins of dfastllm.kernels.linear, of the same signatures, and the definition of
-what the native kernels compute. They read natural weights (QTensor) or panels, and trust what `linear` has checked."""
+"""The linear layers in plain torch: the twins of dfastllm.kernels.linear, and the definition of what the native kernels
+compute. They read natural weights (QTensor) or panels, and trust what `linear` has checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dfastllm.kernels.activations import Acts, HeadStats
 from dfastllm.kernels.packed import Packed, QTensor, unpack_panels
 
-__all__ = ["head_stats", "linear", "linear_gated", "prepare", "softcap", "weight_rows"]
+__all__ = ["linear", "linear_gated", "prepare", "softcap", "stats_of", "weight_rows"]
 
 LEAST_AMAX = 2.0**-100  # below it codes are zero: 127 / amax would overflow
 
@@ -41,11 +41,9 @@ def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.
     scales = torch.where(amax.isfinite(), torch.where(codable, scales, 0.0), torch.nan)
     data, span = codes.view(rows, stride), stride if kind == "row8" else 16
     sums = data.view(rows, stride // span, span).sum(dim=-1, dtype=torch.int32)
-    return (
-        Acts(kind, rows, k, data, scales[:, 0], sums[:, 0])
-        if kind == "row8"
-        else Acts(kind, rows, k, data, scales, sums)
-    )
+    if kind == "row8":
+        scales, sums = scales[:, 0], sums[:, 0]
+    return Acts(kind, rows, k, data, scales, sums)
 
 
 def linear(
@@ -60,13 +58,7 @@ def linear(
 
 
 def linear_gated(
-    x: Acts,
-    weight: Packed | QTensor,
-    bias: Tensor | None = None,
-    *,
-    kind: str,
-    width: int | None = None,
-    activation: str = "silu",
+    x: Acts, weight: Packed | QTensor, bias: Tensor | None, *, kind: str, width: int, activation: str
 ) -> Acts:
     """activation(gate) * up of a weight that holds 32 channels of the gate and the same 32 of up in turn."""
     y = linear(x, weight, bias)
@@ -79,21 +71,6 @@ def linear_gated(
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap) in place; NaN where x is not finite, which a cap would hide."""
     return x.copy_(cap * torch.tanh(x / cap) + x * 0.0)
-
-
-def head_stats(
-    x: Acts,
-    weight: Packed | QTensor,
-    bias: Tensor | None = None,
-    *,
-    ban: tuple[int, ...] = (),
-    entropy: bool = False,
-    topk: int = 0,
-    cap: float = 0.0,
-) -> HeadStats:
-    """See dfastllm.kernels.linear.head_stats."""
-    logits = linear(x, weight, bias)
-    return stats_of(softcap(logits, cap) if cap else logits, ban, entropy, topk)
 
 
 def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> HeadStats:

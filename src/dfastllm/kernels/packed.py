@@ -189,10 +189,9 @@ class Packed:
 
 def aligned(size: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised 1-d tensor on a 64-byte boundary (torch's own CPU allocator gives 64; this does not rely on it)."""
-    item = torch.empty(0, dtype=dtype).element_size()
-    raw = torch.empty(size * item + 64, dtype=torch.uint8)
+    raw = torch.empty(size * dtype.itemsize + 64, dtype=torch.uint8)
     skip = -raw.data_ptr() % 64
-    return raw[skip : skip + size * item].view(dtype)
+    return raw[skip : skip + size * dtype.itemsize].view(dtype)
 
 
 def pack_panels(tensor: QTensor) -> Packed:

@@ -29,16 +29,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_FLOATS: Floats = np.empty(0, dtype=np.float32)
-_INTS: Ints = np.empty(0, dtype=np.int64)
-
-
-def _no_floats() -> Floats:
-    return _FLOATS
-
-
-def _no_ints() -> Ints:
-    return _INTS
+_NO_FLOATS: Floats = np.empty(0, dtype=np.float32)
+_NO_INTS: Ints = np.empty(0, dtype=np.int64)
 
 
 @value(frozen=True, slots=True)
@@ -58,11 +50,11 @@ class RowStats:
     token: Ints
     best: Floats
     finite: Bools
-    norm: Floats = field(default_factory=_no_floats)
-    entropy: Floats = field(default_factory=_no_floats)
-    margin: Floats = field(default_factory=_no_floats)
-    ids: Ints = field(default_factory=_no_ints)
-    logits: Floats = field(default_factory=_no_floats)
+    norm: Floats = field(default_factory=lambda: _NO_FLOATS)
+    entropy: Floats = field(default_factory=lambda: _NO_FLOATS)
+    margin: Floats = field(default_factory=lambda: _NO_FLOATS)
+    ids: Ints = field(default_factory=lambda: _NO_INTS)
+    logits: Floats = field(default_factory=lambda: _NO_FLOATS)
 
 
 class Rows(ABC):
@@ -156,10 +148,10 @@ def _dense_stats(values: Tensor, finite: Bools, norm: bool, spreads: bool, top: 
     best = values.gather(1, token[:, None])[:, 0]
     lse = log_normaliser(values) if norm else None
     entropy, margin = spread(values, lse) if spreads and lse is not None else (None, None)
-    ids, logits = best_of(values, min(top, values.shape[1])) if top else (_no_ints(), _no_floats())
+    ids, logits = best_of(values, min(top, values.shape[1])) if top else (_NO_INTS, _NO_FLOATS)
 
     def host(x: Tensor | None) -> Floats:
-        return _no_floats() if x is None else x.cpu().numpy()
+        return _NO_FLOATS if x is None else x.cpu().numpy()
 
     return RowStats(token.cpu().numpy(), host(best), finite, host(lse), host(entropy), host(margin), ids, logits)
 

@@ -19,6 +19,17 @@ const AttentionOps& attention_ops() {
   return attention_scalar;
 }
 
+KvLayer KvMemory::layer(int64_t i) const {
+  const int64_t width = shape.type == KvType::f32 ? 4 : shape.type == KvType::bf16 ? 2 : 1;
+  const int64_t bytes = i * blocks * shape.block_elements() * width, scales = i * blocks * shape.kv_heads * kBlock;
+  KvLayer out{static_cast<char*>(first.k) + bytes, static_cast<char*>(first.v) + bytes, nullptr, nullptr};
+  if (first.k_scales != nullptr) {
+    out.k_scales = first.k_scales + scales;
+    out.v_scales = first.v_scales + scales;
+  }
+  return out;
+}
+
 void rope_store(const RopeStore& a) {
   const AttentionOps& ops = attention_ops();
   const int64_t step = kBlock;  // rows of a block are mostly written by one thread: they share cache lines
@@ -89,37 +100,36 @@ void plan_tasks(const Attention& a, int64_t rows, std::vector<AttendTask>& out) 
   }
 }
 
-// Each range of the tasks that have several becomes a task with a partial result; `whole` keeps what must be merged.
-// Returns the floats of partial results; AttendTask::partial are offsets until they are placed.
+// Floats of the partial results of a task's ranges, if it has several.
+int64_t range_floats(const Attention& a, const AttendTask& task) {
+  const int64_t ranges = task.range1 - task.range0, folded = (task.last - task.first) * (a.heads / a.shape.kv_heads);
+  return ranges < 2 ? 0 : ranges * partial_floats(folded, a.shape.dim);
+}
+
+// Each range of the tasks that have several becomes a task with a partial result in `memory`; `whole` keeps what must be
+// merged.
 struct Split {
   std::vector<AttendTask> pieces, whole;
-  std::vector<int64_t> piece_at, whole_at;
-  int64_t floats = 0;
 };
 
-void split_ranges(const Attention& a, const std::vector<AttendTask>& tasks, Split& out) {
-  const int64_t group = a.heads / a.shape.kv_heads;
+void split_ranges(const Attention& a, const std::vector<AttendTask>& tasks, float* memory, Split& out) {
   out.pieces.clear();
   out.whole.clear();
-  out.piece_at.clear();
-  out.whole_at.clear();
-  out.floats = 0;
   for (const AttendTask& task : tasks) {
-    if (task.range1 - task.range0 < 2) {
+    const int64_t floats = range_floats(a, task);
+    if (floats == 0) {
       out.pieces.push_back(task);
-      out.piece_at.push_back(-1);
       continue;
     }
-    const int64_t size = partial_floats((task.last - task.first) * group, a.shape.dim);
     out.whole.push_back(task);
-    out.whole_at.push_back(out.floats);
+    out.whole.back().partial = memory;
     for (int64_t range = task.range0; range < task.range1; ++range) {
       AttendTask piece = task;
       piece.range0 = range;
       piece.range1 = range + 1;
+      piece.partial = memory;
+      memory += floats / (task.range1 - task.range0);
       out.pieces.push_back(piece);
-      out.piece_at.push_back(out.floats);
-      out.floats += size;
     }
   }
 }
@@ -174,14 +184,10 @@ void attention(const Attention& a) {
     });
   };
   // Too few tasks for the threads: long contexts are shared out by ranges of keys.
-  if (static_cast<int64_t>(tasks.size()) >= 2 * threads) return run(tasks, ops.attend);
-  split_ranges(a, tasks, split);
-  if (split.whole.empty()) return run(tasks, ops.attend);
-  float* const partial = static_cast<float*>(partial_memory.bytes(static_cast<size_t>(split.floats) * sizeof(float)));
-  for (size_t i = 0; i < split.pieces.size(); ++i) {
-    if (split.piece_at[i] >= 0) split.pieces[i].partial = partial + split.piece_at[i];
-  }
-  for (size_t i = 0; i < split.whole.size(); ++i) split.whole[i].partial = partial + split.whole_at[i];
+  int64_t floats = 0;
+  for (const AttendTask& task : tasks) floats += range_floats(a, task);
+  if (static_cast<int64_t>(tasks.size()) >= 2 * threads || floats == 0) return run(tasks, ops.attend);
+  split_ranges(a, tasks, static_cast<float*>(partial_memory.bytes(static_cast<size_t>(floats) * sizeof(float))), split);
   run(split.pieces, ops.attend);
   run(split.whole, ops.merge);
 }

@@ -28,6 +28,15 @@ struct KvShape {
   KvType type;
   int64_t kv_heads, dim;
   int64_t block_elements() const { return kv_heads * dim * kBlock; }  // of K, and of V
+  bool operator==(const KvShape& x) const { return type == x.type && kv_heads == x.kv_heads && dim == x.dim; }
+};
+
+// K,V of some layers, which lie one after another: k [layers][blocks][kv_heads][dim][16] and so on.
+struct KvMemory {
+  KvShape shape{};
+  int64_t layers = 0, blocks = 0;
+  KvLayer first{};
+  KvLayer layer(int64_t i) const;
 };
 
 struct RopeStore {

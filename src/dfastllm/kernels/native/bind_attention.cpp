@@ -31,19 +31,25 @@ const float* norm_of(const std::optional<AnyArray>& a, const char* name, int64_t
   return array_of<float>(*a, name, "float32", {size});
 }
 
-// Layer 0 of both, checked against the step.
-void place(const Step& step, const BoundKv& cache, const BoundKv* own, KvLayer& first, KvLayer& second) {
-  if (own != nullptr) require_kv(step, cache, *own);
-  else require_blocks(step, cache.blocks, 0);
-  first = cache.layer(0);
-  second = own != nullptr ? own->layer(0) : KvLayer{nullptr, nullptr, nullptr, nullptr};
-}
-
-void require_heads(int64_t heads, const BoundKv& cache) {
+// What rope_store and attention both take: rows of `array`, of `width` heads each, and layer 0 of the K,V.
+template <class Arguments>
+Arguments begin(const Step& step, int64_t heads, const BoundKv& cache, const BoundKv* own, const AnyArray& array,
+                const char* name, int64_t width, float*& rows) {
   if (heads < 1 || heads % cache.shape.kv_heads != 0) {
     throw std::invalid_argument("heads must be a multiple of the " + std::to_string(cache.shape.kv_heads) +
                                 " K,V heads, got " + std::to_string(heads) + ".");
   }
+  Arguments a{};
+  rows = rows_of(array, name, step.rows, width * cache.shape.dim);
+  a.rows = step.rows;
+  a.stride = step.rows > 1 ? array.stride(0) : static_cast<int64_t>(array.shape(1));
+  a.heads = heads;
+  a.shape = cache.shape;
+  if (own != nullptr) require_kv(step, cache, *own);
+  else require_blocks(step, cache.blocks, 0);
+  a.cache = cache.layer(0);
+  if (own != nullptr) a.own = own->layer(0);
+  return a;
 }
 
 }  // namespace
@@ -55,13 +61,9 @@ void bind_attention(nb::module_& m) {
          float eps, const AnyArray& cos, const AnyArray& sin, const BoundKv& cache, const BoundKv* own,
          const BoundStep& bound) {
         const Step& step = bound.step;
-        require_heads(heads, cache);
-        RopeStore a{};
-        a.shape = cache.shape;
-        a.rows = step.rows;
-        a.heads = heads;
-        a.qkv = rows_of(qkv, "qkv", step.rows, (heads + 2 * a.shape.kv_heads) * a.shape.dim);
-        a.stride = step.rows > 1 ? qkv.stride(0) : static_cast<int64_t>(qkv.shape(1));
+        float* rows = nullptr;
+        auto a = begin<RopeStore>(step, heads, cache, own, qkv, "qkv", heads + 2 * cache.shape.kv_heads, rows);
+        a.qkv = rows;
         a.q_norm = norm_of(q_norm, "q_norm", heads, a.shape.dim, a.q_size);
         a.k_norm = norm_of(k_norm, "k_norm", a.shape.kv_heads, a.shape.dim, a.k_size);
         a.eps = eps;
@@ -73,7 +75,6 @@ void bind_attention(nb::module_& m) {
           throw std::invalid_argument(std::to_string(a.rotary) + " rotary dims do not fit into heads of " +
                                       std::to_string(a.shape.dim) + ".");
         }
-        place(step, cache, own, a.cache, a.own);
         a.slot = step.slot;
         a.own_slot = step.own_slot;
         dfk::Unlocked unlocked;
@@ -86,15 +87,10 @@ void bind_attention(nb::module_& m) {
       [](const AnyArray& q, int64_t heads, float scale, const BoundKv& cache, const BoundKv* own, const BoundStep& bound,
          const AnyArray& out, int64_t window, float softcap) {
         const Step& step = bound.step;
-        require_heads(heads, cache);
-        Attention a{};
-        a.shape = cache.shape;
-        a.rows = step.rows;
-        a.heads = heads;
+        float* rows = nullptr;
+        auto a = begin<Attention>(step, heads, cache, own, q, "q", heads, rows);
+        a.q = rows;
         a.scale = scale;
-        a.q = rows_of(q, "q", step.rows, heads * a.shape.dim);
-        a.stride = step.rows > 1 ? q.stride(0) : static_cast<int64_t>(q.shape(1));
-        place(step, cache, own, a.cache, a.own);
         a.spans = step.spans.data();
         a.span_count = static_cast<int64_t>(step.spans.size());
         a.cached_limit = step.cached_limit;

@@ -162,16 +162,10 @@ void bind_forward(nb::module_& m) {
           [](BoundForward& self, const BoundStep& bound, const BoundKv& cache, const BoundKv& own, AnyArray out) {
             const Step& step = bound.step;
             require_kv(step, cache, own);
-            self.require(step, cache.shape, cache.layers);
+            self.require(step, cache);
             float* const to = array_of<float>(out, "out", "float32", {step.wanted, self.hidden()});
-            KvMemory memory{cache.layer(0), 0, 0};
-            if (cache.layers > 1) {
-              const KvLayer next = cache.layer(1);
-              memory.stride = static_cast<char*>(next.k) - static_cast<char*>(memory.first.k);
-              memory.scale_stride = next.k_scales - memory.first.k_scales;
-            }
             dfk::Unlocked unlocked;
-            self.run(step, memory, own.layer(0), to);
+            self.run(step, cache, own.layer(0), to);
           })
       .def_prop_ro("bytes_held", &BoundForward::bytes_held);
 }

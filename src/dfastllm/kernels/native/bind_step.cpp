@@ -33,26 +33,16 @@ BoundKv::BoundKv(AnyArray k_array, AnyArray v_array, std::optional<AnyArray> k_s
   if (scaled != k_scales.has_value() || scaled != v_scales.has_value()) {
     throw std::invalid_argument("only int8 K,V have scales, and they must.");
   }
+  first = {k.data(), v.data(), nullptr, nullptr};
   if (scaled) {
-    require_array(*k_scales, "K scales", nb::dtype<float>(), "float32", {layers, blocks, shape.kv_heads, kBlock});
-    require_array(*v_scales, "V scales", nb::dtype<float>(), "float32", {layers, blocks, shape.kv_heads, kBlock});
+    const auto scales = {layers, blocks, shape.kv_heads, kBlock};
+    first.k_scales = array_of<float>(*k_scales, "K scales", "float32", scales);
+    first.v_scales = array_of<float>(*v_scales, "V scales", "float32", scales);
   }
-}
-
-KvLayer BoundKv::layer(int64_t index) const {
-  const int64_t elements = blocks * shape.block_elements(), scales = blocks * shape.kv_heads * kBlock;
-  const int64_t width = shape.type == KvType::f32 ? 4 : shape.type == KvType::bf16 ? 2 : 1;
-  KvLayer out{static_cast<char*>(k.data()) + index * elements * width, static_cast<char*>(v.data()) + index * elements * width,
-              nullptr, nullptr};
-  if (k_scales) {
-    out.k_scales = static_cast<float*>(k_scales->data()) + index * scales;
-    out.v_scales = static_cast<float*>(v_scales->data()) + index * scales;
-  }
-  return out;
 }
 
 void require_kv(const Step& step, const BoundKv& cache, const BoundKv& own) {
-  if (own.shape.type != cache.shape.type || own.shape.kv_heads != cache.shape.kv_heads || own.shape.dim != cache.shape.dim) {
+  if (!(own.shape == cache.shape)) {
     throw std::invalid_argument("the cache and the own K,V must have one type, kv_heads and dim.");
   }
   require_blocks(step, cache.blocks, own.blocks);

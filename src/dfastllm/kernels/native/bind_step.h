@@ -17,14 +17,11 @@ struct BoundStep {
 
 // K,V of some layers: k [layers][blocks][kv_heads][dim][16], v [layers][blocks][kv_heads][16][dim], scales
 // [layers][blocks][kv_heads][16] of int8.
-struct BoundKv {
+struct BoundKv : KvMemory {
   BoundKv(AnyArray k, AnyArray v, std::optional<AnyArray> k_scales, std::optional<AnyArray> v_scales);
-  KvLayer layer(int64_t index) const;
 
   AnyArray k, v;
   std::optional<AnyArray> k_scales, v_scales;
-  KvShape shape{};
-  int64_t layers = 0, blocks = 0;
 };
 
 // Throws std::invalid_argument unless the step's blocks and slots lie in these, which are of one shape.

@@ -10,24 +10,12 @@
 
 namespace dfk {
 
-KvLayer KvMemory::layer(int64_t i) const {
-  KvLayer out = first;
-  out.k = static_cast<char*>(first.k) + i * stride;
-  out.v = static_cast<char*>(first.v) + i * stride;
-  if (first.k_scales != nullptr) {
-    out.k_scales = first.k_scales + i * scale_stride;
-    out.v_scales = first.v_scales + i * scale_stride;
-  }
-  return out;
-}
-
-void Forward::require(const Step& step, const KvShape& kv, int64_t layers) const {
+void Forward::require(const Step& step, const KvMemory& cache) const {
   if (step.id.most >= d_.embed.n) {
     throw std::invalid_argument("the step has id " + std::to_string(step.id.most) + "; this model has " +
                                 std::to_string(d_.embed.n) + " embedding rows.");
   }
-  if (kv.kv_heads != d_.kv.kv_heads || kv.dim != d_.kv.dim || kv.type != d_.kv.type ||
-      layers != static_cast<int64_t>(d_.layers.size())) {
+  if (!(cache.shape == d_.kv) || cache.layers != static_cast<int64_t>(d_.layers.size())) {
     throw std::invalid_argument("these K,V are not of this model's shape.");
   }
   const auto mixes = [](const Op& op) { return std::holds_alternative<Mix>(op); };

@@ -74,13 +74,6 @@ struct Decoder {
   std::vector<std::vector<Op>> layers;
 };
 
-// The K,V of all layers: layer i starts `stride` bytes after layer i - 1.
-struct KvMemory {
-  KvLayer first;
-  int64_t stride, scale_stride;
-  KvLayer layer(int64_t i) const;
-};
-
 class Forward {
  public:
   explicit Forward(Decoder decoder) : d_(std::move(decoder)) {}
@@ -94,7 +87,7 @@ class Forward {
   void run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out);
 
   // Throws std::invalid_argument unless the step's ids are the model's and K,V of this shape are.
-  void require(const Step& step, const KvShape& kv, int64_t layers) const;
+  void require(const Step& step, const KvMemory& cache) const;
 
   int64_t hidden() const { return d_.hidden; }
   size_t bytes_held() const;

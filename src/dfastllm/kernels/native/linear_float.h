@@ -4,6 +4,7 @@
 // nothing. bf16 on AVX-512 uses vdpbf16ps: pairs of inputs (2i, 2i + 1) are multiplied and added with one rounding each
 // way of its own, and denormal inputs and sums count as zero. So bf16 results differ between instruction sets by float
 // rounding (and float results where the baseline has no fused multiply-add), never between rows.
+#include "unroll.h"
 
 #if defined(__AVX512F__)
 
@@ -12,14 +13,11 @@ template <int rows> inline void float_rows(const float* w, const float* x, int64
   __m512 acc[rows][4];
   for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; ++i, w += kPanel) {
-    const __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16);
-    const __m512 w2 = _mm512_loadu_ps(w + 32), w3 = _mm512_loadu_ps(w + 48);
+    __m512 weights[4];
+    DFK_EACH(c, 4) weights[c] = _mm512_loadu_ps(w + 16 * c);
     for (int r = 0; r < rows; ++r) {
       const __m512 a = _mm512_set1_ps(x[r * stride + i]);
-      acc[r][0] = _mm512_fmadd_ps(a, w0, acc[r][0]);
-      acc[r][1] = _mm512_fmadd_ps(a, w1, acc[r][1]);
-      acc[r][2] = _mm512_fmadd_ps(a, w2, acc[r][2]);
-      acc[r][3] = _mm512_fmadd_ps(a, w3, acc[r][3]);
+      DFK_EACH(c, 4) acc[r][c] = _mm512_fmadd_ps(a, weights[c], acc[r][c]);
     }
   }
   for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) _mm512_storeu_ps(tile + r * kPanel + 16 * c, acc[r][c]);
@@ -29,16 +27,13 @@ template <int rows> inline void float_rows(const uint16_t* w, const uint16_t* x,
   __m512 acc[rows][4];
   for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
   for (int64_t i = 0; i < k; i += 2, w += 2 * kPanel) {
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 32);
-    const __m512bh w2 = (__m512bh)_mm512_loadu_si512(w + 64), w3 = (__m512bh)_mm512_loadu_si512(w + 96);
+    __m512bh weights[4];
+    DFK_EACH(c, 4) weights[c] = (__m512bh)_mm512_loadu_si512(w + 32 * c);
     for (int r = 0; r < rows; ++r) {
       int32_t pair;
       std::memcpy(&pair, x + r * stride + i, sizeof pair);
       const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], w0, a);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], w1, a);
-      acc[r][2] = _mm512_dpbf16_ps(acc[r][2], w2, a);
-      acc[r][3] = _mm512_dpbf16_ps(acc[r][3], w3, a);
+      DFK_EACH(c, 4) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], weights[c], a);
     }
   }
   for (int r = 0; r < rows; ++r) for (int c = 0; c < 4; ++c) _mm512_storeu_ps(tile + r * kPanel + 16 * c, acc[r][c]);

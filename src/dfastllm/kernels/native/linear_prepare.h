@@ -1,12 +1,9 @@
 // Activations of one row: RMSNorm, quantisation, silu. Included inside a translation unit's own namespace, after simd.h.
 //
-// The rule of int8 over a row (kernels/linear_plain.py states the same in torch):
-//   amax = max |x|;  scale = amax / 127;  code = round_half_even(x * (127 / amax))
-//   amax below 2^-100: scale 0, codes 0 (127 / amax would overflow);  amax not finite: scale NaN, codes 0, so that the
-//   products come out NaN and are noticed.
+// kernels/linear_plain.py states the rules of quantisation. A scale of NaN, where a row is not finite, makes the products
+// NaN, so that they are noticed.
 // Over 32 inputs the scale is rounded up to the next of {1, 1.25, 1.5, 1.75} x 2^n, which tiles can multiply with
 // without the units of the dot products, for a tenth of a bit of precision on average.
-// bf16: round half to even, NaN stays NaN.
 
 struct Quantiser { float scale, inverse; };
 
@@ -26,13 +23,9 @@ struct NormedRow {
   int64_t k;
   Floats16 at(int64_t i) const {
     const int64_t left = k - i;
-    if (left >= 16) {
-      const Floats16 v = load(x + i);
-      return norm ? (v * floats16(factor)) * load(norm + i) : v;
-    }
     if (left <= 0) return floats16(0.0f);
-    const Floats16 v = load(x + i, left);
-    return norm ? (v * floats16(factor)) * load(norm + i, left) : v;
+    const Floats16 v = load_up_to(x + i, left);
+    return norm ? (v * floats16(factor)) * load_up_to(norm + i, left) : v;
   }
 };
 
@@ -47,7 +40,7 @@ inline float rms_factor(const float* x, int64_t k, float eps) {
     }
   }
   for (int j = 0; i < k; i += 16, ++j) {
-    const Floats16 v = k - i >= 16 ? load(x + i) : load(x + i, k - i);
+    const Floats16 v = load_up_to(x + i, k - i);
     sums[j] = sums[j] + v * v;
   }
   const float mean = total((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(k);
@@ -122,11 +115,7 @@ inline void prepare_row(const float* x, const float* norm, float eps, const Acts
   const NormedRow in{x, norm, norm ? rms_factor(x, out.k, eps) : 1.0f, out.k};
   if (out.kind == ActKind::f32) {  // a plain matrix will do too: any stride from k on
     float* to = static_cast<float*>(out.data) + row * out.stride;
-    for (int64_t i = 0; i < out.stride; i += 16) {
-      const int64_t left = out.stride - i;
-      if (left >= 16) store(to + i, in.at(i));
-      else store(to + i, in.at(i), left);
-    }
+    for (int64_t i = 0; i < out.stride; i += 16) store_up_to(to + i, in.at(i), out.stride - i);
     return;
   }
   if (out.kind != ActKind::row8) {
@@ -156,20 +145,17 @@ inline Floats16 gelu_mul_16(Floats16 gate, Floats16 up) {
 
 template <Floats16 (*f)(Floats16, Floats16)>
 inline void gate_mul(const float* gate, const float* up, float* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) store(out + i, f(load(gate + i), load(up + i)));
-  if (i < count) store(out + i, f(load(gate + i, count - i), load(up + i, count - i)), count - i);
+  for (int64_t i = 0; i < count; i += 16) {
+    store_up_to(out + i, f(load_up_to(gate + i, count - i), load_up_to(up + i, count - i)), count - i);
+  }
 }
 
 // cap * tanh(x / cap), tanh by e^2x: its error is absolute, 1e-7 of the cap. What is not finite becomes NaN.
 inline void softcap(float* x, int64_t count, float cap) {
   const Floats16 one = floats16(1.0f), twice = floats16(2.0f / cap);
   for (int64_t i = 0; i < count; i += 16) {
-    const bool whole = count - i >= 16;
-    const Floats16 v = whole ? load(x + i) : load(x + i, count - i), e = exp(v * twice);
-    const Floats16 out = floats16(cap) * ((e - one) / (e + one)) + v * floats16(0.0f);
-    if (whole) store(x + i, out);
-    else store(x + i, out, count - i);
+    const Floats16 v = load_up_to(x + i, count - i), e = exp(v * twice);
+    store_up_to(x + i, floats16(cap) * ((e - one) / (e + one)) + v * floats16(0.0f), count - i);
   }
 }
 
@@ -178,15 +164,13 @@ inline void write_tile(const float* tile, int64_t rows, int64_t channels, const 
                        bool accumulate) {
   for (int64_t c = 0; c < channels; c += 16) {
     const int64_t left = channels - c;
-    const bool whole = left >= 16;
-    const Floats16 add = bias == nullptr ? floats16(0.0f) : whole ? load(bias + c) : load(bias + c, left);
+    const Floats16 add = bias ? load_up_to(bias + c, left) : floats16(0.0f);
     for (int64_t r = 0; r < rows; ++r) {
       float* to = y + r * ldy + c;
       Floats16 v = load(tile + r * kPanel + c);
       if (bias) v = v + add;
-      if (accumulate) v = (whole ? load(to) : load(to, left)) + v;
-      if (whole) store(to, v);
-      else store(to, v, left);
+      if (accumulate) v = load_up_to(to, left) + v;
+      store_up_to(to, v, left);
     }
   }
 }

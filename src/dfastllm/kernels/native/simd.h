@@ -200,6 +200,13 @@ inline void store16(uint16_t* p, Ints16 a) { for (int i = 0; i < 16; ++i) p[i] =
 
 #endif
 
+// The first 16 of `left`, or as many as there are.
+inline Floats16 load_up_to(const float* p, int64_t left) { return left >= 16 ? load(p) : load(p, left); }
+inline void store_up_to(float* p, Floats16 x, int64_t left) {
+  if (left >= 16) store(p, x);
+  else store(p, x, left);
+}
+
 constexpr int32_t kInfinityBits = 0x7f800000;  // |x| as an integer: above it NaN, below it finite, ordered as |x|
 
 inline Ints16 abs_bits(Floats16 x) { return bits(x) & ints16(0x7fffffff); }
