@@ -106,14 +106,11 @@ def _regroup(file: GgufFile, tensor: GgufTensor) -> tuple[QTensor, str | None]:
         with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN are found below, with their row
             found, scale, least = decoder.decode(blocks)
         codes[start:stop] = torch.from_numpy(found.reshape(stop - start, k))
-        for name, values in (("scales", scale), ("minima", least)):
-            if values is None:
-                continue
-            rows = values.reshape(stop - start, -1)
-            if name == "minima" and mins is None:
-                mins = torch.empty_like(scales)
-            target = scales if name == "scales" or mins is None else mins
-            target[start:stop] = _as_half(file, tensor, rows, start, name, decoder.span // group)
+        repeat, rows = decoder.span // group, stop - start
+        scales[start:stop] = _as_half(file, tensor, scale.reshape(rows, -1), start, "scales", repeat)
+        if least is not None:
+            mins = torch.empty_like(scales) if mins is None else mins
+            mins[start:stop] = _as_half(file, tensor, least.reshape(rows, -1), start, "minima", repeat)
     file.release(tensor)
     return QTensor(decoder.format, codes, scales, mins), None
 

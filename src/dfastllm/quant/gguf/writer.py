@@ -6,6 +6,7 @@ The file appears under its name only when it is whole.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -84,7 +85,7 @@ def write_file(
     planned = list(tensors)
     kinds = [BY_NAME[entry.type] for entry in planned]
     sizes = [
-        kind.row_bytes(entry.shape[-1]) * (int(np.prod(entry.shape[:-1])) if len(entry.shape) > 1 else 1)
+        kind.row_bytes(entry.shape[-1]) * math.prod(entry.shape[:-1])
         for entry, kind in zip(planned, kinds, strict=True)
     ]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
