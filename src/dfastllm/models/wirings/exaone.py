@@ -103,9 +103,7 @@ def read_exaone4(fields: Fields) -> DecoderConfig:
 
 
 def write_exaone4(config: DecoderConfig) -> dict[str, Any]:
-    raw = write_llama(config)
-    for name in ("attention_bias", "mlp_bias", "partial_rotary_factor", "use_sliding_window"):
-        raw.pop(name, None)
+    raw = write_llama(config, "attention_bias", "mlp_bias", "partial_rotary_factor", "use_sliding_window")
     everywhere = {"layer_types": ["full_attention"] * config.layers}  # without it transformers divides by zero
     return {**raw, **everywhere, **write_window(config)}
 

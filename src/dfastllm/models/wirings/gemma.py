@@ -79,12 +79,9 @@ def read_gemma3(fields: Fields) -> DecoderConfig:
 
 
 def write_gemma2(config: DecoderConfig) -> dict[str, Any]:
-    raw = write_llama(config)
-    for name in ("hidden_act", "mlp_bias", "partial_rotary_factor", "use_sliding_window"):
-        raw.pop(name, None)
     scale = config.attention_scale or config.head_dim**-0.5
     return {
-        **raw,
+        **write_llama(config, "hidden_act", "mlp_bias", "partial_rotary_factor", "use_sliding_window"),
         **write_window(config),
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(scale**-2),

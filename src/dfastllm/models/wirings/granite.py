@@ -38,10 +38,8 @@ def read_granite(fields: Fields) -> DecoderConfig:
 
 
 def write_granite(config: DecoderConfig) -> dict[str, Any]:
-    raw = write_llama(replace(config, window=0, windowed=()))
-    del raw["partial_rotary_factor"]
     return {
-        **raw,
+        **write_llama(replace(config, window=0, windowed=()), "partial_rotary_factor"),
         "embedding_multiplier": config.embed_factor,
         "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
         "residual_multiplier": config.residual_factor,

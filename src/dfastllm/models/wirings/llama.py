@@ -204,9 +204,9 @@ def read_qwen3(fields: Fields) -> DecoderConfig:
     return replace(read_llama(_with_used_window(with_dim)), qk_norm=True)
 
 
-def write_llama(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of every wiring that follows Llama's field names."""
-    return {
+def write_llama(config: DecoderConfig, *without: str) -> dict[str, Any]:
+    """config.json of every wiring that follows Llama's field names, but for these fields."""
+    raw = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -224,6 +224,7 @@ def write_llama(config: DecoderConfig) -> dict[str, Any]:
         **write_rope(config),
         **({"use_sliding_window": True, **write_window(config)} if config.window else {}),
     }
+    return {name: value for name, value in raw.items() if name not in without}
 
 
 LLAMA = register(

@@ -127,10 +127,9 @@ def read_llada_moe(fields: Fields) -> DecoderConfig:
 
 def write_llada_moe(config: DecoderConfig) -> dict[str, Any]:
     moe = _moe(config)
-    raw = write_llama(config)
-    raw["dense_intermediate_size"] = raw.pop("intermediate_size")
     return {
-        **raw,
+        **write_llama(config, "intermediate_size"),
+        "dense_intermediate_size": config.intermediate_size,
         "qk_layernorm": config.qk_norm,
         "expert_intermediate_size": moe.intermediate_size,
         "num_experts": moe.experts,
@@ -171,10 +170,8 @@ def read_llada2_moe(fields: Fields) -> DecoderConfig:
 
 def write_llada2_moe(config: DecoderConfig) -> dict[str, Any]:
     moe = _moe(config)
-    raw = write_llama(config)
-    del raw["attention_bias"], raw["mlp_bias"]
     return {
-        **raw,
+        **write_llama(config, "attention_bias", "mlp_bias"),
         "use_qkv_bias": config.qkv_bias,
         "use_bias": config.out_bias,
         "use_qk_norm": True,

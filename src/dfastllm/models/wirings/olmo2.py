@@ -50,9 +50,7 @@ def read_olmo2(fields: Fields) -> DecoderConfig:
 
 
 def write_olmo2(config: DecoderConfig) -> dict[str, Any]:
-    raw = write_llama(replace(config, window=0, windowed=()))
-    for name in ("mlp_bias", "partial_rotary_factor"):
-        del raw[name]
+    raw = write_llama(replace(config, window=0, windowed=()), "mlp_bias", "partial_rotary_factor")
     if not config.window:
         return raw
     whole = {"rope_type": "default", **(raw.pop("rope_scaling") or {}), "rope_theta": raw.pop("rope_theta")}

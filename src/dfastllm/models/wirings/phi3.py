@@ -46,9 +46,7 @@ def read_phi3(fields: Fields) -> DecoderConfig:
 
 
 def write_phi3(config: DecoderConfig) -> dict[str, Any]:
-    raw = write_llama(config)
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window", "layer_types"):
-        raw.pop(name, None)
+    raw = write_llama(config, "attention_bias", "mlp_bias", "use_sliding_window", "layer_types")
     trained = config.rope_scaling.original_max_len if config.rope_scaling else config.max_len
     return {**raw, "sliding_window": config.window or None, ORIGINAL: trained}
 
