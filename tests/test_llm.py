@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,3 +140,17 @@ def test_public_names_have_one_owner() -> None:
     )
     assert dfastllm.Request is not core.Request
     assert not {"Request", "Scheduler", "Completion"} & set(engine.__all__)
+
+
+def test_a_dict_in_place_of_the_options_is_refused_by_what_was_wanted(canvas: LLM) -> None:
+    wrong: Any = {"max_tokens": 3}
+    for call, param, wanted in (
+        (lambda: canvas.generate((1, 2), wrong), "sampling", "SamplingParams"),
+        (lambda: canvas.generate([(1, 2)], [wrong]), "sampling", "SamplingParams"),
+        (lambda: canvas.generate((1, 2), {}), "sampling", "SamplingParams"),
+        (lambda: canvas.submit((1, 2), wrong), "sampling", "SamplingParams"),
+        (lambda: canvas.generate((1, 2), GREEDY, wrong), "decode", "DecodeParams"),
+    ):
+        with pytest.raises(ValidationError, match=f"{param} must be {wanted}, got dict") as refused:
+            call()
+        assert refused.value.param == param

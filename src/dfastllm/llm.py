@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -55,6 +55,7 @@ __all__ = [
     "shipped_models",
 ]
 
+Params = TypeVar("Params", SamplingParams, DecodeParams)
 SHIPPED = Path(__file__).parent / "shipped"
 KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -304,8 +305,8 @@ class LLM:
         request = Request(
             request_id or uuid.uuid4().hex,
             self.encode(prompt),
-            sampling or SamplingParams(),
-            decode,
+            SamplingParams() if sampling is None else _of(sampling, SamplingParams, "sampling"),
+            decode if decode is None else _of(decode, DecodeParams, "decode"),
             self.encode(suffix, add_special=False),
             priority=priority,
             timeout=timeout,
@@ -339,7 +340,8 @@ class LLM:
         """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
         one for all or one per prompt. If any request fails the others are cancelled and its error is raised."""
         batch = [self.encode(prompt) for prompt in _as_batch(prompts)]
-        samplings = _per_prompt(sampling or SamplingParams(), len(batch), "sampling")
+        samplings = _per_prompt(SamplingParams() if sampling is None else sampling, len(batch), "sampling")
+        samplings = [_of(one, SamplingParams, "sampling") for one in samplings]
         decodes = _per_prompt(decode, len(batch), "decode")
         tails = list(suffixes) if suffixes is not None else [()] * len(batch)
         if len(tails) != len(batch):
@@ -437,3 +439,14 @@ def _per_prompt(value: Any, n: int, name: str) -> list[Any]:
             raise ValidationError(f"{name}: got {len(value)}, wanted one for all or one per prompt ({n}).", param=name)
         return list(value)
     return [value] * n
+
+
+def _of(value: Any, wanted: type[Params], name: str) -> Params:
+    """`value`, of the wanted class. Raises ValidationError for another one, such as a dict of the fields."""
+    if isinstance(value, wanted):
+        return value
+    raise ValidationError(
+        f"{name} must be {wanted.__name__}, got {type(value).__name__}.",
+        param=name,
+        hint=f"Pass {wanted.__name__}(...) with the fields as keywords.",
+    )

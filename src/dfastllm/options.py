@@ -14,6 +14,7 @@ model takes (`kinds`), and the default (see `resolved`).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 import types
@@ -292,7 +293,9 @@ else:
                     fields[name] = value
                 if len(args) > len(names) or not fields.keys() <= table.keys():
                     extra = sorted(fields.keys() - table.keys()) or args[len(names) :]
-                    raise TypeError(f"{cls.__name__} got unexpected arguments: {', '.join(map(repr, extra))}")
+                    near = [n for name in extra for n in difflib.get_close_matches(str(name), names, n=1)]
+                    hint = f" Did you mean {' and '.join(map(repr, near))}?" if near else ""
+                    raise TypeError(f"{cls.__name__} got unexpected arguments: {', '.join(map(repr, extra))}.{hint}")
                 state = self.__dict__
                 state.update(plain)
                 for name in fresh:

@@ -56,8 +56,13 @@ def test_rule_apd_takes_a_draft_model(cli: Cli, diffusion: Path, ar: Path) -> No
 
 
 def test_generate_reads_standard_input(cli: Cli, diffusion: Path) -> None:
+    def tokens(prompt: str, **piped: str) -> int:
+        report = cli("generate", prompt, "--model", diffusion, "--raw", "--json", *SIZE, **piped)
+        return int(json.loads(report.stdout)["prompt_tokens"])
+
     piped = cli("generate", "-", "--model", diffusion, *SIZE, input="hello")
     assert piped.stdout == cli("generate", "hello", "--model", diffusion, *SIZE).stdout
+    assert tokens("-", input="hello\n") == tokens("hello") < tokens("-", input="hello\n\n") == tokens("hello\n")
 
 
 def test_generate_json_reports_usage_and_logprobs(cli: Cli, ar: Path) -> None:

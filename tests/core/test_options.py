@@ -48,6 +48,10 @@ def test_wrong_arguments_are_type_errors() -> None:
     for args, fields in (((), {"temprature": 1}), ((1,), {"n": 2}), (tuple(range(40)), {})):
         with pytest.raises(TypeError, match="SamplingParams got"):
             SamplingParams(*args, **fields)
+    with pytest.raises(TypeError, match=r"'temprature'\. Did you mean 'temperature'\?"):
+        SamplingParams(temprature=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"arguments: 'zzz'\.$"):
+        SamplingParams(zzz=1)  # type: ignore[call-arg]
     assert "temperature" in inspect.signature(SamplingParams).parameters
 
 

@@ -52,7 +52,7 @@ def generate(
 
     from dfastllm.cli.session import open_model, run
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt  # `echo` and editors add that newline
     with open_model(model, loaded, draft) as llm:
         ids = _encode(llm, text, system, raw=raw)
         if params.n > 1 or as_json:
