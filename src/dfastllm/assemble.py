@@ -127,7 +127,9 @@ def pack(model: Decoder, quantization: str | None = None) -> PackedDecoder:
         ((name, parameter.detach()) for name, parameter in model.named_parameters()),
         [],
     )
-    return _assemble(source, quantization)
+    packed = _assemble(source, quantization)
+    packed.seed = model.seed
+    return packed
 
 
 def model_info(path: str | Path, name: str | None = None) -> ModelInfo:

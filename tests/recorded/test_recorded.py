@@ -16,7 +16,7 @@ from dfastllm.core import Request, SamplingParams
 from dfastllm.decode.registry import CACHES, RULES
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.runners import Runner, runner_for
-from dfastllm.engine.runners.record import Recorder, Recording, replay
+from dfastllm.engine.runners.record import Recorder, Recording, difference, replay
 from dfastllm.errors import ValidationError
 from dfastllm.kernels import native, set_threads
 from dfastllm.models import tiny
@@ -36,14 +36,13 @@ def one_thread() -> Iterator[None]:
 
 def worst(recording: Recording, runner: Runner) -> tuple[float, bool]:
     """The largest difference of a logit, and whether all bits are the recorded ones."""
-    most, equal, steps = 0.0, True, 0
+    most, steps = 0.0, 0
     for _, wanted, got in replay(recording, runner):
         assert got.shape == wanted.shape
-        most = max(most, float(np.abs(got - wanted).max(initial=0.0)))
-        equal &= bool((got.view(np.int32) == wanted.view(np.int32)).all())
+        most = max(most, difference(wanted, got))
         steps += 1
     assert steps > 5
-    return most, equal
+    return most, most == 0
 
 
 @pytest.mark.parametrize("family", [name for name, run in RUNS.items() if run.native])
@@ -110,7 +109,7 @@ def test_a_run_is_recorded_where_the_environment_says(tmp_path: Path, monkeypatc
     files = [path for path in tmp_path.iterdir() if path.name.startswith("run.steps")]
     assert len(files) == 1
     recording = Recording(files[0])
-    assert recording.header["model"] == "tiny-llama"
+    assert (recording.header["model"], recording.header["seed"]) == ("tiny-llama", SEED)
     assert sum(len(step.want) for step, _ in recording) == 4
     runner = runner_for(tiny("llama", seed=SEED, **SHAPE), 128, torch.float32, "cpu", 16, 16)
     most, _ = max((np.abs(a - b).max(), i) for i, (_, a, b) in enumerate(replay(recording, runner)))
@@ -128,9 +127,13 @@ def test_recording_again_gives_the_same_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-3], "does not fit into what is left"),
+        (lambda data: data[:-3], "too early"),
+        (lambda data: data[:-12], "too early"),
+        (lambda data: data + b"more", "end mark"),
+        (lambda data: data[:-4] + b"\x01\0\0\0", "end mark is of 1 steps"),
+        (lambda data: data.replace(b'"kv": "float32"', b'"kv": 555555555'), "kv in its header must be str"),
         (lambda data: data[:-10000] + data[-9990:], r"checksum|does not fit|cut|another version|too early"),
-        (lambda data: data.replace(b"steps 1", b"steps 2", 1), "no recorded run of this version"),
+        (lambda data: data.replace(b"steps 2", b"steps 1", 1), "no recorded run of this version"),
         (lambda data: b"", "no recorded run of this version"),
         (lambda data: data[:40], "too early"),
         (lambda data: data[:30] + b"\xff\xff\xff\x7f" + data[34:], "header"),
@@ -142,6 +145,59 @@ def test_a_damaged_file_is_named(damage, message: str, tmp_path: Path) -> None: 
     path.write_bytes(damage(RUNS["llama"].path.read_bytes()))
     with pytest.raises(ValidationError, match=message):
         list(Recording(path))
+
+
+def test_cut_between_two_steps_is_named(tmp_path: Path) -> None:
+    """Nothing but the end mark tells that later steps are missing."""
+    data, recording = RUNS["llama"].path.read_bytes(), Recording(RUNS["llama"].path)
+    at = recording._start
+    words, values = np.frombuffer(data[at : at + 8], dtype="<u4").tolist()
+    for end in (at, at + 12 + words + values):
+        (tmp_path / "cut").write_bytes(data[:end])
+        with pytest.raises(ValidationError, match="too early"):
+            list(Recording(tmp_path / "cut"))
+        (tmp_path / "cut").write_bytes(data[:end] + data[-12:])
+        with pytest.raises(ValidationError, match="end mark"):
+            list(Recording(tmp_path / "cut"))
+
+
+def test_what_is_not_finite_is_a_difference() -> None:
+    good = np.array([[1.0, 2.0], [3.0, 4.0]], dtype=np.float32)
+    bad = good.copy()
+    bad[1, 0] = np.nan
+    assert difference(good, good.copy()) == 0
+    assert difference(bad, bad.copy()) == 0
+    assert difference(good, bad) == difference(bad, good) == np.inf
+    assert difference(good, good + np.float32(0.5)) == 0.5
+
+
+def test_the_replay_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what it found and by its status whether the logits are the recorded ones."""
+    from dfastllm.engine.runners import __main__ as command
+
+    models.save(tiny("llama", seed=SEED, **SHAPE), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(text_of_tokenizer(36))
+
+    def status(file: Path, *more: str) -> int:
+        monkeypatch.setattr("sys.argv", ["replay", str(file), "--model", str(tmp_path / "m"), *more])
+        return command.main()
+
+    file = RUNS["llama"].path
+    assert status(file, "--runner", "torch") == 0
+    assert status(file, "--runner", "torch", "--within", "0") in (0, 1)
+    assert "steps" in capsys.readouterr().out
+    assert status(RUNS["qwen3"].path) == 2
+    assert "family" in capsys.readouterr().err
+    assert status(tmp_path / "none") == 2
+
+
+def text_of_tokenizer(vocab: int) -> str:
+    from tokenizers import Tokenizer
+    from tokenizers import models as kinds
+
+    return Tokenizer(kinds.WordLevel({f"w{i}": i for i in range(vocab - 4)}, "w0")).to_str()
 
 
 def test_another_model_or_block_size_is_named() -> None:

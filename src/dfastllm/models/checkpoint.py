@@ -69,6 +69,7 @@ def build(
     """A model with random weights, the same for the same seed on any device: normal with this deviation, the two
     projections into the residual stream scaled by (2 layers) ** -0.5 (Radford et al. 2019); norms 1, biases 0."""
     model = skeleton(config, info, dtype).to_empty(device=device)
+    model.seed = seed
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         with torch.no_grad():

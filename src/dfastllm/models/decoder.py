@@ -96,6 +96,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.info = info
+        self.seed: int | None = None  # of random weights
         self.program = find_family(info.family).program(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = nn.ModuleList(Rotary(table) for table in self.program.ropes)

@@ -117,6 +117,7 @@ class PackedDecoder:
     layers: tuple[tuple[PackedOp, ...], ...]
     head: Packed | None = None
     notes: list[str] = field(default_factory=list)
+    seed: int | None = None  # of random weights
     _native: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -65,4 +65,4 @@ def runner_for(
         )
     else:
         runner = TorchRunner(model, slots, dtype, device, min_rows, page_size)
-    return recorded(runner, slots=slots, kv=str(dtype).removeprefix("torch."))
+    return recorded(runner, seed=getattr(model, "seed", None), slots=slots, kv=str(dtype).removeprefix("torch."))

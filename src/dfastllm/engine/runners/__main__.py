@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-import numpy as np
 import torch
 
 from dfastllm import assemble
 from dfastllm.engine.runners import runner_for
-from dfastllm.engine.runners.record import Recording, replay
-from dfastllm.errors import DFastLLMError
+from dfastllm.engine.runners.record import Recording, difference, replay
+from dfastllm.errors import DFastLLMError, ValidationError
+
+KV = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 def main() -> int:
@@ -21,24 +22,29 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="the model's directory or GGUF file")
     parser.add_argument("--runner", choices=("native", "torch"), default="native")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16; default as stored")
     parser.add_argument("--within", type=float, default=1e-4, help="largest difference of a logit; default 1e-4")
     given = parser.parse_args()
     try:
         recording = Recording(given.file)
-        model = assemble.load(given.model, device=given.device, backend=given.runner).model
+        model = assemble.load(given.model, device=given.device, dtype=given.dtype, backend=given.runner).model
         slots = 1 + max((int(step.slot.max(initial=0)) for step, _ in recording), default=0)
         size = next((step.block_size for step, _ in recording), 16)
-        kv = getattr(torch, str(recording.header.get("kv", "float32")))
+        kv = KV.get(recording.header["kv"])
+        if kv is None:
+            raise ValidationError(f"{given.file} has K,V of {recording.header['kv']!r}; known: {', '.join(KV)}.")
         runner = runner_for(model, -(-slots // size) * size, kv, given.device, 16, size)
-        steps, rows, worst, equal = 0, 0, 0.0, True
+        steps, rows, worst = 0, 0, 0.0
         for step, wanted, got in replay(recording, runner):
             steps, rows = steps + 1, rows + len(step)
-            worst = max(worst, float(np.abs(wanted - got).max(initial=0.0)))
-            equal &= bool((wanted.view(np.int32) == got.view(np.int32)).all())
+            worst = max(worst, difference(wanted, got))
     except (DFastLLMError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{steps} steps, {rows} rows: {'the same bits' if equal else f'logits differ by up to {worst:.3g}'}")
+    print(f"{steps} steps, {rows} rows: {f'logits differ by up to {worst:.3g}' if worst else 'the same bits'}")
+    if not steps:
+        print("error: the file holds no step.", file=sys.stderr)
+        return 2
     return 0 if worst <= given.within else 1
 
 

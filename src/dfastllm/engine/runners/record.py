@@ -6,7 +6,9 @@ same process (one that drafts) records into FILE.2, and so on. `python -m dfastl
 replays.
 
 The file: a line that names the format, a header (length as 4 bytes, then JSON), and for every step its words and the
-logits, each with its length before it, and the CRC-32 of both. Everything little endian. Nothing in it is executed.
+logits, each with its length before it, and the CRC-32 of both and of all steps before. At the end, where the next step
+overwrites it, a mark: two zeros and how many steps there are, so that a file cut between two steps is known. Everything
+little endian. Nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
     from dfastllm.engine.runners import Runner
     from dfastllm.kernels.rows import Rows
 
-__all__ = ["Recorder", "Recording", "recorded", "replay"]
+__all__ = ["Recorder", "Recording", "difference", "recorded", "replay"]
 
-FORMAT = b"dfastllm recorded steps 1\n"
+FORMAT = b"dfastllm recorded steps 2\n"
 VARIABLE = "DFASTLLM_RECORD_STEPS"
 MOST_HEADER = 1 << 20
 _counter = itertools.count(1)
@@ -73,10 +75,22 @@ class Recorder:
             "isa": None if module is None else module.isa(),
             **about,
         }
-        self._file: IO[bytes] = Path(path).open("wb")  # noqa: SIM115  (closed with the process; flushed every step)
+        try:
+            self._file: IO[bytes] = Path(path).open("wb")  # noqa: SIM115  (closed with the process; flushed every step)
+        except OSError as error:
+            raise ValidationError(
+                f"{VARIABLE}: {path} cannot be written: {error.strerror}.", param=VARIABLE, hint="Name another file."
+            ) from error
+        self._steps = self._check = 0
         text = json.dumps(header).encode()
         self._file.write(FORMAT + struct.pack("<I", len(text)) + text)
+        self._end()
+
+    def _end(self) -> None:
+        """The end mark, where the next step will be."""
+        self._file.write(struct.pack("<III", 0, 0, self._steps))
         self._file.flush()
+        self._file.seek(-12, os.SEEK_CUR)
 
     @property
     def info(self) -> ModelInfo:
@@ -90,9 +104,10 @@ class Recorder:
         rows = self.inner.run(step)
         logits = rows.logits().detach().cpu().float().numpy()
         words, values = step.words.astype("<i4").tobytes(), logits.astype("<f4").tobytes()
-        check = zlib.crc32(values, zlib.crc32(words))
-        self._file.write(struct.pack("<II", len(words), len(values)) + words + values + struct.pack("<I", check))
-        self._file.flush()
+        self._check = zlib.crc32(values, zlib.crc32(words, self._check))
+        self._file.write(struct.pack("<II", len(words), len(values)) + words + values + struct.pack("<I", self._check))
+        self._steps += 1
+        self._end()
         return rows
 
 
@@ -116,25 +131,35 @@ class Recording:
         (length,) = struct.unpack("<I", self._exactly(file, 4))
         if length > MOST_HEADER:
             raise self._damaged(f"a header of {length} bytes, wanted at most {MOST_HEADER}")
+        text = self._exactly(file, length)
         try:
-            header = json.loads(self._exactly(file, length))
-        except ValueError as error:
-            raise self._damaged(f"its header is not JSON ({error})") from error
-        if not isinstance(header, dict) or not isinstance(header.get("vocab"), int):
-            raise self._damaged("its header names no vocabulary")
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged("its header is not JSON") from error
+        if not isinstance(header, dict):
+            raise self._damaged("its header is no JSON object")
+        for name, kind in (("model", str), ("vocab", int), ("kv", str), ("slots", int)):
+            if not isinstance(header.get(name), kind):
+                raise self._damaged(f"{name} in its header must be {kind.__name__}, got {header.get(name)!r:.40}")
         return header, file.tell()
 
     def __iter__(self) -> Iterator[tuple[Step, Floats]]:
-        vocab, size = self.header["vocab"], self.path.stat().st_size
+        vocab, size, steps, running = self.header["vocab"], self.path.stat().st_size, 0, 0
         with self.path.open("rb") as file:
             file.seek(self._start)
-            while file.tell() < size:
+            while True:
                 words, values = struct.unpack("<II", self._exactly(file, 8))
+                if not words:
+                    (count,) = struct.unpack("<I", self._exactly(file, 4))
+                    if count != steps or file.tell() != size:
+                        raise self._damaged(f"its end mark is of {count} steps, not of the {steps} before it")
+                    return
                 if words % 4 or file.tell() + words + values + 4 > size:
                     raise self._damaged(f"a step of {words} + {values} bytes does not fit into what is left")
                 first, second = self._exactly(file, words), self._exactly(file, values)
                 (check,) = struct.unpack("<I", self._exactly(file, 4))
-                if check != zlib.crc32(second, zlib.crc32(first)):
+                steps, running = steps + 1, zlib.crc32(second, zlib.crc32(first, running))
+                if check != running:
                     raise self._damaged("the checksum of a step is wrong")
                 step = Step(np.frombuffer(first, dtype="<i4").astype(np.int32))
                 logits = np.frombuffer(second, dtype="<f4").astype(np.float32)
@@ -152,17 +177,32 @@ class Recording:
         return ValidationError(f"{self.path} is damaged: {how}.", param="path", hint="Record it again.")
 
 
+def difference(wanted: Floats, got: Floats) -> float:
+    """The largest difference of two arrays of logits; infinite where one has a NaN or an infinity that the other has
+    not, 0 where both hold the same bits."""
+    same = wanted.view(np.int32) == got.view(np.int32)
+    if same.all():
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(wanted - got)[~same]
+    return float(apart.max()) if np.isfinite(apart).all() else float("inf")
+
+
 def replay(recording: Recording, runner: Runner) -> Iterator[tuple[Step, Floats, Floats]]:
     """(step, recorded logits, the runner's) of every step, float32 [wanted, vocab]. The runner must be of the same
-    model and have fresh K,V. Raises ValidationError for another vocabulary or block size, and what `Recording` and
-    `Runner.run` raise."""
-    vocab = recording.header["vocab"]
-    if vocab != runner.info.vocab_size:
-        raise ValidationError(
-            f"{recording.path} was recorded with a vocabulary of {vocab}; {runner.info.name} has "
-            f"{runner.info.vocab_size}.",
-            param="model",
-        )
+    model and have fresh K,V. Raises ValidationError for another vocabulary, family or block size, and what `Recording`
+    and `Runner.run` raise."""
+    vocab, info = recording.header["vocab"], runner.info
+    for what, was, now in (
+        ("a vocabulary of", vocab, info.vocab_size),
+        ("a model of family", recording.header["family"], info.family),
+    ):
+        if was != now:
+            raise ValidationError(
+                f"{recording.path} was recorded with {what} {was}; {info.name} has {now}.",
+                param="model",
+                hint=f"It was the model {recording.header['model']!r}.",
+            )
     for step, wanted in recording:
         if step.block_size != runner.block_size:
             raise ValidationError(
