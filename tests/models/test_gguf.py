@@ -20,11 +20,13 @@ from torch import Tensor
 from dfastllm.errors import CheckpointError, ModelLoadError, TokenizerError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models import FAMILIES as MODELS
-from dfastllm.models import Decoder, RopeScaling, dense_attention, load, save, tiny, tiny_config
+from dfastllm.models import Decoder, RopeScaling, dense_attention, load, save, tiny
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.models.gguf import open_gguf, write_gguf
 from dfastllm.models.gguf.names import interleave, separate
-from dfastllm.models.gguf.rope import factors_of, scaling_from_factors
+from dfastllm.models.gguf.rope import scaling_from_factors
+from dfastllm.models.parts import inverse_frequencies
+from dfastllm.models.program import RopeTable
 from dfastllm.quant.gguf import BY_NAME, GgufFile, Planned, to_float, write_file
 from dfastllm.text.gguf import read_tokenizer, tokenizer_metadata
 
@@ -268,23 +270,38 @@ def test_rope_scaling_comes_back(scaling: RopeScaling, tmp_path: Path) -> None:
     assert again.attention_factor == pytest.approx(scaling.attention_factor)
 
 
-@pytest.mark.parametrize(("original", "low", "high", "factor"), [(2048, 1.0, 4.0, 8.0), (4096, 0.5, 6.0, 3.0)])
-def test_llama3_scaling_is_fitted(original: int, low: float, high: float, factor: float) -> None:
-    """Other numbers than the published ones are found from the factors, up to what the factors tell apart."""
+@pytest.mark.parametrize("head_dim", [8, 16, 128])
+@pytest.mark.parametrize(
+    ("original", "low", "high", "factor"),
+    [(32, 1.0, 4.0, 8.0), (2048, 1.0, 4.0, 8.0), (4096, 0.5, 6.0, 3.0), (2, 1.0, 4.0, 8.0), (64, 1.0, 4.0, 0.5)],
+)
+@pytest.mark.parametrize("family", ["llama", "exaone"])
+def test_llama3_scaling_of_other_numbers_keeps_its_frequencies(
+    family: str, original: int, low: float, high: float, factor: float, head_dim: int, tmp_path: Path
+) -> None:
+    """Also where no frequency lies between the kept and the stretched, which four numbers cannot be told from."""
     made = RopeScaling("llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
-    factors = factors_of(tiny_config("llama", rope_scaling=made, head_dim=128))["rope_freqs"]
-    found = scaling_from_factors(factors, 10000.0, 131072)
-    assert found is not None
-    again = factors_of(tiny_config("llama", rope_scaling=found, head_dim=128))["rope_freqs"]
-    assert torch.allclose(again, factors, rtol=1e-4)
+    model = tiny(family, rope_scaling=made, rope_theta=5e5, heads=2, kv_heads=2, hidden_size=2 * head_dim)
+    again = expanded(write_gguf(model, tmp_path / "m.gguf", "F32"))
+    wanted, on_angles = inverse_frequencies(RopeTable(5e5, head_dim, made))
+    config = again.config
+    found, read_on_angles = inverse_frequencies(RopeTable(config.rope_theta, head_dim, config.rope_scaling))
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=0)
+    assert read_on_angles == on_angles == 1.0
+    assert np.allclose(logits(again, PROMPT), logits(model, PROMPT), rtol=1e-3, atol=1e-4)
 
 
-def test_strange_rope_factors_are_refused() -> None:
+def test_rope_factors_of_no_rule_are_held() -> None:
     assert scaling_from_factors(torch.ones(8), 10000.0, 64) is None
-    with pytest.raises(CheckpointError, match="no llama3 scaling"):
-        scaling_from_factors(torch.rand(32, generator=torch.Generator().manual_seed(0)) + 1, 10000.0, 64)
-    for bad in (torch.zeros(8), torch.full((8,), -2.0)):
-        with pytest.raises((CheckpointError, ValidationError)):
+    factors = torch.rand(32, generator=torch.Generator().manual_seed(0)) + 1
+    plain, _ = inverse_frequencies(RopeTable(10000.0, 64))
+    for length in (32, 4096):  # whatever the context
+        table = RopeTable(10000.0, 64, scaling_from_factors(factors, 10000.0, 64), length)
+        found, on_angles = inverse_frequencies(table)
+        assert torch.equal(found, plain / factors)
+        assert on_angles == 1.0
+    for bad in (torch.zeros(8), torch.full((8,), -2.0), torch.full((8,), math.nan), torch.full((8,), math.inf)):
+        with pytest.raises(ValidationError, match="positive numbers"):
             scaling_from_factors(bad, 10000.0, 64)
 
 

@@ -1,8 +1,8 @@
 """Rotary scaling between DecoderConfig and GGUF: metadata for linear and yarn, the tensor rope_freqs.weight for llama3,
 rope_factors_short.weight and rope_factors_long.weight for longrope.
 
-llama.cpp divides frequency i by rope_freqs[i]. Llama 3's rule makes these factors from four numbers; read back, any
-numbers that make the same factors will do, so they are fitted and the fit is checked.
+llama.cpp divides frequency i by rope_freqs[i]. Llama 3's rule makes these factors from four numbers; read back, they
+are tried by the published numbers, and factors that those do not make are held as they are.
 """
 
 from __future__ import annotations
@@ -138,38 +138,19 @@ def _factors(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def scaling_from_factors(factors: Tensor, theta: float, original: int) -> RopeScaling | None:
-    """A llama3 scaling whose factors are these, None when all are 1. Raises CheckpointError when there is none.
+    """The llama3 scaling whose factors are these, by the published numbers; else one that holds the factors as they are
+    (of kind longrope, whatever the context). None when all are 1. Raises ValidationError for factors that are not
+    positive numbers.
 
-    original: the trained length, if known; it only chooses between equal descriptions.
+    original: the trained length, if known.
     """
     if bool((factors - 1).abs().max() <= CLOSE):
         return None
     factor = float(factors.max())
-    dim = 2 * len(factors)
-    plain, _ = inverse_frequencies(RopeTable(theta, dim))
-    candidates = [RopeScaling("llama3", factor, length, 1.0, 4.0) for length in (original, 8192)]
-    fitted = _fit(factors, plain, factor, original)
-    for scaling in candidates if fitted is None else [*candidates, fitted]:
-        made = _factors(dim, theta, scaling)
+    for length in (original, 8192) if factor > 0 else ():
+        scaling = RopeScaling("llama3", factor, length, 1.0, 4.0)
+        made = _factors(2 * len(factors), theta, scaling)
         if bool(((made - factors).abs() <= CLOSE * factors.abs()).all()):
             return scaling
-    raise CheckpointError(
-        "tensor 'rope_freqs.weight' holds frequency factors that follow no llama3 scaling.",
-        hint="Only linear, yarn and llama3 scaling of rotary positions are supported.",
-    )
-
-
-def _fit(factors: Tensor, plain: Tensor, factor: float, original: int) -> RopeScaling | None:
-    """From the dims between kept and stretched, where 1 / f = (1 - s) / factor + s and s is linear in the frequency."""
-    smooth = (1 / factors.double() - 1 / factor) / (1 - 1 / factor)
-    inside = (smooth > CLOSE) & (smooth < 1 - CLOSE)
-    if factor <= 1 or int(inside.sum()) < 2:
-        return None
-    turns = original * plain.double()[inside] / (2 * math.pi)
-    rows = torch.stack([turns, torch.ones_like(turns)], dim=1)
-    slope, shift = (float(v) for v in torch.linalg.lstsq(rows, smooth[inside][:, None]).solution.flatten())
-    if not slope > 0 or not shift < 0:
-        return None
-    width = 1 / slope  # high - low
-    low = -shift * width
-    return RopeScaling("llama3", factor, original, low_freq_factor=low, high_freq_factor=low + width)
+    held = tuple(factors.tolist())
+    return RopeScaling("longrope", 1.0, max(original, 2), attention_factor=1.0, short=held, long=held)
