@@ -18,7 +18,7 @@ from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.engine.runners.torch import TorchRunner
-from dfastllm.errors import UnsupportedError
+from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels import native, set_threads
 from dfastllm.models import Decoder, PackedDecoder, tiny
 from dfastllm.quant import FORMATS, quantise
@@ -72,6 +72,25 @@ class Sequence:
 def packed_of(family: str, quantization: str | None = None, **overrides: object) -> tuple[Decoder, PackedDecoder]:
     model = tiny(family, seed=5, **{**WIDE, **overrides})  # type: ignore[arg-type]
     return model, assemble.pack(model, quantization)
+
+
+@pytest.mark.parametrize("runner", [TorchRunner, NativeRunner])
+@pytest.mark.parametrize("above", [0, 100])
+def test_an_id_without_an_embedding_row_is_named(runner: type[TorchRunner | NativeRunner], above: int) -> None:
+    model, packed = packed_of("llama")
+    table = PageTable(Pages(4, 16))
+    table.grow(3)
+    if runner is TorchRunner:
+        made: TorchRunner | NativeRunner = TorchRunner(model, 64, torch.float32, "cpu")
+    else:
+        made = NativeRunner(packed, 64, torch.float32, 16)
+
+    def run(last: int) -> None:
+        made.run(pack([(Span(0, (5, 9, last), "causal", "keep", want=(2,)), table, 0)]))
+
+    run(159)  # the last row
+    with pytest.raises(ValidationError, match=rf"the step has id {160 + above}; this model has 160 embedding rows"):
+        run(160 + above)
 
 
 @pytest.mark.parametrize("family", DENSE)
