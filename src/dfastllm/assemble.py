@@ -106,12 +106,17 @@ def load(
             tokenizer.check_fits(gguf.info.vocab_size, gguf.info.mask_id)
             if quantization is None and backend != "native" and _lacks(gguf.info, gguf.config):
                 return Loaded(_expanded(gguf, device, dtype), tokenizer)
+            _refuse_lacking(gguf.config, gguf.info, quantization is not None, _way_out("it", quantization))
             _packed_is_right(gguf.config, gguf.info, device, backend, quantised=True)
             return Loaded(_assemble(_from_gguf(gguf, dtype), quantization), tokenizer)
     _, config, info = read_model(path, name, max_len)
     tokenizer = Tokenizer.load(path)
     tokenizer.check_fits(info.vocab_size, info.mask_id)
-    quantised = quantization is not None or quant_config(path) is not None
+    stored = quant_config(path) is not None
+    quantised = quantization is not None or stored
+    if quantised or backend == "native":
+        way_out = _way_out("the float checkpoint" if stored else "it", quantization)
+        _refuse_lacking(config, info, quantised, way_out)
     if _packed_is_right(config, info, device, backend, quantised):
         return Loaded(_assemble(_from_directory(path, dtype, name, max_len), quantization), tokenizer)
     return Loaded(load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len), tokenizer)
@@ -141,13 +146,22 @@ def model_info(path: str | Path, name: str | None = None) -> ModelInfo:
     return read_model(path, name or path.name)[2]
 
 
-def _lacks(info: ModelInfo, config: DecoderConfig) -> UnsupportedError | None:
-    """Why the kernels cannot run this model's program, if they cannot."""
+def _refuse_lacking(config: DecoderConfig, info: ModelInfo, quantised: bool, hint: str) -> None:
+    """Raises UnsupportedError as `require_packable` does."""
+    require_packable(find_family(info.family).program(config), info.name, quantised=quantised, hint=hint)
+
+
+def _way_out(what: str, quantization: str | None) -> str:
+    return f"Load {what} with backend torch or auto{'' if quantization is None else ', without quantization'}."
+
+
+def _lacks(info: ModelInfo, config: DecoderConfig) -> bool:
+    """Whether the kernels cannot run this model's program."""
     try:
         require_packable(find_family(info.family).program(config), info.name)
-    except UnsupportedError as error:
-        return error
-    return None
+    except UnsupportedError:
+        return True
+    return False
 
 
 def _expanded(gguf: GgufModel, device: str | torch.device, dtype: torch.dtype | str | None) -> Decoder:
@@ -159,16 +173,14 @@ def _expanded(gguf: GgufModel, device: str | torch.device, dtype: torch.dtype | 
 def _packed_is_right(
     config: DecoderConfig, info: ModelInfo, device: str | torch.device, backend: Backend, quantised: bool
 ) -> bool:
-    """Whether the packed decoder is to be built. Raises UnsupportedError where it must and cannot be."""
+    """Whether the packed decoder is to be built. Raises UnsupportedError where device or backend forbid what must be.
+    A program that the kernels lack, where they must run it, has been refused before."""
     problem = None
-    lacks = _lacks(info, config)
-    if lacks is not None and (quantised or backend == "native"):
-        raise lacks
     if torch.device(device).type != "cpu":
         problem = ("device", f"on a CPU, not on {device}")
     elif backend == "torch":
         problem = ("backend", "with backend native or auto, not torch")
-    if lacks is not None:
+    if _lacks(info, config):
         return False
     if problem is None:
         return quantised or backend == "native" or native() is not None

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import ModelLoadError
+from dfastllm.errors import ModelLoadError, UnsupportedError
 from dfastllm.models.checkpoint import compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
 from dfastllm.models.headers import TensorEntry, inventory
 from dfastllm.models.ids import tokenizer_size
+from dfastllm.models.pack import require_packable
 from dfastllm.quant.checkpoint import Stored, stored
 
 __all__ = ["CheckReport", "Problem", "check"]
@@ -22,7 +23,7 @@ __all__ = ["CheckReport", "Problem", "check"]
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One reason why a checkpoint would not load or not serve right. `code` is the code of the error `load` (or the
-    tokenizer) would raise: model_load_failed, bad_checkpoint or bad_tokenizer."""
+    tokenizer) would raise: model_load_failed, bad_checkpoint, bad_tokenizer or unsupported."""
 
     code: str
     message: str
@@ -111,6 +112,12 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         else:
             different = compare(family, model, weights, quantised)
             problems += [Problem("bad_checkpoint", f"{message}.") for message in different]
+    if quantised is not None:
+        hint = "Load the float checkpoint with backend torch or auto."
+        try:
+            require_packable(model.program, info.name, quantised=True, hint=hint)
+        except UnsupportedError as error:
+            problems.append(Problem(error.code, error.message))
     problems += _tokenizer_problems(directory, config.vocab_size)
     return CheckReport(
         directory,

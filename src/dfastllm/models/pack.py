@@ -26,16 +26,24 @@ HALF = PANEL // 2  # a panel of gate and up holds so many channels of each
 Value = QTensor | Tensor
 
 
-def require_packable(program: Program, name: str) -> None:
-    """Raises UnsupportedError, naming the op and the layer, for a program that the kernels cannot run."""
+def require_packable(
+    program: Program,
+    name: str,
+    *,
+    quantised: bool = False,
+    hint: str = "Load float weights with backend torch or auto.",
+) -> None:
+    """Raises UnsupportedError, naming the op and the layer, for a program that the kernels cannot run. quantised: the
+    kernels are wanted for the weights' sake, which the message says. hint: the way out where this is called."""
+    bound = ", and quantised weights run on the native runner only" if quantised else ""
     for i, layer in enumerate(program.layers):
         for op in layer:
             if isinstance(op, Experts):
                 raise UnsupportedError(
                     f"{name}: op experts (layer {i}, a mixture of experts) runs on the torch runner; the native runner "
-                    "lacks it.",
+                    f"lacks it{bound}.",
                     param="model",
-                    hint="Load float weights with backend torch or auto.",
+                    hint=hint,
                 )
 
 
