@@ -16,6 +16,7 @@ from dfastllm.errors import ContextLengthError, UnsupportedError, ValidationErro
 from dfastllm.models import tiny
 from tests.kit.served import random_engine
 
+BLOCKS = DecodeParams(block_length=32)
 KINDS = {"ar": "llama", "diffusion": "llada", "block": "sdar"}
 
 
@@ -77,6 +78,93 @@ def test_a_default_canvas_is_cut_to_the_context(
     assert len(made.state.tokens) == positions
 
 
+@pytest.mark.parametrize(
+    ("prompt", "suffix", "fields", "tokens", "canvas", "last"),
+    [
+        (14, 0, {"max_tokens": 498}, 498, 498, 18),
+        (14, 0, {"max_tokens": 480}, 480, 480, 32),
+        (490, 0, {"max_tokens": 5}, 5, 22, 22),
+        (481, 0, {}, 31, 31, 31),
+        (511, 0, {}, 1, 1, 1),
+        (450, 0, {}, 32, 32, 32),  # a whole block fits: as ever
+        (300, 0, {"min_tokens": 200}, 200, 212, 20),
+        (450, 50, {}, 12, 12, 12),
+    ],
+)
+def test_a_default_block_is_shortened_to_the_context(
+    prompt: int, suffix: int, fields: dict[str, int], tokens: int, canvas: int, last: int
+) -> None:
+    made = engine("diffusion", max_len=512).admit(ask((5,) * prompt, (6,) * suffix, **fields))
+    laid = made.state.policy.layout
+    assert (made.request.sampling.max_tokens, laid.stop - laid.start) == (tokens, canvas)
+    assert (laid.length, laid.bounds[-1][1] - laid.bounds[-1][0]) == (32, last)
+    assert made.positions == prompt + canvas + suffix == len(made.state.tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "fields", "hint"),
+    [
+        ("diffusion", 14, {"max_tokens": 499}, "Ask for at most 498 tokens."),
+        ("diffusion", 14, {"max_tokens": 498, "decode": BLOCKS}, "Ask for at most 480 tokens."),
+        ("diffusion", 14, {"max_tokens": 499, "decode": BLOCKS}, "Ask for at most 480 tokens."),
+        ("diffusion", 490, {"max_tokens": 5, "decode": BLOCKS}, "Shorten the prompt or lower block_length."),
+        ("diffusion", 511, {"max_tokens": 2}, "Ask for at most 1 token."),
+        ("block", 14, {"max_tokens": 495}, "Ask for at most 494 tokens."),  # 508, the last whole block of 4
+        ("ar", 14, {"max_tokens": 499}, "Ask for at most 498 tokens."),
+    ],
+)
+def test_the_hint_is_the_largest_number_that_is_served(
+    kind: str, prompt: int, fields: dict[str, Any], hint: str
+) -> None:
+    made, start = engine(kind, max_len=510 if kind == "block" else 512), (5,) * prompt
+    with pytest.raises(ContextLengthError) as refused:
+        made.admit(ask(start, **fields))
+    assert refused.value.hint == hint
+    if "at most" in hint:
+        most = int(hint.split()[4])
+        assert made.admit(ask(start, **{**fields, "max_tokens": most})).request.sampling.max_tokens == most
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "fields", "decode", "tokens", "lengths"),
+    [
+        ("diffusion", 3, {}, {"steps": 3}, 128, [64, 64]),
+        ("diffusion", 3, {}, {"steps": 4}, 128, [32] * 4),
+        ("diffusion", 3, {}, {"steps": 1}, 128, [128]),
+        ("diffusion", 3, {"max_tokens": 160}, {"steps": 3}, 160, [64, 64, 32]),
+        ("diffusion", 3, {}, {"steps": 3, "block_length": 32}, 96, [32] * 3),
+        ("diffusion", 3, {}, {"steps": 3, "mode": "streaming"}, 128, [48, 48, 32]),
+        ("block", 3, {}, {"steps": 10}, 37, [1] + [4] * 9),
+        ("block", 4, {}, {"steps": 10}, 40, [4] * 10),
+        ("block", 3, {}, {"steps": 10, "block_length": 2}, 17, [1] + [2] * 8),
+        ("block", 4, {}, {"steps": 64}, 128, [4] * 32),
+    ],
+)
+def test_a_default_canvas_gives_way_to_few_steps(
+    kind: str, prompt: int, fields: dict[str, int], decode: dict[str, Any], tokens: int, lengths: list[int]
+) -> None:
+    made = admitted(kind, ask((5,) * prompt, decode=DecodeParams(**decode), **fields))
+    laid = made.state.policy.layout
+    assert made.request.sampling.max_tokens == tokens
+    assert [stop - start for start, stop in laid.bounds] == lengths
+    assert all(laid.share(b) >= 1 for b in range(laid.count))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "decode"),
+    [
+        ("diffusion", {"max_tokens": 128}, {"steps": 3, "block_length": 32}),
+        ("diffusion", {"min_tokens": 100}, {"steps": 3, "block_length": 32}),
+        ("block", {"max_tokens": 128}, {"steps": 10}),
+        ("block", {}, {"steps": 1, "block_length": 1}),  # not even one block of the model
+    ],
+)
+def test_a_canvas_that_was_given_does_not(kind: str, fields: dict[str, int], decode: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="steps must be at least the number of blocks") as refused:
+        admitted(kind, ask((5, 6), decode=DecodeParams(**decode), **fields))
+    assert refused.value.param == "steps"
+
+
 def test_min_tokens_lengthens_a_default() -> None:
     assert admitted("diffusion", ask(min_tokens=200)).request.sampling.max_tokens == 200
     with pytest.raises(ContextLengthError, match="less than min_tokens 500") as error:
@@ -104,7 +192,11 @@ def test_defaults_give_way() -> None:
     assert (ahead.state.policy.choice.cache, ahead.tier) == ("none", Tier.EXACT_FAST)
     dream = wide.admit(ask(max_tokens=100, decode=DecodeParams(rule="dream"))).state.policy
     assert (dream.layout.count, dream.choice.block_length) == (1, 100)
-    for demand in ({"cache": "dual", "rule": "free_dave"}, {"steps": 3}, {"steps": 128, **vars_of(slow)}):
+    for demand in (
+        {"cache": "dual", "rule": "free_dave"},
+        {"steps": 3, "block_length": 32},
+        {"steps": 128, **vars_of(slow)},
+    ):
         with pytest.raises(ValidationError):
             wide.admit(ask(max_tokens=512, decode=DecodeParams(**demand)))
 
@@ -176,9 +268,10 @@ def test_an_engines_speculation_is_for_those_who_say_nothing() -> None:
         ("ar", {"decode": DecodeParams(steps=4)}, UnsupportedError, "steps"),
         ("diffusion", {"suffix": (4000,)}, ValidationError, "suffix"),
         ("diffusion", {"max_tokens": 600}, ContextLengthError, "max_tokens"),
-        ("diffusion", {"max_tokens": 490}, ContextLengthError, "max_tokens"),  # its canvas has 512
+        ("diffusion", {"max_tokens": 490, "decode": BLOCKS}, ContextLengthError, "max_tokens"),  # its canvas has 512
         ("diffusion", {"max_tokens": 2**40}, ContextLengthError, "max_tokens"),
-        ("diffusion", {"prompt": (5,) * 500}, ContextLengthError, "prompt"),  # no block is left
+        ("diffusion", {"prompt": (5,) * 500, "decode": BLOCKS}, ContextLengthError, "prompt"),  # no block is left
+        ("diffusion", {"prompt": (5,) * 512}, ContextLengthError, "prompt"),
         ("diffusion", {"stop_token_ids": (4000,)}, ValidationError, "stop_token_ids"),
         ("diffusion", {"logit_bias": {-1: 2.0}}, ValidationError, "logit_bias"),
         ("diffusion", {"allowed_token_ids": (4000,)}, ValidationError, "allowed_token_ids"),
@@ -267,5 +360,5 @@ def test_one_request_is_one_check_one_compile_one_begin(
                 from dfastllm.cli.options import decode_params, sampling_params
                 from dfastllm.cli.session import run
 
-                run(llm, "The dog", sampling_params({"max_tokens": "8"}), decode_params({}), live=False)
+                run(llm, "The dog", sampling_params({"max_tokens": "8"}), decode_params({}), plain=True)
     assert counted == {"admit": 1, "ids": 1, "choose": canvas, "compile": 1, "begin": 1}

@@ -30,12 +30,12 @@ __all__ = ["Admission", "Terms", "admit"]
 class Terms:
     """What an engine admits requests on.
 
-    max_len  positions that a sequence may have. capacity: positions of K,V of all sequences together.
-    text     whether the engine has a tokenizer. choose: the policy of a request on a model as the request sees it.
+    info      the model; its max_len: positions that a sequence may have.
+    capacity  positions of K,V of all sequences together.
+    text      whether the engine has a tokenizer. choose: the policy of a request on a model as the request sees it.
     """
 
     info: ModelInfo
-    max_len: int
     capacity: int
     text: bool
     choose: Callable[[Request, ModelInfo], Policy]
@@ -74,9 +74,16 @@ def admit(request: Request, terms: Terms) -> Admission:
     decode = request.decode if model.kind == "ar" else complete(request.decode or NOTHING, model)
     request = _with(request, decode=decode, speculative=speculative)
     policy = terms.choose(request, model)
-    request = _with(request, sampling=_complete(request, model, policy, terms.max_len))
+    request = _with(request, sampling=_complete(request, model, policy))
     compiled = policy.compile(request, model)
-    _check_fit(request, compiled.positions, terms)
+    if compiled.positions > model.max_len:
+        raise _too_long(request, compiled.positions, model, policy)
+    if compiled.positions > terms.capacity:
+        raise ContextLengthError(
+            f"the request needs K,V for {compiled.positions} positions; the engine holds {terms.capacity}.",
+            param="max_tokens",
+            hint="Raise kv_tokens.",
+        )
     tokens, state = policy.begin(request, model, compiled)
     seed = request.sampling.seed
     sequence = SequenceState(request, model, tokens, secrets.randbits(63) if seed is None else seed, policy=state)
@@ -95,12 +102,12 @@ def _with(request: Request, **fields: Any) -> Request:
     return copy
 
 
-def _complete(request: Request, model: ModelInfo, policy: Policy, max_len: int) -> SamplingParams:
+def _complete(request: Request, model: ModelInfo, policy: Policy) -> SamplingParams:
     """The sampling options with what was not given filled in. A max_tokens that was not given is what the context
     leaves, of a default at most."""
     asked = request.sampling
     sampling = resolved(asked, model.defaults, kind_defaults(model.kind))
-    length = len(request.prompt) + len(request.suffix)
+    length, max_len = len(request.prompt) + len(request.suffix), model.max_len
     if length >= max_len:
         raise ContextLengthError(
             f"the prompt has {length} tokens; the context of {model.name} is {max_len} with the answer.",
@@ -110,9 +117,9 @@ def _complete(request: Request, model: ModelInfo, policy: Policy, max_len: int) 
     if "max_tokens" in asked.given:
         assert asked.max_tokens is not None
         if length + asked.max_tokens > max_len:  # before a canvas of that length is laid out
-            raise _too_long(length, length + asked.max_tokens, max_len, model)
+            raise _too_long(request, length + asked.max_tokens, model, policy)
         return sampling
-    room = policy.room(request, model, max_len)
+    room = policy.room(_with(request, sampling=sampling), model, max_len)
     tokens = room if sampling.max_tokens is None else min(room, max(sampling.max_tokens, sampling.min_tokens))
     if tokens < max(1, sampling.min_tokens):
         raise ContextLengthError(
@@ -120,29 +127,24 @@ def _complete(request: Request, model: ModelInfo, policy: Policy, max_len: int) 
             f"{max(0, room)} new ones, less than {'min_tokens ' if sampling.min_tokens else ''}"
             f"{max(1, sampling.min_tokens)}.",
             param="min_tokens" if sampling.min_tokens else "prompt",
-            hint="Shorten the prompt." if model.kind == "ar" else "Shorten the prompt or lower block_length.",
+            hint=_shorter(request, model),
         )
     return resolved(sampling, {"max_tokens": tokens})
 
 
-def _too_long(length: int, need: int, most: int, model: ModelInfo) -> ContextLengthError:
+def _too_long(request: Request, need: int, model: ModelInfo, policy: Policy) -> ContextLengthError:
+    room = policy.room(request, model, model.max_len)
     return ContextLengthError(
-        f"prompt ({length}) and answer take {need} positions; the context of {model.name} is {most}.",
+        f"prompt ({len(request.prompt) + len(request.suffix)}) and answer take {need} positions; the context of "
+        f"{model.name} is {model.max_len}.",
         param="max_tokens",
-        hint=f"Ask for at most {most - length} tokens.",
+        hint=f"Ask for at most {room} token{'s' if room > 1 else ''}." if room > 0 else _shorter(request, model),
     )
 
 
-def _check_fit(request: Request, positions: int, terms: Terms) -> None:
-    length = len(request.prompt) + len(request.suffix)
-    if positions > terms.max_len:
-        raise _too_long(length, positions, terms.max_len, terms.info)
-    if positions > terms.capacity:
-        raise ContextLengthError(
-            f"the request needs K,V for {positions} positions; the engine holds {terms.capacity}.",
-            param="max_tokens",
-            hint="Raise kv_tokens.",
-        )
+def _shorter(request: Request, model: ModelInfo) -> str:
+    blocks = model.kind == "diffusion" and request.decode is not None and "block_length" in request.decode.given
+    return "Shorten the prompt or lower block_length." if blocks else "Shorten the prompt."
 
 
 def _check_ids(request: Request, model: ModelInfo) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -85,7 +86,9 @@ class Engine:
         limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
         self.drafting = Drafting(self.info, drafters or {}, speculative, limit)
         capacity = self.pages.count * self.pages.page_size
-        self.terms = Terms(self.info, self.max_len, capacity, tokenizer is not None, choose, self.drafting)
+        self.terms = Terms(
+            dataclasses.replace(self.info, max_len=self.max_len), capacity, tokenizer is not None, choose, self.drafting
+        )
         self._added = 0
         self._deadline = math.inf  # the earliest of all requests
         self._subscribers: list[Callable[[StepStats], None]] = []

@@ -41,8 +41,14 @@ class BlockDiffusion:
         self.scorer = scorer
 
     def room(self, request: Request, model: ModelInfo, positions: int) -> int:
-        """A canvas ends with a whole block."""
-        return positions // max(1, model.block) * max(1, model.block) - len(request.prompt)
+        """A canvas ends with a whole block, and where its length is ours has no more blocks than `steps`."""
+        start, block, decode = len(request.prompt), max(1, model.block), request.decode or DecodeParams()
+        stop = positions // block * block
+        if decode.steps and "steps" in decode.given and "max_tokens" not in request.sampling.given:
+            length = decode.block_length or block
+            most = (start // length + decode.steps) * length // block * block
+            stop = min(stop, max(most, start + max(1, request.sampling.min_tokens)))
+        return stop - start
 
     def compile(self, request: Request, model: ModelInfo) -> Compiled:
         """Raises ValidationError or UnsupportedError naming the field."""

@@ -42,9 +42,19 @@ class MaskedDiffusion:
         self.scorer = scorer
 
     def room(self, request: Request, model: ModelInfo, positions: int) -> int:
-        """Without a suffix a canvas has whole blocks."""
+        """Without a suffix, blocks of a length that was given are whole; others are where the caller leaves the number
+        of tokens to us. That number also gives way to `steps` that are too few for it."""
         left, length = positions - len(request.prompt) - len(request.suffix), _length(request)
-        return left if request.suffix or length is None else left // length * length
+        given, sampling = (request.decode or DecodeParams()).given, request.sampling
+        demanded, free = "block_length" in given, "max_tokens" not in sampling.given
+        if length is None:
+            return left
+        whole = left // length * length
+        if not request.suffix and (demanded or (free and whole >= max(1, sampling.min_tokens))):
+            left = whole
+        if demanded and free and "steps" in given and request.decode is not None and request.decode.steps:
+            left = min(left, max(request.decode.steps * length, sampling.min_tokens))
+        return left
 
     def compile(self, request: Request, model: ModelInfo) -> Compiled:
         """Raises ValidationError or UnsupportedError naming the field."""

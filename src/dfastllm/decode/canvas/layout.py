@@ -236,18 +236,31 @@ def compile_canvas(
 ) -> tuple[Choice, Layout]:
     """The choice and the layout of a request's canvas, in blocks of `length` tokens. align: 0, or the model's block
     length: then blocks lie at absolute multiples and the canvas ends with a whole model block. scorer: its vocabulary
-    size, or None when the policy has none. Raises ValidationError or UnsupportedError naming the field."""
+    size, or None when the policy has none. A length that was not given gives way: near the end of the context the last
+    block is shorter, and to few steps the blocks are wider. Raises ValidationError or UnsupportedError naming the
+    field."""
     decode, tokens = request.decode or DecodeParams(), request.sampling.max_tokens
     assert tokens is not None, "max_tokens is resolved before a policy sees the request"
-    choice = choose(decode, request.sampling, length)
-    _check_rule(RULES[choice.rule], model, scorer)
     start = len(request.prompt)
     if align:
         stop, origin = -(-(start + tokens) // align) * align, start // length * length
     else:
         stop, origin = start + (tokens if request.suffix else -(-tokens // length) * length), start
+        if "block_length" not in decode.given:
+            room = model.max_len - len(request.suffix)
+            stop = room if start + tokens <= room < stop else stop
+            length = _widened(decode, stop - start, length)
+    choice = choose(decode, request.sampling, length)
+    _check_rule(RULES[choice.rule], model, scorer)
     count = -(-(stop - origin) // length)
     return choice, Layout(start, stop, origin, length, _steps(decode, choice, count, stop - start))
+
+
+def _widened(decode: DecodeParams, canvas: int, length: int) -> int:
+    """A default length of the blocks of a canvas, or a multiple of it where `steps` are given that have not one for
+    each block."""
+    steps, blocks = decode.steps, -(-canvas // length)
+    return length * -(-blocks // steps) if steps and "steps" in decode.given else length
 
 
 def _steps(decode: DecodeParams, choice: Choice, blocks: int, canvas: int) -> int | None:
@@ -263,7 +276,7 @@ def _steps(decode: DecodeParams, choice: Choice, blocks: int, canvas: int) -> in
             f"steps must be at least the number of blocks, {blocks} (canvas {canvas}, "
             f"block_length {choice.block_length}), got {steps}.",
             param="steps",
-            hint="Raise steps or block_length.",
+            hint="Raise steps or block_length, or ask for fewer tokens.",
         )
     if most and -(-choice.block_length // (steps // blocks)) > most:
         raise ValidationError(
