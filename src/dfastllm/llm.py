@@ -42,7 +42,7 @@ from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
 from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.models import load
 from dfastllm.settings import Settings
-from dfastllm.text import Tokenizer, read_text
+from dfastllm.text import ChatTemplates, Tokenizer, read_text
 
 __all__ = [
     "LLM",
@@ -133,17 +133,20 @@ def load_engine(
         raise ValidationError(
             f"kv_cache_dtype must be {', '.join(KV_DTYPES)}, got {kv_cache_dtype!r}.", param="kv_cache_dtype"
         )
-    template = None if chat_template is None else read_text(Path(chat_template))
+    file = None if chat_template is None else Path(chat_template)
+    template = None if file is None else read_text(file)
+    ChatTemplates({}).chosen(template, template_variables, file)  # what is wrong is told before a model is read
+    configs = _speculation(speculative)
     served = None if config is None else config.max_len
     loaded = assemble.load(path, device=device, dtype=dtype, backend=backend, quantization=quantization, max_len=served)
     built, tokenizer = loaded.model, loaded.tokenizer
-    tokenizer.templates = tokenizer.templates.chosen(template, template_variables)
+    tokenizer.templates = tokenizer.templates.chosen(template, template_variables, file)
     own_name = path.stem if path.is_file() else path.name
     built.info = dataclasses.replace(built.info, name=name or own_name)
     choose: Callable[..., Policy] = policy_for
     if draft is not None:
         choose = functools.partial(policy_for, scorer=_scorer(draft, built.info, device, dtype))
-    configs = _speculation(speculative) if built.info.kind == "ar" else ()
+    configs = configs if built.info.kind == "ar" else ()
     return Engine(
         built,
         tokenizer,

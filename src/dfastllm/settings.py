@@ -460,7 +460,7 @@ def reference() -> str:
         "",
         "`dfastllm serve` takes every setting as a flag or from the environment; the flag wins. A list is a repeated",
         "flag, or one comma-separated variable; an empty variable counts as not set. Values are checked before",
-        "anything is loaded.",
+        "anything is loaded, a chat template and what is JSON included.",
     ]
     for group, title in GROUPS.items():
         lines += ["", f"## {title.rstrip('.')}", "", "| flag | environment | default | wanted | what it does |"]

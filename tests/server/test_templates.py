@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dfastllm.errors import TokenizerError, ValidationError
+from dfastllm.errors import DFastLLMError, TokenizerError, ValidationError
 from dfastllm.llm import load_engine, model_options
 from dfastllm.settings import Settings
 from dfastllm.text import ChatTemplates
@@ -98,10 +98,18 @@ def test_settings_that_are_no_object(text: str) -> None:
 def test_a_template_that_cannot_be_used_ends_the_loading(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"missing\.jinja cannot be read"):
         load_engine("demo-ar", **model_options(Settings(chat_template=str(tmp_path / "missing.jinja"))))
-    with pytest.raises(TokenizerError, match="does not parse"):
+    with pytest.raises(TokenizerError, match=r"template of .*own\.jinja does not parse: .* Mend that file"):
         load_engine("demo-ar", **options(tmp_path, "{% for %}"))
     with pytest.raises(ValidationError, match="messages is no variable"):
         load_engine("demo-ar", **options(tmp_path, variables='{"messages": []}'))
+    (tmp_path / "config.json").write_text("no JSON")  # a model that cannot be read is not looked at before
+    for wrong, said in (
+        ({"template_variables": {"messages": []}}, "messages is no variable"),
+        (options(tmp_path, "{% for %}"), "does not parse"),
+        ({"speculative": '{"method": "ngram", "k": 3}'}, "has no field 'k'"),
+    ):
+        with pytest.raises(DFastLLMError, match=said):
+            load_engine(tmp_path, **wrong)
     (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(TokenizerError, match="not UTF-8"):
         load_engine("demo-ar", **model_options(Settings(chat_template=str(tmp_path / "bytes.jinja"))))

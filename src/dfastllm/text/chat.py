@@ -75,9 +75,13 @@ class ChatTemplates:
     "default". Compiled on first use, so that a broken template only fails who needs it.
 
     variables: names that templates see unless a call of `render` gives them another value.
+    file: where a person put the template in place of the checkpoint's, None where it is the checkpoint's.
     """
 
-    def __init__(self, templates: Mapping[str, str], variables: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, templates: Mapping[str, str], variables: Mapping[str, Any] | None = None, file: Path | None = None
+    ) -> None:
+        self._file = file
         self._sources = dict(templates)
         self._variables = dict(variables or {})
         _check_variables(self._variables)
@@ -101,11 +105,15 @@ class ChatTemplates:
             templates[file.stem] = read_text(file)
         return cls(templates)
 
-    def chosen(self, template: str | None, variables: Mapping[str, Any] | None = None) -> ChatTemplates:
-        """These templates with further variables or, where a template's text is given, that one for every conversation.
-        Raises TokenizerError when it does not parse, ValidationError for variables that a conversation sets."""
+    def chosen(
+        self, template: str | None, variables: Mapping[str, Any] | None = None, file: Path | None = None
+    ) -> ChatTemplates:
+        """These templates with further variables or, where a template's text is given, that one for every conversation;
+        `file` is where it was read. Raises TokenizerError when it does not parse, ValidationError for variables that a
+        conversation sets."""
         sources = self._sources if template is None else {"default": template}
-        templates = ChatTemplates(sources, {**self._variables, **(variables or {})})
+        file = self._file if template is None else file
+        templates = ChatTemplates(sources, {**self._variables, **(variables or {})}, file)
         if template is not None:
             templates._compile("default")
         return templates
@@ -186,9 +194,11 @@ class ChatTemplates:
             try:
                 self._compiled[name] = self._environment.from_string(self._sources[name])
             except jinja2.TemplateSyntaxError as error:
+                what, mend = f"{name!r}", "Mend it in tokenizer_config.json, or put a good one in chat_template.jinja."
+                if self._file is not None:
+                    what, mend = f"of {self._file}", "Mend that file, or name none: the checkpoint has its own."
                 raise TokenizerError(
-                    f"The chat template {name!r} does not parse: {error.message} at line {error.lineno}.",
-                    hint="Mend it in tokenizer_config.json, or put a good one in chat_template.jinja.",
+                    f"The chat template {what} does not parse: {error.message} at line {error.lineno}.", hint=mend
                 ) from error
         return self._compiled[name]
 
