@@ -216,7 +216,8 @@ def test_http_refuses_by_name_what_the_model_has_not(row: Option, front: str, wa
 def test_the_caches_switches_on_an_autoregressive_model(live: Live, watched: Watched) -> None:
     """It keeps K,V anyway, and cannot but keep them."""
     row = next(row for row in OPTIONS if row.name == "cache")
-    assert send(live, "completions", "ar", row, {"use_cache": True, "use_dual_cache": False}).status_code == 200
+    for dual in (False, True):
+        assert send(live, "completions", "ar", row, {"use_cache": True, "use_dual_cache": dual}).status_code == 200
     watched.seen.clear()
     refused = send(live, "completions", "ar", row, {"use_cache": False})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "use_cache")

@@ -31,6 +31,8 @@ __all__ = [
     "GROUPS",
     "HINTS",
     "OPTIONS",
+    "SPECULATIVE_HELP",
+    "SPECULATIVE_WIRE",
     "Acceptance",
     "Cache",
     "DecodeParams",
@@ -516,6 +518,7 @@ class SpeculativeParams:
         "smaller autoregressive model. diffusion: a masked model drafts a block in one forward. self: the model's own "
         "bidirectional mode drafts for its causal one.",
         applies="ar",
+        default_help="none (HTTP: the server's)",
     )
     num_speculative_tokens: int = option(5, "Most tokens drafted per step.", low=1, high=64, applies="ar")
     prompt_lookup_min: int = option(2, "Shortest n-gram that is looked up.", low=1, applies="ar")
@@ -588,8 +591,8 @@ TABLES: Mapping[Group, Mapping[str, Option]] = {
 OPTIONS: tuple[Option, ...] = tuple(row for table in TABLES.values() for row in table.values())
 SPECULATIVE_WIRE = "speculative_config"  # one object of the body holds the whole group
 SPECULATIVE_HELP = (
-    "Autoregressive: how this request drafts, an object of the speculative options without a model. What is left out "
-    "is the server's default."
+    "Autoregressive: how this request drafts, with the models that the server has for it. What is left out is as in "
+    "the server's default (--speculative-config); where it has none, `method` is required and the rest has its default."
 )
 
 
@@ -655,7 +658,7 @@ class WireField:
     """A field of a route's body: by what name which option comes, its type in JSON and its range."""
 
     name: str
-    option: Option | None  # None: the object of the speculative options
+    option: Option
     annotation: Any
     help: str
     low: float | None = None
@@ -668,16 +671,16 @@ def wire_fields(front: Front) -> tuple[WireField, ...]:
     """The option fields of a route's body, in the table's order. A name with a dot is a field of an object."""
     found = []
     for row in OPTIONS:
-        for wire in row.wire if row.group != "speculative" else ():
+        for wire in row.wire:
             if front in wire.fronts:
+                name = f"{SPECULATIVE_WIRE}.{wire.name}" if row.group == "speculative" else wire.name
                 annotation = row.annotation if wire.annotation is None else wire.annotation
                 plain = wire.annotation is None
                 limits = (row.low, row.high, row.above) if plain else (None, None, None)
                 words = ("Diffusion: " if row.applies == "canvas" else "") + (wire.help or row.help)
                 if not wire.help and (said := default_text(row)):
                     words += f" Default: {said}."
-                found.append(WireField(wire.name, row, annotation, words, *limits))
-    found.append(WireField(SPECULATIVE_WIRE, None, dict[str, Any], SPECULATIVE_HELP))
+                found.append(WireField(name, row, annotation, words, *limits))
     return tuple(found)
 
 
@@ -707,6 +710,9 @@ HINTS: tuple[Hint, ...] = (
     Hint("reasoning_effort", str, "A wish, which no model here knows; see chat_template_kwargs."),
     Hint("use_beam_search", bool, "true is refused.", (False,)),
     Hint("length_penalty", float, "Of beam search; 1 asks for nothing.", (1, 1.0)),
+    Hint("function_call", str, "The older tool_choice; without functions none is called.", ("none",), ("chat",)),
+    Hint("echo", bool, "An answer of a chat never repeats the prompt; true is refused.", (False,), ("chat",)),
+    Hint("add_special_tokens", bool, "The template writes them; true is refused.", (False,), ("chat",)),
 )
 
 
@@ -754,7 +760,8 @@ def reference() -> str:
     ]
     for hint in HINTS:
         value = "any" if hint.accepts is None else " or ".join(dict.fromkeys(str(v).lower() for v in hint.accepts))
-        lines.append(f"| `{hint.name}` | {value} | {hint.help} |")
+        only = "" if len(hint.fronts) == len(FRONTS) else f" ({', '.join(hint.fronts)} only)"
+        lines.append(f"| `{hint.name}`{only} | {value} | {hint.help} |")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -762,7 +769,10 @@ def _row(row: Option) -> str:
     value = row.wanted
     if row.many or row.keys is not None:
         value = f"a list, each {value}" if row.many else f"a mapping, each {value}"
-    names: Mapping[str, None] = dict.fromkeys(f"`{wire.name}`" for wire in row.wire)
+    fronts: dict[str, set[Front]] = {}
+    for one in row.wire:
+        fronts.setdefault(one.name, set()).update(one.fronts)
+    names = (f"`{name}`" + (f" ({', '.join(on)} only)" if len(on) < len(FRONTS) else "") for name, on in fronts.items())
     inside = row.group == "speculative"
     wire = f"`{SPECULATIVE_WIRE}.{row.name}`" if inside else ", ".join(names)
     flag = "`--speculative-config`" if inside else f"`--{row.name.replace('_', '-')}`" if row.flag else ""

@@ -17,6 +17,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from dfastllm.options import SpeculativeParams
 from tests.kit.live import Live, serving
 from tests.kit.served import random_engine
 
@@ -87,6 +88,12 @@ def test_statuses_types_and_keys(api: Any) -> None:
     for name in ("ChatChunk", "CompletionChunk", "ErrorBody", "Figures", "UsageOut", "Health", "Tokens", "Cancelled"):
         assert schemas[name]["additionalProperties"] is False
     assert schemas["ChatRequest"]["examples"]
+    drafts = schemas["SpeculativeOptions"]["properties"]
+    assert drafts.keys() == SpeculativeParams.TABLE.keys()
+    (length, _) = drafts["num_speculative_tokens"]["anyOf"]
+    assert (length["type"], length["minimum"], length["maximum"]) == ("integer", 1, 64)
+    (method, _) = drafts["method"]["anyOf"]
+    assert method["enum"] == ["none", "ngram", "suffix", "draft_model", "diffusion", "self"]
 
 
 def test_without_a_key_no_scheme_is_declared(live: Live) -> None:

@@ -78,7 +78,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"best_of": 2}, "best_of"),
         ({"temprature": 1}, "temprature"),
         ({"steps": 4}, "steps"),
-        ({"use_dual_cache": True}, "use_dual_cache"),
+        ({"use_dual_cache": True, "use_cache": False}, "use_dual_cache"),
         ({"model": "canvas", "block_length": 0}, "block_length"),
         ({"model": "canvas", "block_length": -8}, "block_length"),
         ({"model": "canvas", "max_tokens": 64, "steps": 1}, "steps"),
@@ -108,7 +108,19 @@ def test_messages_say_what_is_wrong(live: Live) -> None:
     assert message({"temprature": 1}) == "Unknown field 'temprature'. Did you mean 'temperature'?"
     assert "not honour" in message({"best_of": 2})
     assert "600 tokens" in message({"prompt": "x" * 600})
-    assert "Got str" in message({"temperature": "hot"})
+    assert message({"temperature": "hot"}) == "temperature: Input should be a valid number. Got 'hot'."
+    assert message({"temperature": [1]}).endswith("Got a list.")
+    assert message({"temperature": "x" * 999}).endswith("xxx…'.")
+    assert message({"stream": 1}).endswith("Got 1.")
+    assert message({"mode": "fsat"}).endswith("Got 'fsat'. Did you mean 'fast'?")
+    assert message({"mode": "warp"}).endswith("Got 'warp'.")
+    assert message({"max_completion_tokens": 5}).endswith("Did you mean 'max_tokens'?")
+    assert message({"top_logprobs": 5}).endswith("Did you mean 'logprobs'?")
+    for name in ("thinking", "cache_prompt"):
+        assert message({name: 5}) == f"Unknown field {name!r}. Remove it; GET /docs lists the fields."
+    assert "special tokens itself" not in message({"add_special_tokens": "x"}), "that is a chat's reason"
+    assert message({"speculative_config": {"methd": "ngram"}}).endswith("Did you mean 'method'?")
+    assert message({"speculative_config": {"num_speculative_tokens": 0}}).startswith("speculative_config names no")
     long = error_of(live.post("/v1/completions", {**GOOD, "prompt": "x" * 600}), 400)
     assert long["code"] == "context_length_exceeded"
 
@@ -133,6 +145,12 @@ def test_missing_fields(live: Live) -> None:
 def test_a_body_that_is_no_object(live: Live, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     error_of(_raw(live, body, headers), 400)
+
+
+def test_a_list_is_told_to_be_one_and_its_type_is_not_blamed(live: Live) -> None:
+    for body, got in ((b"[]", "a list"), (b"3", "3"), (b"null", "null"), (b"", "nothing")):
+        error = error_of(_raw(live, body, {"content-type": "application/json; charset=utf-8"}), 400)
+        assert error["message"] == f"The body must be a JSON object, got {got}."
 
 
 def _raw(live: Live, body: bytes, headers: dict[str, str]) -> Any:

@@ -38,6 +38,7 @@ def prompt(live: Live, messages: list[Any], **body: Any) -> str:
         {"annotations": [{"type": "url_citation", "url_citation": {"url": "x"}}], "audio": {"id": "a"}},
         {"reasoning": "because", "reasoning_content": "because", "reasoning_details": [1], "thinking_blocks": []},
         {"parsed": {"a": 1}, "provider_specific_fields": {"b": None}, "cache_control": {"type": "ephemeral"}},
+        {"id": "msg_1", "status": "completed", "finish_reason": "stop"},
         {"any_name_at_all": None, "name": None},
     ],
 )
@@ -68,6 +69,9 @@ def test_calls_without_arguments_and_turns_without_content(live: Live) -> None:
     assert prompt(live, silent) == prompt(live, [U, {"role": "assistant", "content": ""}, U])
     refused = [U, {"role": "assistant", "content": None, "refusal": "No."}, U]
     assert prompt(live, refused) == prompt(live, [U, {"role": "assistant", "content": "No."}, U])
+    part = {"type": "refusal", "refusal": "No.", "annotations": []}
+    in_parts = [U, {"role": "assistant", "content": [part]}, U]
+    assert prompt(live, in_parts) == prompt(live, [U, {"role": "assistant", "content": "No."}, U])
 
 
 def test_the_older_form_of_a_call_is_understood(live: Live) -> None:
@@ -105,6 +109,9 @@ def test_an_openai_reply_goes_back_as_the_client_dumps_it(live: Live, parrot: Pa
         )
     ]
     + [
+        {"function_call": "none"},
+        {"echo": False},
+        {"add_special_tokens": False},
         {"best_of": 1},
         {"best_of": 2, "n": 2},
         {"use_beam_search": False},
@@ -149,6 +156,19 @@ def test_what_asks_for_nothing_changes_nothing(live: Live, fields: dict[str, Any
         ({"service_tier": "priority"}, "service_tier", "one tier"),
         ({"functions": [{"name": "f"}]}, "functions", "send tools"),
         ({"function_call": "auto"}, "function_call", "tool_choice"),
+        ({"function_call": {"name": "f"}}, "function_call", "tool_choice"),
+        ({"echo": True}, "echo", "echo=True is not honoured: an answer of a chat"),
+        ({"add_special_tokens": True}, "add_special_tokens", "the template of a chat"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
+            "messages[0].content",
+            "only the assistant",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusl": "x"}]}]},
+            "messages.0.content.0.refusl",
+            "Did you mean 'refusal'?",
+        ),
         ({"audio": {"voice": "x"}}, "audio", "text only"),
         ({"modalities": ["audio"]}, "modalities.0", "text only"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction", "ngram"),

@@ -14,19 +14,23 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+from dfastllm.options import OPTIONS
+
 __all__ = ["MISSING", "Body", "conflict", "missing_feature", "printable"]
 
 _CONSTRAINED = "output is not constrained to a form yet; ask for the form in the prompt."
 _TEXT_ONLY = "the models served here read and write text only."
+_ALIKE = 0.75  # less, and `thinking` is told to be `timings`
 
 # What a path of a body would need, in words. Indices of lists are left out of the path. A path with "=" is one value.
 MISSING: Mapping[str, str] = {
+    "add_special_tokens=True": "the template of a chat writes the special tokens itself.",
     "audio": _TEXT_ONLY,
     "best_of": "n choices are made and n are answered; ranking more than n is not done.",
     "chat_template": "a template is code, so the server's owner chooses it (--chat-template FILE).",
     "continue_final_message": "the template always opens a new turn; a begun answer is not continued.",
     "documents": "documents reach a template as a variable: send them in chat_template_kwargs.",
-    "echo": "the log probabilities of a prompt are not computed yet, so echo does not go with logprobs.",
+    "echo=True": "an answer of a chat does not repeat the prompt; /v1/completions echoes.",
     "enable_thinking": "it is a variable of the template: send it in chat_template_kwargs.",
     "function_call": "the older form of tool_choice is not taken; send tools and tool_choice.",
     "functions": "the older form of tools is not taken; send tools.",
@@ -47,6 +51,7 @@ MISSING: Mapping[str, str] = {
     "response_format.type=json_schema": _CONSTRAINED,
     "response_format.type=structural_tag": _CONSTRAINED,
     "service_tier": "there is one tier, without a promise of precedence.",
+    "speculative_config.model": "the server's owner chooses the models (--speculative-config); `method` picks.",
     "store": "nothing is stored.",
     "structured_outputs": _CONSTRAINED,
     "tool_choice": "a call cannot be guaranteed yet; use auto and say in the prompt that a tool must be used.",
@@ -115,5 +120,9 @@ class Body(BaseModel):
     @classmethod
     def _unknown(cls, name: str) -> PydanticCustomError:
         shown = printable(name, 80)
-        near = difflib.get_close_matches(shown, cls.model_fields, n=1)
+        fields = cls.model_fields
+        # The name that the option has here comes before names that look alike.
+        also = [row.wire for row in OPTIONS if any(wire.name == name for wire in row.wire)]
+        near = [wire.name for wires in also for wire in wires if wire.name in fields]
+        near = near or difflib.get_close_matches(shown, fields, n=1, cutoff=_ALIKE)
         return PydanticCustomError("unknown_field", "unknown field", {"field": shown, "near": near[0] if near else ""})

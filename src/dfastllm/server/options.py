@@ -13,8 +13,8 @@ from typing import Any
 
 from dfastllm.core import DecodeParams, SamplingParams, SpeculativeParams
 from dfastllm.core import speculative_params as parse_speculative
-from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
-from dfastllm.options import GROUPS, Front, Group, Option, RequestOptions, wire_fields
+from dfastllm.errors import DFastLLMError, ValidationError
+from dfastllm.options import GROUPS, SPECULATIVE_WIRE, Front, Group, Option, RequestOptions, wire_fields
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
 
@@ -51,9 +51,16 @@ def decode_params(body: GenerationRequest, model: ServedModel) -> DecodeParams |
 
 
 def speculative_params(body: GenerationRequest, model: ServedModel) -> SpeculativeParams | None:
-    """How the request drafts; None: as the engine does by default."""
-    asked = getattr(body, "speculative_config", None)
-    return None if asked is None else parse_speculative(asked, model.speculative)
+    """How the request drafts; None: as the engine does by default. Raises ValidationError naming the field."""
+    if body.speculative_config is None:
+        return None
+    try:
+        return parse_speculative(_given(body, "speculative"), model.speculative)
+    except ValidationError as error:
+        if error.param not in SpeculativeParams.TABLE:
+            raise
+        where = SPECULATIVE_WIRE
+        raise ValidationError(f"{where}.{error.message}", param=f"{where}.{error.param}") from None
 
 
 def request_options(body: GenerationRequest) -> RequestOptions:
@@ -85,7 +92,7 @@ def _fields(front: Front, group: Group) -> tuple[frozenset[str], tuple[tuple[str
     """The fields of a route's body that give an option of a group by themselves: their names in the body, and (name,
     part before a dot, part after it, option) of each."""
     apart = (*SWITCHES, "top_logprobs")
-    found = [(f.name, f.option) for f in wire_fields(front) if f.option is not None and f.option.group == group]
+    found = [(f.name, f.option) for f in wire_fields(front) if f.option.group == group]
     rows = [(name, *name.partition(".")[::2], option) for name, option in found if name not in apart]
     return frozenset(top for _, top, _, _ in rows), tuple(rows)
 
@@ -141,10 +148,4 @@ def _cache(body: GenerationRequest, model: ServedModel) -> str | None:
         return "none"
     if model.info.kind == "diffusion":
         return "dual" if dual is not False else "prefix"
-    if dual:
-        raise UnsupportedError(
-            f"use_dual_cache=True cannot be honoured: {model.name!r} is no masked-diffusion model.",
-            param="use_dual_cache",
-            hint="Leave it out.",
-        )
     return None

@@ -13,6 +13,7 @@ from dfastllm.server.schemas import (
     ChatRequest,
     CompletionRequest,
     Message,
+    RefusalPart,
     TokenizeRequest,
     Tool,
 )
@@ -71,7 +72,9 @@ def _template_message(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it: text content, tool arguments as an object, older names by their newer."""
     out: dict[str, Any] = {"role": _ROLES.get(message.role, message.role)}
     content = message.content if message.content is not None else message.refusal
-    out["content"] = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    if not isinstance(content, str):
+        content = "".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content or ())
+    out["content"] = content
     for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             out[name] = value
@@ -97,6 +100,9 @@ def _check_message(index: int, message: Message) -> None:
     for name, given in called.items():
         if given and message.role != "assistant":
             raise ValidationError(f"{where} has {name}, which only the assistant makes.", param=f"{where}.{name}")
+    parts = () if isinstance(message.content, str) else message.content or ()
+    if message.role != "assistant" and any(isinstance(part, RefusalPart) for part in parts):
+        raise ValidationError(f"{where} has a refusal, which only the assistant makes.", param=f"{where}.content")
     if message.content is None and message.role != "assistant":
         raise ValidationError(f"{where} has no content.", param=where)
     if message.tool_call_id is not None and message.role != "tool":

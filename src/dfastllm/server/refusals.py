@@ -5,6 +5,8 @@ Maps dfastllm's error tree, FastAPI's validation errors and Starlette's HTTP err
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from dfastllm.server.body import MISSING, printable
 __all__ = ["error_body", "error_response", "http_refusal", "known_refusal", "validation_refusal"]
 
 _TAG = re.compile(r"(str|int|float|bool|none|(list|dict|constrained|nullable|function|literal|lax|json)\W.*|[A-Z]\w*)$")
+_QUOTED = re.compile(r"'([^']*)'")
 _INDEX = re.compile(r"\.\d+")
 _OF_BODIES = ("unknown_field", "wrong_kind", "missing_feature", "conflict")  # what `body` raises
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
@@ -78,16 +81,32 @@ def _explain(problems: Sequence[Mapping[str, Any]], content_type: str) -> Valida
         if problem["type"] in _OF_BODIES:
             return _refused(problem)
     if first["loc"] == ("body",):
+        if content_type.partition(";")[0].strip().lower().endswith("json"):
+            got = "nothing" if first["type"] == "missing" else _shown(first["input"])
+            return ValidationError(f"The body must be a JSON object, got {got}.")
         got = "" if first["type"] == "missing" else f" Got Content-Type {content_type or 'none'!r}."
         return ValidationError(f"The body must be a JSON object, sent with Content-Type: application/json.{got}")
     param = _path(first["loc"])
     if first["type"] == "missing":
         return ValidationError(f"{param} is required.", param=param)
-    if why := MISSING.get(_INDEX.sub("", param)):
-        return _not_done(param, first.get("input"), why)
-    same = [p["msg"] for p in problems if _path(p["loc"]).startswith(param)]
-    reasons = "; or ".join(dict.fromkeys(reason[:200] for reason in same))
-    return ValidationError(f"{param}: {reasons}. Got {type(first.get('input')).__name__}.", param=param)
+    path, value = _INDEX.sub("", param), first.get("input")
+    if why := MISSING.get(path) or MISSING.get(f"{path}={value}" if isinstance(value, bool) else ""):
+        return _not_done(param, value, why)
+    same = [p for p in problems if _path(p["loc"]).startswith(param)]
+    reasons = "; or ".join(dict.fromkeys(p["msg"][:200] for p in same))
+    choices = [choice for p in same if p["type"] == "literal_error" for choice in _QUOTED.findall(p["ctx"]["expected"])]
+    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) and len(value) < 80 else ()
+    hint = f"Did you mean {near[0]!r}?" if near else None
+    return ValidationError(f"{param}: {reasons}. Got {_shown(value)}.", param=param, hint=hint)
+
+
+def _shown(value: Any) -> str:
+    """A value of JSON for a message: itself where it is short, else what it is."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:79] + "…")
+    if value is None or isinstance(value, bool | int | float):
+        return f"{json.dumps(value):.80}"
+    return "a list" if isinstance(value, list) else "an object"
 
 
 def _refused(problem: Mapping[str, Any]) -> ValidationError:

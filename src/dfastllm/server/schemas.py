@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Discriminator, Field, Tag, create_model, model_validator
 
-from dfastllm.options import HINTS, Front, Hint, WireField, wire_fields
+from dfastllm.options import HINTS, SPECULATIVE_HELP, SPECULATIVE_WIRE, Front, Hint, WireField, wire_fields
 from dfastllm.server.body import Body, conflict, missing_feature
 
 __all__ = [
@@ -89,8 +89,11 @@ if TYPE_CHECKING:
 
     class StreamOptions(_StreamOptions): ...
 
+    class SpeculativeOptions(Body): ...
+
 else:
     StreamOptions = create_model("StreamOptions", __base__=_StreamOptions, **_fields("chat", "stream_options"))
+    SpeculativeOptions = create_model("SpeculativeOptions", __base__=Body, **_fields("chat", SPECULATIVE_WIRE))
 
 
 class GenerationRequest(Body):
@@ -107,6 +110,7 @@ class GenerationRequest(Body):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    speculative_config: SpeculativeOptions | None = Field(None, description=SPECULATIVE_HELP)
     return_token_ids: bool | None = Field(None, description="Choices carry token_ids too.")
     timings: bool | None = Field(
         None,
@@ -169,7 +173,8 @@ class CompletionRequest(_CompletionOptions):
     @model_validator(mode="after")
     def _no_prompt_logprobs(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise missing_feature("echo")
+            why = "echo does not go with logprobs: the log probabilities of a prompt are not computed yet."
+            raise conflict("echo", why)
         return self
 
 
@@ -210,6 +215,27 @@ class TextPart(Body):
     text: str
 
 
+class RefusalPart(Body):
+    """Of an assistant's message: it stands for its text."""
+
+    replayed: ClassVar[frozenset[str]] = TextPart.replayed
+    kind: ClassVar[str | None] = "refusal"
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _part_kind(part: Any) -> str:
+    """The name of the class that a part of a message is read as; what is neither is refused as no text."""
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "RefusalPart" if kind == "refusal" else "TextPart"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("TextPart")] | Annotated[RefusalPart, Tag("RefusalPart")], Discriminator(_part_kind)
+]
+
+
 class Message(Body):
     """One turn. What an assistant's message holds beside content and calls is taken, as clients send back whole
     answers."""
@@ -217,12 +243,12 @@ class Message(Body):
     replayed: ClassVar[frozenset[str]] = frozenset(
         {
             *("annotations", "audio", "cache_control", "parsed", "provider_specific_fields", "reasoning"),
-            *("reasoning_content", "reasoning_details", "thinking_blocks"),
+            *("reasoning_content", "reasoning_details", "thinking_blocks", "id", "status", "finish_reason"),
         }
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: list[MessageToolCall] | None = Field(None, description="An empty list counts as none.")
     tool_call_id: str | None = None
