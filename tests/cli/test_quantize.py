@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from dfastllm import assemble
 from dfastllm.cli.quantize import FORMATS as WRITTEN
 from dfastllm.convert import GGUF_FORMATS
+from dfastllm.errors import TokenizerError
 from dfastllm.models import check, save, tiny
+from dfastllm.models.gguf import write_gguf
 from dfastllm.quant import FORMATS
 from tests.kit.cli_models import write_tokenizer
 
@@ -83,6 +86,27 @@ def test_gguf(cli: Cli, source: Path, tmp_path: Path) -> None:
     assert cli("quantize", source, "--format", "gguf-q8_0", "--out", out, "--force").exit_code == 0
 
 
+def test_check_of_a_gguf_file_is_what_loading_says(cli: Cli, source: Path, tmp_path: Path) -> None:
+    file, bare = tmp_path / "m.gguf", tmp_path / "bare.gguf"
+    assert cli("quantize", source, "--format", "gguf-q4_0", "--out", file).exit_code == 0
+    assemble.load(file)
+    result = cli("check", file)
+    assert result.exit_code == 0, result.output
+    assert "It would load." in result.output
+    assert "quantised gguf-q4_0" in result.output
+    whole, found = (json.loads(cli("check", path, "--json").output) for path in (source, file))
+    assert found["loads"]
+    assert (found["parameters"], found["info"]["family"]) == (whole["parameters"], "llama")
+    write_gguf(source, bare, "F32")
+    with pytest.raises(TokenizerError) as caught:
+        assemble.load(bare)
+    report = json.loads(cli("check", bare, "--json").output)
+    assert report["problems"] == [{"code": "bad_tokenizer", "message": str(caught.value)}]
+    assert cli("check", bare).exit_code == 1
+    file.write_bytes(file.read_bytes()[:5000])
+    assert cli("check", file).exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -105,6 +129,21 @@ def test_what_is_wrong_is_named(cli: Cli, source: Path, tmp_path: Path, argument
     assert said in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_mixture_is_refused_with_ways_out(cli: Cli, tmp_path: Path) -> None:
+    """Before anything is written; the file that the refusal names is written and passes the check."""
+    directory = tmp_path / "mixture"
+    ids = write_tokenizer(directory)
+    save(tiny("qwen3_moe", ids=ids, vocab_size=260, hidden_size=32, intermediate_size=64, max_len=256), directory)
+    result = cli("quantize", directory, "--format", "w8", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "a mixture of experts" in result.stderr
+    assert "gguf-q8_0" in result.stderr
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "out.gguf"
+    assert cli("quantize", directory, "--format", "gguf-q8_0", "--out", file).exit_code == 0
+    assert cli("check", file).exit_code == 0
 
 
 def test_sources(cli: Cli, source: Path, tmp_path: Path) -> None:

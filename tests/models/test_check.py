@@ -10,6 +10,7 @@ import torch
 
 from dfastllm import models
 from dfastllm.errors import DFastLLMError, ModelLoadError, ValidationError
+from dfastllm.models.gguf import open_gguf, write_gguf
 from tests.kit import published_configs as published
 
 
@@ -130,3 +131,38 @@ def test_verdict_is_loads(sdar: Path, change: str) -> None:
     if error is not None:
         assert error.code in {p.code for p in report.problems}
         assert str(error)[:60] in str(report) or report.problems[0].message.rstrip(".") in str(error)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_gguf_file(family: str, kind: str, tmp_path: Path) -> None:
+    """The fields of a directory; memory is that of the file's blocks, float16 held as float32, a mixture at dtype."""
+    model = models.tiny(family, hidden_size=64, heads=4, intermediate_size=96, vocab_size=96)
+    report = models.check(write_gguf(model, tmp_path / "m.gguf", kind, head=kind))
+    assert report.ok, str(report)
+    with open_gguf(tmp_path / "m.gguf") as opened:
+        assert report.info == opened.info
+        assert report.tensors == len(opened.file.tensors)
+    parameters = sum(p.numel() for p in model.parameters())
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    bytes_of = {"F32": 4, "BF16": 2, "F16": 4, "Q8_0": 34 / 32, "Q4_0": 18 / 32}[kind]
+    assert report.parameters == parameters
+    packed = 4 * vectors + bytes_of * (parameters - vectors)
+    assert report.weight_bytes == (packed if family == "llama" else 2 * parameters)
+    assert report.dtype == "bfloat16"
+    assert report.kv_bytes_per_token == 2 * model.config.layers * model.config.kv_heads * model.config.head_dim * 2
+    assert report.files == 1
+    assert report.quantised == (f"gguf-{kind.lower()}" if kind.startswith("Q") else None)
+    assert models.check(tmp_path / "m.gguf", dtype="float32").kv_bytes_per_token == 2 * report.kv_bytes_per_token
+
+
+def test_a_gguf_file_that_would_not_load(tmp_path: Path) -> None:
+    path = write_gguf(models.tiny("llama"), tmp_path / "m.gguf", "F32")
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"GGUF", b"text", whole.replace(b"llama", b"lorem")):
+        path.write_bytes(damaged)
+        with pytest.raises(ModelLoadError) as caught:
+            open_gguf(path)
+        report = models.check(path)
+        assert [(p.code, p.message) for p in report.problems] == [(caught.value.code, caught.value.message)]
+        assert report.info is None

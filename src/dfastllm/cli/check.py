@@ -19,7 +19,9 @@ __all__ = ["check"]
 
 
 def check(
-    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory, or a shipped name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory, a GGUF file, or a shipped name.")
+    ],
     dtype: Annotated[
         str, typer.Option(help="Number format to count memory at: auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -43,12 +45,20 @@ def check(
 
 def _tokenizer_problems(path: Path, report: CheckReport) -> list[tuple[str, str]]:
     """What the tokenizer's own loading finds, unless the model's check has found a fault in it already."""
+    from dfastllm.quant.gguf import GgufFile
     from dfastllm.text import Tokenizer
+    from dfastllm.text.gguf import read_tokenizer
 
     if any(problem.code == TokenizerError.code for problem in report.problems):
         return []
     try:
-        tokenizer = Tokenizer.load(path)
+        if path.is_dir():
+            tokenizer = Tokenizer.load(path)
+        elif report.info is None:
+            return []
+        else:
+            with GgufFile.open(path) as file:
+                tokenizer = read_tokenizer(file.metadata)
         if report.info is not None:
             tokenizer.check_fits(report.info.vocab_size, report.info.mask_id)
     except TokenizerError as error:
@@ -69,7 +79,7 @@ def _print(report: CheckReport, problems: list[tuple[str, str]]) -> None:
     from rich.table import Table
 
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_row("directory", str(report.path))
+    facts.add_row("directory" if report.path.is_dir() else "file", str(report.path))
     if report.info is not None:
         info = report.info
         facts.add_row("family", f"{info.family} ({info.kind})")
@@ -81,7 +91,8 @@ def _print(report: CheckReport, problems: list[tuple[str, str]]) -> None:
     if report.kv_bytes_per_token is not None:
         facts.add_row("K,V", f"{report.kv_bytes_per_token / 1024:,.2f} KiB per token")
     if report.tensors is not None:
-        facts.add_row("files", f"{report.tensors} tensors in {report.files} safetensors file(s)")
+        kind = "safetensors" if report.path.is_dir() else "GGUF"
+        facts.add_row("files", f"{report.tensors} tensors in {report.files} {kind} file(s)")
     screen = console()
     screen.print(facts)
     for note in report.notes:

@@ -102,7 +102,8 @@ def quantise_model(
     Memory: the largest tensor and its rounding; with calibration one layer in float32 (and, for GPTQ, its gram
     matrices) and the hidden states of the samples. Raises ValidationError when `out` has files and `force` is not
     given, or is the source; UnsupportedError for a mixture of experts, which nothing would serve, and for matrices that
-    the format's groups do not divide (before anything is written); CheckpointError naming a tensor with NaN or infinity; and as loading and calibrating do.
+    the format's groups do not divide (before anything is written); CheckpointError naming a tensor with NaN or
+    infinity; and as loading and calibrating do.
     """
     begun = time.monotonic()
     directory = Path(out)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import ModelLoadError, UnsupportedError
+from dfastllm.errors import DFastLLMError, ModelLoadError, UnsupportedError
 from dfastllm.models.checkpoint import compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
+from dfastllm.models.gguf.load import open_gguf
 from dfastllm.models.headers import TensorEntry, inventory
 from dfastllm.models.ids import tokenizer_size
 from dfastllm.models.pack import require_packable
 from dfastllm.quant.checkpoint import Stored, stored
+from dfastllm.quant.gguf.types import FLOATS
 
 __all__ = ["CheckReport", "Problem", "check"]
 
@@ -31,11 +34,11 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a directory holds. Fields are None where a problem keeps them from being known.
+    """What a directory or GGUF file holds. Fields are None where a problem keeps them from being known.
 
     weight_bytes: memory of the parameters at `dtype`, of quantised ones as stored; kv_bytes_per_token: K,V of all
-    layers at `dtype`. notes: oddities that do not keep it from loading. quantised: config.json's format, None for a
-    float checkpoint.
+    layers at `dtype`. notes: oddities that do not keep it from loading. quantised: config.json's format, or the type
+    that most of a GGUF file's parameters have (gguf-q4_k); None for a float checkpoint.
     """
 
     path: Path
@@ -75,14 +78,19 @@ class CheckReport:
 
 
 def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckReport:
-    """Look at a Hugging Face directory as `load(path, dtype=dtype)` would, and report instead of raising.
+    """Look at a Hugging Face directory or a GGUF file as loading it with this dtype would, and report instead of
+    raising.
 
     Raises ValidationError only for a dtype that is none of float32, bfloat16, float16.
     """
     directory = Path(path)
     wanted = None if dtype is None else named_dtype(dtype)
+    if directory.is_file():
+        return _check_gguf(directory, torch.bfloat16 if wanted is None else wanted)
     if not directory.is_dir():
-        return CheckReport(directory, (Problem(ModelLoadError.code, f"{directory} is not a directory."),))
+        return CheckReport(
+            directory, (Problem(ModelLoadError.code, f"{directory} is neither a directory nor a file."),)
+        )
     problems: list[Problem] = []
     found: dict[str, TensorEntry] | None = None
     described = None
@@ -134,6 +142,41 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
     )
 
 
+def _check_gguf(path: Path, dtype: torch.dtype) -> CheckReport:
+    try:
+        opened = open_gguf(path)
+    except DFastLLMError as error:
+        return CheckReport(path, (Problem(error.code, error.message),), files=1)
+    with opened:
+        model = skeleton(opened.config, opened.info, dtype)
+        parameters = dict(model.named_parameters())
+        sizes: Counter[str] = Counter()
+        held = 0
+        for own, source in opened.sources.items():
+            size, tensor = parameters[own].numel(), source.tensor
+            sizes[tensor.type.name] += size
+            widened = tensor.type.name == "F16" or len(tensor.shape) == 1
+            held += 4 * size if widened else tensor.nbytes * (source.stop - source.start) // tensor.shape[0]
+        try:
+            require_packable(model.program, opened.info.name)
+        except UnsupportedError:  # the plain model, its weights expanded
+            held = sum(parameter.nbytes for parameter in parameters.values())
+        kind = sizes.most_common(1)[0][0]
+        return CheckReport(
+            path,
+            (),
+            notes=tuple(_endless(opened.info)),
+            info=opened.info,
+            dtype=str(dtype).removeprefix("torch."),
+            parameters=sizes.total(),
+            weight_bytes=held,
+            kv_bytes_per_token=_kv_bytes(model, dtype),
+            tensors=len(opened.file.tensors),
+            files=1,
+            quantised=None if kind in FLOATS else f"gguf-{kind.lower()}",
+        )
+
+
 def _weight_bytes(model: Decoder, family: Family, weights: dict[str, Stored]) -> int:
     total = 0
     for own, parameter in model.named_parameters():
@@ -169,6 +212,8 @@ def _notes(directory: Path, info: ModelInfo) -> list[str]:
     notes = []
     if not (directory / "tokenizer.json").is_file():
         notes.append("no tokenizer.json: the model takes token ids only.")
-    if not info.eos_ids:
-        notes.append("no end-of-text id known: texts end only at their token limit.")
-    return notes
+    return notes + _endless(info)
+
+
+def _endless(info: ModelInfo) -> list[str]:
+    return [] if info.eos_ids else ["no end-of-text id known: texts end only at their token limit."]
