@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dfastllm.core import DecodeParams, FinishReason, SamplingParams
+from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.errors import CancelledError, ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
+from dfastllm.errors import (
+    CancelledError,
+    ModelLoadError,
+    ModelNotFoundError,
+    TokenizerError,
+    UnsupportedError,
+    ValidationError,
+)
 from dfastllm.llm import LLM, load_engine, resolve, shipped_models, split_choices
 from dfastllm.models import save, tiny
 
@@ -154,3 +163,47 @@ def test_a_dict_in_place_of_the_options_is_refused_by_what_was_wanted(canvas: LL
         with pytest.raises(ValidationError, match=f"{param} must be {wanted}, got dict") as refused:
             call()
         assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("model", "own", "param", "said"),
+    [
+        ("demo-block", {"cache": "dual"}, "cache", "of kind block"),
+        ("demo-block", {"block_length": 3}, "block_length", "of kind block"),
+        ("demo-ar", {"steps": 4}, "steps", "of kind ar"),
+        ("demo-diffusion", {"rule": "nope"}, "rule", "rule 'nope' is unknown"),
+        ("demo-diffusion", {"n": 2}, "n", "has no option 'n'"),
+        ("demo-diffusion", {"treshold": 0.9}, "treshold", "Did you mean 'threshold'"),
+        ("demo-diffusion", {"mode": "quick"}, "mode", "mode must be one of"),
+    ],
+)
+def test_defaults_that_cannot_serve_are_refused_when_the_model_is_loaded(
+    tmp_path: Path, model: str, own: dict[str, Any], param: str, said: str
+) -> None:
+    directory = with_defaults(tmp_path, model, own)
+    with pytest.raises(ModelLoadError, match=said) as refused:
+        load_engine(directory)
+    assert refused.value.param == param
+    assert str(directory / "generation_config.json") in str(refused.value)
+
+
+def test_a_mode_of_the_models_file_is_honoured(tmp_path: Path) -> None:
+    engine = load_engine(with_defaults(tmp_path, "demo-diffusion", {"mode": "turbo", "threshold": 0.8}))
+
+    def chosen(**decode: Any) -> Any:
+        return engine.admit(Request("r", (20,), decode=DecodeParams(**decode))).state.policy.choice
+
+    plain = chosen()
+    assert (plain.rule, plain.options["threshold"], plain.block_length) == ("threshold", 0.8, 64)
+    assert plain.options["max_parallel_tokens"] == 64
+    streaming = chosen(mode="streaming")  # the request's own displaces the file's
+    assert (streaming.block_length, streaming.options["threshold"], streaming.provisional) == (8, 0.9, True)
+    assert chosen(block_length=16).block_length == 16
+
+
+def with_defaults(tmp_path: Path, model: str, own: dict[str, Any]) -> Path:
+    """A copy of a shipped model that says `own` of the options of a request."""
+    directory = tmp_path / model
+    shutil.copytree(resolve(model), directory)
+    (directory / "generation_config.json").write_text(json.dumps({"do_sample": False, "dfastllm": own}))
+    return directory

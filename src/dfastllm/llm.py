@@ -39,7 +39,14 @@ from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
 from dfastllm.engine.speculate.canvas import DraftCanvas
 from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
-from dfastllm.errors import ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
+from dfastllm.errors import (
+    ContextLengthError,
+    ModelLoadError,
+    ModelNotFoundError,
+    TokenizerError,
+    UnsupportedError,
+    ValidationError,
+)
 from dfastllm.models import load
 from dfastllm.settings import Settings
 from dfastllm.text import ChatTemplates, Tokenizer, read_text
@@ -147,7 +154,7 @@ def load_engine(
     if draft is not None:
         choose = functools.partial(policy_for, scorer=_scorer(draft, built.info, device, dtype))
     configs = configs if built.info.kind == "ar" else ()
-    return Engine(
+    engine = Engine(
         built,
         tokenizer,
         config,
@@ -157,6 +164,27 @@ def load_engine(
         drafters=_drafters(configs, loaded, device, config or EngineConfig()),
         speculative=configs[0].params if configs else None,
     )
+    _check_defaults(engine, path)
+    return engine
+
+
+def _check_defaults(engine: Engine, path: Path) -> None:
+    """What the model's file says of requests must serve one that says nothing itself. Raises ModelLoadError naming the
+    file, the option and the model's kind."""
+    info = engine.info
+    if not info.defaults:
+        return
+    try:
+        engine.admit(Request("defaults", (int(info.mask_id == 0),)))
+    except ContextLengthError:  # of a very short context or few K,V: not what the file says
+        return
+    except (ValidationError, UnsupportedError) as error:
+        where = path / "generation_config.json" if path.is_dir() else path
+        raise ModelLoadError(
+            f"{where}: {error.param} does not serve this model, of kind {info.kind}: {error}",
+            param=error.param,
+            hint=error.hint,
+        ) from error
 
 
 def _speculation(given: Speculation) -> tuple[SpeculativeConfig, ...]:

@@ -372,7 +372,8 @@ class SamplingParams:
         " not part of the output. A number that does not fit the context is refused.",
         low=1,
         kinds={"diffusion": 128, "block": 128},
-        default_help="what the context leaves; for a canvas 128 of it at most",
+        default_help="what the context leaves; for a canvas 128 of it at most, or as many as the steps given to blocks "
+        "of a given length can fill",
         wire=(
             Wire("max_tokens"),
             Wire("max_completion_tokens", ("chat",), help="The newer name of max_tokens."),
@@ -452,7 +453,8 @@ class DecodeParams:
         low=1,
         applies="canvas",
         kinds={"diffusion": 32},
-        default_help="32; the model's own block for block diffusion; the whole canvas for rule dream",
+        default_help="32, wider for fewer steps, the last one shorter where the context ends; the model's own block "
+        "for block diffusion; the whole canvas for rule dream",
     )
     remasking: Remasking = option("low_confidence", "Order of the fixed schedule.", applies="canvas")
     threshold: float | None = option(
@@ -622,9 +624,10 @@ def kind_defaults(kind: str) -> Mapping[str, Any]:
     return types.MappingProxyType({row.name: row.kinds[kind] for row in OPTIONS if kind in row.kinds})
 
 
-def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that a model's generation_config.json sets: sampling options by the names they have there, further
-    options of ours under the key "dfastllm"; do_sample false means temperature 0. Raises ValidationError."""
+def generation_defaults(config: Mapping[str, Any], kind: str = "") -> dict[str, Any]:
+    """The defaults that the generation_config.json of a model of this kind sets: sampling options by the names they
+    have there, further options of ours under the key "dfastllm"; do_sample false means temperature 0. Raises
+    ValidationError, also for an option that an autoregressive model cannot take and for n, which is the caller's."""
     found: dict[str, Any] = {}
     for row in OPTIONS:
         value = config.get(row.generation) if row.generation else None
@@ -633,9 +636,18 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("do_sample") is False:
         found["temperature"] = 0.0
     own = config.get("dfastllm", {})
-    rows = {row.name: row for row in OPTIONS if row.group in ("sampling", "decode")}
-    if not isinstance(own, Mapping) or own.keys() - rows.keys():
-        raise ValidationError(f"dfastllm must hold options of {', '.join(rows)}, got {own!r:.200}.", param="dfastllm")
+    rows = {row.name: row for row in OPTIONS if row.group in ("sampling", "decode") and row.name != "n"}
+    if not isinstance(own, Mapping):
+        raise ValidationError(f"dfastllm must be an object of options, got {own!r:.80}.", param="dfastllm")
+    for name in own:
+        if name not in rows:
+            near = difflib.get_close_matches(name, rows, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(rows)}."
+            raise ValidationError(f"dfastllm has no option {name!r}. {hint}", param=name)
+        if kind == "ar" and rows[name].applies == "canvas":
+            raise ValidationError(
+                f"dfastllm.{name} is an option of diffusion models; this model is of kind ar.", param=name
+            )
     return found | {name: rows[name].check(value) for name, value in own.items()}
 
 

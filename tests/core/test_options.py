@@ -87,9 +87,17 @@ def test_generation_config() -> None:
     assert generation_defaults({"dfastllm": {"cache": "none", "threshold": 0.8}}) == {"cache": "none", "threshold": 0.8}
     for defaults in ({"temperature": 0.0, "cache": "none"}, {"temperature": 0.7, "max_tokens": 5}, {}):
         assert generation_defaults(generation_config(defaults)) == defaults
-    for bad in ({"top_p": 2}, {"temperature": "hot"}, {"dfastllm": {"cashe": "dual"}}, {"dfastllm": 3}):
+    for bad in ({"top_p": 2}, {"temperature": "hot"}, {"dfastllm": {"cache": "dul"}}, {"dfastllm": 3}):
         with pytest.raises(ValidationError):
             generation_defaults(bad)
+    for name, said in (("cashe", "Did you mean 'cache'"), ("zzz", "Known: "), ("n", "has no option 'n'")):
+        with pytest.raises(ValidationError, match=said) as refused:
+            generation_defaults({"dfastllm": {name: 2}}, "diffusion")
+        assert refused.value.param == name
+    own = {"dfastllm": {"cache": "none", "top_k": 3}}
+    assert generation_defaults(own, "diffusion") == own["dfastllm"]
+    with pytest.raises(ValidationError, match=r"dfastllm\.cache is an option of diffusion models.* of kind ar"):
+        generation_defaults(own, "ar")
 
 
 @pytest.mark.parametrize("row", OPTIONS, ids=lambda row: row.name)

@@ -245,6 +245,20 @@ def test_the_models_own_defaults_of_a_canvas() -> None:
     assert chosen(options={"early_stop_confidence": 0.5}).options["max_parallel_tokens"] == 3
 
 
+def test_a_mode_of_the_models_own_is_behind_its_other_defaults() -> None:
+    own = {"mode": "turbo", "factor": 2.0, "options": {"max_parallel_tokens": 3}}
+
+    def chosen(**fields: Any) -> Any:
+        decode = DecodeParams(**fields)
+        return admitted("diffusion", ask(max_tokens=64, decode=decode), defaults=own).state.policy.choice
+
+    plain = chosen()
+    assert (plain.rule, plain.options["factor"], plain.block_length) == ("factor", 2.0, 64)
+    assert (plain.options["max_parallel_tokens"], plain.options["early_stop_confidence"]) == (3, 0.9)
+    assert (chosen(mode="fast").block_length, chosen(mode="fast").rule) == (32, "threshold")
+    assert chosen(rule="entropy_bound").rule == "entropy_bound"
+
+
 def test_an_engines_speculation_is_for_those_who_say_nothing() -> None:
     model = tiny("llama")
     made = Engine(model, speculative=SpeculativeParams("ngram"))

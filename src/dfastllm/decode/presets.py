@@ -1,7 +1,8 @@
 """Presets of the decoder's options, as data, and the completion of what a request leaves open.
 
 A request that gives nothing decodes as its model's generation_config.json and its kind say (`options.kind_defaults`);
-one that names a `mode` takes the preset's fields first. What it gives itself always wins.
+one that names a `mode` takes the preset's fields first. What it gives itself always wins. A `mode` of
+generation_config.json stands behind the other fields there, and gives way to the request's.
 """
 
 from __future__ import annotations
@@ -40,17 +41,19 @@ def complete(decode: DecodeParams, model: ModelInfo) -> DecodeParams:
     a demand from a default. A rule that is chosen, by whatever field, displaces the choice of the layers behind it."""
     if decode.mode is None and not model.defaults:
         return resolved(decode, kind_defaults(model.kind))
-    preset = PRESETS[decode.mode] if decode.mode is not None else {}
+    mode = decode.mode or model.defaults.get("mode")
+    preset = PRESETS[mode] if mode is not None else {}
     if model.kind == "block":
         preset = {name: value for name, value in preset.items() if name not in NATIVE}
     layers: list[Mapping[str, Any]] = []
     chosen = not decode.given.isdisjoint(RULE)
-    for layer in (preset, model.defaults):
+    for layer in (preset, model.defaults) if decode.mode is not None else (model.defaults, preset):
         layers.append({name: value for name, value in layer.items() if not (chosen and name in RULE)})
         chosen = chosen or not layer.keys().isdisjoint(RULE)
     done = resolved(decode, *layers, kind_defaults(model.kind))
     options = [layer["options"] for layer in layers if "options" in layer]
-    if options and decode.options:  # single options of the rule win over those of a layer one by one
+    joined = decode.mode is None and len(options) > 1  # the model's own, and those of its own mode
+    if options and (decode.options or joined):  # single options of the rule win over those of a layer one by one
         done = copy.copy(done)
         vars(done)["options"] = {name: value for o in (*reversed(options), decode.options) for name, value in o.items()}
     return done

@@ -112,7 +112,7 @@ def read_model(
     block = fields.get(family.block[0], int, family.block[1]) if family.block else None
     edit = fields.get(EDIT_FIELD, bool, False)
     info = describe(family.name, config, ids, name=name or directory.resolve().name, block=block, edit=edit)
-    return family, config, replace(info, defaults=read_defaults(directory))
+    return family, config, replace(info, defaults=read_defaults(directory, info.kind))
 
 
 def quant_config(directory: Path) -> QuantConfig | None:

@@ -60,12 +60,12 @@ def with_fallbacks(known: Ids, published: Ids, vocab_size: int) -> Ids:
     )
 
 
-def read_defaults(directory: Path) -> dict[str, Any]:
+def read_defaults(directory: Path, kind: str) -> dict[str, Any]:
     """What generation_config.json says of the options of a request, by our names. Raises ModelLoadError for a value
-    that no request could ask for."""
+    that no request could ask for, or none to a model of this kind."""
     generation = _optional(directory / "generation_config.json")
     try:
-        return generation_defaults(generation.raw)
+        return generation_defaults(generation.raw, kind)
     except ValidationError as error:
         raise ModelLoadError(f"{directory / generation.where}: {error}", param=error.param) from error
 
