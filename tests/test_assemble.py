@@ -61,8 +61,11 @@ def test_packed_and_plain_give_the_same_greedy_tokens() -> None:
     ],
 )
 def test_what_cannot_go_together_is_named(options: dict[str, str], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         assemble.load(DEMO, **options)  # type: ignore[arg-type]
+    if "quantization" in options and error is UnsupportedError:
+        assert caught.value.hint == "Load a float checkpoint, without quantization."
+        assemble.load(DEMO, **{**options, "quantization": None})  # type: ignore[arg-type]
 
 
 def test_engine_options_are_checked() -> None:

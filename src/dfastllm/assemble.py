@@ -189,7 +189,7 @@ def _packed_is_right(
         raise UnsupportedError(
             f"quantised weights are computed by the native backend, which serves {serves}.",
             param=param,
-            hint="Load the float checkpoint.",
+            hint="Load a float checkpoint, without quantization.",
         )
     if backend == "native":
         raise UnsupportedError(f"backend native serves {serves}.", param=param, hint="Use backend torch.")
