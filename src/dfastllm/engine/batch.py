@@ -84,7 +84,7 @@ def pack(items: Items, block_size: int = BLOCK) -> Step:
     _fill_masks(step, masks)
     if f.want:
         put(f.want, step.want)
-        step.want[:] += row0.repeat(f.asked).astype(np.int32)
+        np.add(step.want, row0.repeat(f.asked), out=step.want, casting="unsafe")
     return step
 
 

@@ -157,7 +157,7 @@ class Live:
         stop = min(state.stable, ends.last)
         while self.shown < stop and self.ended is None:
             token = state.tokens[self.shown]
-            if ends.reason(self.shown, token) is FinishReason.STOP:
+            if token in ends.ids and ends.reason(self.shown, token) is FinishReason.STOP:
                 self.ended = token
                 break
             out[self.shown] = token

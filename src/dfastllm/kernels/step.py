@@ -73,27 +73,33 @@ class Step:
             )
         if len(words) < HEADER or words[0] != MAGIC:
             raise ValidationError("the step is of another version, or no step at all.", param="step")
-        _, rows, spans, blocks, own_blocks, wanted, mask_words, self.block_size = words[:8].tolist()
+        _, rows, spans, blocks, own_blocks, wanted, mask_words, block_size = words[:8].tolist()
         sizes = [rows] * len(_ROW_ARRAYS) + [wanted, SPAN_WORDS * spans, blocks, own_blocks, mask_words]
         if min(sizes) < 0 or len(words) != HEADER + sum(sizes):
             raise ValidationError(
                 f"the step is cut or too long: {len(words)} words, wanted {HEADER + sum(sizes)}.", param="step"
             )
-        self.words = words
+        self._lay(words, rows, spans, blocks, own_blocks, wanted, block_size)
+
+    def _lay(
+        self, words: Ints, rows: int, spans: int, blocks: int, own_blocks: int, wanted: int, block_size: int
+    ) -> None:
+        """Lay the arrays over words of these counts."""
+        self.words, self.block_size = words, block_size
         self._native: Any = None
-        at = HEADER
-        for name in _ROW_ARRAYS:
-            setattr(self, name, words[at : at + rows])
-            at += rows
-        self.want: Ints = words[at : at + wanted]
-        at += wanted
-        self.spans: Ints = words[at : at + SPAN_WORDS * spans].reshape(-1, SPAN_WORDS)
-        at += SPAN_WORDS * spans
-        self.blocks: Ints = words[at : at + blocks]
-        at += blocks
-        self.own_blocks: Ints = words[at : at + own_blocks]
-        at += own_blocks
-        self.mask: NDArray[np.uint8] = words[at:].view(np.uint8)
+        at = [HEADER + rows * i for i in range(len(_ROW_ARRAYS) + 1)]
+        self.ids, self.positions = words[at[0] : at[1]], words[at[1] : at[2]]
+        self.slot, self.own_slot = words[at[2] : at[3]], words[at[3] : at[4]]
+        self.cached_limit, self.own_limit = words[at[4] : at[5]], words[at[5] : at[6]]
+        self.adapter = words[at[6] : at[7]]
+        facts = at[7] + wanted
+        tables = facts + SPAN_WORDS * spans
+        own = tables + blocks
+        self.want: Ints = words[at[7] : facts]
+        self.spans: Ints = words[facts:tables].reshape(spans, SPAN_WORDS)
+        self.blocks: Ints = words[tables:own]
+        self.own_blocks: Ints = words[own : own + own_blocks]
+        self.mask: NDArray[np.uint8] = words[own + own_blocks :].view(np.uint8)
 
     @classmethod
     def blank(
@@ -111,8 +117,10 @@ class Step:
         mask_words = -(-mask // 4)
         total = HEADER + rows * len(_ROW_ARRAYS) + wanted + SPAN_WORDS * spans + blocks + own_blocks + mask_words
         words = np.zeros(total, dtype=np.int32)
-        words[:8] = (MAGIC, rows, spans, blocks, own_blocks, wanted, mask_words, block_size)
-        return cls(words)
+        struct.pack_into("8i", words.data, 0, MAGIC, rows, spans, blocks, own_blocks, wanted, mask_words, block_size)
+        step = cls.__new__(cls)
+        step._lay(words, rows, spans, blocks, own_blocks, wanted, block_size)
+        return step
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any], block_size: int = BLOCK) -> Step:

@@ -347,7 +347,8 @@ def ending(seq: SequenceState, state: CanvasState, changed: Mapping[int, int], f
     tokens, visible = seq.tokens, min(layout.stop, ends.last)
     if end is None:
         for p in range(max(seq.stable, layout.start), min(firm, visible)):
-            if ends.reason(p, changed.get(p, tokens[p])) is FinishReason.STOP:
+            token = changed.get(p, tokens[p])
+            if token in ends.ids and ends.reason(p, token) is FinishReason.STOP:  # most are no ending token
                 end = p + 1
                 break
     stable = max(seq.stable, min(firm, visible if end is None else end))
