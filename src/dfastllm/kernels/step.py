@@ -163,6 +163,11 @@ class Step:
                 raise ValidationError(str(error), param="step") from error
         return self._native
 
+    def check_ids(self, rows: int) -> None:
+        """Raises ValidationError for an id without one of so many embedding rows."""
+        if (most := self.ids.max(initial=-1)) >= rows:
+            raise ValidationError(f"the step has id {most}; this model has {rows} embedding rows.", param="step")
+
     def check(self, cache_blocks: int, own_blocks: int = 0) -> None:
         """Raises ValidationError unless its rows, limits and masks fit its spans and its blocks and slots lie in caches
         of so many blocks: what the native kernels check by themselves."""

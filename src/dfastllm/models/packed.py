@@ -181,6 +181,7 @@ class PackedDecoder:
         return linear.prepare(hidden, act_kind(self.head_weights.format))
 
     def _run_plain(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
+        step.check_ids(self.embed.n)
         x = linear.weight_rows(self.embed, torch.from_numpy(step.ids).long()) * self.program.embed_factor
         positions, want = torch.from_numpy(step.positions).float(), torch.from_numpy(step.want).long()
         tables = []

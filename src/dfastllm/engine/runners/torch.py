@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.kv import SlotCache
 from dfastllm.kernels.rows import DenseRows, Rows
 from dfastllm.kernels.step import SPAN_WORDS
@@ -85,10 +85,7 @@ class TorchRunner:
         if step.adapter.any():
             raise UnsupportedError("the torch runner has no adapters.", param="adapter")
         step.check(-(-self.kv.slots // self.block_size), len(step.own_blocks))
-        if (most := step.ids.max(initial=-1)) >= self.info.vocab_size:
-            raise ValidationError(
-                f"the step has id {most}; this model has {self.info.vocab_size} embedding rows.", param="step"
-            )
+        step.check_ids(self.info.vocab_size)
         plan = _Plan.of(step, self.device, self.min_rows)
         hidden = self.model(plan.ids, plan.positions, self._attend(plan))
         wanted = len(step.want)
