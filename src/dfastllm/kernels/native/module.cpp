@@ -1,5 +1,5 @@
-// The extension module. Addresses come as integers: the caller (dfastllm.kernels) keeps the memory alive and has checked
-// shapes, dtypes and contiguity.
+// The extension module. Steps, K,V and the weights of a forward come as arrays, checked where they cross (arrays.h); single
+// linear calls (bind_linear.cpp) take addresses: there dfastllm.kernels keeps the memory alive and has checked it.
 #include <nanobind/nanobind.h>
 
 #include "gil.h"
