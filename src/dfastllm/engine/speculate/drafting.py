@@ -1,8 +1,8 @@
 """Drafting: the stage of a step that asks drafters what may follow, before the spans are planned.
 
 Which drafter serves a request is the request's choice (or the engine's default). How many tokens it may propose follows
-from what the request can still use and, unless it asks for a fixed length, from what pays (`length`) or, where the length
-decides which tokens come, from its own history (`decode.draft.history`). Drafts are written into
+from what the request can still use and, unless it asks for a fixed length, from what pays (`length`) or, where the
+length decides which tokens come, from its own history (`decode.draft.history`). Drafts are written into
 `SequenceState.draft`; the policy verifies them.
 """
 
