@@ -18,11 +18,13 @@ import tokenizers
 from dfastllm.errors import TokenizerError, ValidationError
 from dfastllm.text.chat import ChatTemplates
 from dfastllm.text.files import read_json, read_text
+from dfastllm.text.reach import reach
 
 __all__ = ["Tokenizer"]
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "sep_token", "cls_token")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_LONG = 1 << 14  # characters; see `encode`
 
 
 class Tokenizer:
@@ -32,6 +34,7 @@ class Tokenizer:
     eos_ids      every id that ends a text: the config's eos_token first, then those of generation_config.json.
     special_ids  ids that `decode(skip_special=True)` leaves out.
     byte_ids     ids of SentencePiece byte-fallback tokens (<0x00>..<0xFF>), empty for other tokenizers.
+    reach        how much text a token stands for at most; None where that cannot be told.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class Tokenizer:
             raise TokenizerError("The tokenizer has an empty vocabulary.", hint="Use the tokenizer.json of the model.")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-        fallback = '"ByteFallback"' in json.dumps(json.loads(backend.to_str())["decoder"])
+        spec = json.loads(backend.to_str())
+        self.reach = reach(spec)
+        fallback = '"ByteFallback"' in json.dumps(spec["decoder"])
         self.byte_ids = (
             frozenset(i for t, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(t)) if fallback else frozenset()
         )
@@ -102,7 +107,10 @@ class Tokenizer:
         around a text (usually BOS); leave it off for a rendered chat template, which writes them itself. Raises
         ValidationError for text with lone surrogates."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special).ids
+            if len(text) > _LONG:  # the library lets other threads run while it encodes a batch, and only then
+                ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
+            else:
+                ids = self.backend.encode(text, add_special_tokens=add_special).ids
         except TypeError as error:  # what the library says of lone surrogates, and of what is no text
             if not isinstance(text, str):
                 raise
@@ -113,6 +121,10 @@ class Tokenizer:
                 hint="Its tokenizer.json is damaged or of another model.",
             ) from error
         return ids
+
+    def fewest(self, text: str) -> int:
+        """A number of tokens that `text` has at least, told without encoding it; 0 where it cannot be told."""
+        return 0 if self.reach is None else self.reach.fewest(text)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`. Bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary decode to nothing."""
