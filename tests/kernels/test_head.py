@@ -16,6 +16,7 @@ from dfastllm.kernels.extension import native, set_threads, threads
 from dfastllm.kernels.linear import head_stats, linear, pack, softcap
 from dfastllm.kernels.linear_plain import stats_of
 from dfastllm.kernels.packed import Packed, QTensor
+from dfastllm.kernels.token_set import TokenSet
 
 needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
 
@@ -177,3 +178,86 @@ def test_a_cap_hides_nothing_that_is_not_finite(value: float) -> None:
     stats, logits = head_stats(x, weight, cap=30.0), linear(x, weight)
     assert stats.finite.tolist() == [True, False, True]
     assert torch.isfinite(softcap(logits, 30.0).sum(1)).tolist() == [True, False, True]
+
+
+def random_set(kind: str, n: int, best: int, draw: torch.Generator) -> TokenSet | None:
+    """A set of ids of a row whose best logit is `best`."""
+    some = torch.randint(0, n, (min(n, 5),), generator=draw).tolist()
+    match kind:
+        case "none":
+            return None
+        case "empty":
+            return TokenSet((), n)
+        case "best":
+            return TokenSet([best], n)
+        case "some":
+            return TokenSet([*some, *some, best], n)  # duplicates count once
+        case "allowed":
+            return TokenSet.outside(some, n)
+        case "all but one":
+            return TokenSet.outside([some[0]], n)
+        case _:
+            return TokenSet(range(n), n)
+
+
+KINDS = ("none", "empty", "best", "some", "allowed", "all but one", "all")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(CASES),
+    st.lists(st.sampled_from(KINDS), min_size=1, max_size=70),
+    st.sampled_from([1, 2, 63, 64, 65, 1023, 1025, 2500]),
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 3),
+    st.sampled_from([0, 4]),
+    st.integers(1, 4),
+)
+def test_barred_ids_change_the_choice_alone(
+    case: tuple[str, bool], kinds: list[str], n: int, seed: int, size: float, bans: int, topk: int, count: int
+) -> None:
+    """Against the logits that `linear` gives, and the same call without barred ids. size 0: all logits are ties."""
+    draw, rows = torch.Generator().manual_seed(seed), len(kinds)
+    weight, x = pack(random_qtensor(case[0], n, 64, mins=case[1], seed=seed)), torch.randn(rows, 64, generator=draw)
+    x *= size
+    ban = tuple(torch.randint(0, n, (bans,), generator=draw).tolist())
+    left = linear(x, weight).numpy()
+    left[:, list(ban)] = -np.inf
+    sets = [random_set(kind, n, int(left[r].argmax()), draw) for r, kind in enumerate(kinds)]
+    for r, ids in enumerate(sets):
+        left[r, [i for i in range(n) if ids is not None and i in ids]] = -np.inf
+    before = threads()
+    try:
+        set_threads(count)
+        got = head_stats(x, weight, ban=ban, barred=sets, entropy=True, topk=topk)
+    finally:
+        set_threads(before)
+    best = left.max(axis=1)
+    np.testing.assert_array_equal(got.choice, np.where(best > -np.inf, left.argmax(axis=1), -1))
+    np.testing.assert_array_equal(got.choice_logit, best)
+    without = head_stats(x, weight, ban=ban, entropy=True, topk=topk)
+    for name in HeadStats.__slots__:
+        if not name.startswith("choice"):
+            assert np.array_equal(getattr(got, name), getattr(without, name)), name
+    assert np.array_equal(without.choice, without.token)
+    assert np.array_equal(without.choice_logit, without.top)
+
+
+def test_a_choice_from_a_row_that_is_not_finite() -> None:
+    weight, x = pack(random_qtensor("f32", 130, 64)), torch.randn(3, 64)
+    x[1, 5] = torch.nan
+    stats = head_stats(x, weight, barred=[TokenSet([3], 130)] * 3)
+    assert stats.finite.tolist() == [True, False, True]
+    assert stats.choice[1] == -1
+    assert np.isnan(stats.choice_logit).tolist() == [False, True, False]
+
+
+def test_a_bad_set_is_named() -> None:
+    weight, x = pack(random_qtensor("w8g", 70, 64)), torch.randn(2, 64)
+    with pytest.raises(ValidationError, match=r"ids of a set must be 0 to 69, got \[70, -1\]"):
+        TokenSet([3, 70, -1], 70)
+    with pytest.raises(ValidationError, match="a set for each of 2 rows, got 1"):
+        head_stats(x, weight, barred=[TokenSet([3], 70)])
+    with pytest.raises(ValidationError, match="sets must be of 70 ids, got one of 71"):
+        head_stats(x, weight, barred=[None, TokenSet([3], 71)])

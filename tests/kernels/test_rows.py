@@ -10,6 +10,7 @@ import torch
 
 from dfastllm.decode.records import token_logprob
 from dfastllm.kernels.rows import DenseRows, RowStats
+from dfastllm.kernels.token_set import TokenSet
 
 torch.set_num_threads(1)
 
@@ -47,6 +48,33 @@ def test_ties_go_to_the_lowest_id() -> None:
     stats = DenseRows(values).stats(ban=(0,), top=4)
     assert stats.token.tolist() == [3, 8]
     assert stats.ids.tolist() == [[3, 5, 1, 2], [8, 1, 2, 3]]
+
+
+def test_barred_ids_are_not_chosen_and_stay_in_the_distribution() -> None:
+    values = logits(4, 53)
+    best = values.argmax(dim=-1).tolist()
+    sets = [TokenSet([best[0]], 53), None, TokenSet.outside([7, 9], 53), TokenSet([best[3], 4], 53)]
+    rows = DenseRows(values.clone())
+    stats = rows.stats(ban=(4,), barred=sets, norm=True, spread=True, top=5)
+    plain = rows.stats(ban=(4,), norm=True, spread=True, top=5)
+    left = values.clone()
+    left[:, 4] = left[0, best[0]] = left[3, best[3]] = -torch.inf
+    left[2, [i for i in range(53) if i not in (7, 9)]] = -torch.inf
+    assert stats.token.tolist() == left.argmax(dim=-1).tolist()
+    assert stats.best.tolist() == left.amax(dim=-1).tolist()
+    for name in ("finite", "norm", "entropy", "margin", "ids", "logits"):
+        assert np.array_equal(getattr(stats, name), getattr(plain, name)), name
+    assert torch.equal(rows.logits(), values)
+
+
+def test_a_set_is_its_ids() -> None:
+    ids = TokenSet([0, 63, 64, 63, 129], 130)
+    assert (len(ids), ids.size, len(ids.words)) == (4, 130, 3)
+    assert [i for i in range(-70, 200) if i in ids] == [0, 63, 64, 129]
+    other = TokenSet.outside([0, 5], 130)
+    assert [i for i in range(130) if i not in other] == [0, 5]
+    assert [i for i in range(130) if i not in (ids | other)] == [5]
+    assert ids.tensor(torch.device("cpu")).tolist() == [0, 63, 64, 129]
 
 
 def test_banned_ids_come_last_and_the_logits_stay() -> None:

@@ -21,7 +21,7 @@ from dfastllm.bench.measure import Spread, spread
 from dfastllm.core import DecodeParams, ModelInfo, Request, SamplingParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.kernels import native
-from dfastllm.kernels.rows import Rows, RowStats
+from dfastllm.kernels.rows import Barred, Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
 
 __all__ = ["NullModel", "NullRunner", "step_overhead"]
@@ -72,7 +72,7 @@ class NullRows(Rows):
     def _logits(self) -> Any:
         raise NotImplementedError("the null forward serves greedy requests; they need no logits.")
 
-    def _stats(self, ban: tuple[int, ...], norm: bool, spread: bool, top: int) -> RowStats:
+    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
         t, n = self._table, self.count
         return RowStats(t.token[:n], t.best[:n], t.finite[:n], t.norm[:n])
 

@@ -4,23 +4,27 @@ One order everywhere: penalties -> logit_bias -> allowed_token_ids -> min_tokens
 -> min_p -> draw. Every row has its own parameters, and a row's result depends on nothing but the row, its parameters
 and (seed, step, position): a counter-based hash gives the noise, so neighbours in a batch never change a draw.
 
-Greedy rows without edits cost one argmax and no copy of the logits.
+Greedy rows without edits cost one argmax and no copy of the logits. Options that only bar ids (allowed_token_ids,
+min_tokens) are a set of ids for whoever picks the best token by other means (`barred`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dfastllm.core import SamplingParams
+from dfastllm.core import Ends, SamplingParams
 from dfastllm.kernels.statistics import best_tokens, row_chunks
+from dfastllm.kernels.token_set import TokenSet
 
 __all__ = [
     "Draw",
+    "barred",
     "distribution",
     "draw",
     "edits",
@@ -28,6 +32,7 @@ __all__ = [
     "penalised",
     "row_keys",
     "take",
+    "tempered",
     "uniform",
 ]
 
@@ -59,13 +64,28 @@ class Draw:
     @property
     def edits(self) -> bool:
         """Whether logits change before the draw."""
-        early = self.sampling.min_tokens and any(p < self.first + self.sampling.min_tokens for p in self.positions)
-        return bool(early) or edits(self.sampling)
+        s = self.sampling
+        early = s.min_tokens and any(p < self.first + s.min_tokens for p in self.positions)
+        return bool(early) or s.allowed_token_ids is not None or edits(s)
 
 
 def edits(s: SamplingParams) -> bool:
-    """Whether the options change logits at every position (min_tokens does so at the first ones only)."""
-    return bool(s.logit_bias) or s.allowed_token_ids is not None or penalised(s)
+    """Whether the options change logits otherwise than by barring ids."""
+    return bool(s.logit_bias) or penalised(s)
+
+
+def barred(s: SamplingParams, ends: Ends, position: int, vocab: int) -> TokenSet | None:
+    """The ids of a vocabulary that the options bar at an absolute position, None for none: what allowed_token_ids does
+    not name, and before min_tokens what would end the text."""
+    early = ends.barred if s.min_tokens and position < ends.first else ()
+    return None if s.allowed_token_ids is None and not early else _token_set(s.allowed_token_ids, early, vocab)
+
+
+@functools.lru_cache(maxsize=64)  # every step of a request asks for the same one
+def _token_set(allowed: tuple[int, ...] | None, early: tuple[int, ...], vocab: int) -> TokenSet:
+    """Of a drafting model with fewer ids than the target too: those that it does not have are not in the set."""
+    ending = TokenSet([i for i in early if i < vocab], vocab)
+    return ending if allowed is None else ending | TokenSet.outside([i for i in allowed if i < vocab], vocab)
 
 
 def penalised(s: SamplingParams) -> bool:
@@ -222,6 +242,29 @@ def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     temperature = _filtered(edited, [d.sampling for d, _ in rows])
     scaled = (edited - edited.amax(dim=-1, keepdim=True)).double() / temperature.double()[:, None]
     return torch.softmax(scaled, dim=-1)
+
+
+@torch.inference_mode()
+def tempered(logits: Tensor, draws: Sequence[Draw], *, cut_greedy: bool) -> Tensor:
+    """The logits, float32 [rows, vocab], whose softmax a token is drawn from: edited, cut by top_k, top_p and min_p, and
+    divided by the temperature. logits float32, unchanged; rows in the order of `draws`. At temperature 0 nothing is
+    divided, and the cut is made only if `cut_greedy`."""
+    rows = [(d, i) for d in draws for i in range(len(d.positions))]
+    edited = logits.clone()
+    _edit_all(edited, rows)
+    seen: dict[int, SamplingParams] = {}
+    for d in draws:
+        s = d.sampling
+        if s.temperature == 0:
+            s = (
+                replace(s, temperature=1.0)
+                if cut_greedy
+                else replace(s, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+            )
+        seen[id(d)] = s
+    temperature = _filtered(edited, [seen[id(d)] for d, _ in rows])
+    scaled = (edited - edited.amax(dim=-1, keepdim=True)).double() / temperature.double()[:, None]
+    return scaled.float()
 
 
 def take(weights: Tensor, keys: np.ndarray) -> Tensor:

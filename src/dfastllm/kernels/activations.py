@@ -62,6 +62,8 @@ class HeadStats:
     entropy  float32 [rows]: nats; zeros unless asked for.
     top_values, top_ids  float32 and int32 [rows, topk]: the best, descending, lowest ids of ties first; -inf and -1
              beyond the number of candidates.
+    choice, choice_logit  int32 and float32 [rows]: the best id that the row's set of barred ids leaves, the lowest of a
+             tie, and its logit; token and top of a row without a set; -1 and -inf where nothing is left.
     """
 
     token: NDArray[np.int32]
@@ -72,6 +74,8 @@ class HeadStats:
     entropy: NDArray[np.float32]
     top_values: NDArray[np.float32]
     top_ids: NDArray[np.int32]
+    choice: NDArray[np.int32]
+    choice_logit: NDArray[np.float32]
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ Whoever calls keeps tensors on the CPU; ValidationError says what does not fit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from dfastllm.kernels.activations import (
 )
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import FORMATS, FORMS, PANEL, Packed, QTensor, aligned, pack_panels
+from dfastllm.kernels.token_set import TokenSet, rows_by_set
 
 __all__ = [
     "ACTIVATIONS",
@@ -51,6 +53,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")  # of a gate; gelu_tanh: the approximation b
 _STATS = np.dtype(
     [("token", "i4"), ("finite", "i4"), ("top", "f4"), ("second", "f4"), ("norm", "f4"), ("entropy", "f4")]
 )
+_CHOICE = np.dtype([("token", "i4"), ("logit", "f4")])
 
 
 def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Acts:
@@ -140,30 +143,48 @@ def head_stats(
     bias: Tensor | None = None,
     *,
     ban: tuple[int, ...] = (),
+    barred: Sequence[TokenSet | None] | None = None,
     entropy: bool = False,
     topk: int = 0,
     cap: float = 0.0,
 ) -> HeadStats:
     """What a decoder asks about each row of logits x @ weight.T + bias, capped where `cap` is not 0 (as by `softcap`),
-    the ids in `ban` left out. The native kernels never write the logits out; the numbers are those of the logits that
+    the ids in `ban` left out. barred: per row the ids, of the weight's n, that its choice leaves out too; they stay
+    part of all other numbers. The native kernels never write the logits out; the numbers are those of the logits that
     `linear` and `softcap` give, and the same bits whatever else is asked for."""
     n, k = _shape(weight)
     check_vector("bias", bias, n)
     check_ban(ban, topk, n)
     acts = _prepared(x, weight.format, k)
+    sets = [] if barred is None else rows_by_set(barred, acts.rows, n)
     module = native()
     if module is None or isinstance(weight, QTensor):
         logits = plain.linear(acts, weight, bias)
-        return plain.stats_of(plain.softcap(logits, cap) if cap else logits, ban, entropy, topk)
+        return plain.stats_of(plain.softcap(logits, cap) if cap else logits, ban, entropy, topk, sets)
     out = np.empty(acts.rows, dtype=_STATS)
+    choices = np.empty(acts.rows if sets else 0, dtype=_CHOICE)
+    words = np.stack([ids.words for ids, _ in sets]) if sets else None
+    of_row = np.full(len(choices), -1, dtype=np.int32)
+    for number, (_, rows) in enumerate(sets):
+        of_row[rows] = number
     values, ids = np.empty((acts.rows, topk), dtype=np.float32), np.empty((acts.rows, topk), dtype=np.int32)
     banned = np.array(ban, dtype=np.int32)
-    wanted = (cap, banned.ctypes.data, len(banned), entropy, topk)
+    choose = (0 if words is None else words.ctypes.data, of_row.ctypes.data, choices.ctypes.data)
+    wanted = (cap, banned.ctypes.data, len(banned), choose, entropy, topk)
     module.head_stats(
         describe(weight, bias), describe_acts(acts), *wanted, *(a.ctypes.data for a in (out, values, ids))
     )
     return HeadStats(
-        out["token"], out["finite"] != 0, out["top"], out["second"], out["norm"], out["entropy"], values, ids
+        out["token"],
+        out["finite"] != 0,
+        out["top"],
+        out["second"],
+        out["norm"],
+        out["entropy"],
+        values,
+        ids,
+        choices["token"] if sets else out["token"],
+        choices["logit"] if sets else out["top"],
     )
 
 

@@ -3,12 +3,15 @@ compute. They read natural weights (QTensor) or panels, and trust what `linear` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfastllm.kernels.activations import Acts, HeadStats
 from dfastllm.kernels.packed import Packed, QTensor, unpack_panels
+from dfastllm.kernels.token_set import TokenSet
 
 __all__ = ["linear", "linear_gated", "prepare", "softcap", "stats_of", "weight_rows"]
 
@@ -73,8 +76,15 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return x.copy_(cap * torch.tanh(x / cap) + x * 0.0)
 
 
-def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> HeadStats:
-    """The statistics of logits float32 [rows, n] that are there already."""
+def stats_of(
+    logits: Tensor,
+    ban: tuple[int, ...],
+    entropy: bool,
+    topk: int,
+    barred: Sequence[tuple[TokenSet, Sequence[int]]] = (),
+) -> HeadStats:
+    """The statistics of logits float32 [rows, n] that are there already. barred: sets of ids and the rows whose choice
+    leaves them out."""
     rows = logits.shape[0]
     finite = logits.isfinite().all(dim=1)
     values = logits.double()
@@ -90,6 +100,12 @@ def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> 
         log_p = below - log_sum[:, None]
         spread = -torch.where(below > -torch.inf, log_p.exp() * log_p, 0.0).sum(dim=1).clamp(max=0.0)
     ids = torch.where(wide > -torch.inf, index, -1)[:, :topk]
+    choice, choice_logit = token.clone(), wide[:, 0].clone()
+    for left_out, rows_of in barred:
+        left = values[rows_of]
+        left[:, left_out.tensor(left.device)] = -torch.inf
+        choice_logit[rows_of], at = left.max(dim=1)
+        choice[rows_of] = torch.where(choice_logit[rows_of] > -torch.inf, at, -1)
 
     def floats(value: Tensor) -> Tensor:
         return torch.where(finite.view(-1, *[1] * (value.ndim - 1)), value, torch.nan).float()
@@ -103,6 +119,8 @@ def stats_of(logits: Tensor, ban: tuple[int, ...], entropy: bool, topk: int) -> 
         (floats(spread) if entropy else spread.float()).numpy(),
         floats(wide[:, :topk]).numpy(),
         ids.int().numpy(),
+        choice.int().numpy(),
+        floats(choice_logit).numpy(),
     )
 
 

@@ -21,13 +21,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfastllm.core import value
-from dfastllm.kernels.statistics import best_of, best_tokens, log_normaliser, on_capable_device, spread
+from dfastllm.kernels.statistics import (
+    best_of,
+    best_tokens,
+    log_normaliser,
+    on_capable_device,
+    row_chunks,
+    spread,
+)
+from dfastllm.kernels.token_set import TokenSet, rows_by_set
 
-__all__ = ["DenseRows", "RowStats", "Rows", "int64s", "probabilities"]
+__all__ = ["Barred", "DenseRows", "RowStats", "Rows", "int64s", "probabilities"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Barred = Sequence[TokenSet | None] | None  # per row
 
 _NO_FLOATS: Floats = np.empty(0, dtype=np.float32)
 _NO_INTS: Ints = np.empty(0, dtype=np.int64)
@@ -37,7 +46,8 @@ _NO_INTS: Ints = np.empty(0, dtype=np.int64)
 class RowStats:
     """Statistics of `count` rows over the vocabulary without the banned ids. What was not asked for has length 0.
 
-    token    int64 [count]: the best token, the lowest id of a tie. An id of the vocabulary even where not finite.
+    token    int64 [count]: the best token that the row may choose, the lowest id of a tie. An id of the vocabulary even
+             where not finite.
     best     float32 [count]: its logit.
     finite   bool [count]: no NaN or infinity among the row's logits (the banned ones may be left out).
     norm     float32 [count]: logsumexp.
@@ -45,6 +55,9 @@ class RowStats:
     margin   float32 [count]: p1 - p2, the probabilities of the best two tokens.
     ids, logits  int64 and float32 [count, min(top, vocab)]: the best tokens, descending, the lowest id of a tie first;
              banned ones come last, with -inf.
+
+    Banned ids are part of nothing. Ids that are barred for a row are never its `token`; they stay part of the
+    distribution, of which all other numbers speak.
     """
 
     token: Ints
@@ -81,10 +94,18 @@ class Rows(ABC):
             self._flags[self._at] &= finite
         return self._dense
 
-    def stats(self, *, ban: tuple[int, ...] = (), norm: bool = False, spread: bool = False, top: int = 0) -> RowStats:
-        """Statistics without the ids in `ban`. token, best and finite always; norm, spread (entropy and margin) and the
-        best `top` tokens when asked."""
-        out = self._stats(ban, norm, spread, top)
+    def stats(
+        self,
+        *,
+        ban: tuple[int, ...] = (),
+        barred: Barred = None,
+        norm: bool = False,
+        spread: bool = False,
+        top: int = 0,
+    ) -> RowStats:
+        """Statistics without the ids in `ban`. barred: per row the set of ids that it may not choose, or None. token,
+        best and finite always; norm, spread (entropy and margin) and the best `top` tokens when asked."""
+        out = self._stats(ban, barred, norm, spread, top)
         self._flags[self._at] &= out.finite
         return out
 
@@ -105,7 +126,7 @@ class Rows(ABC):
         """(float32 [count, vocab], bool [count]: finite)."""
 
     @abstractmethod
-    def _stats(self, ban: tuple[int, ...], norm: bool, spread: bool, top: int) -> RowStats: ...
+    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats: ...
 
     @abstractmethod
     def _take(self, index: Ints) -> Rows:
@@ -128,13 +149,14 @@ class DenseRows(Rows):
     def _logits(self) -> tuple[Tensor, Bools]:
         return self._values, self._finite()
 
-    def _stats(self, ban: tuple[int, ...], norm: bool, spread: bool, top: int) -> RowStats:
+    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
         finite, values, banned = self._finite(), self._values, list(ban)
+        sets = [] if barred is None else rows_by_set(barred, self.count, self.vocab)
         held = values[:, banned] if banned else None
         if held is not None:
             values[:, banned] = float("-inf")
         try:
-            return _dense_stats(values, finite, norm or spread, spread, top)
+            return _dense_stats(values, finite, sets, norm or spread, spread, top)
         finally:
             if held is not None:
                 values[:, banned] = held
@@ -143,8 +165,16 @@ class DenseRows(Rows):
         return DenseRows(self._values[torch.from_numpy(index).to(self._values.device)])
 
 
-def _dense_stats(values: Tensor, finite: Bools, norm: bool, spreads: bool, top: int) -> RowStats:
+def _dense_stats(
+    values: Tensor, finite: Bools, barred: list[tuple[TokenSet, list[int]]], norm: bool, spreads: bool, top: int
+) -> RowStats:
     token = best_tokens(values)
+    for closed, members in barred:
+        where, left_out = torch.tensor(members, device=values.device), closed.tensor(values.device)
+        for part in row_chunks(values[: len(members)]):
+            left = values[where[part]]
+            left[:, left_out] = float("-inf")
+            token[where[part]] = best_tokens(left)
     best = values.gather(1, token[:, None])[:, 0]
     lse = log_normaliser(values) if norm else None
     entropy, margin = spread(values, lse) if spreads and lse is not None else (None, None)

@@ -172,10 +172,9 @@ class PackedDecoder:
         head = self.head_weights
         return linear.softcap(linear.linear(self._head_in(hidden), head), self.program.logits_softcap)
 
-    def head_stats(self, hidden: Tensor, *, ban: tuple[int, ...], entropy: bool, topk: int) -> HeadStats:
-        """Statistics of the rows' logits, see `linear.head_stats`."""
-        cap = self.program.logits_softcap
-        return linear.head_stats(self._head_in(hidden), self.head_weights, ban=ban, entropy=entropy, topk=topk, cap=cap)
+    def head_stats(self, hidden: Tensor, **asked: Any) -> HeadStats:
+        """Statistics of the rows' logits: what is `asked` of `linear.head_stats`."""
+        return linear.head_stats(self._head_in(hidden), self.head_weights, cap=self.program.logits_softcap, **asked)
 
     def _head_in(self, hidden: Tensor) -> Acts:
         return linear.prepare(hidden, act_kind(self.head_weights.format))

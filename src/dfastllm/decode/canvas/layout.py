@@ -8,6 +8,7 @@ never passes that end, so the result is tokens[canvas_start : stable of the last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
@@ -20,10 +21,12 @@ from dfastllm.errors import UnsupportedError, ValidationError
 __all__ = [
     "CACHES",
     "Ahead",
+    "Passes",
     "CanvasState",
     "Choice",
     "Ending",
     "Layout",
+    "caches_of",
     "canvas_bound",
     "choose",
     "compile_canvas",
@@ -31,17 +34,26 @@ __all__ = [
     "fill_id",
 ]
 
+_FIRST_TOKEN = Option(
+    "alone",
+    "where the row before predicts (Dream): the full forward of a block commits its first token alone, and steps run the "
+    "block's own rows; by_rule: it commits what the rule says, and steps run the row before the block too",
+    choices=("alone", "by_rule"),
+)
 CACHES: dict[str, dict[str, Option]] = {
     "none": {},
-    "prefix": {},
-    "dual": {},
+    "prefix": {"first_token": _FIRST_TOKEN},
+    "dual": {"first_token": _FIRST_TOKEN},
     "windowed": {
         "window": Option(16, "positions recomputed on each side of the block"),
         "refresh": Option(8, "a full forward every so many steps of a block", 1),
         "warmup": Option(4, "first steps of a request that are full forwards"),
     },
+    "delayed": {"refresh": Option(8, "a full forward every so many steps of a block", 1)},
+    "sub_block": {},
 }
-KEEPS = ("dual", "windowed")  # caches that store the K,V of every step
+MOST_POINTS = 1 << 20  # steps of a rule with a schedule of its own, whose time grid is an array
+KEEPS = ("dual", "windowed", "delayed", "sub_block")  # caches that store the K,V of every step
 
 
 @value(frozen=True, slots=True)
@@ -52,6 +64,11 @@ class Choice:
     spreads  the rule looks at entropy or margin. noisy: it draws positions. revises: it changes what it committed.
     reports  the request asks for guesses or records, or drafts (then all candidates of a step are wanted after it).
     drafts   it guesses its next steps and runs some of them beside this one.
+    alone    a block's first token is committed by its full forward, alone (option first_token of a cache).
+    guidance  scale of classifier-free guidance; 0: none. barred: ids that are no candidates; doubted: those whose
+             confidence is 0.
+    drawn    confidence, entropy and margin are those of the distribution a token is drawn from, not of the logits.
+    cut      top_k and top_p cut that at temperature 0 too.
     way      (whether the rows are edited, drawn from or compared, so that their statistics alone do not do; if not:
              whether they need records, entropy and margin): rows of one way are looked at together.
     """
@@ -68,6 +85,12 @@ class Choice:
     revises: bool = False
     reports: bool = False
     drafts: bool = False
+    alone: bool = False
+    guidance: float = 0.0
+    barred: tuple[int, ...] = ()
+    doubted: tuple[int, ...] = ()
+    drawn: bool = False
+    cut: bool = False
     way: tuple[bool, ...] = (True,)
 
 
@@ -96,12 +119,27 @@ class Layout:
         return len(self.bounds)
 
     def share(self, block: int) -> int:
-        """Denoise steps of a block: a fair share of `steps`, the first blocks getting one more, and no more than it has
-        tokens (a step commits at least one)."""
+        """Denoise steps of a block at most: a fair share of `steps`, and no more than it has tokens (a step commits at
+        least one)."""
         begin, end = self.bounds[block]
+        return end - begin if self.steps is None else min(end - begin, self.points(block))
+
+    def points(self, block: int) -> int:
+        """A block's fair share of `steps`, the first blocks getting one more."""
         if self.steps is None:
+            begin, end = self.bounds[block]
             return end - begin
-        return min(end - begin, self.steps // self.count + (block < self.steps % self.count))
+        return self.steps // self.count + (block < self.steps % self.count)
+
+    def pace(self, block: int, own: bool) -> tuple[int, int]:
+        """(tokens, steps) that a block's quotas come from. own: of a rule that follows a schedule of its own, which is
+        over the block's masks and may have more steps than those. Else, of a block that the prompt has begun the quotas
+        are a whole block's, as in the published loops of block diffusion: it is done sooner."""
+        begin, end = self.bounds[block]
+        if own:
+            return end - begin, self.points(block)
+        size = self.length if block == 0 and self.origin < self.start else end - begin
+        return size, size if self.steps is None else min(size, self.points(block))
 
 
 @value(frozen=True, slots=True)
@@ -119,15 +157,31 @@ class Ahead:
 
 
 @value(frozen=True, slots=True)
+class Passes:
+    """What the K,V of cache `delayed` are made of, after the last full forward.
+
+    made  (positions, ids) of each forward since, in order. held: how many of them the K,V hold; fewer than there are
+          while they are made again after a preemption.
+    fresh  positions whose tokens changed with the last step: their K,V are still those of what stood there before.
+    """
+
+    made: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    held: int = 0
+    fresh: tuple[int, ...] = ()
+
+
+@value(frozen=True, slots=True)
 class CanvasState:
     """Policy state of a canvas.
 
     block       the active block; step: denoise steps so far (it keys the draws); block_step: those within the block.
-    snapshot    ids of the active block when the K,V outside it were made; what a rebuild runs over.
+    snapshot    ids of the active block (cache sub_block: of the model's block) when the K,V outside it were made; what
+                a rebuild runs over.
     end         one past the first stable ending token, once there is one.
     memory      the rule's own, for this block.
     open        the columns of the active block that are still masked, as the last step left them; None: `tokens` say.
     ahead       guesses of the next steps, of a request that asks for them.
+    passes      of cache `delayed`.
     """
 
     choice: Choice
@@ -140,10 +194,16 @@ class CanvasState:
     memory: Any = None
     open: tuple[int, ...] | None = None
     ahead: Ahead | None = None
+    passes: Passes | None = None
 
     @property
     def bounds(self) -> tuple[int, int]:
         return self.layout.bounds[self.block]
+
+
+def caches_of(kind: str) -> tuple[str, ...]:
+    """The caches that a model of this kind takes, by name."""
+    return ("sub_block",) if kind == "block" else tuple([name for name in CACHES if name != "sub_block"])
 
 
 def _rule_of(decode: DecodeParams) -> Rule:
@@ -169,7 +229,7 @@ def _option(name: str, value: Any, option: Option) -> Any:
     return int(value) if whole else float(value)
 
 
-def choose(decode: DecodeParams, sampling: SamplingParams, length: int) -> Choice:
+def choose(decode: DecodeParams, sampling: SamplingParams, length: int, model: ModelInfo) -> Choice:
     """The complete choice of a request whose blocks have `length` tokens. Raises UnsupportedError for an unknown or
     unusable name, ValidationError for a bad value."""
     rule = _rule_of(decode)
@@ -179,6 +239,8 @@ def choose(decode: DecodeParams, sampling: SamplingParams, length: int) -> Choic
         "cache" not in decode.given and cache in KEEPS
     ):
         cache = "none"  # a default gives way
+    if decode.cfg_scale and "cache" not in decode.given:
+        cache = "none"
     known = {**rule.options, **CACHES[cache]}
     for name in given:
         if name not in known:
@@ -195,9 +257,17 @@ def choose(decode: DecodeParams, sampling: SamplingParams, length: int) -> Choic
         raise UnsupportedError(
             f"draft_steps run beside a step whose K,V are not stored; cache {cache!r} stores every step's.",
             param="cache",
-            hint="Use cache none or prefix, or draft_steps 0.",
+            hint="Use draft_steps 0, or " + ("leave out the cache." if model.kind == "block" else "cache none or prefix."),
         )
-    logits = sampling.temperature > 0 or sampling.min_tokens > 0 or edits(sampling) or not rule.needs <= {"spread"}
+    if decode.cfg_scale:
+        _check_guidance(rule, cache, drafts, model)
+    if rule.name == "threshold" and model.kind == "block":  # the published loops: more than the threshold
+        options["threshold"] = math.nextafter(options["threshold"], math.inf)
+    told = options["confidence"] if options["confidence"] != "model" else model.confidence
+    hot = sampling.temperature > 0
+    cut = told == "filtered" and not hot and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
+    ends, edited = model.eos_ids, bool(decode.cfg_scale or decode.logits_eos_inf or decode.confidence_eos_eot_inf)
+    logits = hot or cut or edited or edits(sampling) or not rule.needs <= {"spread"}
     return Choice(
         rule=rule.name,
         cache=cache,
@@ -211,8 +281,52 @@ def choose(decode: DecodeParams, sampling: SamplingParams, length: int) -> Choic
         revises=rule.revise is not None,
         reports=decode.provisional or sampling.logprobs is not None or drafts,
         drafts=drafts,
+        alone=bool(model.shift) and "held" not in rule.needs and options.get("first_token") == "alone",
+        guidance=decode.cfg_scale,
+        barred=ends[:1] if decode.logits_eos_inf else (),
+        doubted=ends if decode.confidence_eos_eot_inf else (),
+        drawn=told != "raw" and (hot or cut),
+        cut=cut,
         way=(True,) if logits else (False, sampling.logprobs is not None, spreads),
     )
+
+
+def _check_guidance(rule: Rule, cache: str, drafts: bool, model: ModelInfo) -> None:
+    """What cfg_scale cannot be combined with. Raises UnsupportedError."""
+    why, hint = "", ""
+    if model.kind != "diffusion":
+        why = f"{model.name} keeps the K,V of its prompt, and those of the masked prompt would be others"
+        hint = "Choose a masked diffusion model."
+    elif cache != "none":
+        why = f"cache {cache!r} keeps K,V of one canvas, and guidance runs two"
+        hint = "Use cache none."
+    elif drafts:
+        why = "draft_steps run guessed canvases, and each would need its own masked prompt"
+        hint = "Use draft_steps 0." if rule.name != "free_dave" else "Use rule schedule, which gives the same tokens."
+    elif "shadow" in rule.needs:
+        why = f"rule {rule.name!r} judges by shadow rows, which have no masked prompt beside them"
+        hint = "Choose another rule."
+    if why:
+        raise UnsupportedError(f"cfg_scale needs a second forward of every step: {why}.", param="cfg_scale", hint=hint)
+
+
+def _check_first_token(choice: Choice, given: Mapping[str, Any], model: ModelInfo) -> None:
+    """Raises UnsupportedError for an option first_token that would say nothing."""
+    if "first_token" not in given:
+        return
+    if not model.shift:
+        raise UnsupportedError(
+            f"first_token is for models whose row before predicts; in {model.name} a token's own row does.",
+            param="first_token",
+            hint="Leave it out.",
+        )
+    if given["first_token"] == "alone" and not choice.alone:
+        raise UnsupportedError(
+            f"rule {choice.rule!r} looks at every token of a block again; with first_token alone the first one's row is "
+            "not run.",
+            param="first_token",
+            hint="Use first_token by_rule.",
+        )
 
 
 def _rule_options(decode: DecodeParams, rule: Rule) -> dict[str, Any]:
@@ -250,8 +364,9 @@ def compile_canvas(
             room = model.max_len - len(request.suffix)
             stop = room if start + tokens <= room < stop else stop
             length = _widened(decode, stop - start, length)
-    choice = choose(decode, request.sampling, length)
+    choice = choose(decode, request.sampling, length, model)
     _check_rule(RULES[choice.rule], model, scorer)
+    _check_first_token(choice, decode.options, model)
     count = -(-(stop - origin) // length)
     return choice, Layout(start, stop, origin, length, _steps(decode, choice, count, stop - start))
 
@@ -284,12 +399,23 @@ def _steps(decode: DecodeParams, choice: Choice, blocks: int, canvas: int) -> in
             param="max_parallel_tokens",
             hint="Raise steps or max_parallel_tokens.",
         )
-    return None if steps // blocks >= choice.block_length else steps
+    if not RULES[choice.rule].paced:
+        return None if steps // blocks >= choice.block_length else steps
+    if steps > MOST_POINTS and "steps" in decode.given:
+        raise ValidationError(
+            f"steps of rule {choice.rule!r} must be at most {MOST_POINTS}, got {steps}.",
+            param="steps",
+            hint="Lower steps; one a token already changes one token at a time.",
+        )
+    return steps if steps <= MOST_POINTS else None
 
 
 def canvas_bound(choice: Choice, layout: Layout, more: int = 0) -> int:
     """Deciding forwards of a canvas at most; more: of each block beside its denoise steps."""
-    most = sum(layout.share(b) for b in range(layout.count))
+    slow = RULES[choice.rule].paced and choice.options["max_parallel_tokens"]  # behind its schedule: one a step
+    shares = [b - a for a, b in layout.bounds] if slow else [layout.share(b) for b in range(layout.count)]
+    most = sum(shares)
+    more += choice.alone
     return most + layout.count * (int(choice.options.get("max_post_steps", 0)) + more)
 
 

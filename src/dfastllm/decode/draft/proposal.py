@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dfastllm.core import value
-from dfastllm.decode.draft.verify import DRAFT_SALT, Cell, draw_of, edited, rejects
+from dfastllm.decode.draft.verify import DRAFT_SALT, Cell, bars, draw_of, edited, rejects
 from dfastllm.decode.sampling import distribution, draw
 from dfastllm.kernels.rows import Rows
 
@@ -41,7 +41,8 @@ def pick(cells: Sequence[Cell], rows: Rows, ban: tuple[int, ...] = ()) -> list[P
     rest = [r for r in range(len(cells)) if r not in bare]
     if plain:
         part = rows if not rest else rows.select(plain)
-        for r, token in zip(plain, part.stats(ban=ban).token.tolist(), strict=True):
+        tokens = part.stats(ban=ban, barred=bars([cells[r] for r in plain], rows.vocab)).token
+        for r, token in zip(plain, tokens.tolist(), strict=True):
             out[r] = Proposal(token)
     if rest:
         part = rows if not plain else rows.select(rest)

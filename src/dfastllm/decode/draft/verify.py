@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dfastllm.core import Draft, SequenceState, TokenLogprob, value
 from dfastllm.decode.records import token_logprob
-from dfastllm.decode.sampling import Draw, distribution, draw, edits, penalised, row_keys, take, uniform
+from dfastllm.decode.sampling import Draw, barred, distribution, draw, edits, penalised, row_keys, take, uniform
 from dfastllm.kernels.rows import DenseRows, Rows
+from dfastllm.kernels.token_set import TokenSet
 
-__all__ = ["DRAFT_SALT", "Cell", "cells_of", "choose", "draw_of", "edited", "odds", "rejects", "standing"]
+__all__ = ["DRAFT_SALT", "Cell", "bars", "cells_of", "choose", "draw_of", "edited", "odds", "rejects", "standing"]
 
 # Kinds of draws under rejection; 0 is the plain draw of a token. They must be independent of each other.
 DRAFT_SALT, ACCEPT_SALT, REST_SALT = 0xD4AF, 0xACCE, 0x4E57
@@ -62,8 +63,8 @@ def standing(chosen: Sequence[int], draft: Draft) -> int:
 
 
 def choose(cells: Sequence[Cell], rows: Rows) -> tuple[list[int], list[TokenLogprob | None]]:
-    """The token of each cell, and its record where asked for. Greedy rows without edits are best tokens; logits are
-    made of the others only."""
+    """The token of each cell, and its record where asked for. Of greedy rows without edits that is the best one that is
+    not barred; logits are made of the others only."""
     tokens, records = [0] * len(cells), cast("list[TokenLogprob | None]", [None] * len(cells))
     parts: dict[str, list[int]] = {}
     for row, cell in enumerate(cells):
@@ -82,7 +83,7 @@ def choose(cells: Sequence[Cell], rows: Rows) -> tuple[list[int], list[TokenLogp
             picked, chosen = drawn.tolist(), logits.gather(1, drawn[:, None])[:, 0].tolist() if wanted else []
             stats = DenseRows(logits).stats(norm=True, top=max(wanted)) if wanted else None
         else:
-            stats = part.stats(ban=ban, norm=bool(wanted), top=max(wanted, default=0))
+            stats = part.stats(ban=ban, barred=bars(some), norm=bool(wanted), top=max(wanted, default=0))
             picked, chosen = stats.token.tolist(), stats.best.tolist() if wanted else []
         for i, row in enumerate(members):
             tokens[row] = picked[i]
@@ -93,17 +94,25 @@ def choose(cells: Sequence[Cell], rows: Rows) -> tuple[list[int], list[TokenLogp
 
 
 def _route(cell: Cell) -> str:
-    """logits: the row is edited or drawn from; best: its best token is all; records: and the statistics of that."""
+    """logits: the row is edited or drawn from; best: a best token is all; records: and the statistics of that."""
     if edited(cell):
         return "logits"
     return "best" if cell.seq.sampling.logprobs is None else "records"
 
 
 def edited(cell: Cell) -> bool:
-    """Whether the token is another than the best one of the row as it is."""
+    """Whether the token is another than the row's best one that is not barred."""
     s = cell.seq.sampling
-    early = s.min_tokens > 0 and cell.position < cell.seq.canvas_start + s.min_tokens
-    return s.temperature > 0 or early or edits(s)
+    return s.temperature > 0 or edits(s)
+
+
+def bars(cells: Sequence[Cell], vocab: int | None = None) -> list[TokenSet | None] | None:
+    """Per cell the ids, of the target's vocabulary or one of another size, that its options bar; None where no cell has
+    any."""
+    if not [1 for c in cells if c.seq.sampling.min_tokens or c.seq.sampling.allowed_token_ids is not None]:
+        return None
+    found = [barred(c.seq.sampling, c.seq.ends, c.position, vocab or c.seq.model.vocab_size) for c in cells]
+    return found if any(found) else None
 
 
 def draw_of(cell: Cell, salt: int = 0) -> Draw:

@@ -15,7 +15,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels import native
 from dfastllm.kernels.kv import KvCache
-from dfastllm.kernels.rows import Rows, RowStats
+from dfastllm.kernels.rows import Barred, Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
 from dfastllm.models import PackedDecoder
 
@@ -73,14 +73,14 @@ class HeadRows(Rows):
         logits = self._model.logits(self._hidden)
         return logits, torch.isfinite(logits.sum(dim=-1)).numpy()
 
-    def _stats(self, ban: tuple[int, ...], norm: bool, spread: bool, top: int) -> RowStats:
+    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
         top = min(top, self.vocab)
-        s = self._model.head_stats(self._hidden, ban=ban, entropy=spread, topk=top)
+        s = self._model.head_stats(self._hidden, ban=ban, barred=barred, entropy=spread, topk=top)
         none, no_ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
         margin = np.exp(s.top - s.norm) - np.exp(s.second - s.norm) if spread else none
         return RowStats(
-            token=np.where(s.token < 0, 0, s.token).astype(np.int64),
-            best=s.top,
+            token=np.where(s.choice < 0, 0, s.choice).astype(np.int64),
+            best=s.choice_logit,
             finite=s.finite,
             norm=s.norm if norm or spread else none,
             entropy=s.entropy if spread else none,

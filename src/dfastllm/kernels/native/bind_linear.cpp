@@ -49,11 +49,15 @@ void bind_linear(nb::module_& m) {
     linear_gated(linear_of(w), acts_of(x), static_cast<Activation>(activation), at<float>(h), acts_of(out));
   }, release());
   m.def("softcap", [](Address x, int64_t count, float cap) { softcap(at<float>(x), count, cap); }, release());
+  // barred: words, of_row, and [rows] of (int32 token, float logit)
   // out: [rows] of (int32 token, int32 finite, float top, float second, float norm, float entropy)
-  m.def("head_stats", [](const LinearTuple& w, const ActsTuple& x, float cap, Address ban, int64_t bans, bool entropy,
-                         int64_t topk, Address out, Address values, Address ids) {
-    head_stats(linear_of(w), acts_of(x), cap, at<int32_t>(ban), bans, entropy, topk, at<RowStats>(out), at<float>(values),
-               at<int32_t>(ids));
+  m.def("head_stats", [](const LinearTuple& w, const ActsTuple& x, float cap, Address ban, int64_t bans,
+                         const std::tuple<Address, Address, Address>& barred, bool entropy, int64_t topk, Address out,
+                         Address values, Address ids) {
+    const Barred sets{at<uint64_t>(std::get<0>(barred)), at<int32_t>(std::get<1>(barred)),
+                      at<HeadChoice>(std::get<2>(barred))};
+    head_stats(linear_of(w), acts_of(x), cap, at<int32_t>(ban), bans, sets, entropy, topk, at<RowStats>(out),
+               at<float>(values), at<int32_t>(ids));
   }, release());
   m.def("weight_rows", [](const LinearTuple& w, Address ids, int64_t count, Address out) {
     weight_rows(linear_of(w), at<int64_t>(ids), count, at<float>(out));

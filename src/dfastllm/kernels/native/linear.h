@@ -105,11 +105,26 @@ struct RowStats {
   float entropy;    // nats, of softmax; 0 unless asked for
 };
 
+// What a row may choose: the best logit outside its set of barred ids, the lowest id of a tie. token -1 and logit -inf
+// where nothing is left, -1 and NaN where the row is not finite.
+struct HeadChoice {
+  int32_t token;
+  float logit;
+};
+
+// Sets of ids: words [sets][ceil(n / 64)], a bit an id; of_row [rows]: the set of a row, -1 for none. words null: no row
+// has one, and no choice is made.
+struct Barred {
+  const uint64_t* words = nullptr;
+  const int32_t* of_row = nullptr;
+  HeadChoice* out = nullptr;  // [rows]
+};
+
 // The logits are never written out: panel tiles are reduced as they are made, panel results are merged in panel order
 // (so a row's floats do not depend on threads). topk > 0: also the best `topk` (logit, id) per row, descending, ties by
-// lowest id, into top_values / top_ids [rows][topk]. cap > 0: of capped logits.
-void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
-                RowStats* out, float* top_values, int32_t* top_ids);
+// lowest id, into top_values / top_ids [rows][topk]. cap > 0: of capped logits. Barred ids change the choice only.
+void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, int64_t bans, const Barred& barred,
+                bool entropy, int64_t topk, RowStats* out, float* top_values, int32_t* top_ids);
 
 // Natural codes [n][k] (int8 or uint8; bf16 bits or float for those formats), scales and mins -> the panels that
 // kernels/packed.py defines. The destinations have the sizes that it gives.

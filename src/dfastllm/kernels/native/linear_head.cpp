@@ -70,10 +70,12 @@ struct Head {
   const Acts& x;
   float cap;
   std::vector<int32_t> ban;  // ascending
+  Barred barred;
   bool entropy;
   int64_t topk, chunks;
-  std::unique_ptr<ChunkPart[]> parts;  // [chunks][rows]
-  std::unique_ptr<Best[]> best;        // [rows], if topk > 0
+  std::unique_ptr<ChunkPart[]> parts;     // [chunks][rows]
+  std::unique_ptr<HeadChoice[]> choices;  // [chunks][rows], if there are barred ids
+  std::unique_ptr<Best[]> best;           // [rows], if topk > 0
 };
 
 // Sets what does not take part (banned, beyond n) to -inf, after looking whether what is banned is finite.
@@ -85,6 +87,20 @@ void exclude(const Head& head, int64_t first_id, int64_t channels, int64_t rows,
     }
     for (auto id = from; id != head.ban.end() && *id < first_id + channels; ++id) tile[*id - first_id] = kNone;
     std::fill(tile + channels, tile + kPanel, kNone);
+  }
+}
+
+// The choices of rows [top, top + rows) after one more panel, of whose logits the highest of each row are known.
+void choose(const Head& head, int64_t panel, int64_t top, int64_t rows, const float* tile, const float* maxima,
+            HeadChoice* choices) {
+  const int64_t panels = (head.w.n + kPanel - 1) / kPanel;
+  for (int64_t r = 0; r < rows; ++r, tile += kPanel) {
+    const int32_t set = head.barred.of_row[top + r];
+    if (set < 0 || !(maxima[r] > choices[r].logit)) continue;  // rarely more than a few panels
+    const uint64_t barred = head.barred.words[set * panels + panel];
+    for (int64_t c = 0; c < kPanel; ++c) {
+      if (tile[c] > choices[r].logit && !(barred >> c & 1)) choices[r] = {static_cast<int32_t>(panel * kPanel + c), tile[c]};
+    }
   }
 }
 
@@ -105,8 +121,13 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
   char* memory = thread_scratch(kTileScratch + tile_bytes + part_bytes);
   float* tile = reinterpret_cast<float*>(memory + kTileScratch);
   HeadPart* parts = reinterpret_cast<HeadPart*>(memory + kTileScratch + tile_bytes);
+  const bool bars = head.barred.words != nullptr;
   float maxima[kRows];
-  for (int64_t r = 0; r < rows; ++r) parts[r] = {{}, {}, kNone, kNone, -1};
+  HeadChoice choices[kRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    parts[r] = {{}, {}, kNone, kNone, -1};
+    choices[r] = {-1, kNone};
+  }
   const int64_t panels = (w.n + kPanel - 1) / kPanel, last = std::min((chunk + 1) * kChunk, panels);
   for (int64_t panel = chunk * kChunk; panel < last; ++panel) {
     const int64_t first_id = panel * kPanel, channels = std::min(kPanel, w.n - first_id);
@@ -117,12 +138,16 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
     const bool whole = channels == kPanel && (banned == head.ban.end() || *banned >= first_id + kPanel);
     if (!whole) exclude(head, first_id, channels, rows, tile, parts);
     ops.head_rows(tile, rows, static_cast<int32_t>(first_id), whole, head.entropy, parts,
-                  head.topk > 0 ? maxima : nullptr);
+                  head.topk > 0 || bars ? maxima : nullptr);
+    if (bars) choose(head, panel, top, rows, tile, maxima, choices);
     for (int64_t r = 0; head.topk > 0 && r < rows; ++r) {
       head.best[top + r].offer_panel(maxima[r], tile + r * kPanel, first_id);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) head.parts[chunk * head.x.rows + top + r] = settle(parts[r]);
+  for (int64_t r = 0; r < rows; ++r) {
+    head.parts[chunk * head.x.rows + top + r] = settle(parts[r]);
+    if (bars) head.choices[chunk * head.x.rows + top + r] = choices[r];
+  }
 }
 
 RowStats merge(const Head& head, int64_t row) {
@@ -159,15 +184,27 @@ RowStats merge(const Head& head, int64_t row) {
   return out;
 }
 
+// The choice of a row whose statistics are there.
+HeadChoice merge_choice(const Head& head, int64_t row, const RowStats& stats) {
+  if (!stats.finite || head.barred.of_row[row] < 0) return {stats.token, stats.top};
+  HeadChoice out{-1, kNone};
+  for (int64_t c = 0; c < head.chunks; ++c) {
+    const HeadChoice& choice = head.choices[c * head.x.rows + row];
+    if (choice.logit > out.logit) out = choice;
+  }
+  return out;
+}
+
 }  // namespace
 
-void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, int64_t bans, bool entropy, int64_t topk,
-                RowStats* out, float* top_values, int32_t* top_ids) {
+void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, int64_t bans, const Barred& barred,
+                bool entropy, int64_t topk, RowStats* out, float* top_values, int32_t* top_ids) {
   const int64_t rows = x.rows, panels = (w.n + kPanel - 1) / kPanel, chunks = (panels + kChunk - 1) / kChunk;
   if (rows <= 0) return;
-  Head head{w, x, cap, std::vector<int32_t>(ban, ban + bans), entropy, topk, chunks, nullptr, nullptr};
+  Head head{w, x, cap, std::vector<int32_t>(ban, ban + bans), barred, entropy, topk, chunks, nullptr, nullptr, nullptr};
   std::sort(head.ban.begin(), head.ban.end());
   head.parts.reset(new ChunkPart[static_cast<size_t>(chunks * rows)]);
+  if (barred.words) head.choices.reset(new HeadChoice[static_cast<size_t>(chunks * rows)]);
   if (topk > 0) head.best.reset(new Best[static_cast<size_t>(rows)]);
   for (int64_t r = 0; topk > 0 && r < rows; ++r) {
     head.best[r].values = top_values + r * topk;
@@ -181,6 +218,7 @@ void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, i
   });
   auto finish = [&](int64_t row, int) {
     out[row] = merge(head, row);
+    if (barred.words) barred.out[row] = merge_choice(head, row, out[row]);
     if (topk > 0) head.best[row].finish(out[row].finite);
   };
   if (rows * chunks < 4096) {
