@@ -1,73 +1,19 @@
-"""Chat templates: messages and tools -> prompt text, in an immutable Jinja sandbox, as Hugging Face renders them.
+"""Chat templates of a checkpoint: where they come from, which one a conversation takes, and its text.
 
-The environment is the documented one of Hugging Face chat templates: trim_blocks and lstrip_blocks, loop controls, a
-`tojson` that neither escapes HTML nor sorts keys, `raise_exception(message)`, `strftime_now(format)`, and the
-`{% generation %}` tag, which only marks its body and is rendered through here. Templates come from untrusted
-checkpoints: the sandbox denies attribute tricks and any change to the values handed in.
+A template is rendered in a sandbox with limits (`templates.sandbox`), as Hugging Face renders it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from dfastllm.errors import TokenizerError, ValidationError
 from dfastllm.text.files import read_json, read_text
+from dfastllm.text.templates.template import Template
 
 __all__ = ["ChatTemplates"]
-
-
-class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks the assistant's text for training masks; it renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012  (the attribute's type is set by jinja2)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-class _Refused(jinja2.TemplateError):
-    """The template itself called raise_exception: it refuses these messages."""
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refused(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], loader=jinja2.DictLoader({})
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
 
 
 class ChatTemplates:
@@ -85,8 +31,7 @@ class ChatTemplates:
         self._sources = dict(templates)
         self._variables = dict(variables or {})
         _check_variables(self._variables)
-        self._compiled: dict[str, jinja2.Template] = {}
-        self._environment = _environment()
+        self._compiled: dict[str, Template] = {}
 
     @classmethod
     def load(cls, directory: Path, config: Mapping[str, Any]) -> ChatTemplates:
@@ -147,32 +92,15 @@ class ChatTemplates:
         _check_messages(messages)
         _check_variables(variables or {})
         name = self._pick(template, tools)
-        compiled = self._compile(name)
-        try:
-            return compiled.render(
-                **{
-                    **self._variables,
-                    **(variables or {}),
-                    "messages": list(messages),
-                    "tools": list(tools) if tools else None,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except _Refused as error:
-            raise ValidationError(f"The chat template refuses these messages: {error}", param="messages") from error
-        except (SecurityError, jinja2.TemplateNotFound) as error:  # it reached for other objects, or for files
-            raise TokenizerError(
-                f"The chat template {name!r} tried something its sandbox forbids: {error}.",
-                hint="Do not trust this checkpoint's template; put your own in chat_template.jinja.",
-            ) from error
-        except (jinja2.UndefinedError, TypeError, ValueError, LookupError) as error:
-            raise ValidationError(
-                f"The chat template {name!r} cannot render these messages: {type(error).__name__}: {error}.",
-                param="messages",
-                hint="Each message needs the fields that the template reads, usually role and content.",
-            ) from error
-        except (jinja2.TemplateError, ArithmeticError, RecursionError) as error:
-            raise TokenizerError(f"The chat template {name!r} failed: {type(error).__name__}: {error}.") from error
+        return self._compile(name).render(
+            {
+                **self._variables,
+                **(variables or {}),
+                "messages": list(messages),
+                "tools": list(tools) if tools else None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
 
     def _pick(self, template: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
         if not self._sources:
@@ -189,17 +117,9 @@ class ChatTemplates:
             )
         return template
 
-    def _compile(self, name: str) -> jinja2.Template:
+    def _compile(self, name: str) -> Template:
         if name not in self._compiled:
-            try:
-                self._compiled[name] = self._environment.from_string(self._sources[name])
-            except jinja2.TemplateSyntaxError as error:
-                what, mend = f"{name!r}", "Mend it in tokenizer_config.json, or put a good one in chat_template.jinja."
-                if self._file is not None:
-                    what, mend = f"of {self._file}", "Mend that file, or name none: the checkpoint has its own."
-                raise TokenizerError(
-                    f"The chat template {what} does not parse: {error.message} at line {error.lineno}.", hint=mend
-                ) from error
+            self._compiled[name] = Template(name, self._sources[name], self._file)
         return self._compiled[name]
 
 
