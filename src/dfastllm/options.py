@@ -54,11 +54,11 @@ __all__ = [
     "wire_fields",
 ]
 
-Cache = Literal["none", "prefix", "dual", "windowed"]
+Cache = Literal["none", "prefix", "dual", "windowed", "delayed", "sub_block"]
 SpeculativeMethod = Literal["none", "ngram", "suffix", "draft_model", "diffusion", "self"]
 Acceptance = Literal["coupled", "rejection"]
 Mode = Literal["standard", "fast", "streaming", "turbo"]
-Remasking = Literal["low_confidence", "random", "entropy", "margin"]
+Remasking = Literal["low_confidence", "random", "entropy", "margin", "sequential"]
 Group = Literal["sampling", "decode", "speculative", "request"]
 Applies = Literal["any", "ar", "canvas"]
 Front = Literal["completions", "chat"]
@@ -427,10 +427,11 @@ class DecodeParams:
     )
     cache: Cache | None = option(
         None,
-        "K,V reuse in masked diffusion. A block-diffusion model keeps the exact K,V of its blocks and takes none.",
+        "K,V reuse in masked diffusion. A block-diffusion model keeps the exact K,V of its finished blocks and takes "
+        "sub_block alone, for the block it writes.",
         applies="canvas",
         kinds={"diffusion": "dual"},
-        default_help="dual for masked diffusion (none for a rule that guesses ahead)",
+        default_help="dual for masked diffusion (none for a rule that guesses ahead, and under guidance)",
         wire=(
             Wire("cache"),
             Wire("use_cache", annotation=bool, help="false is cache none; true the default."),
@@ -472,6 +473,25 @@ class DecodeParams:
         "Further options of the rule by its own names (docs/decoders.md); NAME=VALUE, repeatable.",
         applies="canvas",
         wire=(Wire("rule_options"),),
+    )
+    cfg_scale: float = option(
+        0.0,
+        "Classifier-free guidance of masked diffusion: each step also runs the canvas with the prompt masked, and "
+        "reads unguided + (cfg_scale + 1) * (logits - unguided); counts as two forward passes; 0: off. Cache none.",
+        low=0,
+        high=100,
+        applies="canvas",
+    )
+    logits_eos_inf: bool = option(
+        False,
+        "Never draw the end-of-text token, the first of the model's ending tokens (the others still end a text).",
+        applies="canvas",
+    )
+    confidence_eos_eot_inf: bool = option(
+        False,
+        "Give candidates that would end the text confidence 0, and others theirs among the tokens that do not, so that "
+        "the ends are committed last. For rules that rank by confidence.",
+        applies="canvas",
     )
     early_stop: bool = option(
         True,

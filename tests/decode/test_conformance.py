@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dfastllm.core import Commit, DecodeParams, Request, SequenceState, Span, SpeculativeParams
+from dfastllm.decode.canvas.layout import KEEPS, caches_of
 from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.rows import DenseRows
@@ -66,9 +67,12 @@ class Case:
     model: str
     rule: str | None = None
     cache: str | None = None
+    guided: bool = False
+    first: str = ""
 
     def __str__(self) -> str:
-        return "-".join(str(part) for part in (self.model, self.rule, self.cache) if part)
+        more = ("guided" if self.guided else "", self.first)
+        return "-".join(str(part) for part in (self.model, self.rule, self.cache, *more) if part)
 
     @property
     def limit(self) -> int:
@@ -93,10 +97,12 @@ class Case:
             return [replace(r, speculative=drafts) for r in asked]
         block = 4 if model(self.model).info.kind == "block" else 6
 
-        options = {"forward_rows": 200} if self.rule == "free_dave" else {}
+        options: dict[str, Any] = {"forward_rows": 200} if self.rule == "free_dave" else {}
+        options |= {"first_token": self.first} if self.first else {}
+        guided = {"cfg_scale": 0.7, "logits_eos_inf": True, "confidence_eos_eot_inf": True} if self.guided else {}
 
         def decode(**changes: Any) -> DecodeParams:
-            fields = {"block_length": block, "options": options, **changes}
+            fields = {"block_length": block, "options": options, **guided, **changes}
             return DecodeParams(rule=self.rule, cache=self.cache, **fields)  # type: ignore[arg-type]
 
         out = [
@@ -121,9 +127,11 @@ def cases() -> Iterator[Case]:
             info = model(name).info
             if ("held" in RULES[rule].needs and not info.edit) or ("shadow" in RULES[rule].needs and info.shift):
                 continue
-            shifted = tuple(CACHES) if rule in ("schedule", "free_dave", "threshold") else ("dual",)
-            for kept in {"diffusion": CACHES, "shifted": shifted}.get(name, (None,)):
-                if rule == "free_dave" and kept in ("dual", "windowed"):  # refused: tests/decode/test_dave.py
+            every = caches_of(info.kind)
+            shifted = every if rule in ("schedule", "free_dave", "threshold") else ("dual",)
+            blocks = (None, *every)
+            for kept in {"diffusion": every, "shifted": shifted}.get(name, blocks):
+                if rule == "free_dave" and kept in KEEPS:  # refused: tests/decode/test_dave.py
                     continue
                 yield Case(name, rule, kept)
     for name in ("llada", "dream"):
@@ -135,7 +143,13 @@ def cases() -> Iterator[Case]:
         yield Case(name, "threshold")
         yield Case(name, "free_dave")
         yield Case(name, "schedule")
+        yield Case(name, "threshold", "sub_block")
     yield Case("llada2_moe", "edit")
+    yield Case("diffusion", "threshold", "none", guided=True)
+    yield Case("shifted", "schedule", "none", guided=True)
+    yield Case("llada", "schedule", "none", guided=True)
+    yield Case("shifted", "threshold", "prefix", first="by_rule")
+    yield Case("dream", "schedule", "dual", first="by_rule")
 
 
 ALL = list(cases())

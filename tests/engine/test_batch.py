@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -23,15 +24,13 @@ def brute(span: Span, cached: int) -> np.ndarray:
     own = len(span.ids) if span.store in ("keep", "replace") else 0
     keys = [("plain", p) for p in range(cached)]
     keys += [("plain", span.start + r) for r in range(own, len(span.ids))]
-    keys += [("shadow", i) for i in range(len(span.shadows))]
-    rows = [(span.start + r, None) for r in range(len(span.ids))]
+    keys += [("shadow", p) for p, _ in span.shadows]
+    rows = [(p, None) for p in span.places or range(span.start, span.stop)]
     rows += [(p, i) for i, (p, _) in enumerate(span.shadows)]
     out = np.zeros((len(rows), len(keys)), dtype=bool)
     for r, (position, shadow) in enumerate(rows):
         for c, (what, key) in enumerate(keys):
-            if what == "shadow":
-                out[r, c] = shadow == key
-            elif shadow is not None and key == position:
+            if (what == "shadow" and shadow is None) or (what == "plain" and shadow is not None and key == position):
                 out[r, c] = False
             elif span.attend == "causal":
                 out[r, c] = key <= position
@@ -47,10 +46,15 @@ def spans(draw: st.DrawFn) -> tuple[Span, int]:
     start, n = draw(st.integers(0, 9)), draw(st.integers(1, 6))
     store = draw(st.sampled_from(["keep", "replace", "scratch", "none"]))
     attend = draw(st.sampled_from(["causal", "full", "block"]))
-    shadows = tuple((draw(st.integers(start, start + n - 1)), 3) for _ in range(draw(st.integers(0, 3))))
+    places: tuple[int, ...] = ()
+    if store == "replace" and draw(st.booleans()):
+        places = tuple(accumulate(draw(st.lists(st.integers(1, 3), min_size=n - 1, max_size=n - 1)), initial=start))
+    last = places[-1] if places else start + n - 1
+    shadows = tuple((draw(st.integers(start, last)), 3) for _ in range(draw(st.integers(0, 3))))
     want = tuple(sorted(draw(st.sets(st.integers(0, n + len(shadows) - 1)))))
-    span = Span(start, tuple(range(n)), attend, store, want, block=draw(st.integers(1, 5)), shadows=shadows)
-    kv = draw(st.integers(start + n, start + n + 6)) if store == "replace" else start
+    block = draw(st.integers(1, 5))
+    span = Span(start, tuple(range(n)), attend, store, want, block=block, shadows=shadows, places=places)
+    kv = draw(st.integers(last + 1, last + 7)) if store == "replace" else start
     cached = {"keep": span.stop, "replace": kv, "scratch": start, "none": 0}[store]
     return span, cached
 
@@ -81,18 +85,20 @@ def test_a_step_is_what_spans_say(cases: list[tuple[Span, int]], block: int) -> 
     step.check(pool.count * 4 // block, len(step.own_blocks))
     want: list[int] = []
     for i, ((span, table, _), (_, cached)) in enumerate(zip(items, cases, strict=True)):
-        row0, row1, held, own, at, own_at, own_start, _ = step.spans[i].tolist()
-        places = [*range(span.start, span.stop), *(p for p, _ in span.shadows)]
+        row0, row1, held, passing_keys, at, own_at, own_start, _ = step.spans[i].tolist()
+        own = span.places or range(span.start, span.stop)
+        places = [*own, *(p for p, _ in span.shadows)]
         assert step.ids[row0:row1].tolist() == [*span.ids, *(t for _, t in span.shadows)]
         assert step.positions[row0:row1].tolist() == places
-        stored = list(table.slots(span.start, span.stop)) if span.store in ("keep", "replace") else []
+        everywhere = list(table.slots(0, own[-1] + 1))
+        stored = [everywhere[p] for p in own] if span.store in ("keep", "replace") else []
         assert step.slot[row0:row1].tolist() == stored + [-1] * (row1 - row0 - len(stored))
-        assert (held, own) == (cached, row1 - row0 - len(stored))
+        assert (held, passing_keys) == (cached, row1 - row0 - len(stored))
         assert own_start == span.start + len(stored)
         blocks = step.blocks[at : at + -(-cached // block)]
         assert [int(b) * block + o for b in blocks for o in range(block)][:cached] == list(table.slots(0, cached))
-        passing = step.own_blocks[own_at : own_at + -(-own // block)]
-        slots = [int(b) * block + o for b in passing for o in range(block)][:own]
+        passing = step.own_blocks[own_at : own_at + -(-passing_keys // block)]
+        slots = [int(b) * block + o for b in passing for o in range(block)][:passing_keys]
         assert step.own_slot[row0:row1].tolist() == [-1] * len(stored) + slots
         assert (seen(step, i) == brute(span, cached)).all()
         assert (step.spans[i, 7] >= 0) == bool(span.shadows)

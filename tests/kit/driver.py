@@ -99,13 +99,17 @@ def run_span(model: Any, seq: SequenceState, span: Span, store: Store) -> Tensor
     assert all(0 <= w < span.rows for w in span.want)
     n, held = len(span.ids), seq.kv_len
     if span.store == "replace":
-        assert span.stop <= held
+        assert list(span.positions) == sorted(set(span.positions))
+        assert span.positions[0] == span.start
+        assert span.positions[-1] < held
+    else:
+        assert not span.places
     ids = torch.tensor([*span.ids, *(t for _, t in span.shadows)])
-    places = torch.tensor([*range(span.start, span.stop), *(p for p, _ in span.shadows)])
+    places = torch.tensor([*span.positions, *(p for p, _ in span.shadows)])
     if span.store == "none":
         outside: list[int] = []
     elif span.store == "replace":
-        outside = [p for p in range(held) if not span.start <= p < span.stop]
+        outside = sorted(set(range(held)) - set(span.positions))
     else:
         outside = list(range(span.start))
     old = torch.tensor(outside, dtype=torch.long)
@@ -115,11 +119,9 @@ def run_span(model: Any, seq: SequenceState, span: Span, store: Store) -> Tensor
         seen = key_places[None] <= places[:, None]
     elif span.attend == "block":
         seen = key_places[None] < (places[:, None] // span.block + 1) * span.block
-    for s in range(len(span.shadows)):  # nobody sees a shadow but itself; a shadow does not see the ordinary key there
-        row = n + s
-        seen[:, len(old) + row] = False
-        seen[row] &= key_places != places[row]
-        seen[row, len(old) + row] = True
+    first = len(old) + n  # only shadows see shadows; a shadow does not see the ordinary key of its own position
+    seen[:n, first:] = False
+    seen[n:, :first] &= key_places[None, :first] != places[n:, None]
 
     fresh: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -140,8 +142,8 @@ def run_span(model: Any, seq: SequenceState, span: Span, store: Store) -> Tensor
         elif span.store == "replace":
             store.keys[layer] = store.keys[layer].clone()
             store.values[layer] = store.values[layer].clone()
-            store.keys[layer][span.start : span.stop] = k
-            store.values[layer][span.start : span.stop] = v
+            store.keys[layer][list(span.positions)] = k
+            store.values[layer][list(span.positions)] = v
     if span.store == "keep":
         seq.kv_len = span.stop
     parts = [logits]
@@ -225,7 +227,7 @@ def run(
             seq.kv_len, store = 0, Store()
         span = policy.plan(seq, limit)
         logits = run_span(model, seq, span, store)
-        seq.forwards += 1
+        seq.forwards += span.passes
         (commit,) = policy.absorb([(seq, span)], DenseRows(logits))
         watch(seq, span, commit)
         apply(seq, commit)

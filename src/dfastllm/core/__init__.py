@@ -3,7 +3,7 @@ and options, and no torch: importing it is cheap."""
 
 from dfastllm.core.ends import Ends
 from dfastllm.core.event import CanvasUpdate, Finish, StepEvent, StepStats, Usage
-from dfastllm.core.model import Kind, ModelInfo
+from dfastllm.core.model import Confidence, Kind, ModelInfo
 from dfastllm.core.request import Cache, DecodeParams, Request, SamplingParams
 from dfastllm.core.sequence import SequenceState
 from dfastllm.core.span import Attend, Branch, Commit, FinishReason, Span, Store, TokenLogprob
@@ -25,6 +25,7 @@ __all__ = [
     "Cache",
     "CanvasUpdate",
     "Commit",
+    "Confidence",
     "DecodeParams",
     "Draft",
     "Ends",

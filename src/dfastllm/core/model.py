@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Kind", "ModelInfo"]
+__all__ = ["Confidence", "Kind", "ModelInfo"]
 
 Kind = Literal["ar", "diffusion", "block"]
+Confidence = Literal["raw", "drawn", "filtered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,11 @@ class ModelInfo:
     edit       the model was trained to overwrite committed tokens (LLaDA2.1).
     causal     a model of another kind than ar whose weights are an autoregressive model's too: under causal attention
                the row of position i-1 predicts position i (Fast-dLLM v2).
+    confidence what a canvas decoder takes for the probability of a candidate (and its entropy and margin), as the
+               family's published code does. raw: the softmax of the logits, whatever temperature and filters the
+               token is drawn with (LLaDA). drawn: the distribution the token is drawn from, after temperature, top_k
+               and top_p (SDAR, LLaDA2, Fast-dLLM v2). filtered: as drawn, and top_k and top_p cut it at temperature 0
+               too (Dream).
     eos_ids    any of them ends a text; the first is the one padding is counted as.
     defaults   what the model's generation_config.json says of options that a request does not give, by name.
     """
@@ -43,4 +49,5 @@ class ModelInfo:
     ar_first: bool = False
     edit: bool = False
     causal: bool = False
+    confidence: Confidence = "raw"
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from enum import StrEnum
 from typing import Any, Literal
@@ -41,13 +41,14 @@ class Branch:
 class Span:
     """Tokens of one sequence at positions [start, stop), run in one forward pass.
 
-    Row r < len(ids) is position start + r. Rows after those are `shadows`: extra query rows at repeated positions
-    whose K,V are never stored and which no ordinary row may attend to (wino's verification rows).
+    Row r < len(ids) is position start + r, or places[r]. Rows after those are `shadows`: extra query rows at repeated
+    positions whose K,V are never stored and which no ordinary row may attend to (wino's verification rows).
 
     attend  what a row at position p may see among the keys of this forward (the cached ones and the span's own):
             causal: keys at positions <= p;  full: all keys;
             block: keys at positions < (p // block + 1) * block.
-            A shadow row at position p sees what an ordinary row at p would, minus the ordinary key at p, plus itself.
+            A shadow row at position p sees what an ordinary row at p would, minus the ordinary key at p, and the
+            shadows as it would ordinary rows of their positions, itself among them.
     store   keep: write K,V of [start, stop); afterwards `kv_len = stop`, whatever it was. Rows see the cached keys of
                   [0, start) and the span's own.
             replace: overwrite K,V of [start, stop) in place; needs stop <= kv_len, which stays. Rows see all cached
@@ -58,6 +59,10 @@ class Span:
     block   block length for attend="block"; blocks are aligned to absolute positions.
     branches  further contents of (some of) the same positions, run beside it; not with store "replace".
     plan    the policy's own: what it worked out when it planned, for its `absorb`. Nobody else looks at it.
+    places  the positions of the ids where they do not follow on each other, ascending, the first of them `start`; with
+            store "replace" only, whose K,V then are those of these positions. Empty: [start, stop).
+    passes  function evaluations that it counts as (nfe): 2 where a branch is no guess of a later step but half of this
+            one.
     """
 
     start: int
@@ -69,10 +74,18 @@ class Span:
     shadows: tuple[tuple[int, int], ...] = ()  # (position, token id)
     branches: tuple[Branch, ...] = ()
     plan: Any = field(default=None, compare=False, repr=False)
+    places: tuple[int, ...] = ()
+    passes: int = 1
 
     @property
     def stop(self) -> int:
+        """One past the last position of a span without `places`."""
         return self.start + len(self.ids)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Of the ids."""
+        return self.places or range(self.start, self.stop)
 
     @property
     def rows(self) -> int:

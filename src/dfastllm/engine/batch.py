@@ -58,6 +58,9 @@ def pack(items: Items, block_size: int = BLOCK) -> Step:
     for i in f.shadowed:
         shadows = items[i][0].shadows
         positions[row1[i] - len(shadows) : row1[i]] = [p for p, _ in shadows]
+    for i in f.scattered:
+        places = items[i][0].places
+        positions[row0[i] : row0[i] + len(places)] = places
     step.positions[:] = positions
     _fill_slots(step, facts, counts, positions, f, page_size)
 
@@ -144,7 +147,8 @@ class _Flat:
             what comes after them (1 when causal, all when full); the position of key 0; the position of its first own
             key.
     tokens, pages, want  of all spans; want: relative to the span. asked: rows wanted of each. stored: rows that are
-    stored. shadowed: the spans with shadows. partial: some rows do not see all keys of their span.
+    stored. shadowed: the spans with shadows; scattered: those with places. partial: some rows do not see all keys of
+    their span.
     """
 
     facts: list[int]
@@ -153,6 +157,7 @@ class _Flat:
     want: list[int]
     asked: list[int]
     shadowed: list[int]
+    scattered: list[int]
     stored: int
     partial: bool
 
@@ -164,6 +169,7 @@ def _flatten(items: Items, size: int) -> _Flat:
     want: list[int] = []
     asked: list[int] = []
     shadowed: list[int] = []
+    scattered: list[int] = []
     stored, partial, row1, page0 = 0, False, 0, 0
     for span, table, kv_len in items:
         start, ids, store, attend = span.start, span.ids, span.store, span.attend
@@ -173,6 +179,9 @@ def _flatten(items: Items, size: int) -> _Flat:
             shadowed.append(len(asked))
             tokens += [token for _, token in span.shadows]
             rows += len(span.shadows)
+        if span.places:
+            assert store == "replace", "only a span that replaces may have places"
+            scattered.append(len(asked))
         row0, row1 = row1, row1 + rows
         block = _ALL
         if attend != "full":
@@ -193,7 +202,7 @@ def _flatten(items: Items, size: int) -> _Flat:
             page0 = len(pages)
         want += span.want
         asked.append(len(span.want))
-    return _Flat(facts, tokens, pages, want, asked, shadowed, stored, partial)
+    return _Flat(facts, tokens, pages, want, asked, shadowed, scattered, stored, partial)
 
 
 def visibility(span: Span, cached: int) -> NDArray[np.bool_]:
@@ -201,12 +210,11 @@ def visibility(span: Span, cached: int) -> NDArray[np.bool_]:
     those, each row sees. Only spans with shadows need it; for the others the limits say the same."""
     n, shadows = len(span.ids), len(span.shadows)
     own0 = n if span.store in ("keep", "replace") else 0
-    places = np.array([*range(span.start, span.stop), *(p for p, _ in span.shadows)])
+    places = np.array([*span.positions, *(p for p, _ in span.shadows)])
     keys = np.concatenate([np.arange(cached), places[own0:]])
     block = {"causal": 1, "full": _ALL, "block": span.block}[span.attend]
     seen: NDArray[np.bool_] = keys < (places[:, None] // block + 1) * block
     first = len(keys) - shadows
-    seen[:, first:] = False
+    seen[:n, first:] = False
     seen[n:, :first] &= keys[:first] != places[n:, None]
-    seen[np.arange(n, n + shadows), np.arange(first, first + shadows)] = True
     return seen

@@ -132,6 +132,7 @@ class Engine:
                 stop=state.ends.texts,
                 include_stop=request.sampling.include_stop_str_in_output,
                 skip_special=request.sampling.skip_special_tokens,
+                shown=request.shown,
             )
         table = PageTable(self.pages)
         live = Live(state, admission.policy, table, detokenizer, admission.tier, self.steps, self._added)
@@ -208,9 +209,9 @@ class Engine:
     def _run(self, chosen: Chosen) -> tuple[Rows | None, float]:
         """Its wanted rows, or None when the forward failed (then every request in it fails, and no other)."""
         now = time.monotonic()
-        for live, _ in chosen:
+        for live, span in chosen:
             live.ran = self.steps
-            live.state.forwards += 1
+            live.state.forwards += span.passes
             live.first_scheduled = live.first_scheduled or now
         if not chosen:
             return None, 0.0

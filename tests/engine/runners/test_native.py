@@ -43,6 +43,7 @@ def spans(rng: np.random.Generator, vocab: int, block: int) -> list[tuple[Span, 
     prompt, chunk = int(rng.integers(3, 40)), int(rng.integers(1, 20))
     canvas = int(rng.integers(2, 24))
     known = prompt + chunk
+    apart = tuple(range(2, known, 1 + int(rng.integers(1, 3))))
     return [
         (Span(0, ids(prompt), "causal", "keep", want=(prompt - 1,)), 0),
         (Span(prompt, ids(chunk), "causal", "keep", want=tuple(range(chunk))), prompt),
@@ -51,6 +52,7 @@ def spans(rng: np.random.Generator, vocab: int, block: int) -> list[tuple[Span, 
         (Span(0, ids(known), "full", "none", want=(0, known - 1)), 0),
         (Span(known, ids(canvas), "full", "scratch", want=(0, canvas), shadows=((known, 5),)), known),
         (Span(1, ids(known - 1), "full", "replace", want=(0,)), known),
+        (Span(2, ids(len(apart)), "full", "replace", want=tuple(range(len(apart))), places=apart), known),
         (Span(known, ids(1), "causal", "keep", want=(0,)), known),
     ]
 
@@ -61,8 +63,8 @@ class Sequence:
     def __init__(self, pool: Pages, seed: int, vocab: int, block: int = 4) -> None:
         self.table = PageTable(pool)
         self.todo = spans(np.random.default_rng(seed), vocab, block)
-        for span, _ in self.todo:
-            self.table.grow(max(span.stop, 1))
+        for span, kv_len in self.todo:
+            self.table.grow(max(span.stop, kv_len, 1))
 
     def item(self, step: int) -> tuple[Span, PageTable, int]:
         span, kv_len = self.todo[step]

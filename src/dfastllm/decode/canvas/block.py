@@ -7,7 +7,10 @@ token, or, under a rule that edits, with a step that changed nothing. Prefill an
 same span over earlier blocks.
 
 `block_length` shorter than the model's block (and dividing it) makes sub-blocks: they are filled left to right, while
-attention and K,V keep to the model's blocks.
+attention and K,V keep to the model's blocks. Cache `sub_block` (Fast-dLLM v2, use_block_cache) then stores the K,V of
+the model's block at the first step of each sub-block, and where the row before predicts at every step until the
+sub-block's first token is there; the other steps run the sub-block alone, replacing its K,V. After a preemption those
+K,V are made again from the ids they were made from (`CanvasState.snapshot`).
 
 Models with shift 1 (Fast-dLLM v2): within a block row i-1 predicts position i; the first position of a block comes from
 the last row of the forward that stores the block before it, which is then not fused, because the rest of the new block
@@ -17,13 +20,14 @@ can only be denoised once its first token is there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store, Tier
 from dfastllm.decode.canvas.candidates import Active, active_rows
 from dfastllm.decode.canvas.denoise import Decision, settle, span_rows
 from dfastllm.decode.canvas.evidence import Scorer
-from dfastllm.decode.canvas.layout import CanvasState, canvas_bound, compile_canvas
+from dfastllm.decode.canvas.layout import CanvasState, caches_of, canvas_bound, compile_canvas
 from dfastllm.decode.canvas.lookahead import absorb, chain, within
 from dfastllm.decode.policy import Compiled
 from dfastllm.errors import UnsupportedError, ValidationError
@@ -68,11 +72,11 @@ class BlockDiffusion:
                 hint="Choose a masked diffusion model.",
             )
         decode = request.decode or DecodeParams()
-        if decode.cache is not None:
+        if decode.cache is not None and decode.cache not in caches_of(model.kind):
             raise UnsupportedError(
-                f"{model.name} keeps exact K,V; cache {decode.cache!r} does not apply.",
+                f"{model.name} keeps exact K,V of finished blocks; cache {decode.cache!r} does not apply.",
                 param="cache",
-                hint="Leave it out.",
+                hint="Leave it out; sub_block, for sub-blocks, is the one there is.",
             )
         length = decode.block_length or model.block
         if model.block % length:
@@ -82,7 +86,8 @@ class BlockDiffusion:
             )
         scorer = self.scorer.vocab_size if self.scorer else None
         choice, layout = compile_canvas(request, model, length, align=model.block, scorer=scorer)
-        return Compiled(Tier.EXACT_FAST, layout.stop, (choice, layout, int(model.ar_first)))
+        tier = Tier.APPROXIMATE if choice.cache == "sub_block" else Tier.EXACT_FAST
+        return Compiled(tier, layout.stop, (choice, layout, int(model.ar_first)))
 
     def begin(self, request: Request, model: ModelInfo, compiled: Compiled) -> tuple[list[int], Any]:
         """The canvas all masked."""
@@ -102,8 +107,13 @@ class BlockDiffusion:
         base = start // size * size  # the model block the active block lies in
         held = min(seq.kv_len, base) // size * size
         active = _rows_of(seq, start, stop)
+        inner = state.choice.cache == "sub_block"
+        if inner and not _from_before(active) and not _refreshes(seq, state):
+            if seq.kv_len >= base + size:
+                return self._span(seq, start, stop, "replace", active, limit)
+            return self._restored(seq, held, base, limit)
         if held == base:
-            return self._span(seq, base, base + size, "scratch", active, limit)
+            return self._span(seq, base, base + size, "keep" if inner else "scratch", active, limit)
         most = max(size, limit // size * size)
         if _from_before(active):
             end = min(base, held + most)
@@ -111,6 +121,15 @@ class BlockDiffusion:
         if base + size - held > max(most, 2 * size):
             return self._span(seq, held, held + min(most, base - held), "keep", None, limit)
         return self._span(seq, held, base + size, "keep", active, limit)
+
+    @staticmethod
+    def _restored(seq: SequenceState, held: int, base: int, limit: int) -> Span:
+        """The next forward that restores the K,V of cache `sub_block`, those of [0, held) being there: of finished
+        blocks, and in the end those of the model block at `base` as they were when its steps began to run apart."""
+        size, state = seq.model.block, seq.policy
+        stop = min(base + size, held + max(size, limit // size * size))
+        ids = (*seq.tokens[held:base], *state.snapshot)[: stop - held]
+        return Span(held, tuple(ids), "block", "keep", block=size)
 
     @staticmethod
     def _span(seq: SequenceState, low: int, high: int, store: Store, active: Active | None, limit: int) -> Span:
@@ -127,8 +146,13 @@ class BlockDiffusion:
 
     def absorb(self, items: Sequence[tuple[SequenceState, Span]], rows: Rows) -> list[Commit]:
         def first(seq: SequenceState, span: Span, a: Active, decision: Decision) -> Commit:
-            base = a.start // seq.model.block * seq.model.block
-            return settle(a, decision, kv_len=base if span.store == "keep" else None, counts=not _from_before(a))
+            size, own = seq.model.block, not _from_before(a)
+            base = a.start // size * size
+            if a.state.choice.cache != "sub_block" or not own:
+                return settle(a, decision, kv_len=base if span.store == "keep" else None, counts=own)
+            snapshot = tuple(seq.tokens[base : base + size]) if span.store == "keep" else None
+            commit = settle(a, decision, kv_len=None, snapshot=snapshot)
+            return replace(commit, kv_len=base) if commit.block_done and a.stop == base + size else commit
 
         return absorb(items, rows, self.scorer, first, _waiting, _reach)
 
@@ -138,6 +162,12 @@ def _rows_of(seq: SequenceState, start: int, stop: int) -> Active:
     if seq.model.ar_first and start % seq.model.block == 0 and seq.tokens[start] == seq.model.mask_id:
         return Active(seq, seq.policy, start, stop, (0,), (True,))
     return active_rows(seq, start, stop)
+
+
+def _refreshes(seq: SequenceState, state: CanvasState) -> bool:
+    """Whether a step with cache `sub_block` runs the whole block of the model."""
+    start, _ = state.bounds
+    return state.block_step == 0 or bool(seq.model.shift and seq.tokens[start] == seq.model.mask_id)
 
 
 def _from_before(a: Active) -> bool:

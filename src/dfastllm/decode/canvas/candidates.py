@@ -174,7 +174,7 @@ def by_logits(group: Sequence[Active], rows: Rows, scorer: Scorer | None) -> Can
 def _own(group: Sequence[Active], logits: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
     """The rows of the blocks themselves; and by index the watched rows of those that have some."""
     if not [1 for a in group if a.watched]:
-        return logits, {i: logits[:0] for i in range(len(group))}
+        return logits, dict.fromkeys(range(len(group)), logits[:0])
     ends = list(accumulate(a.rows for a in group))
     firsts = [end - a.rows for end, a in zip(ends, group, strict=True)]
     own = [first + i for first, a in zip(firsts, group, strict=True) for i in range(len(a.columns))]

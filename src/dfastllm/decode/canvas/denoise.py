@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dfastllm.core import Commit, TokenLogprob, value
 from dfastllm.decode.canvas.candidates import Active, Candidates, by_logits, by_stats
@@ -59,7 +60,8 @@ def denoise(group: Sequence[Active], rows: Rows, scorer: Scorer | None = None) -
     parts = _apart([a.state.choice.way for a in group])
     if len(parts) == 1:
         return _by_rule(group, _look(group, rows, scorer))
-    spots = _spots(group)
+    asked = [_asked(a) for a in group]
+    spots = [range(end - n, end) for n, end in zip(asked, accumulate(asked), strict=True)]
     out: dict[int, Decision] = {}
     for members in parts:
         some, part = [group[i] for i in members], rows.select([r for i in members for r in spots[i]])
@@ -69,7 +71,35 @@ def denoise(group: Sequence[Active], rows: Rows, scorer: Scorer | None = None) -
 
 def _look(group: Sequence[Active], rows: Rows, scorer: Scorer | None) -> Candidates:
     """What the rows of sequences of one way say."""
-    return by_logits(group, rows, scorer) if group[0].state.choice.way[0] else by_stats(group, rows)
+    choices = [a.state.choice for a in group]
+    if not choices[0].way[0]:
+        return by_stats(group, rows)
+    if [1 for c in choices if c.guidance or c.barred]:
+        rows = DenseRows(_changed(group, rows.logits()))
+    return by_logits(group, rows, scorer)
+
+
+def _asked(a: Active) -> int:
+    """Rows that its forward gives: under guidance each of them twice."""
+    return 2 * a.rows if a.state.choice.guidance else a.rows
+
+
+def _changed(group: Sequence[Active], logits: Tensor) -> Tensor:
+    """The logits float32 [rows, vocab] as their requests read them; those that came are left as they are. Under guidance
+    the rows of the canvas, then those of the canvas without its prompt, become unguided + (scale + 1) (rows - unguided)
+    (Nie et al., LLaDA, 2025, appendix); barred ids become -inf."""
+    parts, end = [], 0
+    for a in group:
+        choice, begin, end = a.state.choice, end, end + _asked(a)
+        part = logits[begin : begin + a.rows]
+        if choice.guidance:
+            unguided = logits[begin + a.rows : end]
+            part = unguided + (choice.guidance + 1) * (part - unguided)
+        if choice.barred:
+            part = part.clone()
+            part[:, list(choice.barred)] = float("-inf")
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def _apart(kinds: Sequence[Hashable]) -> list[list[int]]:
@@ -203,15 +233,19 @@ def _field(
         return plane(found.planes[name], absent.dtype) if name in found.planes else absent
 
     states = [a.state for a in group]
-    steps = [n if s.layout.steps is None else s.layout.share(s.block) for s, n in zip(states, sizes, strict=True)]
-    size, step, most = int64s([sizes, [s.block_step for s in states], steps]).reshape(3, -1)
+    paced = group[0].rule.paced
+    begun = [int(s.choice.alone and s.block_step > 0) for s in states]  # its first token was a step of its own
+    paces = [_pace(s, paced, done) for s, done in zip(states, begun, strict=True)]
+    size, steps, step, before = int64s([*zip(*paces, strict=True), begun]).reshape(4, -1)
     free: Any = True
     if any(a.masked is not None for a in group):
         free = np.asarray([m for a in group for m in a.masked or (True,) * len(a.columns)], dtype=np.bool_)
     keys = None
     if any(s.choice.noisy for s in states):
         seeds = [a.seq.seed for a in group for _ in a.columns]
-        rounds = [a.state.step for a in group for _ in a.columns]
+        # the order of `origin` is drawn once a block
+        firsts = [a.state.block_step if a.state.choice.options.get("ordering") == "origin" else 0 for a in group]
+        rounds = [a.state.step - n for a, n in zip(group, firsts, strict=True) for _ in a.columns]
         positions = [p for a in group for p in a.positions]
         keys = plane(row_keys(seeds, rounds, positions, salt=1), np.uint64)
     return Field(
@@ -226,10 +260,18 @@ def _field(
         keys=np.zeros(shape, dtype=np.uint64) if keys is None else keys,
         size=size,
         step=step,
-        steps=most,
+        steps=steps,
+        begun=before,
         options=[s.choice.options for s in states],
         memory=found.memory,
     )
+
+
+def _pace(state: CanvasState, paced: bool, begun: int) -> tuple[int, int, int]:
+    """Of a block: the tokens its quotas are spread over, its steps, and those done. begun: steps, of one token each,
+    before the rule's own; a rule that is paced counts them among its steps all the same."""
+    size, steps = state.layout.pace(state.block, paced)
+    return size - begun, steps if paced else max(1, steps - begun), state.block_step - begun
 
 
 def _records(a: Active, fixed: Mapping[int, int], found: Candidates, rows: Sequence[int]) -> dict[int, TokenLogprob]:
@@ -252,10 +294,17 @@ def _records(a: Active, fixed: Mapping[int, int], found: Candidates, rows: Seque
 
 
 def settle(
-    a: Active, d: Decision, *, kv_len: int | None, snapshot: tuple[int, ...] | None = None, counts: bool = True
+    a: Active,
+    d: Decision,
+    *,
+    kv_len: int | None,
+    snapshot: tuple[int, ...] | None = None,
+    counts: bool = True,
+    remembers: bool = True,
 ) -> Commit:
     """The commit of a decision: canvas updated, block closed or not, text ended or not. snapshot: the block's ids under
-    new outside K,V, None: those stay. counts False: the step saw one position only and is none of the block's own."""
+    new outside K,V, None: those stay. remembers False: the step saw one position only, and the rule's memory stays;
+    counts False: it is none of the block's own steps either."""
     seq, state = a.seq, a.state
     mask = seq.model.mask_id
     assert mask is not None
@@ -276,7 +325,7 @@ def settle(
         0 if done else state.block_step + counts,
         state.snapshot if snapshot is None else snapshot,
         state.end if end is None else end.end,
-        None if done else d.memory if counts else state.memory,
+        None if done and not a.rule.lasting else d.memory if counts and remembers else state.memory,
         d.open or None,
     )
     if end is None:
@@ -310,9 +359,11 @@ def span_rows(a: Active, low: int, count: int) -> tuple[tuple[int, ...], tuple[t
     (the one before it on shifted models), and the shadow rows after the ordinary ones."""
     if a.masked is None or "shadow" not in a.state.choice.needs:
         first = low + a.seq.model.shift
-        return a.columns if first == a.start else tuple([p - first for p in a.positions]), ()
+        columns = a.columns + a.watched if a.watched else a.columns
+        return columns if first == a.start else tuple([a.start + c - first for c in columns]), ()
     mask = a.seq.model.mask_id
     assert mask is not None
     free = tuple(p - low for p, masked in zip(a.positions, a.masked, strict=True) if masked)
-    held = tuple(p for p, masked in zip(a.positions, a.masked, strict=True) if not masked)
-    return free + tuple(range(count, count + len(held))), tuple((p, mask) for p in held)
+    held = tuple(count + c for c, masked in zip(a.columns, a.masked, strict=True) if not masked)
+    # Shadows see each other, so all positions of the block have one.
+    return free + held, tuple((p, mask) for p in range(a.start, a.stop)) if held else ()

@@ -5,6 +5,7 @@ Each function looks at the raw rows of one block and the block's memory, and is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -59,31 +60,49 @@ def add_credit(
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """What `klass` remembers of a block's last step: positions, their log-probabilities float32 [rows, vocab] (never
-    written again), and their last divergences."""
+    """What `klass` remembers of a step: positions, of the block and of the next one, their log-probabilities float32
+    [rows, vocab] (never written again), the block, and the last divergences of its own positions."""
 
     positions: tuple[int, ...]
     logp: Tensor
+    block: int
     history: tuple[tuple[float, ...], ...]
 
 
 def drift(
-    logits: Tensor, norm: Tensor, positions: Sequence[int], memory: Drift | None, options: Mapping[str, Any]
+    logits: Tensor,
+    norm: Tensor,
+    beside: Tensor,
+    positions: tuple[Sequence[int], Sequence[int]],
+    block: int,
+    memory: Drift | None,
+    options: Mapping[str, Any],
 ) -> tuple[np.ndarray, Drift]:
-    """bool [rows]: whether the last kl_history_length divergences of each row are all below kl_threshold; and the new
-    memory. The first step of a block has nothing to compare with, so no row is stable then."""
-    logp = logits - norm[:, None]
+    """bool [rows]: whether the last kl_history_length divergences of each row, all of steps of this block, are below
+    kl_threshold; and the new memory (KLASS: the divergence goes on from the last step of the block before; a row that
+    has no step before diverges without bound).
+
+    logits, norm: of the block's masked rows; beside: logits of the next block's rows. positions: of both."""
+    own, next_ones = positions
     length, bound = options["kl_history_length"], options["kl_threshold"]
-    if memory is None:
-        return np.zeros(len(positions), dtype=np.bool_), Drift(tuple(positions), logp, ((),) * len(positions))
-    old = {p: r for r, p in enumerate(memory.positions)}
-    before = memory.logp[torch.tensor([old[p] for p in positions], dtype=torch.long, device=logits.device)]
-    p = logp.exp().double()
-    terms = torch.where(p > 0, p * (logp.double() - before.double()), torch.zeros_like(p))
-    divergence = terms.sum(dim=-1).tolist()
-    history = tuple((*memory.history[old[q]], d)[-length:] for q, d in zip(positions, divergence, strict=True))
-    stable = np.asarray([len(h) == length and max(h) < bound for h in history], dtype=np.bool_)
-    return stable, Drift(tuple(positions), logp, history)
+    logp = logits - norm[:, None]
+    history: dict[int, tuple[float, ...]] = {}
+    divergence = dict.fromkeys(own, math.inf)
+    if memory is not None:
+        old = {p: r for r, p in enumerate(memory.positions)}
+        if memory.block == block:
+            history = dict(zip(memory.positions, memory.history, strict=False))
+        known = [r for r, p in enumerate(own) if p in old]
+        before = memory.logp[torch.tensor([old[own[r]] for r in known], dtype=torch.long, device=logits.device)]
+        now = logp[torch.tensor(known, dtype=torch.long, device=logits.device)]
+        p = now.exp().double()
+        terms = torch.where(p > 0, p * (now.double() - before.double()), torch.zeros_like(p))
+        divergence.update(zip([own[r] for r in known], terms.sum(dim=-1).tolist(), strict=True))
+    histories = tuple((*history.get(q, ()), divergence[q])[-length:] for q in own)
+    stable = np.asarray([len(h) == length and max(h) < bound for h in histories], dtype=np.bool_)
+    if len(next_ones):
+        logp = torch.cat([logp, beside - log_normaliser(beside)[:, None]])
+    return stable, Drift((*own, *next_ones), logp, block, histories)
 
 
 def agreement(

@@ -21,11 +21,11 @@ from dfastllm.errors import UnsupportedError, ValidationError
 __all__ = [
     "CACHES",
     "Ahead",
-    "Passes",
     "CanvasState",
     "Choice",
     "Ending",
     "Layout",
+    "Passes",
     "caches_of",
     "canvas_bound",
     "choose",
@@ -36,8 +36,8 @@ __all__ = [
 
 _FIRST_TOKEN = Option(
     "alone",
-    "where the row before predicts (Dream): the full forward of a block commits its first token alone, and steps run the "
-    "block's own rows; by_rule: it commits what the rule says, and steps run the row before the block too",
+    "where the row before predicts (Dream): the full forward of a block commits its first token alone, and steps run "
+    "the block's own rows; by_rule: it commits what the rule says, and steps run the row before the block too",
     choices=("alone", "by_rule"),
 )
 CACHES: dict[str, dict[str, Option]] = {
@@ -257,7 +257,8 @@ def choose(decode: DecodeParams, sampling: SamplingParams, length: int, model: M
         raise UnsupportedError(
             f"draft_steps run beside a step whose K,V are not stored; cache {cache!r} stores every step's.",
             param="cache",
-            hint="Use draft_steps 0, or " + ("leave out the cache." if model.kind == "block" else "cache none or prefix."),
+            hint="Use draft_steps 0, or "
+            + ("leave out the cache." if model.kind == "block" else "cache none or prefix."),
         )
     if decode.cfg_scale:
         _check_guidance(rule, cache, drafts, model)
@@ -322,8 +323,8 @@ def _check_first_token(choice: Choice, given: Mapping[str, Any], model: ModelInf
         )
     if given["first_token"] == "alone" and not choice.alone:
         raise UnsupportedError(
-            f"rule {choice.rule!r} looks at every token of a block again; with first_token alone the first one's row is "
-            "not run.",
+            f"rule {choice.rule!r} looks at every token of a block again; with first_token alone the row of the first "
+            "one is not run.",
             param="first_token",
             hint="Use first_token by_rule.",
         )

@@ -1,7 +1,7 @@
 """The unmasking rules: which masked positions of the active block to commit, from statistics of their rows.
 
-A rule is a pure numpy function over many sequences at once: `Field` in, `Verdict` out. Arrays are [sequences, block],
-column j being position block start + j, padded on the right with columns that are not masked. A rule says which
+A rule is a pure function of arrays over many sequences at once: `Field` in, `Verdict` out. Arrays are [sequences,
+block], column j being position block start + j, padded on the right with columns that are not masked. A rule says which
 positions it accepts and how it ranks them; `decide` then guarantees progress: the best that `steps` demands are always
 accepted (at least one), and never more than `max_parallel_tokens`. Ties go to the lowest position.
 
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dfastllm.core import value
@@ -47,11 +49,13 @@ class Field:
     confidence  probability of the candidate token under the raw softmax; 0 elsewhere.
     entropy     nats, and margin, p1 - p2: only for rules that need them, else zeros.
     keys        uint64 [S, M]: randomness by (seed, decode step, position).
-    size        int [S]: tokens of the block that are decided by this request (its masks at the block's start).
+    size        int [S]: tokens that the block's quotas are spread over: its masks at its start; of a block that the
+                prompt has begun the whole block, as in the published block-diffusion loops.
     step        int [S]: denoise steps done in this block before this one.
-    steps       int [S]: denoise steps the block may take.
+    steps       int [S]: denoise steps the block may take; for a rule that is `paced`, those of its schedule.
+    begun       int [S]: points of a paced schedule that are past before the block's first step.
     options     per sequence, complete with defaults.
-    memory      per sequence: what the rule returned at the block's last step, None at its first.
+    memory      per sequence: what the rule returned at the block's last step, None at its first (unless `lasting`).
     held        bool [S, M]: committed in this block and looked at again (revising rules only).
     kept        at held positions: probability of the committed token. differs: the candidate is another token.
     ready       bool [S, M]: what `evidence` found at masked positions (klass: stable; apd: agreed).
@@ -71,6 +75,7 @@ class Field:
     kept: Floats
     differs: Bools
     ready: Bools
+    begun: Ints
 
     def option(self, name: str) -> Floats:
         """float64 [S, 1]."""
@@ -109,6 +114,8 @@ class Rule:
     revise   given what is accepted: how it changes what it committed before. Then nothing in a block is stable before
              the block is.
     paced    it follows its own schedule over `steps`; others are held to an even rate.
+    alone    where it accepts something, that is all a step commits: the even rate holds only where it accepts nothing.
+    lasting  its memory outlives the block.
     """
 
     name: str
@@ -118,6 +125,8 @@ class Rule:
     needs: frozenset[str] = frozenset()
     revise: Callable[[Field, Bools], Revision] | None = None
     paced: bool = False
+    alone: bool = False
+    lasting: bool = False
 
 
 def quota(size: int, steps: int, step: int) -> int:
@@ -130,8 +139,11 @@ def decide(rule: Rule, f: Field) -> Bools:
     verdict = rule.decide(f)
     most = [o["max_parallel_tokens"] for o in f.options]
     hurried = not rule.paced and bool((f.steps < f.size).any())  # else one a step is enough
-    if any(most) or hurried:
+    if any(most) or hurried or rule.alone:
         floor = _due(f) if hurried else np.ones_like(f.size)
+        if rule.alone:
+            some = (verdict.accept & f.masked).any(axis=1)
+            floor = np.maximum(np.where(some, 0, floor), _last_call(f, most))
         rank = _rank(verdict.score, f.masked)
         accept = verdict.accept | (rank < floor[:, None])
     else:  # the best of each alone: no order needed
@@ -149,6 +161,14 @@ def _due(f: Field) -> Ints:
     """int [S]: commits due at this step so that `steps` is kept as a minimum rate; at least 1."""
     at = np.minimum(f.step, f.steps - 1)
     out: Ints = np.maximum(1, f.size // f.steps + (at < f.size % f.steps))
+    return out
+
+
+def _last_call(f: Field, most: Sequence[int]) -> Ints:
+    """int [S]: the fewest commits at this step with which the steps that are left can still fill the block."""
+    after = np.maximum(f.steps - f.step - 1, 0)
+    width = f.masked.shape[1]
+    out: Ints = np.maximum(0, f.masked.sum(axis=1) - after * np.asarray([m or width for m in most], dtype=np.int64))
     return out
 
 
@@ -215,52 +235,105 @@ def _dream(f: Field) -> Verdict:
     """Dream's schedule (Ye et al., 2025): with t from 1 to eps over steps + 1 points, n = m (1 - t[i+1] / t[i]) of the
     m masks left, all of them at the last step. Orderings: origin (each with probability n / m), maskgit_plus
     (confidence), topk_margin, entropy; alg_temp > 0 draws the positions from softmax(score / alg_temp) without
-    replacement, here as the best of score / alg_temp + Gumbel noise. The published code may commit nothing at a step;
-    here it is one at least."""
-    left = f.masked.sum(axis=1)
-    eps = f.option("eps")[:, 0]
-    t, s = (1 - (1 - eps) * (f.step + j) / f.steps for j in (0, 1))
-    share = np.where(f.step < f.steps - 1, 1 - s / t, 1.0)
+    replacement, here as the best of score / alg_temp + Gumbel noise.
+
+    A point of the grid at which the published loop commits nothing would run the same canvas again; here it is passed
+    over, so that every step commits something (see `_counts`, and for origin `_moment`)."""
     score = f.confidence.copy()
     accept = np.zeros_like(f.masked)
+    counts = np.zeros(len(f.options), dtype=np.int64)
     for i, options in enumerate(f.options):
         ordering = options["ordering"]
+        steps, eps = int(f.steps[i]), options["eps"]
         if ordering == "origin":
             noise = uniform(f.keys[i])
-            score[i] = -noise
-            accept[i] = noise < share[i]
+            score[i] = noise
+            moment = np.where(f.masked[i], _moment(noise, steps, eps), steps)
+            accept[i] = moment == moment.min()
             continue
         if ordering != "maskgit_plus":
             score[i] = f.margin[i] if ordering == "topk_margin" else -f.entropy[i]
         if options["alg_temp"] > 0:
             score[i] = score[i] / options["alg_temp"] + _gumbel(f.keys[i])
-    count = np.floor(left * share + 1e-9).astype(np.int64)  # 1e-9: linspace in float64 must not lose a whole token
-    ordered = np.asarray([o["ordering"] != "origin" for o in f.options])
-    return Verdict(accept | (ordered[:, None] & (_rank(score, f.masked) < count[:, None])), score)
+        plan = _counts(int(f.size[i]), steps, eps, int(f.begun[i]))
+        # Behind the plan, as under max_parallel_tokens, the last point commits what is left.
+        counts[i] = plan[f.step[i]] if f.step[i] < len(plan) - 1 else f.masked.shape[1]
+    return Verdict(accept | (_rank(score, f.masked) < counts[:, None]), score)
+
+
+@lru_cache(maxsize=256)
+def _shares(steps: int, eps: float) -> NDArray[np.float32]:
+    """float32 [steps]: 1 - t[i+1] / t[i], in float32 as published: there a quota may be a token less than in exact
+    numbers."""
+    t = torch.linspace(1, eps, steps + 1).numpy()
+    out: NDArray[np.float32] = np.float32(1) - t[1:] / t[:-1]
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _counts(size: int, steps: int, eps: float, at: int = 0) -> tuple[int, ...]:
+    """How many of `size` masks the points of Dream's grid commit, from point `at` on, those that commit nothing left
+    out."""
+    left, out = size, []
+    share = _shares(steps, eps)[:-1]
+    while left and at < len(share):
+        due = (np.float32(left) * share[at:]).astype(np.int64)
+        some = int((due > 0).argmax())
+        if not due[some]:
+            break
+        out.append(min(left, int(due[some])))
+        left -= out[-1]
+        at += some + 1
+    if left:
+        out.append(left)
+    return tuple(out)
+
+
+def _moment(noise: Floats, steps: int, eps: float) -> Ints:
+    """The point of the grid, int [M] in [0, steps), at which each position is committed under ordering origin. That a
+    mask goes at point i with probability 1 - t[i+1] / t[i], whatever the others do, says that it goes before time t
+    with probability 1 - t (and at the last point for certain): its time is one uniform number."""
+    out: Ints = np.clip(np.floor((1 - noise) / ((1 - eps) / steps)), 0, steps - 1).astype(np.int64)
+    return out
 
 
 def _threshold(f: Field) -> Verdict:
-    """Every masked i with c_i >= threshold (Wu et al., Fast-dLLM, 2025). `credit` is the same over fused logits."""
+    """Every masked i with c_i >= threshold (Wu et al., Fast-dLLM, 2025); block-diffusion loops ask for more than the
+    threshold (`layout.choose` sees to that)."""
     return Verdict(f.confidence >= f.option("threshold"), f.confidence)
 
 
+def _credit(f: Field) -> Verdict:
+    """The threshold over fused logits (`evidence.add_credit`), as dInfer has it: where nothing reaches it, all that
+    come within 1e-5 of the best go with the best."""
+    best = np.where(f.masked, f.confidence, 0.0).max(axis=1, keepdims=True)
+    return Verdict(f.confidence >= np.minimum(f.option("threshold"), best - 1e-5), f.confidence)
+
+
 def _factor(f: Field) -> Verdict:
-    """The longest prefix by confidence with c_(n) >= 1 - factor / (n + 1), n from 1 (Fast-dLLM). The published code
-    also accepts the last rank when only it fails; not copied."""
+    """The longest prefix by confidence with c_(n) >= 1 - factor / (n + 1), n from 1 (Fast-dLLM).
+
+    last_rank: the published loop cannot tell a failure at the last rank from the end of the ranks, and takes the last
+    one too when only it fails. That contradicts the bound of its paper, so it is a switch."""
     n = np.arange(1, f.masked.shape[1] + 1)
-    return Verdict(_prefix(f.confidence, f.masked, lambda c: c >= 1 - f.option("factor") / (n + 1)), f.confidence)
+    accept = _prefix(f.confidence, f.masked, lambda c: (n == 1) | (c >= 1 - f.option("factor") / (n + 1)))
+    last = f.masked & (accept.sum(axis=1) == f.masked.sum(axis=1) - 1)[:, None]
+    return Verdict(accept | (last & (f.option("last_rank") > 0)), f.confidence)
 
 
 def _entropy_bound(f: Field) -> Verdict:
-    """The longest prefix by ascending entropy whose sum less its largest is at most gamma (Ben-Hamu et al., EB-sampler,
-    2025): that bounds the joint mutual information of the accepted tokens."""
-
-    def fits(ranked: Floats) -> Bools:
-        entropy = np.where(np.isfinite(ranked), -ranked, 0.0)
-        out: Bools = np.cumsum(entropy, axis=1) - entropy <= f.option("gamma")
-        return out
-
-    return Verdict(_prefix(-f.entropy, f.masked, fits), -f.entropy)
+    """The longest prefix whose sum of entropies less the largest is at most gamma (Ben-Hamu et al., EB-sampler, 2025):
+    that bounds the joint mutual information of the accepted tokens. The prefix is by the error proxy `order`."""
+    score = -f.entropy
+    for i, options in enumerate(f.options):
+        if options["order"] != "entropy":
+            score[i] = f.margin[i] if options["order"] == "margin" else f.confidence[i]
+    order = _order(score, f.masked)
+    entropy = np.take_along_axis(np.where(f.masked, f.entropy, 0.0), order, axis=1)
+    fits = np.cumsum(entropy, axis=1) - np.maximum.accumulate(entropy, axis=1) <= f.option("gamma")
+    accept = np.zeros_like(f.masked)
+    np.put_along_axis(accept, order, np.logical_and.accumulate(fits, axis=1), axis=1)
+    return Verdict(accept & f.masked, score)
 
 
 def _hierarchy(f: Field) -> Verdict:
@@ -293,7 +366,8 @@ def _local_leap(f: Field) -> Verdict:
 
 def _klass(f: Field) -> Verdict:
     """c > threshold where the last kl_history_length divergences KL(p_t || p_t-1) are below kl_threshold (Kim et al.,
-    KLASS, 2025). The history starts anew at each block: only its rows go through the head."""
+    KLASS, 2025). Where any position is ready, the ready ones are all that a step commits; where none is, the quota by
+    confidence. What a row said at the last step of the block before is remembered (`evidence.drift`)."""
     return Verdict(f.ready & (f.confidence > f.option("threshold")), f.confidence)
 
 
@@ -319,13 +393,13 @@ def _wino(f: Field) -> Verdict:
 def _wino_verify(f: Field, accept: Bools) -> Revision:
     """When more than one was accepted: held positions whose shadow row gives their token less than threshold_back are
     masked again, the least probable first, fewer than were accepted at the step before, and never so many that the
-    block would fall behind `steps`. A shadow sees itself and the block without its own position (published: the other
-    shadows too)."""
+    block would fall behind `steps`. Each position of the block has a shadow, a mask; they see each other, and the
+    canvas without the token of their own position (`Span.shadows`)."""
     accepted = accept.sum(axis=1)
     doubtful = f.held & (f.kept < f.option("threshold_back"))
     last = np.asarray([1 if m is None else m for m in f.memory], dtype=np.int64)
     at = np.minimum(f.step, f.steps - 1) + 1
-    spare = f.size - f.masked.sum(axis=1) + accepted - at * (f.size // f.steps) - np.minimum(at, f.size % f.steps)
+    spare = f.held.sum(axis=1) + accepted - at * (f.size // f.steps) - np.minimum(at, f.size % f.steps)
     allowed = np.where(accepted > 1, np.minimum(last - 1, spare), 0)
     remask = doubtful & (_rank(-f.kept, doubtful) < allowed[:, None])
     return Revision(remask, np.zeros_like(remask), accepted.tolist())
@@ -349,6 +423,13 @@ def _edit_tokens(f: Field, accept: Bools) -> Revision:
 
 # What every rule knows beside its own options.
 _COMMON = {
+    "confidence": Option(
+        "model",
+        "what confidence, entropy and margin are read from. raw: the logits; drawn: the distribution a token is drawn "
+        "from, after temperature, top_k and top_p; filtered: as drawn, and top_k and top_p count at temperature 0 too; "
+        "model: as the model's own code does",
+        choices=("model", "raw", "drawn", "filtered"),
+    ),
     "max_parallel_tokens": Option(0, "at most this many commits a step; 0: no limit"),
     "early_stop_confidence": Option(
         0.0, "commit all that is left of a block once every position of it is this confident; 0: never", 0, 1
@@ -375,7 +456,8 @@ def _confidence(default: float) -> dict[str, Option]:
 
 
 def _rule(name: str, fn: Callable[[Field], Verdict], text: str, *needs: str, **options: Option) -> Rule:
-    return Rule(name, fn, text, {**options, **_COMMON}, frozenset(needs))
+    common = {key: option for key, option in _COMMON.items() if key not in options}
+    return Rule(name, fn, text, {**options, **common}, frozenset(needs))
 
 
 _ALL = (
@@ -411,6 +493,7 @@ _ALL = (
         _factor,
         "confident enough for the crowd",
         factor=Option(1.0, "larger accepts more", 1e-9),
+        last_rank=Option(0, "1: the last rank goes too when only it fails, as in the published code", 0, 1),
         **_drafts(0),
     ),
     _rule(
@@ -419,11 +502,12 @@ _ALL = (
         "bounded joint entropy",
         "spread",
         gamma=Option(0.1, "bound in nats"),
+        order=Option("entropy", "what ranks the positions", choices=("entropy", "confidence", "margin")),
         **_drafts(0),
     ),
     _rule(
         "credit",
-        _threshold,
+        _credit,
         "threshold over logits that remember earlier guesses",
         "credit",
         **_confidence(0.9),
@@ -439,14 +523,19 @@ _ALL = (
         low_threshold=Option(0.4, "confidence the best of a run must exceed", 0, 1),
         **_drafts(0),
     ),
-    _rule(
-        "klass",
-        _klass,
-        "confident and stable",
-        "drift",
-        **_confidence(0.9),
-        kl_threshold=Option(0.01, "divergence of a stable row, nats"),
-        kl_history_length=Option(2, "divergences in a row that must be below it", 1, 16),
+    replace(
+        _rule(
+            "klass",
+            _klass,
+            "confident and stable",
+            "drift",
+            **_confidence(0.9),
+            kl_threshold=Option(0.01, "divergence of a stable row, nats"),
+            kl_history_length=Option(2, "divergences in a row that must be below it", 1, 16),
+            confidence=Option("raw", _COMMON["confidence"].help, choices=_COMMON["confidence"].choices),
+        ),
+        alone=True,
+        lasting=True,
     ),
     _rule(
         "local_leap",
