@@ -1,9 +1,8 @@
 """Whether generated text holds a complete tool call, and whether the call fits the JSON Schema of the tool it names.
 
-`CallFinder` reads a text as it grows and answers once: with the first call that fits. It takes a call in the markup
-that `text.tools` parses and, because many templates use no markup, a text that is nothing but the call's JSON. The
-`jsonschema` library validates (drafts 4 to 2020-12, by the schema's `$schema`); references out of a schema are never
-fetched.
+`CallFinder` reads a text as it grows and answers once: with the first call that fits, in any of the forms that
+`text.tools` parses, an answer that begins with the call's JSON among them. The `jsonschema` library validates (drafts 4
+to 2020-12, by the schema's `$schema`); references out of a schema are never fetched.
 
 Schemas are run as they are, regular expressions included: give this the schemas of people you trust.
 """
@@ -69,49 +68,24 @@ class ToolSchemas:
 
 
 class CallFinder:
-    """The first call in a growing text. tools None: any well-formed call counts."""
+    """The first call in a growing text, in any form that `text.tools` reads. tools None: any complete call counts."""
 
     def __init__(self, tools: Tools | ToolSchemas | None = None) -> None:
         self._schemas = ToolSchemas(tools) if tools is not None and not isinstance(tools, ToolSchemas) else tools
         self._parser = ToolCallParser()
-        self._text = ""
-        self._bare: bool | None = None  # the text is nothing but JSON so far; None: only whitespace came
         self.found: ToolCall | None = None
 
     def push(self, text: str) -> ToolCall | None:
         """The first call that fits, once the text so far holds it; None before."""
-        if self.found is not None or not text:
-            return self.found
-        calls = [piece for piece in self._parser.push(text) if isinstance(piece, ToolCall)]
-        if self._bare is None and (start := text.lstrip()[:1]):
-            self._bare = start in "{["
-        if self._bare:
-            self._text += text
-            if text.rstrip()[-1:] in ("}", "]"):
-                calls += _bare_calls(self._text)
-        self.found = next((call for call in calls if self.fits(call)), None)
+        if self.found is None:
+            calls = [piece for piece in self._parser.push(text) if isinstance(piece, ToolCall)]
+            self.found = next((call for call in calls if self.fits(call)), None)
         return self.found
 
     def fits(self, call: ToolCall) -> bool:
-        return self._schemas is None or self._schemas.accepts(call)
+        return call.whole and (self._schemas is None or self._schemas.accepts(call))
 
 
 def is_valid_tool_json(text: str, tools: Tools | None = None) -> bool:
     """Whether the text holds a complete tool call that fits the schema of one of the tools (None: any tool)."""
     return CallFinder(tools).push(text) is not None
-
-
-def _bare_calls(text: str) -> list[ToolCall]:
-    """The calls that the text as a whole is: {"name", "arguments"} or a list of such. [] for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    found = []
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, dict) or not isinstance(item.get("arguments"), dict) or not item.get("name"):
-            return []
-        if not isinstance(item["name"], str):
-            return []
-        found.append(ToolCall(item["name"], json.dumps(item["arguments"], ensure_ascii=False)))
-    return found

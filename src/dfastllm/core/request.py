@@ -18,6 +18,7 @@ class Request(RequestOptions):
     arrival      seconds on time.monotonic(); timeout counts from it.
     decode       None: nothing is asked of the canvas, if there is one.
     speculative  None: the engine's default.
+    shown        special tokens that stay in the text although skip_special_tokens leaves out the others.
     priority, timeout, cache_salt: see `RequestOptions`.
     """
 
@@ -28,6 +29,7 @@ class Request(RequestOptions):
     suffix: tuple[int, ...] = ()
     arrival: float = field(default_factory=time.monotonic)
     speculative: SpeculativeParams | None = None
+    shown: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt must hold at least one token, got none.", "prompt")

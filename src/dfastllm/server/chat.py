@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from fastapi.responses import Response
 
 from dfastllm.core import FinishReason, StepEvent, TokenLogprob
 from dfastllm.server.calls import Call
-from dfastllm.server.jobs import Job, collect, engine_requests
+from dfastllm.server.jobs import Job, collect, engine_requests, while_connected
 from dfastllm.server.prompts import chat_ids
 from dfastllm.server.replies import (
     ChatChoice,
@@ -22,12 +23,14 @@ from dfastllm.server.replies import (
     ChatMessage,
     Delta,
     FunctionCall,
+    FunctionMore,
+    ToolCallMore,
     ToolCallOut,
 )
-from dfastllm.server.schemas import ChatRequest
+from dfastllm.server.schemas import ChatRequest, Tool
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.tokens import chat_logprobs
-from dfastllm.text import ToolCall, ToolCallParser
+from dfastllm.text import CallBegin, CallReading, CallText, Piece, ToolCall, taught
 
 __all__ = ["chat_completions"]
 
@@ -38,22 +41,28 @@ async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
     model = serving.model(body.model)
     # With tool_choice none the template does not show the tools, so there is nothing to call.
     tools = body.tools if body.tools and body.tool_choice != "none" else None
-    ids = await chat_ids(model, body, body.messages, tools)
+    calls = None if tools is None else await asyncio.to_thread(_reading, model, tools)
+    ids = await while_connected(request, chat_ids(model, body, body.messages, tools))
     id = f"chatcmpl-{uuid.uuid4().hex}"
-    requests = engine_requests(serving, model, id, body, [ids])
-    names = {tool.function.name for tool in tools or ()}
-    job = Job(serving, model.name, requests, id=id, request_id=request.state.request_id, tools=names)
-    return await _Call(body, model, job, tools=tools is not None).answer(request)
+    shown = calls.taught.shown_ids(model.tokenizer) if calls is not None else ()
+    requests = engine_requests(serving, model, id, body, [ids], shown=shown)
+    job = Job(serving, model.name, requests, id=id, request_id=request.state.request_id, calls=calls)
+    return await _Call(body, model, job, calls).answer(request)
+
+
+def _reading(model: ServedModel, tools: Sequence[Tool]) -> CallReading:
+    """How calls of these tools are read. Raises UnsupportedError where the template teaches no form that is read."""
+    return taught(model.tokenizer.templates).reading({tool.function.name for tool in tools})
 
 
 class _Call(Call[ChatRequest]):
-    """tools: the text is searched for calls."""
+    """calls: how calls in the text are read, None where there can be none."""
 
     chunk_type = ChatChunk
 
-    def __init__(self, body: ChatRequest, model: ServedModel, job: Job, *, tools: bool) -> None:
+    def __init__(self, body: ChatRequest, model: ServedModel, job: Job, calls: CallReading | None) -> None:
         super().__init__(body, model, job, choices=len(job.requests))
-        self.answers = [_Answer(self, index, tools) for index in range(len(job.requests))]
+        self.answers = [_Answer(self, index, calls) for index in range(len(job.requests))]
 
     def logprobs(self, records: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(self.model.tokenizer, records) if self.body.logprobs else None
@@ -82,7 +91,7 @@ class _Call(Call[ChatRequest]):
 
     def deltas(self, index: int, event: StepEvent) -> Iterator[str]:
         answer = self.answers[index]
-        deltas = [answer.delta(piece) for piece in answer.see(event)]
+        deltas = [delta for piece in answer.see(event) for delta in answer.deltas(piece)]
         tokens: dict[str, Any] = {}
         if event.token_ids and (self.body.logprobs or self.body.return_token_ids):
             # The tokens ride on the first delta, or on an empty one while their text is held back.
@@ -100,43 +109,42 @@ class _Call(Call[ChatRequest]):
         return self.chunk(choice, answer.tokens)
 
 
-def _call_out(call: ToolCall, **index: Any) -> ToolCallOut:
-    function = FunctionCall(name=call.name, arguments=call.arguments)
-    return ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", function=function, **index)
-
-
 class _Answer:
     """One choice as it grows: its content, its calls and its tokens."""
 
-    def __init__(self, call: _Call, index: int, tools: bool) -> None:
+    def __init__(self, call: _Call, index: int, calls: CallReading | None) -> None:
         self.call = call
         self.index = index
-        self.parser = ToolCallParser() if tools else None
+        self.reading = calls
+        self.parser = calls.parser() if calls is not None else None
         self.content = ""
         self.calls: list[ToolCall] = []
-        self.sent = 0  # calls that became deltas
+        self.ids: list[str] = []  # of the calls, those included that have only begun
+        self.sent = 0  # calls whose beginning became a delta
         self.tokens = 0
 
-    def see(self, event: StepEvent) -> list[str | ToolCall]:
-        """What became certain with this event: content, and whole calls. Where one call is all that was asked for, it
-        ends the answer."""
+    def see(self, event: StepEvent) -> list[Piece]:
+        """What became certain with this event: content, and calls piece by piece. Where one call is all that was asked
+        for, it ends the answer."""
         self.tokens += len(event.token_ids)
         return list(self._take(self._pieces(event)))
 
-    def _pieces(self, event: StepEvent) -> list[str | ToolCall]:
+    def _pieces(self, event: StepEvent) -> list[Piece]:
         if self.parser is None:
             return [event.text] if event.text else []
         pieces = self.parser.push(event.text)
         return pieces + self.parser.flush() if event.finish is not None else pieces
 
-    def _take(self, pieces: list[str | ToolCall]) -> Iterator[str | ToolCall]:
+    def _take(self, pieces: list[Piece]) -> Iterator[Piece]:
         one = self.call.body.parallel_tool_calls is False
         for piece in pieces:
             if one and self.calls:
                 return
             if isinstance(piece, str):
                 self.content += piece
-            else:
+            elif isinstance(piece, CallBegin) and self.reading is not None:
+                self.ids.append(self.reading.taught.new_id())
+            elif isinstance(piece, ToolCall):
                 self.calls.append(piece)
                 if one:
                     self.call.job.enough(self.index, self.tokens)
@@ -145,17 +153,25 @@ class _Answer:
     def message(self) -> ChatMessage:
         if not self.calls:
             return ChatMessage(role="assistant", content=self.content)
-        calls = [_call_out(call) for call in self.calls]
+        calls = [
+            ToolCallOut(id=id, function=FunctionCall(name=call.name, arguments=call.arguments))
+            for id, call in zip(self.ids, self.calls, strict=True)
+        ]
         return ChatMessage(role="assistant", content=self.content or None, tool_calls=calls)
 
-    def delta(self, piece: str | ToolCall) -> Delta:
-        """A piece that `see` just gave, for a stream."""
+    def deltas(self, piece: Piece) -> Iterator[Delta]:
+        """A piece that `see` just gave, for a stream: a call's name when it begins, then its arguments as they come."""
         if isinstance(piece, str):
-            return Delta(content=piece)
-        self.sent += 1
-        return Delta(tool_calls=[_call_out(piece, index=self.sent - 1)])
+            yield Delta(content=piece)
+        elif isinstance(piece, CallBegin):
+            function = FunctionCall(name=piece.name, arguments="")
+            yield Delta(tool_calls=[ToolCallOut(index=self.sent, id=self.ids[self.sent], function=function)])
+            self.sent += 1
+        elif isinstance(piece, CallText):
+            yield Delta(tool_calls=[ToolCallMore(index=self.sent - 1, function=FunctionMore(arguments=piece.text))])
 
     def finish_word(self, reason: FinishReason) -> Literal["stop", "length", "tool_calls"]:
+        """A limit that cut the answer is told before the calls it has, as OpenAI does."""
         if reason is FinishReason.LENGTH:
             return "length"
-        return "tool_calls" if self.calls else "stop"
+        return "tool_calls" if any(call.whole for call in self.calls) else "stop"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import zip_longest
@@ -31,6 +31,7 @@ from dfastllm.server.options import decode_params, request_options, sampling_par
 from dfastllm.server.schemas import GenerationRequest
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.timings import RequestTimings
+from dfastllm.text import CallReading
 
 if TYPE_CHECKING:
     from dfastllm.engine import Stream
@@ -51,8 +52,8 @@ Events = AsyncGenerator[tuple[int, StepEvent]]
 
 
 class Job:
-    """The engine requests of one HTTP request. `id` names the response, `request_id` is its X-Request-ID; tools: names
-    that the answers may call."""
+    """The engine requests of one HTTP request. `id` names the response, `request_id` is its X-Request-ID; calls: how
+    calls in the answers are read, None for a request without tools."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Job:
         *,
         id: str,
         request_id: str,
-        tools: Collection[str] = (),
+        calls: CallReading | None = None,
     ) -> None:
         self.serving = serving
         self.model = model
@@ -71,7 +72,7 @@ class Job:
         self.request_id = request_id
         self.streams: list[Stream] = []
         self.failure: DFastLLMError | None = None
-        self.timings = [RequestTimings(request, tools) for request in requests]
+        self.timings = [RequestTimings(request, calls) for request in requests]
         self.canvas_length: int | None = None  # of the longest canvas
         self._enough: dict[int, int] = {}  # tokens of each answer that was ended by `enough`
 
@@ -229,6 +230,7 @@ def engine_requests(
     body: GenerationRequest,
     prompts: Sequence[tuple[int, ...]],
     suffix: tuple[int, ...] = (),
+    shown: tuple[int, ...] = (),
 ) -> list[Request]:
     """One engine request per prompt and choice. Choice i of a seeded call draws with seed + i, so that choice 0 is what
     the same call gives with n = 1. Raises ValidationError for options that cannot be and for too many sequences."""
@@ -250,6 +252,7 @@ def engine_requests(
             decode=decode,
             suffix=suffix,
             speculative=speculative,
+            shown=shown,
             **{**vars(options), "timeout": timeout},
         )
         for index, (prompt, single) in enumerate(prepared)

@@ -33,6 +33,7 @@ __all__ = [
     "ErrorBody",
     "Figures",
     "FunctionCall",
+    "FunctionMore",
     "Health",
     "ModelCard",
     "ModelList",
@@ -42,6 +43,7 @@ __all__ = [
     "Text",
     "Timings",
     "Tokens",
+    "ToolCallMore",
     "ToolCallOut",
     "TopLogprob",
     "UsageOut",
@@ -237,10 +239,23 @@ class FunctionCall(Out):
 
 
 class ToolCallOut(Out):
+    """A call; in a stream its beginning, with an index, and arguments that are still empty."""
+
     index: int | None = None
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+
+
+class FunctionMore(Out):
+    arguments: str
+
+
+class ToolCallMore(Out):
+    """More of the arguments of a call that began earlier in the stream."""
+
+    index: int
+    function: FunctionMore
 
 
 class TopLogprob(Out):
@@ -283,7 +298,7 @@ class ChatCompletion(_Answer):
 class Delta(Out):
     role: Literal["assistant"] | None = None
     content: str | None = None
-    tool_calls: list[ToolCallOut] | None = None
+    tool_calls: list[ToolCallOut | ToolCallMore] | None = None
 
 
 class ChatChunkChoice(Out):

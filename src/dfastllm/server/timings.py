@@ -1,30 +1,30 @@
 """When the parts of one engine request's answer came: for the metrics of every request, and in the response on request.
 
-A tool call counts here as soon as it is parsed and names one of the request's tools. Its arguments are not held against
-the tool's schema: a server runs no schema, with its regular expressions, that a stranger sent (`bench` does).
+A tool call counts here as soon as it is complete and names one of the request's tools. Its arguments are not held
+against the tool's schema: a server runs no schema, with its regular expressions, that a stranger sent (`bench` does).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 from dfastllm.core import Request, StepEvent
 from dfastllm.metrics import Metrics
 from dfastllm.metrics.speed import Arrival, Timeline, percentiles
 from dfastllm.server.replies import Percentiles, Timings
-from dfastllm.text import ToolCall, ToolCallParser
+from dfastllm.text import CallReading, ToolCall
 
 __all__ = ["RequestTimings"]
 
 
 class RequestTimings:
-    """Follows one request. tools: names it may call, empty for none. Times are on time.monotonic(), as its arrival."""
+    """Follows one request. calls: how its answer's calls are read, None for a request without tools. Times are on
+    time.monotonic(), as its arrival."""
 
-    def __init__(self, request: Request, tools: Collection[str] = ()) -> None:
+    def __init__(self, request: Request, calls: CallReading | None = None) -> None:
         self._sent = request.arrival
-        self._tools = tools
-        self._parser = ToolCallParser() if tools else None
+        self._calls = calls
+        self._parser = calls.parser() if calls is not None else None
         self._arrivals: list[Arrival] = []
         self._blocks: list[float] = []
         self._tokens = 0
@@ -36,9 +36,11 @@ class RequestTimings:
         if event.token_ids:
             self._tokens += len(event.token_ids)
             self._arrivals.append(Arrival(at, len(event.token_ids)))
-        if self._parser is not None and self.first_call is None:
+        if self._calls is not None and self._parser is not None and self.first_call is None:
             pieces = self._parser.push(event.text)
-            if any(isinstance(piece, ToolCall) and piece.name in self._tools for piece in pieces):
+            if event.finish is not None:
+                pieces += self._parser.flush()
+            if any(isinstance(piece, ToolCall) and self._calls.fits(piece) for piece in pieces):
                 self.first_call = (self._tokens, at)
         if event.canvas is not None and event.canvas.block_done:
             self._blocks.append(at)

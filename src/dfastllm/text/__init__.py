@@ -8,15 +8,30 @@ from dfastllm.text.chat import ChatTemplates
 from dfastllm.text.detokenizer import Detokenizer
 from dfastllm.text.files import read_text
 from dfastllm.text.tokenizer import Tokenizer
-from dfastllm.text.tools import ParsedMessage, ToolCall, ToolCallParser, parse_tool_calls
+from dfastllm.text.tools import (
+    CallBegin,
+    CallReading,
+    CallText,
+    ParsedMessage,
+    Piece,
+    ToolCall,
+    ToolCallParser,
+    parse_tool_calls,
+    taught,
+)
 
 __all__ = [
+    "CallBegin",
+    "CallReading",
+    "CallText",
     "ChatTemplates",
     "Detokenizer",
     "ParsedMessage",
+    "Piece",
     "Tokenizer",
     "ToolCall",
     "ToolCallParser",
     "parse_tool_calls",
     "read_text",
+    "taught",
 ]

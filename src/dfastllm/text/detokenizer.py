@@ -1,18 +1,26 @@
-"""Token ids -> text, a few ids at a time, ending at stop strings.
+"""Token ids -> text, a few ids at a time, ending at stop strings; and where in that text each token begins.
 
 The promise: the texts returned by `push` and `flush`, joined, are exactly `tokenizer.decode(all ids)` up to the stop,
 however the ids are cut into pushes; and no character is returned that a later id could change. Knows no engine.
+
+Two texts: the generated one, with special tokens, in which stop strings are looked for; and the shown one, which may
+leave special tokens out. What is shown ends where the stop begins in the generated text. So a stop string may hold the
+text of a special token that nobody sees, and none is found across one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import codecs
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from os.path import commonprefix
 
 from dfastllm.text.tokenizer import Tokenizer
 
-__all__ = ["Detokenizer", "overlap"]
+__all__ = ["Detokenizer", "TextOffsets", "overlap"]
 
 _REPLACEMENT = "\ufffd"
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 _WINDOW = 16  # ids decoded anew each time before a new anchor is worth looking for
 _ANCHOR_TOKENS = 4  # a UTF-8 decoder forgets where it began after 4 bytes, and a decoded token has at least one
 
@@ -22,7 +30,9 @@ class Detokenizer:
 
     stop          a match ends the text. The match that is complete first wins; of those ending together, the longest.
                   (That is what a reader of the stream sees, and does not depend on how many tokens arrive at once.)
-    include_stop  whether the matched string is part of the text.
+    include_stop  whether the matched string, as it is, is the end of the text.
+    skip_special  whether the shown text leaves special tokens out; stop strings are looked for in the text with them.
+    shown         special tokens that the shown text keeps when it leaves out the others.
     context       ids before the first one, whose text is not returned but which the first token joins on to
                   (SentencePiece drops a leading space only at the very beginning of a text).
     stopped       the stop string that matched, else None. Afterwards `push` and `flush` return "".
@@ -36,21 +46,21 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         skip_special: bool = True,
+        shown: Collection[int] = (),
         context: Sequence[int] = (),
     ) -> None:
-        self._tokenizer = tokenizer
+        hidden = tokenizer.special_ids.difference(shown) if skip_special else frozenset()
+        self._special = hidden if stop else frozenset()
         self._stop = tuple(stop)
         self._include_stop = include_stop
-        self._skip_special = skip_special
         self.stopped: str | None = None
         self.consumed = 0
-        # Decoding goes on from an anchor, a few ids back, so that a step costs the same however long the text is.
-        self._window: list[int] = []
-        self._done = 0  # characters of decode(window) that were handed on
-        self._held = ""  # handed on, but may be the beginning of a stop string
-        if context:
-            self._decode(context)
-            self._done = len(self._text(self._window))
+        self._shown = _Growing(tokenizer, hidden, context)
+        self._generated: _Growing | None = None  # from the first id on of which the two texts differ
+        if not self._special.isdisjoint(context):
+            self._generated = _Growing(tokenizer, frozenset(), context)
+        # Certain, but not handed on: it may be the beginning of a stop string. (generated, shown) text of each id.
+        self._held: deque[tuple[str, str]] = deque()
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that became certain with these ids."""
@@ -59,11 +69,14 @@ class Detokenizer:
         if not self._stop:
             ids = list(ids)
             self.consumed += len(ids)
-            return self._decode(ids)
+            return self._shown.push(ids)
         released = ""
         for token in ids:  # one by one, to know which id completed the stop
             self.consumed += 1
-            released += self._cut(self._decode((token,)), last=False)
+            if self._generated is None and token in self._special:
+                self._generated = self._shown.with_special()
+            shown = self._shown.push((token,))
+            released += self._cut(self._generated.push((token,)) if self._generated else shown, shown, last=False)
             if self.stopped is not None:
                 break
         return released
@@ -72,24 +85,110 @@ class Detokenizer:
         """All that was held back. Call once, after the last id."""
         if self.stopped is not None:
             return ""
-        text = self._text(self._window)[self._done :]
-        self._window, self._done = [], 0
-        return self._cut(text, last=True)
+        shown = self._shown.flush()
+        return self._cut(self._generated.flush() if self._generated else shown, shown, last=True)
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special=self._skip_special)
+    def _cut(self, generated: str, shown: str, last: bool) -> str:
+        """Look for stop strings in text that is certain; hold back what may become one."""
+        self._held.append((generated, shown))
+        pending = "".join([text for text, _ in self._held])
+        end, match = min(
+            ((at + len(s), s) for s in self._stop if (at := pending.find(s)) >= 0),
+            key=lambda found: (found[0], -len(found[1])),
+            default=(0, None),
+        )
+        if match is not None:
+            self.stopped = match
+            before = self._release(end - len(match))
+            self._held.clear()
+            return before + match if self._include_stop else before
+        keep = 0 if last else max((overlap(pending, s) for s in self._stop), default=0)
+        return self._release(len(pending) - keep)
 
-    def _silent(self, token: int) -> bool:
-        """The token never reaches the decoder: a special one that is skipped, or an id outside the vocabulary."""
-        skipped = self._skip_special and token in self._tokenizer.special_ids
-        return skipped or self._tokenizer.id_to_token(token) is None
+    def _release(self, count: int) -> str:
+        """The shown text of the first `count` held characters of the generated one. Of an id that is cut the two texts
+        agree at the end: what the shown one lacks (a space that begins a text, half a character) is at its beginning."""
+        released = ""
+        while self._held:
+            generated, shown = self._held.popleft()
+            if len(generated) > count:
+                at = max(0, len(shown) - (len(generated) - count))
+                self._held.appendleft((generated[count:], shown[at:]))
+                return released + shown[:at]
+            count -= len(generated)
+            released += shown
+        return released
 
-    def _decode(self, ids: Iterable[int]) -> str:
+
+class TextOffsets:
+    """Where the text of each token begins, in characters of the text that its ids decode to.
+
+    A token that goes on with a character begins where the character does; one without text, where the next text will.
+    Of a run of byte-fallback tokens that turns out to be no UTF-8, whose bytes become a U+FFFD each, the offsets given
+    before that was known are those of the characters it could have been.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, start: int = 0) -> None:
+        """start: the offset of the first token."""
+        self._text = _Growing(tokenizer, tokenizer.special_ids if skip_special else frozenset())
+        self._before = start  # characters that are certain
+        self._run = b""  # the open run of byte-fallback tokens
+
+    def push(self, ids: Iterable[int]) -> list[int]:
+        """The offset of each of these ids."""
+        return [self._next(token) for token in ids]
+
+    def _next(self, token: int) -> int:
+        settled, open_run = self._text.uncertain()
+        start = self._before
+        certain = self._text.push((token,))
+        self._before += len(certain)
+        byte, silent = self._text.byte_of(token), self._text.silent(token)
+        if byte is not None or (silent and self._run):
+            at = start + len(settled) + _characters(self._run)
+            self._run += b"" if byte is None else bytes([byte])
+            return at
+        if silent:
+            return start
+        self._run = b""
+        text = certain + "".join(self._text.uncertain())
+        same = len(commonprefix([settled + open_run, text]))
+        return start + min(same, len(text) - text.endswith(_REPLACEMENT))
+
+
+def _characters(data: bytes) -> int:
+    """Whole characters of bytes that may end within one; as many as there are bytes where they are no UTF-8."""
+    try:
+        return len(_Utf8().decode(data))
+    except UnicodeDecodeError:
+        return len(data)
+
+
+class _Growing:
+    """The text of ids that come one after another, without those of `hidden`. Decoding goes on from an anchor, a few
+    ids back, so that a step costs the same however long the text is."""
+
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+        self._window: list[int] = []
+        self._done = 0  # characters of decode(window) that were handed on
+        if context:
+            self.push(context)
+            self._done = len(self._decode(self._window))
+
+    def with_special(self) -> _Growing:
+        """The same text, in which special tokens are text from now on; it must not have hidden any."""
+        other = _Growing(self._tokenizer, frozenset())
+        other._window, other._done = self._window.copy(), self._done
+        return other
+
+    def push(self, ids: Iterable[int]) -> str:
         """Add ids; the characters of the whole text that are certain now and were not before."""
         self._window += ids
         window = self._window
         stop = self._settled()
-        text = self._text(window[:stop])
+        text = self._decode(window[:stop])
         certain = len(text)
         if text.endswith(_REPLACEMENT):
             certain -= 1  # maybe the first bytes of a character
@@ -97,9 +196,35 @@ class Detokenizer:
         self._done = max(self._done, certain)
         anchor = self._anchor(stop) if len(window) >= _WINDOW else 0
         if anchor:
-            self._done -= len(text) - len(self._text(window[anchor:stop]))
+            self._done -= len(text) - len(self._decode(window[anchor:stop]))
             del window[:anchor]
         return released
+
+    def flush(self) -> str:
+        """All that was not certain."""
+        text = self._decode(self._window)[self._done :]
+        self._window, self._done = [], 0
+        return text
+
+    def uncertain(self) -> tuple[str, str]:
+        """What follows the certain text: of the ids whose text can be decoded, and of an open run of byte-fallback
+        tokens as it stands."""
+        settled = self._decode(self._window[: self._settled()])
+        return settled[self._done :], self._decode(self._window)[len(settled) :]
+
+    def byte_of(self, token: int) -> int | None:
+        """The byte of a byte-fallback token."""
+        if token not in self._tokenizer.byte_ids:
+            return None
+        return int((self._tokenizer.id_to_token(token) or "")[3:5], 16)  # <0xE4>
+
+    def silent(self, token: int) -> bool:
+        """The token never reaches the decoder: a special one that is skipped, or an id outside the vocabulary."""
+        return token in self._hidden or self._tokenizer.id_to_token(token) is None
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        shown = [token for token in ids if token not in self._hidden] if self._hidden else ids
+        return self._tokenizer.decode(shown, skip_special=False)
 
     def _settled(self) -> int:
         """End of the ids whose text can be decoded. A run of byte-fallback tokens is decoded as a whole: one bad byte
@@ -110,7 +235,7 @@ class Detokenizer:
         for index in range(len(self._window) - 1, -1, -1):
             if self._window[index] in self._tokenizer.byte_ids:
                 stop = index
-            elif not self._silent(self._window[index]):
+            elif not self.silent(self._window[index]):
                 break
         return stop
 
@@ -119,25 +244,10 @@ class Detokenizer:
         text (some text before them, so that rules for the beginning of a text are over, and four decoded ids)."""
         kept = 0
         for index in range(stop - 1, -1, -1):
-            kept += not self._silent(self._window[index])
-            if kept >= _ANCHOR_TOKENS and self._text(self._window[index:stop]):
+            kept += not self.silent(self._window[index])
+            if kept >= _ANCHOR_TOKENS and self._decode(self._window[index:stop]):
                 return index
         return 0
-
-    def _cut(self, text: str, last: bool) -> str:
-        """Look for stop strings in text that is certain; hold back what may become one."""
-        pending = self._held + text
-        end, match = min(
-            ((at + len(s), s) for s in self._stop if (at := pending.find(s)) >= 0),
-            key=lambda found: (found[0], -len(found[1])),
-            default=(0, None),
-        )
-        if match is not None:
-            self.stopped, self._held = match, ""
-            return pending[: end if self._include_stop else end - len(match)]
-        keep = 0 if last else max((overlap(pending, s) for s in self._stop), default=0)
-        self._held = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep]
 
 
 def overlap(text: str, stop: str) -> int:
