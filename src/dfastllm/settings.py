@@ -72,6 +72,25 @@ class Settings:
 
     host: str = _field("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.", group="server")
     port: int = _field(8000, "TCP port; 0 takes a free one.", group="server", minimum=0, maximum=65535)
+    uds: str | None = _field(
+        None,
+        "Unix socket to listen on, a path, in place of host and port; its file is gone afterwards.",
+        group="server",
+    )
+    uds_mode: str = _field(
+        "600",
+        "Permissions of that socket's file, in octal: who may connect.",
+        group="server",
+        pattern=r"[0-7]{3}",
+        pattern_help="three octal digits",
+    )
+    allowed_hosts: tuple[str, ...] = _field(
+        (),
+        "Names that this server has, besides addresses and names without a dot; '*.example.com' for all below, '*' for"
+        " any. Others get 421: by default where it listens on this machine only and has no API key, and wherever a name"
+        " is given here.",
+        group="server",
+    )
     api_key: str | None = _field(
         None,
         "When set, requests must carry it as 'Authorization: Bearer KEY'. Health and metrics stay open.",
@@ -84,8 +103,47 @@ class Settings:
     max_body_bytes: int = _field(
         8 << 20, "Largest request body; a larger one is refused with 413.", group="server", minimum=1024, unit="bytes"
     )
+    max_body_values: int = _field(
+        1 << 18,
+        "Most numbers, texts, lists and objects in one request body; a larger one is refused with 413. A million take"
+        " about 100 ms to read.",
+        group="server",
+        minimum=1024,
+    )
+    max_tokenize_length: int = _field(
+        1 << 20,
+        "Longest text that /tokenize takes, in characters, and most ids that /detokenize takes.",
+        group="server",
+        minimum=1,
+    )
     max_prompts: int = _field(
         256, "Largest number of sequences in one request (prompts x n).", group="server", minimum=1
+    )
+    max_connections: int = _field(
+        1024,
+        "Most connections at a time; one more takes the place of an idle one, or gets 503.",
+        group="server",
+        minimum=1,
+    )
+    header_timeout: float = _field(
+        10.0, "Time for a request's head; then it ends with 408.", group="server", minimum=0.001, unit="s"
+    )
+    body_timeout: float = _field(
+        30.0,
+        "Time for a request's body, besides a second for each 8 KiB that came; then it ends with 408.",
+        group="server",
+        minimum=0.001,
+        unit="s",
+    )
+    write_timeout: float = _field(
+        30.0,
+        "Time in which a client must read on, 8 KiB a second or all that waits; then its connection ends.",
+        group="server",
+        minimum=0.001,
+        unit="s",
+    )
+    keep_alive_timeout: float = _field(
+        75.0, "How long a connection may be idle between two requests.", group="server", minimum=0.001, unit="s"
     )
     request_timeout: float = _field(
         600.0,

@@ -9,6 +9,7 @@ import pytest
 from dfastllm.core import DecodeParams, ModelInfo
 from dfastllm.errors import ValidationError
 from dfastllm.server.options import decode_params, on_the_wire, sampling_params
+from dfastllm.server.readers import Readers
 from dfastllm.server.schemas import ChatRequest, CompletionRequest
 from dfastllm.server.serving import ServedModel
 from tests.kit.served import byte_tokenizer
@@ -28,7 +29,7 @@ def served(kind: Any) -> ServedModel:
         mask_id=None if kind == "ar" else 258,
         block=4 if kind == "block" else 0,
     )
-    return ServedModel(kind, info, byte_tokenizer(), 4096)
+    return ServedModel(kind, info, byte_tokenizer(), 4096, Readers())
 
 
 def completion(**fields: Any) -> CompletionRequest:

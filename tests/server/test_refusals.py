@@ -141,7 +141,7 @@ def test_missing_fields(live: Live) -> None:
     assert error_of(live.post("/v1/chat/completions", {"model": "causal"}), 400)["param"] == "messages"
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"model": "causal"', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"model": "causal"', b"[" * 10_000])
 def test_a_body_that_is_no_object(live: Live, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     error_of(_raw(live, body, headers), 400)

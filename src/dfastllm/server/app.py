@@ -7,9 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -22,7 +20,8 @@ from dfastllm.server.chat import chat_completions
 from dfastllm.server.completions import completions
 from dfastllm.server.middleware import ApiKey, BodyLimit, Head, Trace
 from dfastllm.server.openapi import description, responses, stream
-from dfastllm.server.refusals import http_refusal, known_refusal, validation_refusal
+from dfastllm.server.reading import Route
+from dfastllm.server.refusals import http_refusal, known_refusal
 from dfastllm.server.replies import (
     Cancelled,
     ChatChunk,
@@ -62,12 +61,12 @@ def _route(
     reply: type[Out] | None = None,
     refusals: tuple[int, ...] = (),
     **more: Any,
-) -> APIRoute:
+) -> Route:
     """A row of the table. more: what else a good answer may be, in OpenAPI's words."""
     declared = responses(reply, refusals, **more)
     if path.startswith("/health"):
         declared[503] = {"model": Health, "description": "Not now."}
-    return APIRoute(path, endpoint, methods=[method], response_model=None, response_class=Response, responses=declared)
+    return Route(path, endpoint, methods=[method], response_model=None, response_class=Response, responses=declared)
 
 
 def _routes() -> list[BaseRoute]:
@@ -87,7 +86,7 @@ def _routes() -> list[BaseRoute]:
         _route("GET", "/version", routes.version_info, Versions),
         _route("GET", "/metrics", routes.metrics, content=_METRICS),
         *(
-            APIRoute(path, endpoint, methods=["GET"], include_in_schema=False)
+            Route(path, endpoint, methods=["GET"], include_in_schema=False)
             for path, endpoint in (("/", routes.home), ("/docs", routes.docs), ("/openapi.json", routes.openapi))
         ),
     ]
@@ -140,7 +139,6 @@ def create_app(
         middleware=_middleware(settings, metrics),
         exception_handlers={
             DFastLLMError: known_refusal,
-            RequestValidationError: validation_refusal,
             HTTPException: http_refusal,
         },
         docs_url=None,

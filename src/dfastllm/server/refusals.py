@@ -1,6 +1,6 @@
 """Errors on the wire: every refusal is `{"error": {"message", "type", "param", "code"}}` with the error's status.
 
-Maps dfastllm's error tree, FastAPI's validation errors and Starlette's HTTP errors to that one form. Decides nothing.
+Maps dfastllm's error tree, pydantic's validation errors and Starlette's HTTP errors to that one form. Decides nothing.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from dfastllm.errors import DFastLLMError, NotReadyError, RateLimitError, UnsupportedError, ValidationError
 from dfastllm.server.body import MISSING, printable
 
-__all__ = ["error_body", "error_response", "http_refusal", "known_refusal", "validation_refusal"]
+__all__ = ["error_body", "error_response", "http_refusal", "known_refusal", "no_body", "refused_body"]
 
 _TAG = re.compile(r"(str|int|float|bool|none|(list|dict|constrained|nullable|function|literal|lax|json)\W.*|[A-Z]\w*)$")
 _QUOTED = re.compile(r"'([^']*)'")
 _INDEX = re.compile(r"\.\d+")
-_OF_BODIES = ("unknown_field", "wrong_kind", "missing_feature", "conflict")  # what `body` raises
+_OF_BODIES = ("unknown_field", "wrong_kind", "missing_feature", "conflict", "too_many")  # what `body`, `bounds` raise
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
@@ -56,7 +55,7 @@ async def known_refusal(_: Request, error: Exception) -> Response:
 
 
 async def http_refusal(request: Request, error: Exception) -> Response:
-    """404 and 405 of the router, and FastAPI's 400 for a body that cannot even be parsed."""
+    """404 and 405 of the router."""
     assert isinstance(error, HTTPException)
     message = {
         404: f"There is no {request.url.path}. GET /openapi.json lists what there is.",
@@ -67,25 +66,20 @@ async def http_refusal(request: Request, error: Exception) -> Response:
     return JSONResponse(body, error.status_code, error.headers)
 
 
-async def validation_refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return error_response(_explain(error.errors(), request.headers.get("content-type", "")))
+def no_body(content_type: str | None) -> ValidationError:
+    """For a request whose body is none, or is of another content type; None: there is not a byte of it."""
+    got = "" if content_type is None else f" Got Content-Type {content_type or 'none'!r:.200}."
+    return ValidationError(f"The body must be a JSON object, sent with Content-Type: application/json.{got}")
 
 
-def _explain(problems: Sequence[Mapping[str, Any]], content_type: str) -> ValidationError:
+def refused_body(problems: Sequence[Mapping[str, Any]]) -> ValidationError:
     """One sentence for the first offending field, whatever number of union branches reported it."""
     first = problems[0]
-    if first["type"] == "json_invalid":
-        return ValidationError(f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
     for problem in problems:
         if problem["type"] in _OF_BODIES:
             return _refused(problem)
-    if first["loc"] == ("body",):
-        if content_type.partition(";")[0].strip().lower().endswith("json"):
-            got = "nothing" if first["type"] == "missing" else _shown(first["input"])
-            return ValidationError(f"The body must be a JSON object, got {got}.")
-        got = "" if first["type"] == "missing" else f" Got Content-Type {content_type or 'none'!r}."
-        return ValidationError(f"The body must be a JSON object, sent with Content-Type: application/json.{got}")
+    if not first["loc"]:
+        return ValidationError(f"The body must be a JSON object, got {_shown(first['input'])}.")
     param = _path(first["loc"])
     if first["type"] == "missing":
         return ValidationError(f"{param} is required.", param=param)
@@ -112,6 +106,9 @@ def _shown(value: Any) -> str:
 def _refused(problem: Mapping[str, Any]) -> ValidationError:
     """The sentence of an error that `body` raised: it lies at an object and names one of its fields."""
     details = problem["ctx"]
+    if problem["type"] == "too_many":
+        param = _path(problem["loc"])
+        return ValidationError(f"{param} has {details['got']:,} items; {details['most']:,} are taken.", param=param)
     where, name = _path(problem["loc"]), details["field"]
     param = f"{where}.{name}" if where else name
     path = _INDEX.sub("", param)
@@ -137,5 +134,5 @@ def _not_done(param: str, value: Any, why: str) -> UnsupportedError:
 
 
 def _path(location: Sequence[Any]) -> str:
-    """`("body", "messages", 0, "content", "str")` -> "messages.0.content": without pydantic's union tags."""
-    return ".".join(str(step) for step in location[1:] if not (isinstance(step, str) and _TAG.match(step)))
+    """`("messages", 0, "content", "str")` -> "messages.0.content": without pydantic's union tags."""
+    return ".".join(str(step) for step in location if not (isinstance(step, str) and _TAG.match(step)))

@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, Tag, create_model, model_validator
 
 from dfastllm.options import HINTS, SPECULATIVE_HELP, SPECULATIVE_WIRE, Front, Hint, WireField, wire_fields
 from dfastllm.server.body import Body, conflict, missing_feature
+from dfastllm.server.bounds import MOST, AtMost
 
 __all__ = [
     "ChatRequest",
@@ -31,6 +32,7 @@ Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenIds = Annotated[list[Annotated[Int, Field(json_schema_extra={"minimum": 0})]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 _BOUNDED: dict[Any, Any] = {int: Int, list[int]: TokenIds, str | list[str]: str | Texts}
+TemplateKwargs = Annotated[dict[str, Any], AtMost("chat_template_kwargs")]
 _GENERATION_PROMPT: Any = Field(None, description="Whether the template opens the assistant's turn. Default true.")
 _TEMPLATE_KWARGS: Any = Field(
     None, description="Variables of the chat template, such as enable_thinking. They win over the server's own."
@@ -50,6 +52,8 @@ def _option_field(row: WireField) -> tuple[Any, Any]:
         annotation = Annotated[annotation, told]
     elif row.annotation == dict[str, float]:
         annotation = dict[str, Annotated[float, told]]
+    if row.name in MOST:
+        annotation = Annotated[annotation, AtMost(row.name)]
     return annotation | None, Field(None, description=row.help)
 
 
@@ -59,6 +63,8 @@ def _hint_field(hint: Hint) -> tuple[Any, Any]:
         annotation = Literal[hint.accepts]
         if hint.annotation is float:
             annotation = Annotated[float, Field(ge=min(hint.accepts), le=max(hint.accepts))]
+    if hint.name in MOST:
+        annotation = Annotated[annotation, AtMost(hint.name)]
     return annotation | None, Field(None, description=f"No effect. {hint.help}")
 
 
@@ -181,7 +187,7 @@ class CompletionRequest(_CompletionOptions):
 class Function(Body):
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AtMost("parameters")] | None = None
     strict: bool | None = Field(None, description="A hint: arguments are not constrained yet.")
 
 
@@ -248,9 +254,11 @@ class Message(Body):
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], AtMost("content")] | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = Field(None, description="An empty list counts as none.")
+    tool_calls: Annotated[list[MessageToolCall], AtMost("tool_calls")] | None = Field(
+        None, description="An empty list counts as none."
+    )
     tool_call_id: str | None = None
     function_call: CalledFunction | None = Field(None, description="The older form of one call in tool_calls.")
     refusal: str | None = Field(None, description="The text of an assistant's message without content.")
@@ -296,8 +304,8 @@ class ChatRequest(_ChatOptions):
         },
     )
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message], Field(min_length=1), AtMost("messages")]
+    tools: Annotated[list[Tool], AtMost("tools")] | None = None
     tool_choice: Literal["none", "auto"] | None = Field(
         None, description="auto when tools are given. required and a named function are refused: not guaranteed yet."
     )
@@ -305,9 +313,11 @@ class ChatRequest(_ChatOptions):
         None, description="false: an answer ends with its first call. Default true: the model decides."
     )
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = Field(None, description="No effect: text is all there is.")
+    modalities: Annotated[list[Literal["text"]], AtMost("modalities")] | None = Field(
+        None, description="No effect: text is all there is."
+    )
     add_generation_prompt: bool | None = _GENERATION_PROMPT
-    chat_template_kwargs: dict[str, Any] | None = _TEMPLATE_KWARGS
+    chat_template_kwargs: TemplateKwargs | None = _TEMPLATE_KWARGS
     continue_final_message: Literal[False] | None = Field(None, description="true is refused: a turn is always new.")
 
     @model_validator(mode="after")
@@ -329,11 +339,11 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message], Field(min_length=1), AtMost("messages")] | None = None
+    tools: Annotated[list[Tool], AtMost("tools")] | None = None
     add_special_tokens: bool | None = Field(None, description="Of a prompt's text. Default true.")
     add_generation_prompt: bool | None = _GENERATION_PROMPT
-    chat_template_kwargs: dict[str, Any] | None = _TEMPLATE_KWARGS
+    chat_template_kwargs: TemplateKwargs | None = _TEMPLATE_KWARGS
     return_token_strs: bool | None = None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from dfastllm.core import ModelInfo, SpeculativeParams
 from dfastllm.errors import DFastLLMError, ModelNotFoundError, NotReadyError, RequestNotFoundError, ValidationError
 from dfastllm.metrics import Metrics
+from dfastllm.server.readers import Readers
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,12 +42,13 @@ class Running(Protocol):
 @dataclass(frozen=True)
 class ServedModel:
     """One name of the API. `context` is the most positions a sequence may have: prompt, suffix and output;
-    `speculative` what a request drafts by that says nothing."""
+    `readers` where its texts are tokenised; `speculative` what a request drafts by that says nothing."""
 
     name: str
     info: ModelInfo
     tokenizer: Tokenizer
     context: int
+    readers: Readers
     speculative: SpeculativeParams | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -61,6 +63,7 @@ class Serving:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.readers = Readers()
         self.worker: Worker | None = None
         self.models: Mapping[str, ServedModel] = {}
         self.jobs: dict[str, set[Running]] = {}
@@ -72,7 +75,9 @@ class Serving:
         for name, engine in engines.items():
             if engine.tokenizer is None:
                 raise ModelNotFoundError(f"The model {name!r} has no tokenizer, so it cannot be served.", param="model")
-            models[name] = ServedModel(name, engine.info, engine.tokenizer, engine.max_len, engine.drafting.default)
+            models[name] = ServedModel(
+                name, engine.info, engine.tokenizer, engine.max_len, self.readers, engine.drafting.default
+            )
             self.metrics.watch(engine, name, engine.info.kind)
         self.worker = worker
         self.models = models
