@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
+
 Rows = Sequence[Sequence[float]]
 Block = Sequence[int | None]
 
@@ -84,21 +86,32 @@ def schedule(a: Ask) -> Answer:
     return Answer(set(ranking[:count]), ranking)
 
 
+def grid_counts(size: int, steps: int, eps: float) -> list[int]:
+    """What Dream's `_sample` commits at each of its steps, in its float32 numbers."""
+    timesteps, left, out = torch.linspace(1, eps, steps + 1), size, []
+    for i in range(steps):
+        t, s = timesteps[i], timesteps[i + 1]
+        masks = torch.tensor(left) / 1
+        count = int(masks * (1 - s / t)) if i < steps - 1 else int(masks)
+        out.append(count)
+        left -= count
+    return out
+
+
 def dream(a: Ask) -> Answer:
+    """The steps at which the published loop commits nothing are none here: they change nothing at temperature 0."""
     p, m = probabilities(a), masked(a)
     eps = a.options["eps"]
-    grid = [1 + (eps - 1) * i / a.steps for i in range(a.steps + 1)]
-    t, s = grid[a.step], grid[a.step + 1]
-    last = a.step == a.steps - 1
     if a.options["ordering"] == "origin":
-        chance = 1.0 if last else 1 - s / t
-        return Answer({j for j in m if a.noise[j] < chance}, by({j: -a.noise[j] for j in m}, m))
+        grid = [1 + (eps - 1) * i / a.steps for i in range(a.steps + 1)]
+        times = {j: next((i for i in range(a.steps) if a.noise[j] >= grid[i + 1]), a.steps - 1) for j in m}
+        return Answer({j for j in m if times[j] == min(times.values())}, by({j: a.noise[j] for j in m}, m))
     how = {
         "maskgit_plus": lambda j: max(p[j]),
         "topk_margin": lambda j: margin(p[j]),
         "entropy": lambda j: -entropy(p[j]),
     }[a.options["ordering"]]
-    count = len(m) if last else int(len(m) * (1 - s / t) + 1e-9)
+    count = [n for n in grid_counts(a.size, a.steps, eps) if n][a.step]
     heat = a.options["alg_temp"]
     score = {j: how(j) / heat - math.log(-math.log(a.noise[j])) if heat else how(j) for j in m}
     ranking = by(score, m)
@@ -118,17 +131,18 @@ def threshold(a: Ask) -> Answer:
 def factor(a: Ask) -> Answer:
     p, m = probabilities(a), masked(a)
     ranking = by({j: max(p[j]) for j in m}, m)
-    count = 0
-    for n, j in enumerate(ranking, 1):
-        if n > 1 and max(p[j]) < 1 - a.options["factor"] / (n + 1):
-            break
-        count = n
+    bars = [-1.0] + [1 - a.options["factor"] / (n + 1) for n in range(2, len(ranking) + 1)]
+    fails = [n for n, j in enumerate(ranking) if max(p[j]) < bars[n]]
+    count = fails[0] if fails else len(ranking)
+    if a.options["last_rank"] and count == len(ranking) - 1:
+        count += 1
     return Answer(set(ranking[:count]), ranking)
 
 
 def entropy_bound(a: Ask) -> Answer:
     p, m = probabilities(a), masked(a)
-    ranking = by({j: -entropy(p[j]) for j in m}, m)
+    error = {"entropy": lambda q: entropy(q), "confidence": lambda q: -max(q), "margin": lambda q: -margin(q)}
+    ranking = by({j: -error[a.options["order"]](p[j]) for j in m}, m)
     taken: list[float] = []
     for n, j in enumerate(ranking):
         trial = [*taken, entropy(p[j])]
@@ -150,8 +164,12 @@ def credit(a: Ask) -> Answer:
         [x + o["credit_alpha"] * math.log(1 + c) for x, c in zip(row, add, strict=True)]
         for row, add in zip(a.rows, table, strict=True)
     ]
-    answer = threshold(a._replace(rows=fused))
-    return answer._replace(memory=table, rewrite={j: best(softmax(fused[j], a.mask)) for j in answer.ranking})
+    fusion = {j: softmax(fused[j], a.mask) for j in masked(a)}
+    top = max(max(q) for q in fusion.values())
+    bar = min(o["threshold"], top - 1e-5)
+    ranking = by({j: max(q) for j, q in fusion.items()}, list(fusion))
+    chosen = {j for j in ranking if max(fusion[j]) >= bar}
+    return Answer(chosen, ranking, memory=table, rewrite={j: best(fusion[j]) for j in ranking})
 
 
 def hierarchy(a: Ask) -> Answer:
@@ -169,18 +187,21 @@ def hierarchy(a: Ask) -> Answer:
 
 
 def klass(a: Ask) -> Answer:
-    """Full previous distributions and the history of divergences per position."""
+    """Full previous distributions (zeros before the first step) and the divergences of the last steps per position; a
+    step that is too early in its block for a full history trusts none. Ready positions are all that is committed; where
+    there are none, the quota; at the last step of the block all that is left, where the published loop leaves masks."""
     p, m, o = probabilities(a), masked(a), a.options
-    old, history = a.memory or ({}, {j: [] for j in m})
+    n, eps = o["kl_history_length"], 1e-12
+    old, history = a.memory or ({j: [0.0] * len(a.rows[0]) for j in m}, {j: [0.0] * n for j in m})
     history = {j: list(history[j]) for j in m}
     for j in m:
-        if old:
-            terms = (x * math.log(x / y) for x, y in zip(p[j], old[j], strict=True) if x > 0)
-            history[j].append(math.fsum(terms))
-    n = o["kl_history_length"]
-    calm = [j for j in m if len(history[j]) >= n and all(d < o["kl_threshold"] for d in history[j][-n:])]
-    chosen = {j for j in calm if max(p[j]) > o["threshold"]}
-    return Answer(chosen, by({j: max(p[j]) for j in m}, m), memory=(p, history))
+        terms = (x * (math.log(x + eps) - math.log(y + eps)) for x, y in zip(p[j], old[j], strict=True))
+        history[j] = [*history[j][1:], math.fsum(terms)]
+    ready = {j for j in m if all(d < o["kl_threshold"] for d in history[j]) and max(p[j]) > o["threshold"]}
+    ranking = by({j: max(p[j]) for j in m}, m)
+    due = max(1, a.size // a.steps + (1 if a.step < a.size % a.steps else 0))
+    chosen = ready if a.step >= n - 1 and ready else set(ranking[:due])
+    return Answer(set(ranking) if a.step >= a.steps - 1 else chosen, ranking, memory=(p, history))
 
 
 def local_leap(a: Ask) -> Answer:

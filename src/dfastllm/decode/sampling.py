@@ -246,7 +246,7 @@ def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 @torch.inference_mode()
 def tempered(logits: Tensor, draws: Sequence[Draw], *, cut_greedy: bool) -> Tensor:
-    """The logits, float32 [rows, vocab], whose softmax a token is drawn from: edited, cut by top_k, top_p and min_p, and
+    """The logits, float32 [rows, vocab], whose softmax a token is drawn from: edited, cut by top_k, top_p and min_p,
     divided by the temperature. logits float32, unchanged; rows in the order of `draws`. At temperature 0 nothing is
     divided, and the cut is made only if `cut_greedy`."""
     rows = [(d, i) for d in draws for i in range(len(d.positions))]

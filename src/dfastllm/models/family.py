@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from dfastllm.core import Kind, ModelInfo
+from dfastllm.core import Confidence, Kind, ModelInfo
 from dfastllm.errors import ModelLoadError, ValidationError
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.program import Program, standard
@@ -137,7 +137,8 @@ class Family:
     names    the published tensor names.
     program  shape -> wiring.
     gguf     how llama.cpp's files hold it; None: there is no such architecture.
-    kind, shift, ar_first, causal: see core.ModelInfo. block: (field of config.json, fallback) of the native block.
+    kind, shift, ar_first, causal, confidence: see core.ModelInfo.
+    block    (field of config.json, fallback) of the native block.
     ids      used where the model's own files say nothing. end_tokens, mask_tokens: contents of added tokens of the
              tokenizer that also end a text, or are the mask.
     harmless patterns (re.fullmatch) of tensors that may be in a file and are not parameters.
@@ -156,6 +157,7 @@ class Family:
     shift: int = 0
     ar_first: bool = False
     causal: bool = False
+    confidence: Confidence = "raw"
     block: tuple[str, int] | None = None
     ids: Ids = Ids()
     end_tokens: tuple[str, ...] = ()
@@ -323,5 +325,6 @@ def describe(
         block=native if block is None else block,
         ar_first=found.ar_first,
         causal=found.causal,
+        confidence=found.confidence,
         edit=edit,
     )

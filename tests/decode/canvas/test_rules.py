@@ -33,10 +33,11 @@ VARIED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "dream": {
         "ordering": st.sampled_from(["origin", "maskgit_plus", "topk_margin", "entropy"]),
         "alg_temp": st.sampled_from([0.0, 0.3]),
+        "eps": st.sampled_from([1e-3, 0.1]),
     },
     "threshold": {"threshold": st.floats(0.2, 0.95)},
-    "factor": {"factor": st.floats(0.3, 3)},
-    "entropy_bound": {"gamma": st.floats(0.05, 3)},
+    "factor": {"factor": st.floats(0.3, 3), "last_rank": st.integers(0, 1)},
+    "entropy_bound": {"gamma": st.floats(0.05, 3), "order": st.sampled_from(["entropy", "confidence", "margin"])},
     "credit": {"threshold": st.floats(0.3, 0.95)},
     "hierarchy": {"threshold": st.floats(0.5, 0.95), "low_threshold": st.floats(0.1, 0.6)},
     "klass": {
@@ -96,8 +97,11 @@ def by_twin(
     """What the twin commits: (fixed, remasked, memory, closed), positions absolute."""
     state: CanvasState = seq.policy
     held = [None if t == MASK else t for t in seq.tokens[a.start : a.stop]]
-    keys = row_keys(seq.seed, state.step, range(a.start, a.stop), salt=1)
+    drawn = state.step - state.block_step if state.choice.options.get("ordering") == "origin" else state.step
+    keys = row_keys(seq.seed, drawn, range(a.start, a.stop), salt=1)
     size, steps = a.stop - a.start, state.layout.share(state.block)
+    if name == "dream" and state.layout.steps is not None:
+        steps = state.layout.steps // state.layout.count + (state.block < state.layout.steps % state.layout.count)
     first = next((p for p in range(a.start, a.stop) if seq.tokens[p] == MASK), a.stop)
     answer = TWINS[name](
         Ask(
@@ -114,7 +118,9 @@ def by_twin(
             seq.tokens[:first],
         )
     )
-    due = 1 if name == "dream" else max(1, quota(size, steps, min(state.block_step, steps - 1)))
+    due = max(1, quota(size, steps, min(state.block_step, steps - 1)))
+    if name in ("dream", "klass"):  # their own business
+        due = 0
     accept = answer.accept | set(answer.ranking[:due])
     token = {j: best(softmax(rows[j].astype(np.float64).tolist(), MASK)) for j in accept}
     if name == "credit":
@@ -174,15 +180,16 @@ def test_quota_sums_to_the_block(size: int, steps: int) -> None:
     assert shares == sorted(shares, reverse=True)
 
 
-def test_factor_does_not_accept_the_last_rank_when_it_fails() -> None:
-    """The published loop accepts rank n when only rank n fails; that quirk is not copied."""
+@pytest.mark.parametrize("last_rank", [0, 1])
+def test_factor_takes_a_last_rank_that_fails_only_where_it_is_asked_to(last_rank: int) -> None:
+    """The published loop accepts rank n when only rank n fails."""
     rows = torch.full((3, VOCAB), -20.0)
     rows[0, 2], rows[1, 3] = 20.0, 20.0  # two certain rows
     rows[2, 4] = rows[2, 5] = 1.0  # c = 0.5 < 1 - 1/4
-    decode = DecodeParams(rule="factor", factor=1.0, block_length=3)
+    decode = DecodeParams(rule="factor", factor=1.0, block_length=3, options={"last_rank": last_rank})
     seq = start(POLICY, request(decode=decode, max_tokens=3), MODEL)
     (decision,) = denoise([active_rows(seq, 3, 6)], DenseRows(rows))
-    assert dict(decision.fixed) == {3: 2, 4: 3}
+    assert dict(decision.fixed) == {3: 2, 4: 3, **({5: 4} if last_rank else {})}
 
 
 def test_entropy_bound_excludes_the_largest_from_the_sum() -> None:

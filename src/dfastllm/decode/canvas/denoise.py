@@ -85,9 +85,9 @@ def _asked(a: Active) -> int:
 
 
 def _changed(group: Sequence[Active], logits: Tensor) -> Tensor:
-    """The logits float32 [rows, vocab] as their requests read them; those that came are left as they are. Under guidance
-    the rows of the canvas, then those of the canvas without its prompt, become unguided + (scale + 1) (rows - unguided)
-    (Nie et al., LLaDA, 2025, appendix); barred ids become -inf."""
+    """The logits float32 [rows, vocab] as their requests read them; those that came are left as they are. Under
+    guidance the rows of the canvas, then those of the canvas without its prompt, become unguided + (scale + 1) (rows -
+    unguided) (Nie et al., LLaDA, 2025, appendix); barred ids become -inf."""
     parts, end = [], 0
     for a in group:
         choice, begin, end = a.state.choice, end, end + _asked(a)

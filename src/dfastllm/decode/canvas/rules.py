@@ -214,7 +214,7 @@ def _gumbel(keys: NDArray[np.uint64]) -> Floats:
 
 def _schedule(f: Field) -> Verdict:
     """Fixed quota m // s + (i < m % s) per step, the best first (Nie et al., LLaDA, 2025): the floor of `decide` alone.
-    The order is by confidence, uniform noise, -entropy or margin."""
+    The order is by confidence, uniform noise, -entropy or margin, or from left to right (SDAR, 2025)."""
     orders = [options["remasking"] for options in f.options]
     none = np.zeros_like(f.masked)
     if orders.count("low_confidence") == len(orders):
@@ -228,6 +228,8 @@ def _schedule(f: Field) -> Verdict:
                 score[i] = -f.entropy[i]
             case "margin":
                 score[i] = f.margin[i]
+            case "sequential":
+                score[i] = -np.arange(score.shape[1])
     return Verdict(none, score)
 
 
@@ -323,14 +325,18 @@ def _factor(f: Field) -> Verdict:
 
 def _entropy_bound(f: Field) -> Verdict:
     """The longest prefix whose sum of entropies less the largest is at most gamma (Ben-Hamu et al., EB-sampler, 2025):
-    that bounds the joint mutual information of the accepted tokens. The prefix is by the error proxy `order`."""
+    that bounds the joint mutual information of the accepted tokens. The prefix is by the error proxy `order`. bound
+    "sum": the whole sum must be below gamma (what SDAR's entropy_bounded, 2025, is meant to do: its code takes the
+    entropy of one number and then fails)."""
     score = -f.entropy
     for i, options in enumerate(f.options):
         if options["order"] != "entropy":
             score[i] = f.margin[i] if options["order"] == "margin" else f.confidence[i]
     order = _order(score, f.masked)
     entropy = np.take_along_axis(np.where(f.masked, f.entropy, 0.0), order, axis=1)
-    fits = np.cumsum(entropy, axis=1) - np.maximum.accumulate(entropy, axis=1) <= f.option("gamma")
+    total, gamma = np.cumsum(entropy, axis=1), f.option("gamma")
+    whole = np.asarray([[o["bound"] == "sum"] for o in f.options])
+    fits = np.where(whole, total < gamma, total - np.maximum.accumulate(entropy, axis=1) <= gamma)
     accept = np.zeros_like(f.masked)
     np.put_along_axis(accept, order, np.logical_and.accumulate(fits, axis=1), axis=1)
     return Verdict(accept & f.masked, score)
@@ -447,7 +453,7 @@ def _drafts(steps: int) -> dict[str, Option]:
     }
 
 
-_ORDERS = ("low_confidence", "random", "entropy", "margin")
+_ORDERS = ("low_confidence", "random", "entropy", "margin", "sequential")
 _ORDERINGS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
 
@@ -503,6 +509,11 @@ _ALL = (
         "spread",
         gamma=Option(0.1, "bound in nats"),
         order=Option("entropy", "what ranks the positions", choices=("entropy", "confidence", "margin")),
+        bound=Option(
+            "joint",
+            "joint: the sum of entropies without the largest is at most gamma; sum: all of it is below gamma (SDAR)",
+            choices=("joint", "sum"),
+        ),
         **_drafts(0),
     ),
     _rule(

@@ -17,6 +17,7 @@ DREAM = variant(
     gguf=Gguf("dream", fields=frozenset({"qkv_bias"}), free_dim=False),
     kind="diffusion",
     shift=1,
+    confidence="filtered",
     ids=Ids(eos=(151643, 151645), mask=151666, pad=151643),
     end_tokens=("<|im_end|>",),
     mask_tokens=("<|mask|>",),

@@ -248,6 +248,7 @@ LLADA2_MOE = variant(
     write=write_llada2_moe,
     program=partial(standard, fused_qkv=True),
     kind="block",
+    confidence="drawn",
     block=("block_size", 32),
     ids=Ids(eos=(156892,), mask=156895, pad=156892),
     mask_tokens=("<|mask|>",),
