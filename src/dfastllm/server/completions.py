@@ -13,7 +13,7 @@ from dfastllm.core import StepEvent
 from dfastllm.errors import UnsupportedError
 from dfastllm.llm import Completion as Answer
 from dfastllm.server.calls import Call
-from dfastllm.server.jobs import Job, collect, engine_requests
+from dfastllm.server.jobs import Job, collect, engine_requests, while_connected
 from dfastllm.server.prompts import completion_prompts, encode
 from dfastllm.server.replies import Completion, CompletionChoice, CompletionChunk
 from dfastllm.server.schemas import CompletionRequest
@@ -29,12 +29,19 @@ async def completions(body: CompletionRequest, request: HttpRequest) -> Response
     model = serving.model(body.model)
     if body.suffix and not model.diffuses:
         raise UnsupportedError(f"suffix (infilling) needs a diffusion model; {model.name!r} is not.", param="suffix")
-    prompts = await completion_prompts(body, model)
-    suffix = await encode(model, body.suffix, param="suffix") if body.suffix else ()
+    prompts, suffix = await while_connected(request, _read(serving, body, model))
     id = f"cmpl-{uuid.uuid4().hex}"
     requests = engine_requests(serving, model, id, body, [ids for ids, _ in prompts], suffix)
     job = Job(serving, model.name, requests, id=id, request_id=request.state.request_id)
     return await _Call(body, model, job, [text for _, text in prompts]).answer(request)
+
+
+async def _read(
+    serving: Serving, body: CompletionRequest, model: ServedModel
+) -> tuple[list[tuple[tuple[int, ...], str]], tuple[int, ...]]:
+    """The prompts as `completion_prompts` gives them, and the ids of the suffix."""
+    prompts = await completion_prompts(body, model, serving.settings.max_prompts)
+    return prompts, await encode(model, body.suffix, param="suffix") if body.suffix else ()
 
 
 class _Call(Call[CompletionRequest]):

@@ -1,13 +1,16 @@
-"""Prompts to token ids: texts, ids and conversations. Encoding runs on a thread: a prompt may be megabytes."""
+"""Prompts to token ids: texts, ids and conversations. Templates and encoding run on threads: a prompt may be megabytes.
+
+What cannot fit is refused before the work: prompts are counted first, a text that has more tokens than the context
+however it is cut is not encoded, and the first prompt that is too long ends the encoding of a list.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from dfastllm.errors import ValidationError
+from dfastllm.errors import ContextLengthError, ValidationError
+from dfastllm.server.bounds import read_json
 from dfastllm.server.schemas import (
     CalledFunction,
     ChatRequest,
@@ -18,6 +21,7 @@ from dfastllm.server.schemas import (
     Tool,
 )
 from dfastllm.server.serving import ServedModel
+from dfastllm.text import taught
 
 __all__ = ["chat_ids", "completion_prompts", "encode"]
 
@@ -25,15 +29,35 @@ Ids = tuple[int, ...]
 _ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
 
 
-async def encode(model: ServedModel, text: str, *, param: str, add_special: bool = False) -> Ids:
+async def encode(
+    model: ServedModel, text: str, *, param: str, add_special: bool = False, most: int | None = None
+) -> Ids:
+    """Token ids of a text. most: characters that it may have; None: it is a prompt, and has to fit the context. Raises
+    ContextLengthError and ValidationError naming `param`, QueueFullError when too many texts wait to be encoded."""
+    if most is not None and len(text) > most:
+        raise ValidationError(f"{param} has {len(text):,} characters; {most:,} are taken.", param=param)
+    if most is None and (least := model.tokenizer.fewest(text)) > model.context:
+        raise _too_long(model, f"at least {least:,}", param)
     try:
-        return tuple(await asyncio.to_thread(model.tokenizer.encode, text, add_special=add_special))
+        ids = await model.readers.run(len(text), model.tokenizer.encode, text, add_special=add_special)
     except ValidationError as error:
         raise ValidationError(str(error), param=param) from error
+    if most is None and len(ids) > model.context:
+        raise _too_long(model, f"{len(ids):,}", param)
+    return tuple(ids)
 
 
-async def completion_prompts(body: CompletionRequest, model: ServedModel) -> list[tuple[Ids, str]]:
-    """(token ids, text) of each prompt; the text only if it is echoed. Raises ValidationError when one is empty."""
+def _too_long(model: ServedModel, tokens: str, param: str) -> ContextLengthError:
+    return ContextLengthError(
+        f"the prompt has {tokens} tokens; the context of {model.name} is {model.context:,}.",
+        param=param,
+        hint="Shorten the prompt.",
+    )
+
+
+async def completion_prompts(body: CompletionRequest, model: ServedModel, most: int) -> list[tuple[Ids, str]]:
+    """(token ids, text) of each prompt; the text only if it is echoed. most: prompts that one request may have. Raises
+    ValidationError when there are more, when one is empty, and what `encode` raises."""
     given = body.prompt
     if isinstance(given, str):
         prompts: Sequence[str | list[int]] = [given]
@@ -43,6 +67,8 @@ async def completion_prompts(body: CompletionRequest, model: ServedModel) -> lis
         prompts = cast("list[str] | list[list[int]]", given)
     if not prompts:
         raise ValidationError("prompt must not be an empty list.", param="prompt")
+    if len(prompts) > most:
+        raise ValidationError(f"One request may have {most} prompts, got {len(prompts):,}.", param="prompt")
     special = body.add_special_tokens is not False
     out = []
     for index, prompt in enumerate(prompts):
@@ -52,9 +78,14 @@ async def completion_prompts(body: CompletionRequest, model: ServedModel) -> lis
         if isinstance(prompt, str):
             out.append((await encode(model, prompt, param="prompt", add_special=special), prompt))
         else:
+            if len(prompt) > model.context:
+                raise _too_long(model, f"{len(prompt):,}", "prompt")
+            text = ""
             if body.echo:
                 _check_ids(prompt, model)
-            out.append((tuple(prompt), model.tokenizer.decode(prompt, skip_special=False) if body.echo else ""))
+                decode = model.tokenizer.decode
+                text = await model.readers.run(len(prompt), decode, prompt, skip_special=False)
+            out.append((tuple(prompt), text))
     return out
 
 
@@ -90,8 +121,8 @@ def _template_message(message: Message) -> dict[str, Any]:
 
 
 def _arguments(call: CalledFunction) -> Any:
-    """Raises ValueError or RecursionError for what is no JSON."""
-    return json.loads(call.arguments) if call.arguments else {}
+    """Raises ValueError for what is no JSON, and what `read_json` raises for too much of it."""
+    return read_json(call.arguments.encode("utf-8", "surrogatepass")) if call.arguments else {}
 
 
 def _check_message(index: int, message: Message) -> None:
@@ -110,7 +141,7 @@ def _check_message(index: int, message: Message) -> None:
     for call in [call.function for call in message.tool_calls or ()] + [message.function_call]:
         try:
             arguments = {} if call is None else _arguments(call)
-        except (ValueError, RecursionError):
+        except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
             raise ValidationError(
@@ -119,19 +150,37 @@ def _check_message(index: int, message: Message) -> None:
 
 
 async def chat_ids(
-    model: ServedModel, body: ChatRequest | TokenizeRequest, messages: Sequence[Message], tools: Sequence[Tool] | None
+    model: ServedModel,
+    body: ChatRequest | TokenizeRequest,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None,
+    most: int | None = None,
 ) -> Ids:
-    """Token ids of the conversation as the model's chat template writes it. Raises ValidationError for messages that
-    are none and for template variables that the conversation itself sets."""
+    """Token ids of the conversation as the model's chat template writes it. most: as `encode`. Raises ValidationError
+    for messages that are none and for template variables that the conversation itself sets, and as `encode`."""
+    text = await model.readers.run(sum(map(_length, messages)), _render, model, body, messages, tools)
+    return await encode(model, text, param="messages", most=most)
+
+
+def _length(message: Message) -> int:
+    """Characters of what is said, roughly."""
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(call.function.arguments or "") for call in message.tool_calls or ())
+
+
+def _render(
+    model: ServedModel, body: ChatRequest | TokenizeRequest, messages: Sequence[Message], tools: Sequence[Tool] | None
+) -> str:
     for index, message in enumerate(messages):
         _check_message(index, message)
-    plain = [_template_message(message) for message in messages]
+    plain: Sequence[Mapping[str, Any]] = [_template_message(message) for message in messages]
+    if any("tool_calls" in message or "tool_call_id" in message for message in plain):
+        plain = taught(model.tokenizer.templates).fitted(plain)
     listed = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
-    text = await asyncio.to_thread(
-        model.tokenizer.templates.render,
+    return model.tokenizer.templates.render(
         plain,
         listed,
         add_generation_prompt=body.add_generation_prompt is not False,
         variables=body.chat_template_kwargs,
     )
-    return await encode(model, text, param="messages")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from fastapi import Request
@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 
 from dfastllm.errors import ValidationError
 from dfastllm.server.docs import docs_page
+from dfastllm.server.jobs import while_connected
 from dfastllm.server.prompts import chat_ids, encode
 from dfastllm.server.replies import Cancelled, Health, ModelCard, ModelList, Out, Text, Tokens, Versions, dump
 from dfastllm.server.schemas import DetokenizeRequest, TokenizeRequest
@@ -105,28 +106,39 @@ async def cancel_request(request_id: str, request: Request) -> Response:
 
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a prompt, or of messages as the chat template writes them."""
-    model = _serving(request).model(body.model)
+    serving = _serving(request)
+    model, most = serving.model(body.model), serving.settings.max_tokenize_length
     if (body.prompt is None) == (body.messages is None):
         raise ValidationError("Send either prompt or messages.", param="prompt")
     if body.messages is not None:
-        ids = await chat_ids(model, body, body.messages, body.tools)
+        encoding = chat_ids(model, body, body.messages, body.tools, most)
     else:
-        ids = await encode(model, body.prompt or "", param="prompt", add_special=body.add_special_tokens is not False)
+        special = body.add_special_tokens is not False
+        encoding = encode(model, body.prompt or "", param="prompt", add_special=special, most=most)
+    ids = await while_connected(request, encoding)
+    return await serving.readers.run(len(ids), _tokens, model, ids, bool(body.return_token_strs))
+
+
+def _tokens(model: ServedModel, ids: Sequence[int], spelled: bool) -> Response:
     tokens = Tokens(count=len(ids), max_model_len=model.context, tokens=list(ids))
-    if body.return_token_strs:
+    if spelled:
         tokens.token_strs = [model.tokenizer.id_to_token(token) for token in ids]
     return _reply(tokens)
 
 
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids, special tokens included."""
-    model = _serving(request).model(body.model)
+    serving = _serving(request)
+    model, most = serving.model(body.model), serving.settings.max_tokenize_length
+    if len(body.tokens) > most:
+        raise ValidationError(f"tokens has {len(body.tokens):,} ids; {most:,} are taken.", param="tokens")
     bad = next((token for token in body.tokens if not 0 <= token < model.info.vocab_size), None)
     if bad is not None:
         raise ValidationError(
             f"tokens holds the id {bad}; {model.name!r} has ids 0 to {model.info.vocab_size - 1}.", param="tokens"
         )
-    return _reply(Text(prompt=model.tokenizer.decode(body.tokens, skip_special=False)))
+    text = await serving.readers.run(len(body.tokens), model.tokenizer.decode, body.tokens, skip_special=False)
+    return _reply(Text(prompt=text))
 
 
 async def home() -> RedirectResponse:

@@ -15,6 +15,7 @@ __all__ = ["Reach", "reach"]
 # Unicode composes at most four code points into one: the longest full canonical decompositions have four (UAX #15; of
 # U+1F82, for example). Compatibility decomposition only makes a text longer before that.
 _COMPOSED = 4
+_WHITE = [chr(code) for code in range(0x3001) if chr(code).isspace()]  # no fewer than Rust's, which tokenizers uses
 _KEEPS = {"ByteLevel", "Lowercase", "NFD", "NFKD", "Prepend"}  # normalizers that take no character away
 _WHOLE = {"ByteLevel", "Digits", "Metaspace", "UnicodeScripts"}  # pre-tokenizers that only cut
 _CUTS = {"Punctuation", "Split"}  # those too, unless what they find is removed
@@ -32,7 +33,7 @@ class Reach:
 
     def fewest(self, text: str) -> int:
         """A number of tokens that the text has at least."""
-        length = len(text) if self.spaces else len("".join(text.split()))
+        length = len(text) if self.spaces else len(text) - sum(map(text.count, _WHITE))
         return -(-length // self.characters)
 
 
