@@ -192,3 +192,15 @@ def test_openmetrics_when_asked() -> None:
     body, content_type = Metrics().render("application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
+
+
+def test_a_method_that_http_does_not_know_makes_no_series() -> None:
+    metrics = Metrics()
+    for number in range(100):
+        metrics.answered(f"M{number}", "/health", 405, 0.001)
+    metrics.answered("GET", "/health", 200, 0.001)
+    counted = {labels: value for (name, labels), value in values(metrics).items() if name == "http_requests_total"}
+    assert counted == {
+        "handler=/health,method=other,status=405": 100,
+        "handler=/health,method=GET,status=200": 1,
+    }

@@ -22,6 +22,7 @@ SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
+METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 25.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0, 512.0, 1024.0, 4096.0)
 RATIOS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
@@ -127,6 +128,8 @@ class Metrics:
         self.http_time = self._histogram(
             "http_request_duration_seconds", "HTTP request to the last byte.", SECONDS, "handler"
         )
+        self.connections = Gauge("http_connections", "Open connections.", namespace="dfastllm", registry=self.registry)
+        self.ended = self._counter("http_connections_ended", "Connections that the server ended, by why.", "reason")
 
     def watch(self, engine: Subscribable, name: str, kind: Kind) -> None:
         """Count what this engine does, under the model's name in the API."""
@@ -206,9 +209,18 @@ class Metrics:
         self.first_call.labels(name).observe(seconds)
 
     def answered(self, method: str, handler: str, status: int, seconds: float) -> None:
-        """One HTTP request; `handler` is the route's template, so that ids in paths make no new series."""
-        self.http.labels(method, handler, str(status)).inc()
+        """One HTTP request; `handler` is the route's template, so that ids in paths make no new series, and a method
+        that HTTP does not know is `other`: a series lives as long as the server, and clients do not choose labels."""
+        self.http.labels(method if method in METHODS else "other", handler, str(status)).inc()
         self.http_time.labels(handler).observe(seconds)
+
+    def count_connections(self, count: Callable[[], int]) -> None:
+        """Where the number of open connections is to be had."""
+        self.connections.set_function(count)
+
+    def connection_ended(self, reason: str) -> None:
+        """The server ended a connection, or took none in. reason: of a closed set (server.connections.Reason)."""
+        self.ended.labels(reason).inc()
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type, in the format that `accept` asks for."""

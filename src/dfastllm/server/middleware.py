@@ -79,7 +79,7 @@ class Trace:
         try:
             await self.app(scope, receive, tagged)
         except Exception:
-            log.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            log.exception("request %s failed: %.20r %.200r", request_id, scope["method"], scope["path"])
             if status:
                 raise  # too late for an answer: the server closes the connection
             failure = GenerationError(

@@ -66,7 +66,9 @@ class Serving:
         self.readers = Readers()
         self.worker: Worker | None = None
         self.models: Mapping[str, ServedModel] = {}
-        self.jobs: dict[str, set[Running]] = {}
+        self.jobs: dict[str, Running] = {}  # by response id, which we made: no two are equal
+        self._traced: dict[str, set[Running]] = {}  # by X-Request-ID, which clients make
+        self._shared: set[str] = set()  # those that two of them sent while one was running
         self.draining = False
 
     def open(self, worker: Worker, engines: Mapping[str, Engine]) -> None:
@@ -118,25 +120,35 @@ class Serving:
     @contextmanager
     def tracked(self, job: Running) -> Iterator[None]:
         """Makes a job cancellable by its ids while it runs."""
-        for key in {job.id, job.request_id}:
-            self.jobs.setdefault(key, set()).add(job)
+        self.jobs[job.id] = job
+        alike = self._traced.setdefault(job.request_id, set())
+        alike.add(job)
+        if len(alike) > 1:
+            self._shared.add(job.request_id)
         try:
             yield
         finally:
-            for key in {job.id, job.request_id}:
-                jobs = self.jobs.get(key, set())
-                jobs.discard(job)
-                if not jobs:
-                    self.jobs.pop(key, None)
+            self.jobs.pop(job.id, None)
+            alike.discard(job)
+            if not alike:
+                self._traced.pop(job.request_id, None)
+                self._shared.discard(job.request_id)
 
     def cancel(self, name: str) -> int:
-        """Cancel the jobs with that response id or X-Request-ID. Raises RequestNotFoundError."""
-        jobs = list(self.jobs.get(name, ()))
+        """Cancel the job with that response id, or the one with that X-Request-ID. Two clients may send the same
+        X-Request-ID, and neither shall end the other's request: then it names none of them, until all have ended.
+        Raises RequestNotFoundError."""
+        jobs = [self.jobs[name]] if name in self.jobs else list(self._traced.get(name, ()))
         if not jobs:
             raise RequestNotFoundError(f"No request {name[:200]!r} is running.", param="id")
-        for job in jobs:
-            job.cancel()
-        return len(jobs)
+        if len(jobs) > 1 or (name not in self.jobs and name in self._shared):
+            raise RequestNotFoundError(
+                f"The X-Request-ID {name[:200]!r} was sent with several requests, so it names none.",
+                param="id",
+                hint="Cancel by the id of the response, or close the connection.",
+            )
+        jobs[0].cancel()
+        return 1
 
     def drain(self) -> None:
         """Take no more requests; those in flight go on."""
@@ -144,5 +156,5 @@ class Serving:
 
     def abort(self) -> None:
         """End every request in flight with an error."""
-        for job in {job for jobs in self.jobs.values() for job in jobs}:
+        for job in list(self.jobs.values()):
             job.fail(NotReadyError("The server is shutting down."))
