@@ -2,11 +2,14 @@
 
     DFastLLMError
     ├── ValidationError            400  a request or a setting that cannot be honoured
+    │   ├── MalformedRequestError  400  what is not HTTP, or can be read in two ways
+    │   ├── MisdirectedRequestError 421  sent to a name that is not this server's
     │   ├── ContextLengthError     400  prompt (plus canvas) longer than the model's context
     │   └── UnsupportedError       400  a known field this model or decoder cannot honour
     ├── AuthenticationError        401
     ├── ModelNotFoundError         404
     ├── RequestNotFoundError       404
+    ├── SlowRequestError           408  a request that did not come whole in time
     ├── PayloadTooLargeError       413
     ├── RateLimitError             429  carries retry_after
     │   └── QueueFullError         429  the waiting queue is at its limit
@@ -16,6 +19,7 @@
     │   └── TokenizerError         500  missing, unreadable or wrong tokenizer
     ├── GenerationError            500  the engine failed while serving a request
     ├── NotReadyError              503  still loading, or shutting down
+    │   └── TooManyConnectionsError 503  no place for one more
     └── TimeoutError               504
 
 Each has `code` (machine-readable, stable), `status` (HTTP), `param` (the offending field or None) and
@@ -33,6 +37,8 @@ __all__ = [
     "ContextLengthError",
     "DFastLLMError",
     "GenerationError",
+    "MalformedRequestError",
+    "MisdirectedRequestError",
     "ModelLoadError",
     "ModelNotFoundError",
     "NotReadyError",
@@ -40,8 +46,10 @@ __all__ = [
     "QueueFullError",
     "RateLimitError",
     "RequestNotFoundError",
+    "SlowRequestError",
     "TimeoutError",
     "TokenizerError",
+    "TooManyConnectionsError",
     "UnsupportedError",
     "ValidationError",
 ]
@@ -65,6 +73,17 @@ class ValidationError(DFastLLMError, ValueError):
     status = 400
     code = "invalid_request"
     type = "invalid_request_error"
+
+
+class MalformedRequestError(ValidationError):
+    """`status` of one may be 431 (a head too large), 501 (an unknown transfer coding) or 505 (another version)."""
+
+    code = "malformed_request"
+
+
+class MisdirectedRequestError(ValidationError):
+    status = 421
+    code = "wrong_host"
 
 
 class ContextLengthError(ValidationError):
@@ -96,6 +115,12 @@ class RequestNotFoundError(DFastLLMError, LookupError):
 class PayloadTooLargeError(DFastLLMError):
     status = 413
     code = "payload_too_large"
+    type = "invalid_request_error"
+
+
+class SlowRequestError(DFastLLMError):
+    status = 408
+    code = "request_too_slow"
     type = "invalid_request_error"
 
 
@@ -141,6 +166,10 @@ class GenerationError(DFastLLMError):
 class NotReadyError(DFastLLMError):
     status = 503
     code = "not_ready"
+
+
+class TooManyConnectionsError(NotReadyError):
+    code = "too_many_connections"
 
 
 class TimeoutError(DFastLLMError, builtins.TimeoutError):

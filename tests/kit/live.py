@@ -15,7 +15,8 @@ from openai import AsyncOpenAI, OpenAI
 
 from dfastllm.engine import Engine, Worker
 from dfastllm.server.app import create_app
-from dfastllm.server.run import Server, listen
+from dfastllm.server.listening import listen
+from dfastllm.server.run import Server
 from dfastllm.server.serving import Serving
 from dfastllm.settings import Settings
 from tests.kit import conformance

@@ -14,7 +14,8 @@ import pytest
 from openai import APIError, AuthenticationError, InternalServerError, RateLimitError
 
 from dfastllm.server.app import create_app
-from dfastllm.server.run import Server, listen
+from dfastllm.server.listening import listen
+from dfastllm.server.run import Server
 from dfastllm.settings import Settings
 from tests.kit.live import Live, serving
 from tests.kit.served import parrot_engine, random_engine, slow
@@ -81,7 +82,7 @@ def test_cancel_by_request_id(slow_live: Live) -> None:
     thread, results = in_background(
         lambda: slow_live.post("/v1/completions", LONG, headers={"X-Request-ID": "to-be-cancelled"})
     )
-    assert until(lambda: "to-be-cancelled" in slow_live.serving.jobs)
+    assert until(lambda: bool(slow_live.serving.jobs))
     answer = httpx.delete(f"{slow_live.url}/v1/requests/to-be-cancelled")
     assert answer.json() == {"id": "to-be-cancelled", "object": "request", "cancelled": 1}
     thread.join(5)
@@ -89,6 +90,39 @@ def test_cancel_by_request_id(slow_live: Live) -> None:
     assert results[0].json()["error"]["code"] == "cancelled"
     assert until(lambda: idle(slow_live))
     assert httpx.delete(f"{slow_live.url}/v1/requests/to-be-cancelled").status_code == 404
+
+
+def test_an_id_that_two_clients_send_ends_neither_request(slow_live: Live) -> None:
+    """Nor does another's response id, sent as one's own X-Request-ID, keep that one from ending its request."""
+
+    def stream(request_id: str) -> tuple[Any, str]:
+        extra = {"ignore_eos": True}
+        made = slow_live.client().completions.create(
+            model="slow",
+            prompt="x",
+            max_tokens=400,
+            stream=True,
+            extra_body=extra,
+            extra_headers={"X-Request-ID": request_id},
+        )
+        return made, next(made).id
+
+    def cancel(name: str) -> int:
+        return httpx.delete(f"{slow_live.url}/v1/requests/{name}").status_code
+
+    first, id = stream("the-same")
+    second, other = stream("the-same")
+    third, _ = stream(id)
+    assert cancel("the-same") == 404
+    assert len(slow_live.serving.jobs) == 3
+    assert cancel(id) == 200
+    assert until(lambda: len(slow_live.serving.jobs) == 2)
+    assert cancel("the-same") == 404  # it may still be the other's that is meant
+    assert cancel(id) == 200  # by now an X-Request-ID that one request has
+    assert cancel(other) == 200
+    assert until(lambda: idle(slow_live))
+    for made in (first, second, third):
+        made.close()
 
 
 def test_cancel_a_stream_by_response_id(slow_live: Live) -> None:
@@ -180,9 +214,8 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
         assert until(lambda: len(engine.scheduler.waiting) == 3)
         connection.close()
         assert until(lambda: len(engine.scheduler.waiting) == 2, 1.0)
-        for jobs in list(live.serving.jobs.values()):
-            for job in list(jobs):
-                job.cancel()
+        for job in list(live.serving.jobs.values()):
+            job.cancel()
         for thread, results in running:
             thread.join(5)
             assert results[0].status_code == 499

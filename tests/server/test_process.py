@@ -20,7 +20,7 @@ import pytest
 
 from dfastllm.errors import ValidationError
 from dfastllm.models import save
-from dfastllm.server.run import listen
+from dfastllm.server.listening import listen
 from tests.kit.served import TEMPLATE, random_engine
 
 MAIN = (sys.executable, "-c", "from dfastllm.cli import main; main()")

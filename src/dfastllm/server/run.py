@@ -1,15 +1,14 @@
 """`serve`: one process, listening at once, loading behind it, ending cleanly.
 
-The socket is bound before anything is loaded, so that a port in use is told in a moment. The server answers health
-checks while a thread loads the models. SIGTERM and SIGINT stop it: no new requests, those running finish within
-`shutdown_timeout` or end with an error, then the engine's thread ends. A second SIGINT does not wait.
+The socket is bound before anything is loaded, so that a port in use is told in a moment (`listening`). The server
+answers health checks while a thread loads the models. SIGTERM and SIGINT stop it: no new requests, those running finish
+within `shutdown_timeout` or end with an error, then the engine's thread ends. A second SIGINT does not wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -25,6 +24,8 @@ import uvicorn
 
 from dfastllm.errors import DFastLLMError, ModelLoadError, ValidationError
 from dfastllm.server.app import create_app
+from dfastllm.server.connections import Connection, Limits, Tally
+from dfastllm.server.listening import Acceptor, address_of, connections_allowed, listen, listen_unix, raise_file_limit
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,16 +34,17 @@ if TYPE_CHECKING:
     from dfastllm.engine import Engine, Worker
     from dfastllm.server.serving import Serving
 
-__all__ = ["Loading", "Server", "listen", "serve"]
+__all__ = ["Loading", "Server", "serve"]
 
 log = logging.getLogger("dfastllm.server")
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal. Raises ValidationError when the port is in use or the address is not this machine's, and
-    what loading raises: ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
+    """Serve until a signal. Raises ValidationError when the port or the socket is in use or the address is not this
+    machine's, and what loading raises: ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
     _log_to_stderr(settings.log_level)
-    with contextlib.closing(listen(settings.host, settings.port)) as listener:
+    raise_file_limit(settings.max_connections)
+    with _listener(settings) as listener:
         app = create_app(settings=settings)
         server = Server(app, settings)
         loading = Loading(settings, server)
@@ -59,6 +61,12 @@ def serve(settings: Settings) -> None:
         os._exit(0)
 
 
+def _listener(settings: Settings) -> contextlib.AbstractContextManager[socket.socket]:
+    if settings.uds is not None:
+        return listen_unix(settings.uds, int(settings.uds_mode, 8))
+    return contextlib.closing(listen(settings.host, settings.port))
+
+
 def _log_to_stderr(level: str) -> None:
     """One line per event of dfastllm and uvicorn on stderr."""
     handler = logging.StreamHandler(sys.stderr)
@@ -71,35 +79,6 @@ def _log_to_stderr(level: str) -> None:
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger("uvicorn").level))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound TCP socket. Raises ValidationError naming port or host."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError) as error:
-        raise ValidationError(f"There is no address {host!r}: {error}.", param="host") from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise _refused(host, port, error) from error
-    return listener
-
-
-def _refused(host: str, port: int, error: OSError) -> ValidationError:
-    if error.errno == errno.EADDRINUSE:
-        return ValidationError(
-            f"Port {port} on {host} is in use.",
-            param="port",
-            hint="Stop what listens there, or take another with --port (0: any free one).",
-        )
-    if error.errno == errno.EACCES:
-        return ValidationError(f"Port {port} may not be opened by this user.", param="port", hint="Use one above 1023.")
-    return ValidationError(f"{host} port {port} cannot be listened on: {error.strerror}.", param="host")
-
-
 class Server(uvicorn.Server):
     """uvicorn with a shutdown that ends requests rather than connections, and that returns instead of dying of the
     signal, so that what was started is also stopped."""
@@ -107,10 +86,17 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self.serving: Serving = app.state.serving
         self.grace = settings.shutdown_timeout
+        self.limits = Limits.of(settings)
+        self.tally = Tally(self.serving.metrics)
+        self.most = connections_allowed(settings.max_connections)
+        if self.most < settings.max_connections:
+            log.warning("at most %d connections: the limit of open files leaves no more (ulimit -n)", self.most)
         self.up = threading.Event()
         super().__init__(
             uvicorn.Config(
                 app,
+                loop="asyncio",  # `connections` asks its sockets
+                http="h11",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -122,10 +108,17 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """From here on the port answers and signals are handled."""
-        await super().startup(sockets)
+        await super().startup([])
+        state = self.server_state
+        self.serving.metrics.count_connections(lambda: len(state.connections))
+
+        def make() -> Connection:
+            return Connection(self.config, state, self.lifespan.state, limits=self.limits, tally=self.tally)
+
         for listener in sockets or ():
-            host, port = listener.getsockname()[:2]
-            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            acceptor = Acceptor(listener, make, state.connections, self.most, self.tally)
+            self.servers.append(acceptor)  # type: ignore[arg-type]  # it has what uvicorn calls
+            log.info("listening on %s", address_of(listener))
         self.up.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
