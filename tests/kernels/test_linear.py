@@ -77,6 +77,18 @@ def test_rows_and_threads_change_no_bit(format: str, mins: bool) -> None:
         assert torch.equal(linear(x[7:8], weight, bias), whole[7:8])
 
 
+@needs_native
+@formats
+@pytest.mark.parametrize("rows", [8, 11, 12, 18, 40, 128])
+def test_no_bit_depends_on_how_a_long_panel_is_walked(format: str, mins: bool, rows: int) -> None:
+    """More inputs than one slice of a panel: one row alone reads it in one pass, many rows slice by slice."""
+    k = 2080
+    packed, x = pack(random_qtensor(format, 130, k, mins=mins, seed=2)), torch.randn(rows, k)
+    together = linear(x, packed)
+    for row in (0, rows // 2, rows - 1):
+        assert torch.equal(together[row], linear(x[row : row + 1], packed)[0])
+
+
 @formats
 def test_accumulate_adds_in_place(format: str, mins: bool) -> None:
     weight, bias, x = pack(random_qtensor(format, 70, 64, mins=mins)), torch.randn(70), torch.randn(9, 64)

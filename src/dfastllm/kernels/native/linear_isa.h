@@ -2,6 +2,7 @@
 // linear_head.h.
 #include "simd.h"
 #include "linear_prepare.h"
+#include "linear_walk.h"
 #include "linear_float.h"
 #include "linear_head_rows.h"
 #include "linear_tiles.h"
