@@ -1,3 +1,3 @@
-"""Chat templates from the inside: the sandbox and its limits, the form of messages, what people wrote in a rendering."""
+"""Chat templates from the inside: the sandbox and its limits, the form of messages, and what of a text people wrote."""
 
 __all__: list[str] = []

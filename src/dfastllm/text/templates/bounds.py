@@ -1,7 +1,7 @@
 """How large a result may become, said before it is made: operators, methods and filters of templates.
 
 Only what can make more than it is given is here: repeating, padding, joining, replacing, formatting, cutting into
-pieces. Each function raises TooMuch by the `Budget` of the rendering. Methods that templates have no use for are denied.
+pieces. Each function raises TooMuch by the `Budget` of the rendering. Methods that no template needs are denied.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from jinja2.exceptions import SecurityError
 
 from dfastllm.text.templates.budget import BITS, Budget, TooMuch
 
-__all__ = ["FILTERS", "called", "formatted", "power", "times"]
+__all__ = ["FILTERS", "SHRINKING", "called", "formatted", "power", "times"]
 
 _NUMBER = re.compile(r"\d+")
 _TEXT_METHODS = frozenset(
-    "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii isdecimal "
-    "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition "
-    "removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip "
-    "swapcase title upper zfill".split()
+    "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii "
+    "isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip "
+    "partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines "
+    "startswith strip swapcase title upper zfill".split()
 )
 _METHODS: Mapping[type, frozenset[str]] = {
     str: _TEXT_METHODS,
@@ -67,13 +67,11 @@ def called(budget: Budget, function: Any, args: tuple[Any, ...], named: Mapping[
     """The arguments to call a method with. Raises SecurityError for a method that templates have no use for."""
     method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
     owner = getattr(method, "__self__", None)
-    for kind, methods in _METHODS.items():
-        if isinstance(owner, kind):
-            break
-    else:
+    kind = next((kind for kind in _METHODS if isinstance(owner, kind)), None)
+    if kind is None:
         return args
     name = method.__name__
-    if name not in methods:
+    if name not in _METHODS[kind]:
         raise SecurityError(f"the method {name} of {type(owner).__name__}")
     if kind is str and name in _GROWING:
         return _GROWING[name](budget, owner, *args, **named)[1:]
@@ -125,8 +123,8 @@ def _joined(budget: Budget, separator: Any, parts: Any = (), *args: Any, **named
 def _joins(budget: Budget, value: Any, *args: Any, **named: Any) -> tuple[Any, ...]:
     separator = args[0] if args else named.get("d", "")
     value = _listed(budget, value)
-    if isinstance(value, Iterable):
-        budget.room(budget.weight(separator) * max(len(value), 1) + sum(map(budget.weight, value)))
+    if isinstance(value, str | list | tuple | Mapping):
+        budget.room(budget.weight(separator) * len(value) + sum(map(budget.weight, value)))
     return (value, *args)
 
 
@@ -168,8 +166,7 @@ def _taken(budget: Budget, value: Any, *args: Any, **named: Any) -> tuple[Any, .
 
 def _written(budget: Budget, value: Any, *args: Any, **named: Any) -> tuple[Any, ...]:
     """Filters that write out what is no text."""
-    budget.weight(value)
-    return (value, *args)
+    return (budget.written(value), *args)
 
 
 _GROWING: Mapping[str, Bounded] = {
@@ -186,6 +183,7 @@ _GROWING: Mapping[str, Bounded] = {
     "splitlines": _taken,
     "zfill": _padded,
 }
+SHRINKING = _TEXT_METHODS - _GROWING.keys()  # they make no more than their text
 FILTERS: Mapping[str, Bounded] = {
     "batch": _counted,
     "center": _padded,
@@ -199,8 +197,5 @@ FILTERS: Mapping[str, Bounded] = {
     "slice": _counted,
     "sort": _taken,
     "unique": _taken,
-    **dict.fromkeys(
-        ("capitalize", "e", "escape", "forceescape", "lower", "string", "title", "trim", "truncate", "upper"), _written
-    ),
-    **dict.fromkeys(("urlencode", "wordcount"), _written),
+    **dict.fromkeys(("e", "escape", "forceescape", "truncate", "urlencode", "wordcount"), _written),
 }

@@ -22,9 +22,9 @@ TOTAL = 256_000_000  # characters of all texts that are made
 ITEMS = 1_000_000  # entries of one list
 BITS = 1 << 16  # of a whole number
 DEPTH = 200  # of lists in lists
-SECONDS = 10.0  # of this thread's own work, however busy the machine is
+SECONDS = 3.0  # of this thread's own work, however busy the machine is
 WORTH = 16  # further steps, and characters of one text, that each character of the conversation allows
-_CLOCK_EVERY = 64  # steps between looks at the clock
+SLICE = 128  # steps between looks at the clock
 _OTHER = 16  # characters that a number or an object is taken for
 Item = TypeVar("Item")
 
@@ -40,35 +40,50 @@ class TooDeep(TooMuch):
 class Budget:
     """Of one rendering, used by one thread. given: the values that the template sees, whose size the limits grow with.
 
+    steps     left of the present slice. Compiled templates take from it and call `exhausted` when it is below 0.
     longest   characters that one text may have.
     items     entries that one list may have.
+    woven     the template put lists into lists, so that one may be in many places: writing one out may take far more
+              than there is. Until then what is written out is what was given.
     """
+
+    __slots__ = ("_begun", "_characters", "_given", "_steps", "_weights", "items", "longest", "steps", "woven")
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._given: Mapping[str, Any] | None = given
-        self._steps = STEPS
+        self.steps = SLICE
+        self._steps = STEPS - SLICE
         self._characters = TOTAL
         self.longest = LONGEST
         self.items = ITEMS
-        self._look = _CLOCK_EVERY
-        self._deadline = time.monotonic() + SECONDS
-        self._begun = time.thread_time()
+        self.woven = False
+        self._begun: float | None = None
         self._weights: dict[int, tuple[Any, int]] = {}
 
     def tick(self) -> None:
         """One step. Raises TooMuch when there were too many, or they took too long."""
-        self._steps -= 1
-        if self._steps < 0 and not (self._grow() and self._steps >= 0):
-            raise TooMuch(f"it takes more than {STEPS:,} steps")
-        self._look -= 1
-        if self._look < 0:
-            self.look()
+        self.steps -= 1
+        if self.steps < 0:
+            self.exhausted()
 
-    def look(self) -> None:
-        """At the clock. Raises TooMuch when the thread has worked too long."""
-        self._look = _CLOCK_EVERY
-        if time.monotonic() > self._deadline and time.thread_time() - self._begun > SECONDS:
+    def exhausted(self) -> None:
+        """A slice of steps is used up: take the next. Raises TooMuch when there is none, or the thread worked too
+        long."""
+        self._steps += self.steps
+        if self._steps <= 0 and not (self._grow() and self._steps > 0):
+            raise TooMuch(f"it takes more than {STEPS:,} steps")
+        self.steps = min(SLICE, self._steps)
+        self._steps -= self.steps
+        now = time.thread_time()
+        self._begun = now if self._begun is None else self._begun
+        if now - self._begun > SECONDS:
             raise TooMuch(f"it works for more than {SECONDS:g} seconds")
+
+    def spend(self, steps: int) -> None:
+        """Steps for an operation that looks at so many things at once."""
+        self.steps -= steps
+        if self.steps < 0:
+            self.exhausted()
 
     def room(self, characters: float) -> None:
         """Raises TooMuch for a text of so many characters, before it is made."""
@@ -82,20 +97,16 @@ class Budget:
 
     def made(self, value: Any) -> Any:
         """`value`, which an operation made, charged. Raises TooMuch for one that is too large."""
-        kind = type(value)
-        if kind is str or isinstance(value, str):
+        if isinstance(value, str):
             size = len(value)
             if size > self.longest:
                 self.room(size)
-        elif kind is bool or value is None:
-            return value
-        elif kind is int:
-            if value.bit_length() > BITS:
-                raise TooMuch(f"it makes a number of more than {BITS:,} bits")
-            return value
         elif isinstance(value, list | tuple | dict | set):
             size = 8 * len(value)
-            self.weight(value)
+            if self.woven:
+                self.weight(value)
+        elif isinstance(value, int) and value.bit_length() > BITS:
+            raise TooMuch(f"it makes a number of more than {BITS:,} bits")
         else:
             return value
         self._characters -= size
@@ -103,10 +114,25 @@ class Budget:
             raise TooMuch(f"it makes more than {TOTAL:,} characters of text")
         return value
 
+    def built(self, value: Any) -> Any:
+        """`value`, a list, a tuple or a dict that the template puts together of others, charged with its texts."""
+        parts = value.values() if isinstance(value, dict) else value
+        self._characters -= sum(len(part) for part in parts if isinstance(part, str))
+        self.woven = self.woven or any(isinstance(part, list | tuple | dict | set | Mapping) for part in parts)
+        return self.made(value)
+
+    def written(self, value: Any) -> Any:
+        """`value`, which is no text and is about to be written out. Raises TooMuch where that is too long."""
+        if self.woven:
+            self.weight(value)
+        return value
+
     def metered(self, items: Iterable[Item]) -> Iterator[Item]:
         """`items`, a step each."""
         for item in items:
-            self.tick()
+            self.steps -= 1
+            if self.steps < 0:
+                self.exhausted()
             yield item
 
     def weight(self, value: Any, depth: int = 0) -> int:

@@ -10,17 +10,18 @@ it is made of: `bounds` says which operations those are.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import str_join
@@ -37,7 +38,15 @@ NESTING = 100  # of statements and expressions
 _NO_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")  # for web pages, and none is linear in its text
 _INDENT = 16  # of tojson
 _FORMAT = 200  # characters of a format of strftime
-_TICK = nodes.ExprStmt(nodes.Const("tick"))
+_NODES = 16  # of a loop's body that make a step
+_OPERANDS = 32  # of a sum that is charged only as a whole
+_PIECES = 4096  # of output that are joined at once
+_SMALL = 512  # characters of a text that need no charge on their own
+# Filters that make no more than they are given, so that what they make is charged only where it is kept.
+_LIGHT = frozenset(
+    "attr abs capitalize count d default first float items last length lower safe string title trim upper".split()
+)
+_WRITING = frozenset("capitalize e escape forceescape lower string title trim upper".split())  # what is no text, too
 
 
 class Refused(jinja2.TemplateError):
@@ -54,13 +63,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_GenerationTag, loopcontrols],
             loader=jinja2.DictLoader({}),
             optimized=False,
-            finalize=self.shown,
         )
         self._state = threading.local()
         self.code_generator_class = _Metered
         filters = {name: one for name, one in self.filters.items() if name not in _NO_FILTERS}
-        filters["tojson"] = self._tojson
-        self.filters = {name: self._charged(name, one) for name, one in filters.items()}
+        self.filters = {name: one if name in _LIGHT else self._charged(name, one) for name, one in filters.items()}
+        self.filters["tojson"] = self._tojson
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Namespace}
 
@@ -89,37 +97,30 @@ class Sandbox(ImmutableSandboxedEnvironment):
         finally:
             self._state.budget = outer
 
-    # ---- what compiled templates call
-
-    def tick(self) -> None:
-        """A round of a loop."""
-        self.budget.tick()
-
-    def shown(self, value: Any) -> Any:
-        """A value that is about to be written out."""
-        if not isinstance(value, str):
-            self.budget.weight(value)
-        return value
+    # ---- what compiled templates call; the rest they ask of the budget itself
 
     def concat(self, pieces: Iterable[str]) -> str:
         """The output of a template, a macro or a block, joined."""
-        budget, kept, size = self.budget, [], 0
-        for piece in pieces:
-            size += len(piece)
-            if size > budget.longest:
-                budget.room(size)
-            kept.append(piece)
-        text: str = budget.made("".join(kept))
+        budget, texts, size = self.budget, [], 0
+        rest = iter(pieces)
+        while part := list(itertools.islice(rest, _PIECES)):
+            size += sum(map(len, part))
+            budget.room(size)
+            texts.append("".join(part))
+        text: str = budget.made("".join(texts) if len(texts) > 1 else texts[0] if texts else "")
         return text
 
     def joined(self, values: tuple[Any, ...]) -> Any:
         """The operator ~."""
+        if len(values) < _OPERANDS and all(value.__class__ is str for value in values):
+            text = "".join(values)
+            return text if len(text) <= _SMALL else self.budget.made(text)
         budget = self.budget
         budget.room(sum(map(budget.weight, values)))
         return budget.made(str_join(values))
 
     def plus(self, value: Any, *others: Any) -> Any:
-        """The operator +, from left to right."""
+        """The operator +, from left to right, of many."""
         made = self.budget.made
         for other in others:
             value = made(value + other)
@@ -127,32 +128,38 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def times(self, left: Any, right: Any) -> Any:
         """The operator *."""
-        bounds.times(self.budget, left, right)
-        return self.budget.made(left * right)
+        budget = self.budget
+        bounds.times(budget, left, right)
+        product = left * right
+        return budget.built(product) if isinstance(product, list | tuple) else budget.made(product)
 
     def power(self, left: Any, right: Any) -> Any:
         """The operator **."""
         bounds.power(left, right)
-        return self.budget.made(left**right)
+        return left**right
 
     def modulo(self, left: Any, right: Any) -> Any:
         """The operator %, which formats where it has a text on its left."""
-        if isinstance(left, str):
-            bounds.formatted(self.budget, left, right if isinstance(right, tuple) else (right,), {})
-        return self.budget.made(left % right)
-
-    def built(self, value: Any) -> Any:
-        """A list, a tuple or a dict that the template spells out, or a slice."""
-        return self.budget.made(value)
+        if not isinstance(left, str):
+            return left % right
+        budget = self.budget
+        bounds.formatted(budget, left, right if isinstance(right, tuple) else (right,), {})
+        return budget.made(left % right)
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         """A function, a macro or a method that the template calls."""
         budget = self.budget
         budget.tick()
         kind = type(called)
+        if kind is types.BuiltinMethodType and type(called.__self__) is str and called.__name__ in bounds.SHRINKING:
+            kwargs.pop("_loop_vars", None)  # what Jinja hands to functions that want the context
+            kwargs.pop("_block_vars", None)
+            result = called(*args, **kwargs)
+            return budget.made(result) if result.__class__ is str and len(result) > _SMALL else result
         if kind is types.BuiltinMethodType or kind is types.MethodType or kind is types.FunctionType:
             args = bounds.called(budget, called, args, kwargs)
-        return budget.made(super().call(context, called, *args, **kwargs))
+        result = super().call(context, called, *args, **kwargs)
+        return budget.built(result) if called is dict else budget.made(result)
 
     # ---- filters
 
@@ -167,7 +174,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
             budget.tick()
             if bound is not None:
                 args = (*args[:first], *bound(budget, *args[first:], **kwargs))
-                budget.look()
             result = function(*args, **kwargs)
             if isinstance(result, Iterator):
                 return budget.metered(result)
@@ -184,12 +190,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
         sort_keys: bool = False,
     ) -> str:
         budget = self.budget
-        budget.weight(value)
+        budget.tick()
+        budget.written(value)
+        if indent is None and separators is None:
+            text: str = budget.made(_encoder(bool(ensure_ascii), bool(sort_keys)).encode(value))
+            return text
         wide = indent if isinstance(indent, int) else len(indent or "")
         if max(wide, *map(len, separators or ("", ""))) > _INDENT:
             raise TooMuch(f"its tojson indents or separates by more than {_INDENT} characters")
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        return encoder.encode(value) if indent is None else self.concat(encoder.iterencode(value))
+        return self.concat(encoder.iterencode(value))  # an indentation for each entry of each level
+
+
+@functools.cache
+def _encoder(ensure_ascii: bool, sort_keys: bool) -> json.JSONEncoder:
+    return json.JSONEncoder(ensure_ascii=ensure_ascii, sort_keys=sort_keys)
 
 
 class _GenerationTag(Extension):
@@ -211,23 +226,98 @@ class _Namespace(Namespace):
 
 
 class _Metered(CodeGenerator):
-    """Writes Python that calls the sandbox's operators, and that computes nothing while it is compiled."""
+    """Writes Python that charges the budget, and that computes nothing while it is compiled.
+
+    What an expression makes is charged where it is kept: assigned, passed on, or put into a list. What is only written
+    out or compared is gone with its statement, and no larger than its few operands together.
+    """
+
+    _kept = True  # what is being visited stays
+
+    @contextmanager
+    def _keeping(self, kept: bool) -> Iterator[None]:
+        before, self._kept = self._kept, kept
+        yield
+        self._kept = before
+
+    @contextmanager
+    def _charging(self, charge: bool, method: str = "made") -> Iterator[None]:
+        """Around an expression whose value the budget is told of."""
+        self.write(f"budget.{method}(" if charge else "")
+        yield
+        self.write(")" if charge else "")
+
+    def write_commons(self) -> None:
+        super().write_commons()
+        self.writeline("budget = environment.budget")
+
+    # ---- statements
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        if not node.body or node.body[0] is not _TICK:
-            node.body.insert(0, _TICK)
+        steps = 1 + sum(1 for one in node.body for _ in one.find_all(nodes.Node)) // _NODES
+        node.body.insert(0, nodes.ExprStmt(_asked("tick", nodes.Const(steps))))
+        if node.test is not None:  # what the test leaves out never reaches the body
+            node.iter = _asked("metered", node.iter)
         super().visit_For(node, frame)
 
     def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Frame) -> None:
-        if node is _TICK:
-            self.writeline("environment.tick()")
-        else:
-            super().visit_ExprStmt(node, frame)
+        self.writeline(f"budget.steps -= {node.node.args[0].value}")
+        self.writeline("if budget.steps < 0: budget.exhausted()")
+
+    def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
+        with self._keeping(False):
+            super().visit_Output(node, frame)
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
         if not isinstance(node, nodes.TemplateData | nodes.Const):
             raise nodes.Impossible
         return super()._output_child_to_const(node, frame, finalize)
+
+    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
+        self.write("(out if (out := ")
+
+    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
+        self.write(").__class__ is str else str(budget.written(out)))")
+
+    # ---- expressions
+
+    def visit_Call(self, node: nodes.Call, frame: Frame, **options: Any) -> None:
+        if not isinstance(node.node, nodes.EnvironmentAttribute):
+            with self._keeping(True):
+                super().visit_Call(node, frame, **options)
+        elif node.node.name == "text":
+            self.write("(out if (out := ")
+            self.visit(node.args[0], frame)
+            self.write(").__class__ is str else budget.written(out))")
+        else:
+            with self._charging(True, node.node.name):
+                self.visit(node.args[0], frame)
+
+    def visit_Filter(self, node: nodes.Filter, frame: Frame) -> None:
+        if node.name in _WRITING and node.node is not None:
+            node.node = _asked("text", node.node)
+        with self._charging(self._kept and node.name in _LIGHT), self._keeping(False):
+            super().visit_Filter(node, frame)
+
+    def visit_Test(self, node: nodes.Test, frame: Frame) -> None:
+        with self._keeping(False):
+            super().visit_Test(node, frame)
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        with self._keeping(False):
+            super().visit_Compare(node, frame)
+
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
+        operands = _operands(node)
+        if len(operands) > _OPERANDS or sum(1 for one in operands for _ in one.find_all(nodes.Expr)) > _OPERANDS:
+            with self._keeping(False):
+                self._operator("plus", operands, frame)
+            return
+        with self._charging(self._kept), self._keeping(False):
+            for index, operand in enumerate(operands):
+                self.write(" + " if index else "(")
+                self.visit(operand, frame)
+            self.write(")")
 
     def _operator(self, name: str, operands: Iterable[nodes.Node], frame: Frame) -> None:
         self.write(f"environment.{name}(")
@@ -236,16 +326,13 @@ class _Metered(CodeGenerator):
             self.write(", ")
         self.write(")")
 
-    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:
-        self._operator("plus", _operands(node), frame)
-
-    def visit_Mul(self, node: nodes.Mul, frame: Frame) -> None:
+    def visit_Mul(self, node: nodes.BinExpr, frame: Frame) -> None:
         self._operator("times", (node.left, node.right), frame)
 
-    def visit_Pow(self, node: nodes.Pow, frame: Frame) -> None:
+    def visit_Pow(self, node: nodes.BinExpr, frame: Frame) -> None:
         self._operator("power", (node.left, node.right), frame)
 
-    def visit_Mod(self, node: nodes.Mod, frame: Frame) -> None:
+    def visit_Mod(self, node: nodes.BinExpr, frame: Frame) -> None:
         self._operator("modulo", (node.left, node.right), frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
@@ -255,28 +342,30 @@ class _Metered(CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def _built(self, node: Any, frame: Frame, visit: Callable[[Any, Frame], None], parts: Iterable[nodes.Node]) -> None:
-        plain = all(isinstance(part, nodes.Const) for part in parts)
-        if not plain:
-            self.write("environment.built(")
-        visit(node, frame)
-        if not plain:
-            self.write(")")
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        with self._charging(self._kept and isinstance(node.arg, nodes.Slice)):
+            super().visit_Getitem(node, frame)
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._built(node, frame, super().visit_List, node.items)
+        with self._charging(not _constant(node.items), "built"), self._keeping(True):
+            super().visit_List(node, frame)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        if node.ctx == "load":
-            self._built(node, frame, super().visit_Tuple, node.items)
-        else:
+        with self._charging(node.ctx == "load" and not _constant(node.items), "built"), self._keeping(True):
             super().visit_Tuple(node, frame)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._built(node, frame, super().visit_Dict, [pair.value for pair in node.items])
+        with self._charging(not _constant(pair.value for pair in node.items), "built"), self._keeping(True):
+            super().visit_Dict(node, frame)
 
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        self._built(node, frame, super().visit_Getitem, [node] if isinstance(node.arg, nodes.Slice) else [])
+
+def _asked(method: str, value: nodes.Expr) -> nodes.Call:
+    """An expression that `_Metered` writes as the budget's method of the value."""
+    return nodes.Call(nodes.EnvironmentAttribute(method), [value], [], None, None)
+
+
+def _constant(parts: Iterable[nodes.Node]) -> bool:
+    return all(isinstance(part, nodes.Const) for part in parts)
 
 
 def _operands(node: nodes.Expr) -> list[nodes.Expr]:
