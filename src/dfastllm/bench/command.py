@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 COMPLETE, FAILED, PARTIAL, INTERRUPTED = 0, 1, 3, 130
+SIGNALS = {"SIGHUP": 1, "SIGTERM": 15}
 # what a run of under a minute does on the demo models
 QUICK = {"requests": 1, "rounds": 6, "load": "1,4", "rate": "4", "load_requests": 8, "load_seconds": 2.0}
 FULL = {"requests": 5, "rounds": 6, "load": "1,2,4,8,16", "rate": "2,8", "load_requests": 32, "load_seconds": 10.0}
@@ -83,7 +84,8 @@ def bench(
     """Measure a server: configurations, prompt types, system prompts, load; accuracy beside every speed.
 
     Writes test_results.json, requests.jsonl and report.html to OUT. The last line on stdout is JSON. Exit code: 0 done;
-    1 nothing was measured; 2 wrong arguments; 3 partial results were kept; 130 interrupted, partial results kept.
+    1 nothing was measured; 2 wrong arguments; 3 partial results were kept; 130 interrupted, 143 ended by SIGTERM (129:
+    SIGHUP), partial results kept.
     """
     given = dict(locals())
     given.pop("api_key")  # never written to a file
@@ -139,13 +141,22 @@ def bench(
 
 
 def _measure(plan: Plan, out: Path) -> Results:
+    """The run, which a signal that would end this process ends in good order."""
     import asyncio
+    import contextlib
+    import signal
 
     from dfastllm.bench.suite.bars import Bars
     from dfastllm.bench.suite.run import Suite
 
+    async def measure(suite: Suite) -> Results:
+        for name in SIGNALS:
+            with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not on the main thread
+                asyncio.get_running_loop().add_signal_handler(signal.Signals[name], suite.end, f"ended by {name}")
+        return await suite.run()
+
     with Bars() as bars:
-        return asyncio.run(Suite(plan, out, bars).run())
+        return asyncio.run(measure(Suite(plan, out, bars)))
 
 
 def _report(results: Results, out: Path, history: Path) -> None:
@@ -171,9 +182,15 @@ def _report(results: Results, out: Path, history: Path) -> None:
     typer.echo(f"{out / 'test_results.json'}, {out / 'requests.jsonl'}, {out / 'report.html'}", err=True)
     typer.echo(json.dumps(_last_line(results, out), ensure_ascii=False))
     if results.partial:
-        raise typer.Exit(INTERRUPTED if results.partial_reason == "interrupted" else PARTIAL)
+        raise typer.Exit(_code(results.partial_reason or ""))
     failed = [c for c in results.configurations if c.status == "measured"] == [] and "sweep" in results.run.parts
     raise typer.Exit(FAILED if failed else COMPLETE)
+
+
+def _code(reason: str) -> int:
+    """The exit code of a partial run: a signal's as shells tell it, 128 and its number."""
+    codes = {"interrupted": INTERRUPTED, **{f"ended by {name}": 128 + number for name, number in SIGNALS.items()}}
+    return codes.get(reason, PARTIAL)
 
 
 def _last_line(results: Results, out: Path) -> dict[str, Any]:

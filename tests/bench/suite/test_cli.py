@@ -178,8 +178,16 @@ def test_wrong_input_is_one_line_that_names_it(tmp_path: Path, words: list[str],
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupt_keeps_what_is_there(tmp_path: Path) -> None:
-    """ctrl-C in a real process: exit code 130, partial results in the file."""
+@pytest.mark.parametrize(
+    ("number", "code", "reason"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGKILL, -9, "the run is not over"),
+    ],
+)
+def test_a_signal_keeps_what_is_there(tmp_path: Path, number: int, code: int, reason: str) -> None:
+    """In a real process: its exit code, and partial results in the file, whatever way it ends."""
     out = tmp_path / "out"
     with MockServer(replace(SPECULATES, itl=0.02)) as server:
         words = [sys.executable, "-c", "from dfastllm.cli import main; main()", "bench", server.url, "--out", str(out)]
@@ -188,13 +196,14 @@ def test_an_interrupt_keeps_what_is_there(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and len(server.bodies) < 40:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130, stderr
-    assert json.loads(stdout.splitlines()[-1])["reason"] == "interrupted"
+    assert process.returncode == code, stderr
     results = load_results(out / "test_results.json")
-    assert results.partial
-    assert results.configurations[0].figures is not None
+    assert (results.partial, results.partial_reason) == (True, reason)
+    if number != signal.SIGKILL:
+        assert json.loads(stdout.splitlines()[-1])["reason"] == reason
+        assert results.configurations[0].figures is not None
 
 
 def test_a_server_is_started_when_none_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

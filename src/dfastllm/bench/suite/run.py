@@ -1,7 +1,8 @@
 """The suite: find a server or start one, see what it can do, measure part after part, leave a result whatever happens.
 
-Everything after the first answer is kept: a server that dies, a ctrl-C, a part that cannot be done end the measuring
-with `partial` set and the reason said, and the figures so far in the file."""
+Everything after the first answer is kept: a server that dies, a ctrl-C, a signal, a part that cannot be done end the
+measuring with `partial` set and the reason said, and the figures so far in the file. Until the run is over the file
+says that it is not, so one that is killed leaves no result that looks whole."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 from dfastllm.bench.suite.client import Client
 from dfastllm.bench.suite.configurations import Axes, Configuration, configurations, vet
-from dfastllm.bench.suite.launch import started_server
+from dfastllm.bench.suite.launch import launched, serve_command
 from dfastllm.bench.suite.load import Driver, Point
 from dfastllm.bench.suite.probe import DEFAULT_SERVERS, Fields, connect, probe, probe_all
 from dfastllm.bench.suite.recommend import judge, recommend
@@ -82,6 +83,8 @@ class Suite:
         self.notes: list[str] = []
         self.skipped: list[Skipped] = []
         self.partial: str | None = None
+        self.ended = "interrupted"
+        self._task: asyncio.Task[Any] | None = None
         self.servers: list[ServerStatus] = []
         self.target: Target | None = None
         self.fields: Fields | None = None
@@ -94,18 +97,25 @@ class Suite:
 
     async def run(self) -> Results:
         """Measure. Raises DFastLLMError only where nothing could be measured at all."""
+        self._task = asyncio.current_task()
         with contextlib.ExitStack() as stack:
             try:
                 await self._run(stack)
             except ServerLost as lost:
                 self.partial = str(lost)
-            except asyncio.CancelledError:  # ctrl-C: what is there is worth keeping
-                self.partial = "interrupted"
+            except asyncio.CancelledError:  # ctrl-C, or `end`: what is there is worth keeping
+                self.partial = self.ended
             except Exception as error:  # ours or a fault: what is there is kept, and the error told
                 self.partial = str(error) if isinstance(error, DFastLLMError) else f"{type(error).__name__}: {error}"
                 self.save()
                 raise
         return self.save()
+
+    def end(self, reason: str) -> None:
+        """End the run as a ctrl-C would, for another reason. On the event loop's thread."""
+        self.ended = reason
+        if self._task is not None:
+            self._task.cancel()
 
     async def _run(self, stack: contextlib.ExitStack) -> None:
         plan = self.plan
@@ -120,12 +130,13 @@ class Suite:
         async with contextlib.aclosing(client):
             self.fields = Fields(client)
             await self._choose()
+            self.save(unfinished=True)  # what is killed from here on leaves no earlier run's result as its own
             for part, work in (("sweep", self._sweep), ("systems", self._systems), ("load", self._load)):
                 if part not in plan.parts:
                     self.skipped.append(Skipped(part=part, reason="not asked for"))
                     continue
                 await work(client, record)
-                self.save()
+                self.save(unfinished=True)
 
     async def _find(self, stack: contextlib.ExitStack) -> str | None:
         """The root URL of the server to measure; None when only the status was wanted and there is none."""
@@ -148,8 +159,9 @@ class Suite:
                 hint="Start the server there, or leave the URL out and one is started for you.",
             )
         self.progress("server", 0, 1, f"none is up: starting dfastllm serve {' '.join(plan.serve)}")
-        manager = started_server(plan.serve, self.out / "server.log")
-        url = await asyncio.to_thread(stack.enter_context, manager)
+        # Started on this thread: whatever ends the run from here on ends the server, and with it the waiting.
+        server = stack.enter_context(launched(serve_command(plan.serve), self.out / "server.log"))
+        url = (await asyncio.to_thread(server.wait)).url
         self.servers.append(await probe(OURS, url, plan.api_key))
         self.progress("server", 1, 1, "ready")
         return url
