@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import re
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dfastllm.errors import TokenizerError
+from dfastllm.server.tokens import token_bytes
 from dfastllm.text import Detokenizer, Tokenizer
+from dfastllm.text.detokenizer import TextOffsets
 
-COMMON = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+COMMON = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def pieces(ids: Sequence[int], cuts: list[int]) -> list[list[int]]:
@@ -75,12 +80,13 @@ def test_joined_output_is_the_one_shot_decode(tokenizer: Tokenizer, data: st.Dat
 @COMMON
 @given(data=st.data())
 def test_stops_match_brute_force(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Any ids, special tokens shown."""
     ids = ids_of(tokenizer, data)
-    full = tokenizer.decode(ids)
+    full = tokenizer.decode(ids, skip_special=False)
     parts = [full[i : i + n] for i in range(len(full)) for n in (1, 2, 3) if full[i : i + n]] or ["x"]
     stops = tuple(data.draw(st.lists(st.sampled_from([*parts, "dog.", "é你", "ab", "\ufffd"]), max_size=3)))
     include = data.draw(st.booleans())
-    detokenizer = Detokenizer(tokenizer, stop=stops, include_stop=include)
+    detokenizer = Detokenizer(tokenizer, stop=stops, include_stop=include, skip_special=False)
     want, stop = expected(full, stops, include)
     released = ""
     for run in pieces(ids, data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))):
@@ -91,7 +97,154 @@ def test_stops_match_brute_force(tokenizer: Tokenizer, data: st.DataObject) -> N
     assert detokenizer.stopped == stop
     # The ids up to the stop, and no fewer, spell it.
     if stop is not None and detokenizer.consumed < len(ids):
-        assert expected(tokenizer.decode(ids[: detokenizer.consumed]), stops, include)[1] is not None
+        spelt = tokenizer.decode(ids[: detokenizer.consumed], skip_special=False)
+        assert expected(spelt, stops, include)[1] is not None
+
+
+@COMMON
+@given(data=st.data())
+def test_stops_are_looked_for_in_what_was_generated(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Texts with special tokens between them, which are not shown."""
+    words = st.text(st.sampled_from(tokenizer_alphabet(tokenizer)), min_size=1, max_size=8)
+    hidden = sorted(tokenizer.special_ids)
+    marks = {i: tokenizer.decode([i], skip_special=False) for i in hidden}
+    ids: list[int] = []
+    for _ in range(data.draw(st.integers(0, 5))):
+        ids += tokenizer.encode(data.draw(words)) if data.draw(st.booleans()) else [data.draw(st.sampled_from(hidden))]
+    full, shown = tokenizer.decode(ids, skip_special=False), tokenizer.decode(ids)
+    visible, at = [True] * len(full), 0  # of each character of the generated text
+    for token in ids:
+        if token in marks:
+            at = full.index(marks[token], at)
+            visible[at : at + len(marks[token])] = [False] * len(marks[token])
+            at += len(marks[token])
+    segments = [(hides, [*part]) for hides, part in itertools.groupby(ids, marks.__contains__)]
+    spelt = [
+        ("" if hides else " ?") + re.escape(tokenizer.decode(part, skip_special=False)) for hides, part in segments
+    ]
+    assume(re.fullmatch("".join(spelt), full))  # elsewhere a space stands between tokens, and belongs to neither
+    parts = [full[i : i + n] for i in range(len(full)) for n in (1, 2, 3, 13, 15) if full[i : i + n]] or ["x"]
+    stops = tuple(data.draw(st.lists(st.sampled_from(parts), min_size=1, max_size=2)))
+    include = data.draw(st.booleans())
+    before, stop = expected(full, stops, include=False)
+    gone = sum(visible[len(before) :])  # shown characters that the stop takes away
+    want = shown[: max(0, len(shown) - gone)] + (stop if include and stop is not None else "")
+    detokenizer = Detokenizer(tokenizer, stop=stops, include_stop=include)
+    released = ""
+    for run in pieces(ids, data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))):
+        released += detokenizer.push(run)
+        assert want.startswith(released)
+    assert released + detokenizer.flush() == want
+    assert detokenizer.stopped == stop
+
+
+@COMMON
+@given(data=st.data())
+def test_whatever_is_hidden_what_is_shown_is_the_beginning_of_the_text(
+    tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+    """Any ids, halves of characters around hidden tokens among them."""
+    ids = ids_of(tokenizer, data)
+    full, shown = tokenizer.decode(ids, skip_special=False), tokenizer.decode(ids)
+    stops = tuple(full[i : i + n] for i in data.draw(st.lists(st.integers(0, 60), max_size=2)) for n in (2, 5))
+    detokenizer = Detokenizer(tokenizer, stop=tuple(s for s in stops if s))
+    released = ""
+    for run in pieces(ids, data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))):
+        released += detokenizer.push(run)
+    released += detokenizer.flush()
+    assert shown.startswith(released)
+    assert detokenizer.stopped == expected(full, [s for s in stops if s], include=False)[1]
+    if detokenizer.stopped is None:
+        assert released == shown
+
+
+def test_a_stop_may_hold_a_special_token_that_is_not_shown(byte_tokenizer: Tokenizer) -> None:
+    ids = byte_tokenizer.encode("The dog<|im_end|> sleeps.")
+    for stop, want in (
+        ("<|im_end|>", "The dog"),
+        ("dog<|im_end|> s", "The "),
+        ("<|im_", "The dog"),
+        ("dog sleeps", "The dog sleeps."),  # not what was generated
+        ("sleeps", "The dog "),
+    ):
+        for include in (False, True):
+            detokenizer = Detokenizer(byte_tokenizer, stop=(stop,), include_stop=include)
+            text = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
+            found = detokenizer.stopped is not None
+            assert text == (want + stop if include and found else want)
+            assert found == (stop != "dog sleeps")
+    detokenizer = Detokenizer(byte_tokenizer, stop=("\n\n",))
+    assert [detokenizer.push([i]) for i in byte_tokenizer.encode("x<|im_end|>y")] == ["x", "", "y"]  # nothing is held
+
+
+@pytest.mark.parametrize("stop", [(), ("no such end",)])
+def test_forty_characters_of_many_bytes_token_by_token(tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    """Emoji and Han, of three and four bytes, in tokens of a byte each where the tokenizer has those."""
+    draw, ranges = random.Random(7), ((0x1F300, 0x1F64F), (0x4E00, 0x9FA5), (0x20000, 0x2A6DF))
+    for _ in range(25):
+        text = "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(40))
+        if not _encodes(tokenizer, text):  # no unknown token, no bytes
+            return
+        ids = tokenizer.encode(text)
+        detokenizer = Detokenizer(tokenizer, stop=stop)
+        released = "".join(detokenizer.push([token]) for token in ids) + detokenizer.flush()
+        assert released == tokenizer.decode(ids)
+
+
+@COMMON
+@given(data=st.data())
+def test_offsets_of_whole_texts(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Counted in the bytes of the tokens: a token begins where the character does that its first byte is part of."""
+    words = st.text(st.sampled_from(tokenizer_alphabet(tokenizer)), max_size=20)
+    ids = tokenizer.encode(data.draw(words))
+    spelt = [token_bytes(tokenizer, i) for i in ids]
+    text = tokenizer.decode(ids)
+    try:
+        dropped = len(b"".join(spelt).decode()) - len(text)  # the space that begins a text
+    except UnicodeDecodeError:
+        dropped = -1
+    assume(dropped in (0, 1) and b"".join(spelt).decode().endswith(text))
+    want = []
+    for n in range(len(ids)):
+        whole = b"".join(spelt[:n]).decode(errors="ignore")
+        want.append(max(0, len(whole) - dropped))
+    offsets = TextOffsets(tokenizer, start=100)
+    found = [100 + at for at in want]
+    assert [
+        at for run in pieces(ids, data.draw(st.lists(st.integers(1, 4), min_size=1))) for at in offsets.push(run)
+    ] == found
+
+
+@COMMON
+@given(data=st.data())
+def test_offsets_of_any_ids(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """They never go back, and what stands before a token that is not part of a run of bytes is the text before it."""
+    ids = ids_of(tokenizer, data)
+    offsets = TextOffsets(tokenizer)
+    found = offsets.push(ids)
+    text = tokenizer.decode(ids)
+    byte = [i in tokenizer.byte_ids for i in ids]
+    for n, at in enumerate(found):
+        assert 0 <= at <= len(text)
+        if not any(byte):
+            assert at >= found[n - 1] if n else at == 0
+            before = tokenizer.decode(ids[:n])
+            assert text[:at] == before[:at]
+            assert len(before) - at <= 1  # less half a character
+
+
+def test_offsets_of_halves_and_of_hidden_tokens(byte_tokenizer: Tokenizer, llama2_tokenizer: Tokenizer) -> None:
+    ids = byte_tokenizer.encode("x🦊y<|im_end|>z")
+    assert TextOffsets(byte_tokenizer).push(ids) == [0, 1, 1, 1, 2, 3, 3]
+    assert TextOffsets(byte_tokenizer, skip_special=False).push(ids) == [0, 1, 1, 1, 2, 3, 13]
+    fox = [byte_tokenizer.encode("🦊")[0]]
+    assert TextOffsets(byte_tokenizer).push([*fox, *byte_tokenizer.encode("ab")]) == [0, 1, 2]  # never a character
+    run = [i for b in "🦊🦊".encode() if (i := llama2_tokenizer.token_to_id(f"<0x{b:02X}>")) is not None]
+    after = llama2_tokenizer.encode("a")[:1]
+    assert TextOffsets(llama2_tokenizer).push([*run, *after]) == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    bad = llama2_tokenizer.token_to_id("<0xFF>")
+    assert bad is not None
+    assert TextOffsets(llama2_tokenizer).push([bad, *run[:2], *after]) == [0, 1, 2, 3]
 
 
 @COMMON
@@ -174,4 +327,4 @@ def test_the_window_stays_small(tokenizer: Tokenizer) -> None:
         detokenizer = Detokenizer(tokenizer)
         for _ in range(100):
             detokenizer.push(ids)
-        assert len(detokenizer._window) <= 24, ids
+        assert len(detokenizer._shown._window) <= 24, ids

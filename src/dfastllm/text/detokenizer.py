@@ -13,8 +13,8 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from os.path import commonprefix
 
+from dfastllm.core.value import value
 from dfastllm.text.tokenizer import Tokenizer
 
 __all__ = ["Detokenizer", "TextOffsets", "overlap"]
@@ -59,8 +59,7 @@ class Detokenizer:
         self._generated: _Growing | None = None  # from the first id on of which the two texts differ
         if not self._special.isdisjoint(context):
             self._generated = _Growing(tokenizer, frozenset(), context)
-        # Certain, but not handed on: it may be the beginning of a stop string. (generated, shown) text of each id.
-        self._held: deque[tuple[str, str]] = deque()
+        self._held: deque[_Held] = deque()
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that became certain with these ids."""
@@ -73,10 +72,8 @@ class Detokenizer:
         released = ""
         for token in ids:  # one by one, to know which id completed the stop
             self.consumed += 1
-            if self._generated is None and token in self._special:
-                self._generated = self._shown.with_special()
-            shown = self._shown.push((token,))
-            released += self._cut(self._generated.push((token,)) if self._generated else shown, shown, last=False)
+            self._hold(token)
+            released += self._cut(last=False)
             if self.stopped is not None:
                 break
         return released
@@ -86,12 +83,26 @@ class Detokenizer:
         if self.stopped is not None:
             return ""
         shown = self._shown.flush()
-        return self._cut(self._generated.flush() if self._generated else shown, shown, last=True)
+        self._held.append(_Held(self._generated.flush() if self._generated else shown, shown))
+        return self._cut(last=True)
 
-    def _cut(self, generated: str, shown: str, last: bool) -> str:
+    def _hold(self, token: int) -> None:
+        """What became certain of the two texts with this id."""
+        if token not in self._special:
+            shown = self._shown.push((token,))
+            self._held.append(_Held(self._generated.push((token,)) if self._generated else shown, shown))
+            return
+        if self._generated is None:
+            self._generated = self._shown.with_special()
+        # It ends what was open in the generated text, and does not in the shown one.
+        ended, open_still = "".join(self._generated.uncertain()), "".join(self._shown.uncertain())
+        shown, generated = self._shown.push((token,)), self._generated.push((token,))
+        self._held.append(_Held(generated[: len(ended)], shown, open_still))
+        self._held.append(_Held(generated[len(ended) :], "", open_still, hidden=True))
+
+    def _cut(self, last: bool) -> str:
         """Look for stop strings in text that is certain; hold back what may become one."""
-        self._held.append((generated, shown))
-        pending = "".join([text for text, _ in self._held])
+        pending = "".join([held.generated for held in self._held])
         end, match = min(
             ((at + len(s), s) for s in self._stop if (at := pending.find(s)) >= 0),
             key=lambda found: (found[0], -len(found[1])),
@@ -100,24 +111,44 @@ class Detokenizer:
         if match is not None:
             self.stopped = match
             before = self._release(end - len(match))
-            self._held.clear()
             return before + match if self._include_stop else before
         keep = 0 if last else max((overlap(pending, s) for s in self._stop), default=0)
         return self._release(len(pending) - keep)
 
     def _release(self, count: int) -> str:
-        """The shown text of the first `count` held characters of the generated one. Of an id that is cut the two texts
-        agree at the end: what the shown one lacks (a space that begins a text, half a character) is at its beginning."""
+        """The shown text of the first `count` held characters of the generated one; where a stop was found, all that is
+        shown before it."""
         released = ""
         while self._held:
-            generated, shown = self._held.popleft()
-            if len(generated) > count:
-                at = max(0, len(shown) - (len(generated) - count))
-                self._held.appendleft((generated[count:], shown[at:]))
-                return released + shown[:at]
-            count -= len(generated)
-            released += shown
+            held = self._held.popleft()
+            rest = len(held.generated) - count
+            if rest <= 0:
+                count = -rest
+                released += held.shown
+                continue
+            # Of an id that is cut the texts agree at the end: what one lacks (a space that begins a text, half a
+            # character) is at the beginning.
+            if self.stopped is None:
+                at = max(0, len(held.shown) - rest)
+                self._held.appendleft(_Held(held.generated[count:], held.shown[at:], held.open, held.hidden))
+                return released + held.shown[:at]
+            text = held.shown + held.open
+            return released + (text if held.hidden else text[: max(0, len(text) - rest)])
         return released
+
+
+@value(frozen=True, slots=True)
+class _Held:
+    """Text of one id that is certain, but not handed on: it may be the beginning of a stop string.
+
+    open    text before the id that is shown only if nothing follows: its last character may be half a one.
+    hidden  a special token that is not shown.
+    """
+
+    generated: str
+    shown: str
+    open: str = ""
+    hidden: bool = False
 
 
 class TextOffsets:
@@ -151,9 +182,9 @@ class TextOffsets:
         if silent:
             return start
         self._run = b""
-        text = certain + "".join(self._text.uncertain())
-        same = len(commonprefix([settled + open_run, text]))
-        return start + min(same, len(text) - text.endswith(_REPLACEMENT))
+        before, text = settled + open_run, certain + "".join(self._text.uncertain())
+        most = min(len(before), len(text) - text.endswith(_REPLACEMENT))
+        return start + next((n for n in range(most) if before[n] != text[n]), most)
 
 
 def _characters(data: bytes) -> int:
