@@ -217,10 +217,10 @@ def dream_cached(
 def delayed(
     model: Any, prompt: Sequence[int], length: int, block: int, refresh: int, pick: Pick
 ) -> tuple[list[int], int]:
-    """dKV-Cache-Decode: K,V of a token are cached one step after it was decoded. A step runs what was not decoded before
-    the last step; a full forward refreshes everything every so many steps of a block, and at its first (for LLaDA, shift
-    0, the second too). Dream: a row is cached when its own token and the one it predicts are decoded ("un_right").
-    Returns (canvas, rows of all forwards)."""
+    """dKV-Cache-Decode: K,V of a token are cached one step after it was decoded. A step runs what was not decoded
+    before the last step; a full forward refreshes everything every so many steps of a block, and at its first (for
+    LLaDA, shift 0, the second too). Dream: a row is cached when its own token and the one it predicts are decoded
+    ("un_right"). Returns (canvas, rows of all forwards)."""
     mask, shift, ran = model.info.mask_id, model.info.shift, 0
     x = [*prompt, *[mask] * length]
 

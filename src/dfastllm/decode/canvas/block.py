@@ -110,7 +110,7 @@ class BlockDiffusion:
         inner = state.choice.cache == "sub_block"
         if inner and not _from_before(active) and not _refreshes(seq, state):
             if seq.kv_len >= base + size:
-                return self._span(seq, start, stop, "replace", active, limit)
+                return self._span(seq, _sub_block(state), stop, "replace", active, limit)
             return self._restored(seq, held, base, limit)
         if held == base:
             return self._span(seq, base, base + size, "keep" if inner else "scratch", active, limit)
@@ -166,8 +166,12 @@ def _rows_of(seq: SequenceState, start: int, stop: int) -> Active:
 
 def _refreshes(seq: SequenceState, state: CanvasState) -> bool:
     """Whether a step with cache `sub_block` runs the whole block of the model."""
-    start, _ = state.bounds
-    return state.block_step == 0 or bool(seq.model.shift and seq.tokens[start] == seq.model.mask_id)
+    return state.block_step == 0 or bool(seq.model.shift and seq.tokens[_sub_block(state)] == seq.model.mask_id)
+
+
+def _sub_block(state: CanvasState) -> int:
+    """The first position of the active sub-block, which may be the prompt's."""
+    return state.bounds[0] // state.layout.length * state.layout.length
 
 
 def _from_before(a: Active) -> bool:

@@ -13,8 +13,8 @@ delayed   a step runs every masked position of the canvas and those the last ste
 
 The first commit of a block comes from its full forward. Where row i-1 predicts position i, with prefix and dual that
 forward commits the block's first token alone, and the steps after it run the block's own rows (Fast-dLLM's loop for
-Dream); under the option first_token "by_rule", and with the other caches, the row before the block is part of what every
-step runs. Guidance (`cfg_scale`) runs the canvas without its prompt beside itself, with cache none.
+Dream); under the option first_token "by_rule", and with the other caches, the row before the block is part of what
+every step runs. Guidance (`cfg_scale`) runs the canvas without its prompt beside itself, with cache none.
 
 After a preemption the outside K,V are rebuilt by one forward over the tokens they were made from: before the active
 block the committed ones, in it `CanvasState.snapshot`, after it masks. With cache `delayed` the forwards since then
