@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
@@ -19,20 +20,20 @@ SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "mask_token": "<|mask
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<call {{ c.function.name }} {{ c.function.arguments.x }}>{% endfor %}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
     "{% endfor %}[assistant]"
 )
 VOCAB = 260
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(template: str = TEMPLATE, special: Sequence[str] = ()) -> Tokenizer:
     """One token per byte, then the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL.values()])
-    return Tokenizer(backend, special_tokens=SPECIAL, templates=ChatTemplates({"default": TEMPLATE}))
+    backend.add_special_tokens([AddedToken(text, special=True) for text in [*SPECIAL.values(), *special]])
+    return Tokenizer(backend, special_tokens=SPECIAL, templates=ChatTemplates({"default": template}))
 
 
 def random_engine(family: str, *, max_len: int = 512, seed: int = 0, **config: Any) -> Engine:
@@ -68,7 +69,7 @@ class Parrot:
             name="parrot",
             family="parrot",
             kind="ar",
-            vocab_size=VOCAB,
+            vocab_size=tokenizer.vocab_size,
             max_len=max_len,
             layers=1,
             kv_heads=1,
@@ -86,13 +87,13 @@ class Parrot:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         script = self.tokenizer.encode(self.text)
-        logits = torch.zeros(len(hidden), VOCAB)
+        logits = torch.zeros(len(hidden), self.info.vocab_size)
         for row, position in enumerate(hidden[:, 0].long().tolist()):
             at = position + 1 - self.begin
             logits[row, script[at] if 0 <= at < len(script) else self.info.eos_ids[0]] = 99.0
         return logits
 
 
-def parrot_engine(**config: Any) -> Engine:
-    tokenizer = byte_tokenizer()
+def parrot_engine(template: str = TEMPLATE, special: Sequence[str] = (), **config: Any) -> Engine:
+    tokenizer = byte_tokenizer(template, special)
     return Engine(Parrot(tokenizer), tokenizer, EngineConfig(**{"kv_tokens": 8192, **config}))

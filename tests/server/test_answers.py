@@ -96,16 +96,18 @@ def test_one_call_then_the_end(live: Live, parrot: Parrot, stream: bool) -> None
             return message["content"], called, choice["finish_reason"], usage["completion_tokens"]
         *chunks, last = map(json.loads, lines(live, path, stream_options={"include_usage": True}, **body, **more))
         deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-        called = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", [])]
-        indices = [call["index"] for delta in deltas for call in delta.get("tool_calls", [])]
-        assert indices == list(range(len(called)))
+        calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        assert [call["index"] for call in calls] == sorted(call["index"] for call in calls)
+        begun = [call["index"] for call in calls if "id" in call]
+        assert begun == list(range(len(begun)))
+        called = ["".join(c["function"]["arguments"] for c in calls if c["index"] == index) for index in begun]
         reason = chunks[-1]["choices"][0]["finish_reason"]
         text = "".join(delta.get("content") or "" for delta in deltas)
         return text, called, reason, last["usage"]["completion_tokens"]
 
     assert ask(parallel_tool_calls=False) == ("Look:", ['{"x": 1}'], "tool_calls", len(first))
     text, called, reason, _ = ask(parallel_tool_calls=True)
-    assert (text, called, reason) == ("Look:andbye", ['{"x": 1}', '{"x": 2}'], "tool_calls")
+    assert (text, called, reason) == ("Look:  and  bye", ['{"x": 1}', '{"x": 2}'], "tool_calls")
     assert live.serving.jobs == {}
 
 

@@ -113,9 +113,12 @@ def test_tool_calls(client: OpenAI, live: Live, parrot: Parrot) -> None:
         calls += delta.tool_calls or []
         reasons.append(chunk.choices[0].finish_reason)
     assert content == "Let me look."
-    assert [(call.index, call.function.name, json.loads(call.function.arguments)) for call in calls] == [
-        (0, "weather", {"city": "Oslo"})
-    ]
+    begin, *more = calls
+    assert (begin.index, begin.type, begin.function.name, begin.function.arguments) == (0, "function", "weather", "")
+    assert begin.id.startswith("call_")
+    assert {(call.index, call.id, call.type, call.function.name) for call in more} == {(0, None, None, None)}
+    assert len(more) > 1
+    assert "".join(call.function.arguments for call in more) == message.tool_calls[0].function.arguments
     assert reasons[-1] == "tool_calls"
 
 
@@ -136,7 +139,8 @@ def test_a_conversation_goes_on_after_a_tool_call(client: OpenAI, live: Live, pa
         model="causal", messages=history, tools=WEATHER, max_tokens=1, extra_body={"return_token_ids": True}
     )
     prompt = byte_tokenizer().decode(answer.model_extra["prompt_token_ids"], skip_special=False)
-    assert prompt.endswith("[assistant]<call weather >[tool]12 degrees[assistant]")
+    called = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    assert prompt.endswith(f"[assistant]{called}[tool]12 degrees[assistant]")
     assert '"name": "weather"' in prompt
 
 

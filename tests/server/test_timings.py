@@ -9,8 +9,9 @@ import pytest
 from dfastllm.core import CanvasUpdate, Finish, FinishReason, Request, StepEvent, Usage
 from dfastllm.metrics import Metrics
 from dfastllm.server.timings import RequestTimings
+from dfastllm.text import ChatTemplates, taught
 from tests.kit.live import Live
-from tests.kit.served import Parrot
+from tests.kit.served import TEMPLATE, Parrot
 from tests.server.test_chat import CALL, HELLO, WEATHER, teach
 
 
@@ -23,7 +24,8 @@ def event(tokens: int = 0, text: str = "", *, done: bool | None = None, end: boo
 
 
 def followed(*events: tuple[float, StepEvent], tools: tuple[str, ...] = ()) -> RequestTimings:
-    found = RequestTimings(Request("r", (1,), arrival=100.0), tools)
+    calls = taught(ChatTemplates({"default": TEMPLATE})).reading(tools) if tools else None
+    found = RequestTimings(Request("r", (1,), arrival=100.0), calls)
     for at, each in events:
         found.see(each, 100.0 + at)
     return found
@@ -68,6 +70,10 @@ def test_first_tool_call() -> None:
     assert seen["time_to_first_tool_call_seconds_sum"] == 3.0
     assert seen["tokens_to_first_tool_call_sum"] == 12
     assert followed((1.0, event(3, CALL, end=True))).first_call is None  # a request without tools
+    unclosed = CALL.removesuffix("\n</tool_call>")
+    assert followed((1.0, event(3, unclosed)), (2.0, event(end=True)), tools=("weather",)).first_call == (3, 2.0)
+    half = CALL.partition('"Oslo')[0]
+    assert followed((1.0, event(3, half)), (2.0, event(end=True)), tools=("weather",)).first_call is None
 
 
 def test_blocks_reach_the_metrics_when_the_request_has_ended() -> None:

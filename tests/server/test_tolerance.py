@@ -14,6 +14,7 @@ from tests.kit.served import Parrot, byte_tokenizer
 U: dict[str, Any] = {"role": "user", "content": "hi"}
 CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 5}'}}
 RESULT: dict[str, Any] = {"role": "tool", "tool_call_id": "call_1", "content": "1"}
+WRITTEN = '<tool_call>{"name": "f", "arguments": %s}</tool_call>'  # as the template writes a call
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
@@ -57,14 +58,14 @@ def test_an_answer_sent_back_is_its_content(live: Live, extra: dict[str, Any]) -
 )
 def test_a_call_sent_back_is_the_call(live: Live, call: dict[str, Any]) -> None:
     plain = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    assert "<call f 5>" in prompt(live, [U, plain, RESULT])
+    assert WRITTEN % '{"x": 5}' in prompt(live, [U, plain, RESULT])
     assert prompt(live, [U, {**plain, "tool_calls": [call]}, RESULT]) == prompt(live, [U, plain, RESULT])
 
 
 def test_calls_without_arguments_and_turns_without_content(live: Live) -> None:
     for empty in ("", "{}", None):
         call = {**CALL, "function": {"name": "f", "arguments": empty}}
-        assert "<call f >" in prompt(live, [U, {"role": "assistant", "content": None, "tool_calls": [call]}, RESULT])
+        assert WRITTEN % "{}" in prompt(live, [U, {"role": "assistant", "content": None, "tool_calls": [call]}, RESULT])
     silent = [U, {"role": "assistant", "content": None}, U]
     assert prompt(live, silent) == prompt(live, [U, {"role": "assistant", "content": ""}, U])
     refused = [U, {"role": "assistant", "content": None, "refusal": "No."}, U]
@@ -79,7 +80,7 @@ def test_the_older_form_of_a_call_is_understood(live: Live) -> None:
         {"role": "assistant", "content": None, "function_call": CALL["function"]},
         {"role": "function", "name": "f", "content": "1"},
     ]
-    assert prompt(live, [U, *older]).startswith("[user]hi[assistant]<call f 5>[tool]1")
+    assert prompt(live, [U, *older]).startswith("[user]hi[assistant]" + WRITTEN % '{"x": 5}' + "[tool]1")
 
 
 def test_parts_of_text(live: Live) -> None:
@@ -96,7 +97,7 @@ def test_an_openai_reply_goes_back_as_the_client_dumps_it(live: Live, parrot: Pa
     assert said.tool_calls
     result = {**RESULT, "tool_call_id": said.tool_calls[0].id}
     for sent in (said.model_dump(), said.model_dump(exclude_none=True), said.to_dict()):
-        assert "<call f 5>" in prompt(live, [U, sent, result])
+        assert WRITTEN % '{"x": 5}' in prompt(live, [U, sent, result])
 
 
 @pytest.mark.parametrize(

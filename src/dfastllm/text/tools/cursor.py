@@ -11,7 +11,7 @@ import re
 from collections.abc import Generator
 from typing import TypeVar
 
-__all__ = ["Cursor", "Reader", "literal", "peek", "run", "space"]
+__all__ = ["Cursor", "Reader", "literal", "peek", "run", "space", "word"]
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -21,40 +21,41 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Cursor:
-    """A text in the making and how far it was read.
+    """A text in the making and how far it was read. What was read is dropped, or kept aside while it is held, so that
+    a push costs what it brings.
 
-    text  what is still needed of it: pushed text from `start`, or from `at` where nothing is held.
+    text  what was pushed and is needed still.
     at    the next character to read.
     last  no more text will come.
     """
 
-    __slots__ = ("_held", "at", "last", "start", "text")
+    __slots__ = ("_held", "_start", "at", "last", "text")
 
     def __init__(self) -> None:
         self.text = ""
         self.at = 0
         self.last = False
-        self.start = 0
-        self._held = False
+        self._held: list[str] | None = None  # held text that is no longer in `text`, None while nothing is held
+        self._start = 0  # where held text begins in `text`
 
     def push(self, text: str) -> None:
-        done = self.start if self._held else self.at
-        self.text = self.text[done:] + text
-        self.at -= done
-        self.start = 0
+        if self._held is not None:
+            self._held.append(self.text[self._start : self.at])
+        self.text = self.text[self.at :] + text
+        self.at = self._start = 0
 
     def hold(self) -> None:
         """Keep the text from here on, to give it back with `release` should it turn out to be content."""
-        self.start, self._held = self.at, True
+        self._held, self._start = [], self.at
 
     def drop(self) -> None:
         """What was held is part of a call."""
-        self._held = False
+        self._held = None
 
     def release(self) -> str:
         """What was held, up to here."""
-        self._held = False
-        return self.text[self.start : self.at]
+        held, self._held = self._held or [], None
+        return "".join((*held, self.text[self._start : self.at]))
 
 
 def peek(cursor: Cursor) -> Reader[T, str]:
@@ -85,6 +86,19 @@ def literal(cursor: Cursor, word: str) -> Reader[T, bool]:
         if cursor.last or not word.startswith(have):
             return False
         yield None
+
+
+def word(cursor: Cursor, what: re.Pattern[str], most: int) -> Reader[T, str]:
+    """All that `what` matches, which is passed over; "" where it is longer than `most`."""
+    while (end := run(cursor, what)) == len(cursor.text) and not cursor.last:
+        if end - cursor.at > most:
+            return ""
+        yield None
+    found = cursor.text[cursor.at : end]
+    if len(found) > most:
+        return ""
+    cursor.at = end
+    return found
 
 
 def run(cursor: Cursor, what: re.Pattern[str]) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dfastllm.text.detokenizer import overlap
-from dfastllm.text.tools.cursor import Cursor, Reader, literal, peek, space
+from dfastllm.text.tools.cursor import Cursor, Reader, literal, peek, space, word
 from dfastllm.text.tools.events import CallBegin, CallText
 from dfastllm.text.tools.jsontext import json_text, quoted_json_text, skip_value, string_value
 
@@ -74,9 +74,9 @@ _ARGUMENTS = ("arguments", "parameters")
 _KEYS = frozenset({"name", "type", "id", *_ARGUMENTS})
 _BETWEEN = re.compile(r"[\s,;]*")  # of two calls
 _STRAY = re.compile(r"[\s,;}\]]*")  # between the last call and the closing tag
+_LONGEST_NAME = 256  # characters, where no quotes show its end
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]*")
 _ID = re.compile(r"[A-Za-z0-9]*")
-_OBJECT = re.compile(r'\s*\{\s*["}]')  # as a JSON object begins
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
 
 _Outcome = Literal["none", "broken", "whole"]
@@ -101,12 +101,10 @@ def _mistral(cursor: Cursor, rule: Rule) -> Reader[Found, None]:
     if (yield from peek(cursor)) in ("[", "{"):
         yield from _calls(cursor, rule)
         return
-    begin = cursor.at - cursor.start
-    yield from space(cursor, _NAME)
-    name = cursor.text[cursor.start + begin : cursor.at]
+    name = yield from word(cursor, _NAME, _LONGEST_NAME)
     yield from space(cursor)
     if (yield from literal(cursor, _CALL_ID)):
-        yield from space(cursor, _ID)
+        yield from word(cursor, _ID, _LONGEST_NAME)
     yield from literal(cursor, _ARGS)
     yield from space(cursor)
     if not _may_call(name, rule) or (yield from peek(cursor)) != "{":
@@ -260,16 +258,17 @@ def _arguments(cursor: Cursor, name: str | None) -> Reader[Found, tuple[_Outcome
             yield None
         elif begun:
             yield CallText(piece)
-        else:
+        elif held or not piece.isspace():
+            certain = held.startswith("{") and not piece.isspace()  # what comes behind a brace is its key or its end
             held += piece
-            if name is not None and _OBJECT.match(held):
+            if certain and name is not None:
                 yield from _begin(cursor, name, held)
                 begun = True
     if begun:
         return ("whole" if whole else "broken"), ""
-    if whole and (held == "null" or not held.strip()):
+    if whole and held in ("null", ""):
         held = "{}"
-    if not whole or not _OBJECT.match(held):
+    if not whole or not held.startswith("{"):
         return "none", ""
     if name is not None:
         yield from _begin(cursor, name, held)

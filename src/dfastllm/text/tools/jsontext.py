@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 
-from dfastllm.text.tools.cursor import Cursor, Reader, peek, run
+from dfastllm.text.tools.cursor import Cursor, Reader, peek, run, word
 
 __all__ = ["json_text", "quoted_json_text", "skip_value", "string_value"]
 
@@ -242,14 +242,10 @@ def _escape(cursor: Cursor) -> Reader[str, str]:
 
 def _word(cursor: Cursor) -> Reader[str, bool]:
     """A number or a name. Nothing of it is handed on before it has ended."""
-    while (end := run(cursor, _WORD)) == len(cursor.text) and not cursor.last:
-        if end - cursor.at > _LONGEST_WORD:
-            return False
-        yield None
-    word = cursor.text[cursor.at : end]
-    written = word if _NUMBER.fullmatch(word) and len(word) <= _LONGEST_WORD else _NAMES.get(word)
+    found = yield from word(cursor, _WORD, _LONGEST_WORD)
+    written = found if _NUMBER.fullmatch(found) else _NAMES.get(found)
     if written is None:
+        cursor.at -= len(found)
         return False
-    cursor.at = end
     yield written
     return True

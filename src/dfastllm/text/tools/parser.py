@@ -16,6 +16,8 @@ from dfastllm.text.tools.forms import FORMS, CallForm, Found, Rule, bare_calls
 
 __all__ = ["ToolCallParser", "parse_tool_calls"]
 
+_FARTHEST = 64  # white space between a list's bracket and its first object
+
 
 class ToolCallParser:
     """`push` and `flush` return what became certain, in order. Content is held back only while it may still be the
@@ -30,13 +32,13 @@ class ToolCallParser:
     def __init__(
         self, forms: Sequence[CallForm] = FORMS, names: Collection[str] | None = None, *, strict: bool = False
     ) -> None:
-        self._forms = forms
+        self._openings = {opening: form for form in forms for opening in form.openings}
         self._rule = Rule(names if strict else None)
         self._bare = Rule(names) if any(form.bare for form in forms) else None
         self._cursor = Cursor()
         self._found = self._read()
         self._content = False  # some has been handed on
-        self._space = ""  # white space that is content only if content follows
+        self._space: list[str] = []  # white space that is content only if content follows
         self._after_call = False
         self._name = ""  # of the call that began last
         self._arguments: list[str] = []
@@ -75,9 +77,7 @@ class ToolCallParser:
         if arguments:
             yield CallText(arguments)
         if last and not self._after_call:
-            content += self._space
-        if last:
-            self._space = ""
+            content += "".join(self._space)
         if content:
             yield content
 
@@ -89,14 +89,19 @@ class ToolCallParser:
 
     def _solid(self, text: str) -> str:
         """The part of this content that may be handed on now."""
-        text = self._space + text
         if self._after_call and not self._content:
-            text = text.lstrip()
+            text, self._space = text.lstrip(), []
         solid = text.rstrip()
-        self._space = text[len(solid) :]
-        if solid:
-            self._content, self._after_call = True, False
-        return solid
+        if not solid:
+            self._space.append(text)
+            return ""
+        before, self._space = "".join(self._space), [text[len(solid) :]]
+        self._content, self._after_call = True, False
+        return before + solid
+
+    def _may_open(self, tail: str) -> int:
+        """Characters at the end of the text that may be the beginning of an opening."""
+        return max(overlap(tail, opening) if opening[0] in tail else 0 for opening in self._openings)
 
     def _read(self) -> Reader[Found, None]:
         cursor = self._cursor
@@ -106,14 +111,15 @@ class ToolCallParser:
                 yield from bare_calls(cursor, self._bare)
             else:
                 yield cursor.release()
-        openings = {opening: form for form in self._forms for opening in form.openings}
+        openings = self._openings
+        longest = max(map(len, openings))
         while True:
             text = cursor.text
             at, opening = min(
                 ((at, opening) for opening in openings if (at := text.find(opening, cursor.at)) >= 0),
                 default=(-1, ""),
             )
-            held = 0 if at >= 0 or cursor.last else max(overlap(text[cursor.at :], each) for each in openings)
+            held = 0 if at >= 0 or cursor.last else self._may_open(text[max(cursor.at, len(text) - longest) :])
             stop = at if at >= 0 else len(text) - held
             if stop > cursor.at:
                 content, cursor.at = text[cursor.at : stop], stop
@@ -151,7 +157,7 @@ def _begins_with_json(cursor: Cursor) -> Reader[Found, bool]:
     if first != "[":
         return first == "{"
     while True:  # an opening may begin with a bracket too
-        rest = cursor.text[cursor.at + 1 :].lstrip()
-        if rest or cursor.last:
-            return rest[:1] == "{"
+        rest = cursor.text[cursor.at + 1 :]
+        if rest.strip() or len(rest) > _FARTHEST or cursor.last:
+            return rest.lstrip()[:1] == "{"
         yield None
