@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, StepEvent
+from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, StepEvent, StepStats
 from dfastllm.engine import Engine, EngineConfig, Worker
 from dfastllm.errors import (
     CancelledError,
@@ -156,3 +156,145 @@ def test_a_fault_in_the_loop_ends_requests_and_the_worker_lives(worker: Worker, 
     monkeypatch.setattr(engine.scheduler, "schedule", real)
     assert tokens(list(worker.submit("one", long_request("g")))) == solo(long_request("g")).tokens
     assert engine.pages.used == 0
+
+
+class Panic(BaseException):
+    """What is no Exception: a panic of a library in Rust, SystemExit."""
+
+
+def watched(engine: Engine) -> tuple[list[StepStats], list[FinishReason]]:
+    """(counters of the steps, reasons of the ends) of an engine, as they are reported."""
+    steps: list[StepStats] = []
+    ends: list[FinishReason] = []
+
+    def see(stats: StepStats) -> None:
+        steps.append(stats)
+        ends.extend(finish.reason for finish in stats.finished)
+
+    engine.subscribe(see)
+    return steps, ends
+
+
+def test_a_failed_step_leaves_no_gauge_standing(worker: Worker, monkeypatch: Any) -> None:
+    engine = worker.engines["one"]
+    steps, ends = watched(engine)
+    streams = [worker.submit("one", endless(f"s{i}")) for i in range(3)]
+    for stream in streams:
+        next(iter(stream))
+    assert steps[-1].running
+    assert steps[-1].pages_used
+    monkeypatch.setattr(engine.scheduler, "schedule", lambda step: 1 / 0)
+    for stream in streams:
+        with pytest.raises(GenerationError):
+            list(stream)
+    assert (steps[-1].running, steps[-1].waiting, steps[-1].pages_used) == (0, 0, 0)
+    assert ends == [FinishReason.ERROR] * 3
+
+
+def test_a_step_that_fails_after_a_request_ended_still_ends_its_stream(worker: Worker, monkeypatch: Any) -> None:
+    """The engine has let go of it by then, so `abandon` does not know it."""
+    engine = worker.engines["one"]
+    monkeypatch.setattr(engine.drafting, "observe", lambda *_: 1 / 0)
+    with pytest.raises(GenerationError):
+        list(worker.submit("one", long_request("f", tokens=1)))
+    assert not worker._streams
+    assert not worker._owners
+
+
+def test_a_subscriber_that_fails_costs_nobody_an_event(worker: Worker) -> None:
+    worker.engines["one"].subscribe(lambda stats: 1 / 0)  # type: ignore[arg-type,return-value]
+    assert tokens(list(worker.submit("one", long_request("g")))) == solo(long_request("g")).tokens
+
+
+@pytest.mark.parametrize("where", ["the forward", "a command"])
+def test_when_the_thread_dies_all_end_at_once(where: str, monkeypatch: Any) -> None:
+    failures: list[BaseException] = []
+    told = threading.Event()
+
+    def died(failure: BaseException) -> None:
+        failures.append(failure)
+        told.set()
+
+    engines = {name: Engine(FakeModel(), config=EngineConfig(), choose=either) for name in ("one", "two")}
+    worker = Worker(engines, died).start()
+    counted = {name: watched(engine) for name, engine in engines.items()}
+    streams = [worker.submit(name, endless(f"{name}{i}")) for name in engines for i in range(2)]
+    for stream in streams:
+        next(iter(stream))
+
+    def panic(*_: object) -> None:
+        raise Panic("at the worst moment")
+
+    if where == "the forward":
+        monkeypatch.setattr(engines["one"].runner, "run", panic)
+    else:
+        monkeypatch.setattr(engines["one"], "add", panic)
+        streams.append(worker.submit("one", endless("late")))
+    for stream in streams:
+        with pytest.raises(GenerationError):
+            list(stream)
+    assert told.wait(10)
+    assert [type(failure) for failure in failures] == [Panic]
+    assert not worker.is_alive
+    with pytest.raises(NotReadyError, match="has failed"):
+        worker.submit("two", long_request("later"))
+    for steps, ends in counted.values():
+        assert (steps[-1].running, steps[-1].waiting) == (0, 0)
+        assert ends == [FinishReason.ERROR] * 2
+    worker.stop()
+    assert len(failures) == 1
+
+
+def test_stopping_is_no_death() -> None:
+    failures: list[BaseException] = []
+    with Worker({"one": Engine(FakeModel(), config=EngineConfig(), choose=either)}, failures.append) as worker:
+        list(worker.submit("one", long_request("a")))
+    assert failures == []
+    assert worker.failure is None
+
+
+def test_nothing_is_kept_of_requests_that_ended(worker: Worker) -> None:
+    """By themselves, cancelled, refused, failed: a name kept of each would be kept for ever."""
+    list(worker.submit("one", long_request("a")))
+    stream = worker.submit("one", endless("b"))
+    next(iter(stream))
+    with pytest.raises(ValidationError):
+        list(worker.submit("one", endless("b")))
+    stream.cancel()
+    with pytest.raises(CancelledError):
+        list(stream)
+    with pytest.raises(TimeoutError):
+        list(worker.submit("two", endless("c", timeout=0.05)))
+    assert not worker._streams
+    assert not worker._owners
+    worker.cancel("a")  # what has ended cannot be cancelled, and that is no command that stays
+    list(worker.submit("one", long_request("d")))
+    assert not worker._owners
+
+
+def test_a_request_that_comes_after_the_last_round_is_refused(monkeypatch: Any) -> None:
+    """The thread has read its inbox for the last time while a caller was between its look at the thread and its post:
+    the caller is told, or its stream ends."""
+    worker = Worker({"one": Engine(FakeModel(), config=EngineConfig(), choose=either)}).start()
+    admit = worker.engines["one"].admit
+
+    def late(request: Request) -> Any:
+        worker.stop()
+        return admit(request)
+
+    monkeypatch.setattr(worker.engines["one"], "admit", late)
+    with pytest.raises(NotReadyError):
+        worker.submit("one", long_request("a"))
+    assert not worker._inbox
+
+
+def test_a_request_posted_between_the_last_two_rounds_ends() -> None:
+    """Posted after the loop was left and before the inbox was closed."""
+    worker = Worker({"one": Engine(FakeModel(), config=EngineConfig(), choose=either)})
+    worker._thread.start = lambda: None  # type: ignore[method-assign]
+    worker._thread.is_alive = lambda: True  # type: ignore[method-assign]
+    stream = worker.start().submit("one", long_request("a"))
+    worker._close()
+    with pytest.raises(NotReadyError):
+        list(stream)
+    assert not worker._owners

@@ -31,6 +31,8 @@ from dfastllm.engine import Engine
 step = Engine.step
 def slow(self):
     time.sleep(0.02)
+    if any(live.request.sampling.seed == 666 for live in self.scheduler.running):
+        raise SystemExit("told to die")
     return step(self)
 Engine.step = slow
 from dfastllm.cli import main
@@ -151,6 +153,18 @@ def test_a_killed_server_breaks_the_connection_and_leaves_the_port_free(checkpoi
         thread.join(10)
         assert isinstance(results[0], httpx.TransportError)
         listen("127.0.0.1", int(server.url.rpartition(":")[2])).close()
+
+
+def test_when_the_engines_thread_dies_clients_are_told_and_the_process_ends_with_an_error(checkpoint: Path) -> None:
+    with served(checkpoint) as server:
+        thread, results = background(server, max_tokens=400)
+        assert server.post(max_tokens=4, seed=666).json()["error"]["code"] == "generation_failed"
+        _, log = server.process.communicate(timeout=30)
+        thread.join(10)
+        assert results[0].status_code == 500
+        assert server.process.returncode == 1
+        assert "the engine's thread has died" in log
+        assert log.splitlines()[-1] == "error: The engine's thread died of SystemExit: told to die."
 
 
 def test_sigterm_while_loading(checkpoint: Path) -> None:

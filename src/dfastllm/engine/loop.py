@@ -32,7 +32,7 @@ from dfastllm.engine.runners import Runnable, runner_for
 from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
 from dfastllm.engine.speculate.drafting import Drafting
-from dfastllm.errors import GenerationError, QueueFullError, TimeoutError, ValidationError
+from dfastllm.errors import DFastLLMError, GenerationError, QueueFullError, TimeoutError, ValidationError
 from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -148,8 +148,9 @@ class Engine:
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise QueueFullError(f"{self.config.max_waiting} requests are waiting already.", hint="Try again later.")
 
-    def abandon(self, error: GenerationError) -> list[StepEvent]:
-        """End every request with `error` and start afresh; for a caller whose `step` raised."""
+    def abandon(self, error: DFastLLMError) -> list[StepEvent]:
+        """End every request with `error` and start afresh; for a caller whose `step` raised, or who steps no more.
+        Subscribers are told, so that nothing stands in their counters that is no more."""
         events = []
         for live in list(self.scheduler.everyone()):
             self._remove(live)
@@ -158,6 +159,7 @@ class Engine:
         self._dead = []
         if self.prefix is not None:
             self.prefix.clear()
+        self._report(time.monotonic(), 0.0, 0.0, (), (), events, 0)
         return events
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
@@ -308,7 +310,10 @@ class Engine:
             finished=tuple([e.finish for e in events if e.finish is not None]),
         )
         for fn in self._subscribers:
-            fn(stats)
+            try:
+                fn(stats)
+            except Exception:  # the step is done, and its events are owed to their readers
+                log.exception("a subscriber of the step's counters failed")
 
 
 def _deadline(request: Request) -> float:

@@ -1,6 +1,7 @@
 """One thread that steps every engine with work, and streams that callers on any thread or event loop can read.
 
 A call into the worker never blocks on a step: commands go into an inbox which the thread empties between two steps.
+Whatever way the thread ends, every stream ends with an error: nobody waits for a thread that is no more.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dfastllm.core import FinishReason, Request, StepEvent
 from dfastllm.engine.admission import Admission
 from dfastllm.errors import (
     CancelledError,
+    DFastLLMError,
     GenerationError,
     ModelNotFoundError,
     NotReadyError,
@@ -102,10 +104,19 @@ class Stream:
 
 
 class Worker:
-    """Steps engines, in turn, on one thread of its own. Engines share the cores, so they never step side by side."""
+    """Steps engines, in turn, on one thread of its own. Engines share the cores, so they never step side by side.
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    died     is called on that thread with what ended it when it was not `stop`: a failure that is no Exception, such as
+             a panic of a library, or a fault of the worker itself. What a step raises ends its engine's requests only.
+    failure  that, afterwards; else None.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], died: Callable[[BaseException], None] = lambda failure: None
+    ) -> None:
         self.engines = dict(engines)
+        self.died = died
+        self.failure: BaseException | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -117,7 +128,7 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._closed
 
     def start(self) -> Worker:
         self._thread.start()
@@ -144,14 +155,20 @@ class Worker:
         if engine is None:
             known = ", ".join(sorted(self.engines)) or "none"
             raise ModelNotFoundError(f"no model {model!r} is served here; there are: {known}.", param="model")
-        if self._stopping or not self._thread.is_alive():
-            raise NotReadyError("the engine is not running.")
+        if self._stopping or not self.is_alive:
+            raise self._gone()
         engine.check_room()
         admission = asked if isinstance(asked, Admission) else engine.admit(asked)
         stream = Stream(admission.request, self._ask_cancel)
         if not self._post(lambda: self._add(engine, admission, stream)):
-            raise NotReadyError("the engine is not running.")
+            raise self._gone()
         return stream
+
+    def _failed(self) -> GenerationError:
+        return GenerationError("the engine failed while the request ran; see the log.")
+
+    def _gone(self) -> NotReadyError:
+        return NotReadyError("the engine is not running." if self.failure is None else "the engine has failed.")
 
     def cancel(self, request_id: str) -> bool:
         """Ask for the end of a request by id. False when it is not in flight. Thread-safe."""
@@ -180,6 +197,9 @@ class Worker:
         except Exception as error:
             stream.put(error)
             return
+        except BaseException:
+            stream.put(self._failed())
+            raise
         self._streams[name] = stream
         self._owners[name] = engine
 
@@ -189,6 +209,16 @@ class Worker:
             engine.cancel(request_id)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as failure:  # a panic of a library and SystemExit too
+            log.critical("the engine's thread has died", exc_info=failure)
+            self.failure = failure
+        self._close()
+        if self.failure is not None:
+            self.died(self.failure)
+
+    def _serve(self) -> None:
         while not self._stopping:
             self._commands()
             busy = [e for e in self.engines.values() if e.has_work]
@@ -199,20 +229,24 @@ class Worker:
             for engine in busy:
                 self._turn(engine)
                 self._commands()
-        gone = NotReadyError("the engine was stopped while the request ran.")
+
+    def _close(self) -> None:
+        """End every stream: those in flight, and those whose command came too late to be read."""
         with self._lock:
             self._closed = True
-        self._commands()
-        for stream in self._streams.values():
-            stream.put(gone)
-        self._streams.clear()
-        self._owners.clear()
+        if self.failure is None:
+            error: DFastLLMError = NotReadyError("the engine was stopped while the request ran.")
+        else:
+            error = self._failed()
+        self._commands(BaseException)
+        for engine in {id(e): e for e in self._owners.values()}.values():
+            self._fail(engine, error, BaseException)
 
-    def _commands(self) -> None:
+    def _commands(self, caught: type[BaseException] = Exception) -> None:
         while self._inbox:
             try:
                 self._inbox.popleft()()
-            except Exception:
+            except caught:
                 log.exception("a command to the engine failed")
 
     def _turn(self, engine: Engine) -> None:
@@ -221,7 +255,21 @@ class Worker:
         except Exception:
             # A fault of the loop itself: end what this engine holds, so that nobody waits for ever, and go on.
             log.exception("the engine's step failed")
-            events = engine.abandon(GenerationError("the engine failed on this step; see the server's log."))
+            self._fail(engine, GenerationError("the engine failed on this step; see the server's log."))
+        else:
+            self._deliver(events)
+
+    def _fail(self, engine: Engine, error: DFastLLMError, caught: type[BaseException] = Exception) -> None:
+        """End all that this engine runs with `error`, also what it has lost sight of in the middle of a step."""
+        try:
+            self._deliver(engine.abandon(error))
+        except caught:
+            log.exception("the engine could not be cleared")
+        for name in [name for name, owner in self._owners.items() if owner is engine]:
+            del self._owners[name]
+            self._streams.pop(name).put(error)
+
+    def _deliver(self, events: Sequence[StepEvent]) -> None:
         for event in events:
             stream = self._streams.get(event.request_id)
             if event.finish is not None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from dfastllm.errors import DFastLLMError, ModelLoadError, ValidationError
+from dfastllm.errors import DFastLLMError, GenerationError, ModelLoadError, ValidationError
 from dfastllm.server.app import create_app
 from dfastllm.server.connections import Connection, Limits, Tally
 from dfastllm.server.listening import Acceptor, address_of, connections_allowed, listen, listen_unix, raise_file_limit
@@ -156,7 +156,8 @@ class Server(uvicorn.Server):
 
 
 class Loading:
-    """Loads the models on a thread and opens the server; `error` is why it could not, and then the server stops."""
+    """Loads the models on a thread and opens the server; `error` is why it could not, or what the engine's thread died
+    of, and then the server stops."""
 
     def __init__(self, settings: Settings, server: Server) -> None:
         self.settings = settings
@@ -183,7 +184,7 @@ class Loading:
                 return
             from dfastllm.engine import Worker
 
-            self.worker = Worker(engines).start()
+            self.worker = Worker(engines, self._died).start()
             self.server.serving.open(self.worker, engines)
             log.info("ready: %s", ", ".join(engines))
         except DFastLLMError as error:
@@ -193,6 +194,12 @@ class Loading:
             log.exception("loading failed")
             self.error = ModelLoadError(f"Loading failed: {type(error).__name__}: {error}.")
             self.server.should_exit = True
+
+    def _died(self, failure: BaseException) -> None:
+        """The engine's thread is no more: the server stops with an error, so that who watches the process starts it
+        anew. Its requests have been ended."""
+        self.error = GenerationError(f"The engine's thread died of {type(failure).__name__}: {failure!s:.500}.")
+        self.server.should_exit = True
 
     def _load(self) -> dict[str, Engine]:
         from dfastllm.engine import EngineConfig

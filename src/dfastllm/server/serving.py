@@ -86,6 +86,8 @@ class Serving:
 
     @property
     def phase(self) -> Phase:
+        if self.worker is not None and self.worker.failure is not None:
+            return "failed"  # while the server stops because of it, too
         if self.draining:
             return "stopping"
         if not self.models or self.worker is None:
@@ -99,7 +101,7 @@ class Serving:
             reason = {
                 "loading": "The models are still loading.",
                 "stopping": "The server is shutting down.",
-                "failed": "The engine has stopped.",
+                "failed": "The engine has failed.",
             }[phase]
             raise NotReadyError(reason, hint="GET /health/ready answers 200 when requests are taken.")
         return self.worker
