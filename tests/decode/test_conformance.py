@@ -125,7 +125,10 @@ def cases() -> Iterator[Case]:
     for name in ("diffusion", "shifted", "block", "block-shifted"):
         for rule in RULES:
             info = model(name).info
-            if ("held" in RULES[rule].needs and not info.edit) or ("shadow" in RULES[rule].needs and info.shift):
+            needs = RULES[rule].needs
+            if ("edit" in needs and not info.edit) or ("shadow" in needs and info.shift):
+                continue
+            if "held" in needs and info.ar_first:
                 continue
             every = caches_of(info.kind)
             shifted = every if rule in ("schedule", "free_dave", "threshold") else ("dual",)

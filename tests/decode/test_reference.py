@@ -13,3 +13,5 @@ def test_the_page_is_current() -> None:
     assert page.read_text() == reference(), "run: python -m dfastllm.decode > docs/decoders.md"
     for name in (*RULES, *CACHES):
         assert f"### `{name}`" in reference()
+    for name in RULES:
+        assert f"| `{name}` | " in reference()

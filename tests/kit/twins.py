@@ -186,6 +186,33 @@ def hierarchy(a: Ask) -> Answer:
     return Answer(chosen | {by(c, m)[0]}, by(c, m))
 
 
+def hierarchy_remask(a: Ask) -> Answer:
+    p, o = probabilities(a), a.options
+    c = {j: max(p[j]) for j in p}
+    doubted = {j for j, t in enumerate(a.block) if t is not None and c[j] < o["remask_threshold"]}
+    pool = sorted({*masked(a), *doubted})
+    runs: list[list[int]] = []
+    for j in pool:
+        if runs and runs[-1][-1] == j - 1:
+            runs[-1].append(j)
+        else:
+            runs.append([j])
+    chosen = {j for j in (by(c, run)[0] for run in runs) if c[j] > o["low_threshold"]}
+    chosen |= {j for j in pool if c[j] > o["threshold"]}
+    chosen |= set([j for j in by(c, pool) if j not in chosen][: max(0, len(doubted) + 1 - len(chosen))])
+    fresh = {j for j in chosen if a.block[j] is None}
+    changed = {j: best(p[j]) for j in chosen & doubted if best(p[j]) != a.block[j]}
+    held = len(a.block) - len(masked(a))
+    shares = [a.size // a.steps + (1 if i < a.size % a.steps else 0) for i in range(a.steps)]
+    # The rate of `steps` holds fresh commits, the last step takes all; then fewer go back.
+    due = len(masked(a)) if a.step >= a.steps - 1 else 0
+    fresh |= set(by(c, masked(a))[:due])
+    again = sorted(doubted - chosen, key=lambda j: (c[j], j))
+    spare = held + len(fresh) - sum(shares[: a.step + 1])
+    again = again[: max(0, min(len(fresh) - 1, spare))]
+    return Answer(fresh, by(c, masked(a)), remask=frozenset(again), rewrite=changed)
+
+
 def klass(a: Ask) -> Answer:
     """Full previous distributions (zeros before the first step) and the divergences of the last steps per position; a
     step that is too early in its block for a full history trusts none. Ready positions are all that is committed; where
@@ -265,6 +292,20 @@ def apd(a: Ask) -> Answer:
 
 TWINS: dict[str, Callable[[Ask], Answer]] = {
     f.__name__: f
-    for f in (schedule, dream, threshold, factor, entropy_bound, credit, hierarchy, klass, local_leap, wino, edit, apd)
+    for f in (
+        schedule,
+        dream,
+        threshold,
+        factor,
+        entropy_bound,
+        credit,
+        hierarchy,
+        hierarchy_remask,
+        klass,
+        local_leap,
+        wino,
+        edit,
+        apd,
+    )
 }
 TWINS["free_dave"] = schedule  # which it reproduces in fewer forwards

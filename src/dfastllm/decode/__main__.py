@@ -26,17 +26,118 @@ def reference() -> str:
     lines = [HEAD, "## Rules: which masked positions a step commits", ""]
     for rule in RULES.values():
         lines += [f"### `{rule.name}`", "", f"{rule.help[0].upper()}{rule.help[1:]}.", "", *_options(rule.options)]
-    lines += ["## Caches: what is not computed again", ""]
+    lines += [ORIGIN, "| rule | published | equal, or how it differs and why | measured |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {' | '.join(_PUBLISHED[name])} |" for name in RULES]
+    lines += ["", "## Caches: what is not computed again", ""]
     for name, options in CACHES.items():
         lines += [f"### `{name}`", "", f"{_CACHE_TEXT[name]}", "", *_options(options)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+ORIGIN = """## What was published, and what is done here
+
+A rule is done as its publication's code does it, except where that is a defect. For all of them: the mask token is
+never a candidate (published loops can commit it); a step commits something; ties go to the lowest position; `steps` is
+a minimum rate and the last step of a block takes what is left, where some published loops leave masks; a step that
+would run the same canvas again is left out.
+
+Confidence, entropy and margin are of the raw softmax for LLaDA; of the distribution that a token is drawn from, after
+temperature, top_k and top_p, for SDAR, LLaDA2 and Fast-dLLM v2; and for Dream of that too, whose cuts count at
+temperature 0 as well. The option `confidence` chooses another. Where both top_k and top_p are given top_k cuts first;
+Dream's code has it the other way round.
+
+Measured: decisions of random canvases that are those of a float64 twin written from the publication
+(`python -m tests.decode.canvas.count_equal 300`); then right answers and forwards on the shipped demo models, 240 test
+samples of 64 tokens, before this was so and now. `tests/decode/test_published.py` and `test_published_rules.py` hold
+the loops to the published ones token by token.
+"""
+_PUBLISHED: Mapping[str, tuple[str, str, str]] = {
+    "schedule": (
+        "LLaDA (arXiv 2502.09992), `generate.py`; SDAR (arXiv 2510.06303), static",
+        "equal. Of a block that the prompt has begun the quotas are a whole block's, as in SDAR's and LLaDA2's loops",
+        "1,801 of 1,801",
+    ),
+    "free_dave": (
+        "FreeDave (arXiv 2510.00294)",
+        "equal to `schedule` token for token; how many guesses run follows from what they are worth, no constant",
+        "1,801 of 1,801",
+    ),
+    "dream": (
+        "Dream (arXiv 2508.15487), `generation_utils.py`",
+        "equal, the float32 quotas too. Points of the grid that commit nothing (the first, where there are as many "
+        "points as tokens) run no forward: the canvas would be the same. `origin` and `alg_temp` draw from the same "
+        "distributions by other numbers",
+        "1,537 of 1,537",
+    ),
+    "threshold": (
+        "Fast-dLLM (arXiv 2505.22618), `llada/generate.py`; SDAR, dynamic; LLaDA2, Fast-dLLM v2",
+        "equal; at least the threshold for masked diffusion, more than it for block diffusion, as their loops have it. "
+        "Fast-dLLM's uncached Dream loop holds a step to a quota and what earlier steps left of theirs: not offered",
+        "1,427 of 1,427",
+    ),
+    "factor": (
+        "Fast-dLLM, dynamic",
+        "differs by default: the published loop cannot tell a failure at the last rank from the end of the ranks, and "
+        "takes that rank too, against the bound of its paper; `last_rank` 1 does as the code",
+        "1,187 of 1,187",
+    ),
+    "entropy_bound": (
+        "EB-sampler (arXiv 2505.24857)",
+        "equal, the error proxy is `order`. SDAR's strategy of that name takes the entropy of single numbers for that "
+        "of a distribution: a defect",
+        "1,361 of 1,361",
+    ),
+    "credit": ("CreditDecoding (arXiv 2510.06133), in dInfer", "equal, its tolerance of 1e-5 too", "1,254 of 1,254"),
+    "hierarchy": (
+        "dInfer (arXiv 2510.08666), `HierarchyDecoder`",
+        "equal, but where two positions of a run are exactly as sure: there both, here the first",
+        "1,444 of 1,444",
+    ),
+    "klass": (
+        "KLASS (arXiv 2511.05664), `llada_klass.py`",
+        "equal at temperature 0 with cache none or prefix: the divergence of a block's first step is from the last "
+        "step before it. A cache whose steps run the block alone has no such row: there a block begins anew. Above "
+        "temperature 0 the code takes the softmax of the noised exponentials: a defect, here the raw softmax. Its "
+        "fallback may write over committed tokens where the quota exceeds the masks: a defect",
+        "1,604 of 1,604",
+    ),
+    "local_leap": (
+        "LocalLeap (2025), `generate.py`",
+        "equal where relaxed_threshold is at most threshold",
+        "1,400 of 1,400",
+    ),
+    "hierarchy_remask": (
+        "dInfer, `get_transfer_index_hierarchy_remask`",
+        "equal; fewer tokens go back where `steps` or max_parallel_tokens leave no room",
+        "1,546 of 1,546",
+    ),
+    "wino": (
+        "WINO (arXiv 2507.18578), `decoding_wino`",
+        "equal, its shadows see each other; shadows run from the first step on that has something to verify; with "
+        "`steps` fewer tokens go back where the block would fall behind",
+        "1,625 of 1,625",
+    ),
+    "edit": (
+        "LLaDA2.1 (2026), `generate` of its model file",
+        "equal, but the defaults: there 0.95 and 0.9, and the model card's modes 0.7 and 0.5, 0.5 and 0.0",
+        "2,283 of 2,283",
+    ),
+    "apd": (
+        "APD (arXiv 2506.00413)",
+        "equal at temperature 0. Above, the paper says the same noise for both draws; the code verifies with none: a "
+        "defect",
+        "1,493 of 1,493",
+    ),
+}
 _CACHE_TEXT = {
     "none": "Every step runs the whole sequence. The reference.",
     "prefix": "A full forward at each block start; steps run from the block's start to the end. Approximate.",
     "dual": "A full forward at each block start; steps run the block alone, its K,V replaced in place. Approximate.",
     "windowed": "As dual, with the neighbourhood of the block, and refreshed more often. Approximate.",
+    "delayed": "A step runs the masked positions and what the last step committed, wherever they lie "
+    "(dKV-Cache-Decode, 2025). Approximate.",
+    "sub_block": "For block diffusion: steps run a sub-block of the model's block alone, the rest of it as it stood at "
+    "the sub-block's first step (Fast-dLLM v2, use_block_cache). Approximate.",
 }
 
 

@@ -422,7 +422,7 @@ def canvas_bound(choice: Choice, layout: Layout, more: int = 0) -> int:
 
 def _check_rule(rule: Rule, model: ModelInfo, scorer: int | None) -> None:
     """Rules that need something of the model."""
-    if "held" in rule.needs and not model.edit:
+    if "edit" in rule.needs and not model.edit:
         raise UnsupportedError(
             f"rule {rule.name!r} needs a model trained to edit its tokens; {model.name} was not.", param="rule"
         )

@@ -109,8 +109,8 @@ class Revision:
 class Rule:
     """A named rule.
 
-    needs    "spread" (entropy and margin), "held" (rows of committed positions), "shadow" (their shadow rows),
-             "credit", "drift", "scorer" (see `evidence`).
+    needs    "spread" (entropy and margin), "held" (rows of committed positions), "shadow" (their shadow rows), "edit"
+             (a model trained to edit its tokens), "credit", "drift", "scorer" (see `evidence`).
     revise   given what is accepted: how it changes what it committed before. Then nothing in a block is stable before
              the block is.
     paced    it follows its own schedule over `steps`; others are held to an even rate.
@@ -342,20 +342,53 @@ def _entropy_bound(f: Field) -> Verdict:
     return Verdict(accept & f.masked, score)
 
 
-def _hierarchy(f: Field) -> Verdict:
-    """The best of every contiguous masked run if c > low_threshold, and all with c > threshold (dInfer's hierarchical
-    decoding, 2025)."""
-    masked = f.masked
+def _run_best(confidence: Floats, masked: Bools) -> Bools:
+    """The best of every contiguous masked run."""
     starts = masked & ~np.pad(masked, ((0, 0), (1, 0)))[:, :-1]
     run = np.cumsum(starts, axis=1)  # number of the run a masked column belongs to, from 1
     best = np.zeros_like(masked)
-    rank = _rank(f.confidence, masked)
+    rank = _rank(confidence, masked)
     for r in range(1, int(run.max(initial=0)) + 1):
         here = masked & (run == r)
         ranks = np.where(here, rank, masked.shape[1])
         best |= here & (ranks == ranks.min(axis=1, keepdims=True))
+    return best
+
+
+def _hierarchy(f: Field) -> Verdict:
+    """The best of every contiguous masked run if c > low_threshold, and all with c > threshold (dInfer's hierarchical
+    decoding, 2025)."""
+    best = _run_best(f.confidence, f.masked)
     accept = (best & (f.confidence > f.option("low_threshold"))) | (f.confidence > f.option("threshold"))
     return Verdict(accept, f.confidence)
+
+
+def _doubted(f: Field) -> tuple[Bools, Bools]:
+    """(held positions that `hierarchy_remask` takes for masked, what it then transfers of those and the masked)."""
+    doubtful = f.held & (f.confidence < f.option("remask_threshold"))
+    pool = f.masked | doubtful
+    take = _run_best(f.confidence, pool) & (f.confidence > f.option("low_threshold"))
+    take |= pool & (f.confidence > f.option("threshold"))
+    short = doubtful.sum(axis=1) + 1 - take.sum(axis=1)
+    return doubtful, take | (pool & (_rank(f.confidence, pool & ~take) < short[:, None]))
+
+
+def _hierarchy_remask(f: Field) -> Verdict:
+    """Hierarchical decoding over the masks and the committed tokens whose row is no longer sure of anything, c <
+    remask_threshold; always one more is committed than are doubted, so that a step gains (dInfer's
+    get_transfer_index_hierarchy_remask, 2025)."""
+    return Verdict(_doubted(f)[1] & f.masked, f.confidence)
+
+
+def _remask_doubted(f: Field, accept: Bools) -> Revision:
+    """Doubted tokens that are transferred are written anew, the others masked again: fewer than are committed, and
+    never so many that the block would fall behind `steps`."""
+    doubtful, take = _doubted(f)
+    again = doubtful & ~take
+    accepted = accept.sum(axis=1)
+    allowed = np.minimum(accepted - 1, _spare(f, accepted))
+    remask = again & (_rank(-f.confidence, again) < allowed[:, None])
+    return Revision(remask, doubtful & take & f.differs, [None] * len(accepted))
 
 
 def _local_leap(f: Field) -> Verdict:
@@ -396,6 +429,13 @@ def _wino(f: Field) -> Verdict:
     return Verdict(accept, f.confidence)
 
 
+def _spare(f: Field, accepted: Ints) -> Ints:
+    """int [S]: how many held tokens may be masked again at a step that accepts so many, and keep up with `steps`."""
+    at = np.minimum(f.step, f.steps - 1) + 1
+    out: Ints = f.held.sum(axis=1) + accepted - at * (f.size // f.steps) - np.minimum(at, f.size % f.steps)
+    return out
+
+
 def _wino_verify(f: Field, accept: Bools) -> Revision:
     """When more than one was accepted: held positions whose shadow row gives their token less than threshold_back are
     masked again, the least probable first, fewer than were accepted at the step before, and never so many that the
@@ -404,9 +444,7 @@ def _wino_verify(f: Field, accept: Bools) -> Revision:
     accepted = accept.sum(axis=1)
     doubtful = f.held & (f.kept < f.option("threshold_back"))
     last = np.asarray([1 if m is None else m for m in f.memory], dtype=np.int64)
-    at = np.minimum(f.step, f.steps - 1) + 1
-    spare = f.held.sum(axis=1) + accepted - at * (f.size // f.steps) - np.minimum(at, f.size % f.steps)
-    allowed = np.where(accepted > 1, np.minimum(last - 1, spare), 0)
+    allowed = np.where(accepted > 1, np.minimum(last - 1, _spare(f, accepted)), 0)
     remask = doubtful & (_rank(-f.kept, doubtful) < allowed[:, None])
     return Revision(remask, np.zeros_like(remask), accepted.tolist())
 
@@ -559,6 +597,19 @@ _ALL = (
     ),
     replace(
         _rule(
+            "hierarchy_remask",
+            _hierarchy_remask,
+            "the best of every masked run, committed tokens that are doubted among them",
+            "held",
+            **_confidence(0.9),
+            low_threshold=Option(0.4, "confidence the best of a run must exceed", 0, 1),
+            remask_threshold=Option(0.4, "confidence below which the row of a committed token makes it doubted", 0, 1),
+        ),
+        revise=_remask_doubted,
+        alone=True,
+    ),
+    replace(
+        _rule(
             "wino",
             _wino,
             "draft wide, mask again what its shadow row doubts",
@@ -576,6 +627,7 @@ _ALL = (
             _edit,
             "overwrite committed tokens the model now disagrees with",
             "held",
+            "edit",
             **_confidence(0.5),
             edit_threshold=Option(0.9, "probability a new token must exceed", 0, 1),
             max_post_steps=Option(16, "editing steps after the last mask", 1),
