@@ -27,10 +27,15 @@ def requests(kind: str, n: int = 12) -> list[Request]:
         decode = None
         if kind == "diffusion":
             decode = DecodeParams(
-                cache=("none", "prefix", "dual", "windowed")[i % 4],
+                cache=("none", "prefix", "dual", "windowed", "delayed", "none")[i % 6],
                 block_length=(4, 8, 16)[i % 3],
                 threshold=(None, 0.02)[i % 2],
+                cfg_scale=(0.0, 1.5)[i % 6 == 5 or i == 6],
+                logits_eos_inf=i % 5 == 2,
+                confidence_eos_eot_inf=i % 7 == 3,
             )
+        elif kind == "block":
+            decode = DecodeParams(cache=(None, "sub_block")[i % 2], block_length=(4, 2)[i % 3 == 1])
         prompt = tuple((7 * i + 3 * j) % 90 + 1 for j in range(3 + 5 * i))
         out.append(Request(f"r{i}", prompt, sampling, decode))
     return out
@@ -47,7 +52,7 @@ def answers(engine: Engine) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "llada", "sdar"])
+@pytest.mark.parametrize("family", ["llama", "llada", "dream", "sdar"])
 def test_same_bits_alone_and_together(family: str) -> None:
     model = tiny(family, seed=3)
     kind = model.info.kind

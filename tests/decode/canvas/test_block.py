@@ -157,6 +157,9 @@ def test_exact_keys_make_caching_invisible() -> None:
     ("model", "kwargs", "error", "param"),
     [
         (FAKE, {"decode": {"cache": "dual"}}, UnsupportedError, "cache"),
+        (FAKE, {"decode": {"cache": "delayed"}}, UnsupportedError, "cache"),
+        (FAKE, {"decode": {"cfg_scale": 1.0}}, UnsupportedError, "cfg_scale"),
+        (FAKE, {"decode": {"rule": "free_dave", "cache": "sub_block"}}, UnsupportedError, "cache"),
         (FAKE, {"decode": {"block_length": 3}}, ValidationError, "block_length"),
         (FAKE, {"decode": {"block_length": 8}}, ValidationError, "block_length"),
         (FAKE, {"decode": {"steps": 2}, "max_tokens": 16}, ValidationError, "steps"),
@@ -182,3 +185,12 @@ def test_shift_without_a_first_token_is_refused() -> None:
 
 def test_exactness() -> None:
     assert BLOCK.compile(request(), info("block")).tier == "exact-fast"
+    assert BLOCK.compile(request(decode=DecodeParams(cache="sub_block")), info("block")).tier == "approximate"
+
+
+def test_sub_block_cache_runs_the_sub_block_alone() -> None:
+    """The model's block at a sub-block's first step, then its own rows; the finished block is stored once more."""
+    result = generate(FakeModel(info("block", block=8), seed=3, sharp=4), tuple(range(8)), max_tokens=8, block_length=4,
+                      cache="sub_block", early_stop=False)  # fmt: skip
+    block = [(8, 16, "keep")]
+    assert shapes(result) == [(0, 16, "keep"), *[(8, 12, "replace")] * 3, *block, *[(12, 16, "replace")] * 3]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dfastllm.core import Commit, DecodeParams, SequenceState, Span
+from dfastllm.decode.presets import complete
 from dfastllm.decode.registry import POLICIES
 from dfastllm.errors import UnsupportedError, ValidationError
 from tests.kit import published_loops as published
@@ -34,7 +35,9 @@ def test_spans_of_each_cache(model: FakeModel) -> None:
     """Rows run per step, as the caches are described; the head only on rows of masked positions of the active block."""
     shift, prompt, total = model.info.shift, 3, 19
     for cache in ("none", "prefix", "dual", "windowed"):
-        options = {"window": 2, "refresh": 3, "warmup": 0} if cache == "windowed" else {}
+        options: dict[str, Any] = {"window": 2, "refresh": 3, "warmup": 0} if cache == "windowed" else {}
+        if shift and cache in ("prefix", "dual"):
+            options = {"first_token": "by_rule"}  # alone: tests/decode/test_published.py
         result = generate(
             model, max_tokens=16, block_length=8, cache=cache, options=options, ignore_eos=True, early_stop=False
         )
@@ -58,6 +61,30 @@ def test_spans_of_each_cache(model: FakeModel) -> None:
             assert span.attend == "full"
             for p, t in commit.fixed.items():
                 tokens[p] = t
+
+
+@pytest.mark.parametrize("model", [FAKE, SHIFTED], ids=["plain", "shifted"])
+def test_spans_of_the_delayed_cache(model: FakeModel) -> None:
+    """Rows are the masked positions, those committed at the last step, and the rows that predict the former."""
+    shift, total = model.info.shift, 22
+    result = generate(
+        model, suffix=(9, 9, 9), max_tokens=16, block_length=8, cache="delayed", options={"refresh": 4},
+        ignore_eos=True, early_stop=False, threshold=0.9,
+    )  # fmt: skip
+    tokens, late, step = [5, 6, 7, *[MASK] * 16, 9, 9, 9], set[int](), 0
+    for span, commit in zip(result.spans, result.commits, strict=True):
+        full = step % 4 == 0 or (step == 1 and not shift)
+        run_ = {p for p in range(total) if tokens[p] == MASK} | late
+        run_ |= {p - shift for p in run_}
+        assert (span.store, list(span.positions)) == (
+            ("keep", list(range(total))) if full else ("replace", sorted(run_))
+        )
+        assert span.ids == tuple(tokens[p] for p in span.positions)
+        late = set(commit.fixed)
+        for p, t in commit.fixed.items():
+            tokens[p] = t
+        step = 0 if commit.block_done else step + 1
+    assert any(span.places for span in result.spans)
 
 
 def test_windowed_warms_up_and_wide_open_is_exact() -> None:
@@ -251,6 +278,13 @@ def test_mask_token_is_never_committed() -> None:
         ({"max_tokens": 64}, {"steps": 3, "block_length": 16}, ValidationError, "steps"),
         ({"max_tokens": 16}, {"cache": "dual", "options": {"warmup": 2}}, UnsupportedError, "warmup"),
         ({"max_tokens": 16}, {"cache": "windowed", "options": {"refresh": 0}}, ValidationError, "refresh"),
+        ({"max_tokens": 16}, {"cache": "sub_block"}, UnsupportedError, "cache"),
+        ({"max_tokens": 16}, {"cache": "dual", "options": {"first_token": "by_rule"}}, UnsupportedError, "first_token"),
+        ({"max_tokens": 16}, {"cache": "dual", "cfg_scale": 1.0}, UnsupportedError, "cfg_scale"),
+        ({"max_tokens": 16}, {"cfg_scale": 1.0, "rule": "wino"}, UnsupportedError, "cfg_scale"),
+        ({"max_tokens": 16}, {"cfg_scale": 1.0, "rule": "free_dave"}, UnsupportedError, "cfg_scale"),
+        ({"max_tokens": 16}, {"cfg_scale": 1.0, "options": {"draft_steps": 2}}, UnsupportedError, "cfg_scale"),
+        ({"max_tokens": 16}, {"cache": "delayed", "rule": "free_dave"}, UnsupportedError, "cache"),
         (
             {"max_tokens": 16},
             {"steps": 1, "options": {"max_parallel_tokens": 4}},
@@ -278,3 +312,35 @@ def test_defaults_without_decode_params() -> None:
     assert (choice.rule, choice.cache, choice.block_length, choice.early_stop) == ("schedule", "none", 32, True)
     assert DIFFUSION.compile(request(), FAKE.info).tier == "reference"
     assert DIFFUSION.compile(request(decode=DecodeParams(cache="dual")), FAKE.info).tier == "approximate"
+    assert DIFFUSION.compile(request(decode=DecodeParams(cache="delayed")), FAKE.info).tier == "approximate"
+    assert DIFFUSION.compile(request(decode=DecodeParams(cfg_scale=2.0)), FAKE.info).tier == "reference"
+
+
+def test_a_default_cache_gives_way_to_guidance() -> None:
+    """What a preset or a model's kind chose is no demand: the request's own is."""
+    asked = complete(DecodeParams(cfg_scale=1.0, mode="fast"), FAKE.info)
+    assert asked.cache == "dual"
+    assert start(DIFFUSION, request(decode=asked), FAKE.info).policy.choice.cache == "none"
+
+
+def test_confidence_where_nothing_but_ends_is_allowed() -> None:
+    """All candidates doubted: confidence 0 for all, and the canvas fills all the same."""
+    for temperature in (0.0, 1.0):
+        result = generate(
+            max_tokens=8, block_length=8, confidence_eos_eot_inf=True, allowed_token_ids=(1, 2), seed=1,
+            temperature=temperature, ignore_eos=True, options={"confidence": "drawn"}, threshold=0.5,
+        )  # fmt: skip
+        assert set(result.output) <= {1, 2}
+        assert len(result.output) == result.forwards == 8  # 0 is below every threshold
+
+
+def test_logprobs_under_guidance_are_of_the_guided_distribution() -> None:
+    result = generate(max_tokens=8, block_length=8, cfg_scale=1.5, logprobs=1, ignore_eos=True)
+    first = next(iter(result.commits[0].logprobs.items()))
+    x = [5, 6, 7, *[MASK] * 8]
+    logits, _ = published.forward(FAKE, x, 0, len(x), None)
+    unguided, _ = published.forward(FAKE, [MASK] * len(x), 0, len(x), None)
+    logits = unguided + 2.5 * (logits - unguided)
+    logits[:, MASK] = -math.inf
+    want = torch.log_softmax(logits, dim=-1)[first[0], first[1].token]
+    assert first[1].logprob == pytest.approx(float(want), abs=1e-4)
