@@ -1,11 +1,30 @@
-"""Fixtures of several rooms: of the GGUF tests that compare with llama.cpp, on float weights and on packed ones."""
+"""Every test draws the same numbers in every run; fixtures of several rooms: of the GGUF tests that compare with
+llama.cpp, on float weights and on packed ones."""
 
 from __future__ import annotations
 
+import random
+import sys
+import types
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test draws without a seed of its own follows from its name: random, numpy and torch, and the seeds that
+    the engine gives to requests without one. What is not imported yet is not imported for this."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    admission = sys.modules.get("dfastllm.engine.admission")
+    if admission is not None:
+        admission.secrets = types.SimpleNamespace(randbits=random.Random(seed).getrandbits)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

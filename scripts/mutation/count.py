@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import queue
+import random
 import subprocess
 import sys
 import threading
@@ -89,8 +90,9 @@ class Counting:
     def all(self, mutants: Iterable[Mutant]) -> list[Case]:
         """The cases of `mutants`. C++ ones go last, in one copy: each compiles."""
         wanted = list(mutants)
+        mixed = random.Random(0).sample(wanted, len(wanted))  # a count that is broken off has seen every room
         waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
-        for mutant in sorted(wanted, key=lambda one: one.native):
+        for mutant in sorted(mixed, key=lambda one: one.native):
             if (mutant.file, mutant.old, mutant.new) not in self.done:
                 waiting.put(mutant)
         say(waiting.qsize(), "of", len(wanted), "to try")
@@ -176,13 +178,14 @@ def main() -> None:
         new = changed_tests(trees[0], str(old.about["commit"]))
         reach = reached(trees[0], asked.folder / f"reach-{commit}-since-{old.about['commit']}", new)
     say(len(reach.seconds), "tests,", round(sum(reach.seconds.values())), "s")
-    counting = Counting(trees, reach, commit, asked.folder / f"journal-{commit}.jsonl")
+    kind = "" if old is None else "-survivors"
+    counting = Counting(trees, reach, commit, asked.folder / f"journal-{commit}{kind}.jsonl")
     cases = counting.all(one for one in mutants if one not in absent)
     bad = counting.unsound(cases)
     if bad:
         again = [case.mutant for case in cases if case.outcome.test in bad]
         counting.reach = replace(reach, seconds={t: s for t, s in reach.seconds.items() if t not in bad})
-        counting.journal = asked.folder / f"journal-{commit}-again.jsonl"
+        counting.journal = asked.folder / f"journal-{commit}{kind}-again.jsonl"
         for mutant in again:
             del counting.done[mutant.file, mutant.old, mutant.new]
         cases = [case for case in cases if case.mutant not in again] + counting.all(again)

@@ -26,7 +26,8 @@ __all__ = ["Progress", "serve"]
 
 AHEAD = (
     "torch numpy hypothesis transformers transformers.modeling_utils tokenizers safetensors.torch gguf jinja2 pydantic "
-    "fastapi fastapi.testclient uvicorn openai prometheus_client httpx2 jsonschema typer rich.console"
+    "fastapi fastapi.testclient uvicorn openai prometheus_client httpx2 jsonschema typer rich.console "
+    "schemathesis.pytest.plugin anyio.pytest_plugin pytest_timeout"
 ).split()
 MEMORY = 16 << 30  # of addresses; a fault may ask for any amount
 

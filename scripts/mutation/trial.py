@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from scripts.mutation.tree import ROOT, Tree
 
 __all__ = ["Outcome", "Trial", "choose"]
 
-FIRST = 70.0  # seconds of tests, by their times on the unchanged source, that reach the line
-SECOND = 40.0  # seconds of the room's other tests, for what the record of lines cannot know (fixtures, caches, imports)
+FIRST = 50.0  # seconds of tests, by their times on the unchanged source, that reach the line
+SECOND = 10.0  # seconds of the room's other tests, for what the record of lines cannot know (fixtures, caches, imports)
 FOLDERS = {"assemble": "test_assemble.py", "llm": "test_llm.py", "options": "test_options.py", "": "house/"}
 
 
@@ -82,7 +83,8 @@ class Trial:
 
     tree: Tree
     reach: Reach
-    _moment: int = field(default=2_000_000_000, repr=False)
+    # Times of the files that are written: never used twice, by an earlier count either (see `write`).
+    _moment: int = field(default_factory=lambda: 2_000_000_000 + 4 * (int(time.time()) - 1_790_000_000), repr=False)
 
     def __post_init__(self) -> None:
         command = [str(self.tree.python), "-m", "scripts.mutation.forks"]

@@ -312,3 +312,39 @@ def test_logits_are_counted_only_where_wanted() -> None:
     drain(engine)
     assert [s.rows for s in stats] == [30, 1, 1, 1, 1]
     assert [s.wanted for s in stats] == [1, 1, 1, 1, 1]
+
+
+def test_prompts_that_fit_one_by_one_do_not_preempt_each_other() -> None:
+    """Six prompts of 40 tokens, K,V for two of them: the others wait until the pages of the whole prompt are free beside
+    what those under way still lack, so that nobody reads a prompt and loses it."""
+    config = EngineConfig(kv_tokens=96, page_size=4, prefill_chunk=8, max_batch_rows=16, max_sequences=6)
+    engine = Engine(FakeModel(), config=config, choose=either)
+    batch = [
+        Request(f"r{i}", tuple(range(i, i + 40)), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        for i in range(6)
+    ]
+    for request in batch:
+        engine.add(request)
+    events = drain(engine)
+    assert engine.scheduler.preempted == 0
+    for request in batch:
+        assert result(events[request.request_id]).tokens == solo(request).tokens
+
+
+def test_the_lowest_rank_is_preempted_first() -> None:
+    """Two share the pages of one and a half: the one of the higher priority goes on, the other begins anew."""
+    config = EngineConfig(kv_tokens=64, page_size=4, max_sequences=3, ageing_steps=0)
+    engine = Engine(FakeModel(), config=config, choose=either)
+    for name, priority in (("first", 0), ("second", 1), ("third", 2)):
+        engine.add(long_request(name, priority=priority, tokens=30))
+    lost = set()
+    running: list[str] = []
+    ended: list[str] = []
+    while engine.has_work:
+        ended += [event.request_id for event in engine.step() if event.finish]
+        now = [live.request.request_id for live in engine.scheduler.running]
+        lost |= {name for name in running if name not in now and name not in ended}
+        running = now
+    assert "first" not in lost
+    assert "third" in lost
+    assert ended == ["first", "second", "third"]

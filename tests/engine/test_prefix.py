@@ -554,3 +554,14 @@ def test_rejected_drafts_are_never_found() -> None:
         number < made for number in range(len(full) // 2)
     ]
     assert engine.pages.idle == made
+
+
+def test_every_character_of_a_salt_counts() -> None:
+    """The longest salts there are, which differ in one place: the first, the last or one between."""
+    engine = fake_engine("ar", EngineConfig(kv_tokens=4096))
+    salts = ["s" * 64, "t" + "s" * 63, "s" * 31 + "t" + "s" * 32, "s" * 63 + "t", "s" * 63]
+    for i, salt in enumerate(salts):
+        out, _ = serve(engine, [Request(f"r{i}", FAMILIES[0], GREEDY, cache_salt=salt)])
+        assert out[f"r{i}"][2].usage.cached_tokens == 0, salt
+    out, _ = serve(engine, [Request("again", FAMILIES[0], GREEDY, cache_salt=salts[3])])
+    assert out["again"][2].usage.cached_tokens == 32

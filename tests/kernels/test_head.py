@@ -261,3 +261,16 @@ def test_a_bad_set_is_named() -> None:
         head_stats(x, weight, barred=[TokenSet([3], 70)])
     with pytest.raises(ValidationError, match="sets must be of 70 ids, got one of 71"):
         head_stats(x, weight, barred=[None, TokenSet([3], 71)])
+
+
+def test_many_rows_of_a_large_vocabulary() -> None:
+    """600 rows of 8,000 ids: the chunks' parts are merged by the pool, every row of them."""
+    draw, weight = torch.Generator().manual_seed(4), pack(random_qtensor("w8", 8000, 32))
+    x = torch.randn(600, 32, generator=draw)
+    before, wanted = threads(), stats_of(linear(x, weight), (), True, 3)
+    try:
+        for count in (1, 3):
+            set_threads(count)
+            agree(head_stats(x, weight, entropy=True, topk=3), wanted)
+    finally:
+        set_threads(before)

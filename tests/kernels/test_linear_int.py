@@ -184,3 +184,16 @@ def test_halves_that_share_their_scales(mins: bool) -> None:
     for count in (2, 3, 4, 5, 7, 13, 40):
         assert torch.equal(linear(x[:count], weight), alone[:count]), count
     assert torch.allclose(alone, plain.linear(prepare(x, "group8"), weight), rtol=1e-4, atol=1e-2)
+
+
+def test_halves_that_share_their_scales_and_not_their_minima() -> None:
+    """The path for halves that are alike needs both alike: minima of the first half must not serve the second."""
+    tensor = weight_of("w6g", 140, 320, mins=True, pattern="any", seed=6)
+    assert tensor.scales is not None
+    tensor.scales[:, 1::2] = tensor.scales[:, 0::2]
+    assert tensor.mins is not None
+    assert not torch.equal(tensor.mins[:, 1::2], tensor.mins[:, 0::2])
+    x = inputs_of(40, 320, "any", 6)
+    wanted = x.double() @ tensor.dequantise().double().T
+    for rows in (1, 4, 40):
+        assert torch.equal(linear(x[:rows], pack(tensor)).double(), wanted[:rows]), rows

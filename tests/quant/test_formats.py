@@ -267,3 +267,13 @@ def test_bytes_are_counted(name: str) -> None:
     format = FORMATS[name]
     bits = {"w8": 8 + 32 / 64, "w8g": 8.5, "w6": 7.0, "w4m": 5.0, "w4": 4.5}[name]
     assert format.nbytes(10, 64) == 10 * 64 * bits / 8
+
+
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.grid.minimum])
+@pytest.mark.parametrize("factor", [1, 15, -1])
+def test_equal_weights_come_back(name: str, factor: int) -> None:
+    """A group of one value: `factor` times a float16 is a code times a step, or a minimum, that the format holds. The
+    search compares errors in float32, so the last bit of one that is as good may differ."""
+    halves = torch.rand(40, generator=torch.Generator().manual_seed(5)).add(0.01).half().float()
+    weight = (factor * halves)[:, None].repeat(1, 64)
+    assert torch.allclose(quantise(weight, name).dequantise(), weight, rtol=2e-7, atol=0)

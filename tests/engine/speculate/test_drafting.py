@@ -545,3 +545,19 @@ def test_drafts_of_another_tokenizer_are_refused() -> None:
         check_vocabulary(target.model.info, target.tokenizer, info, loaded["demo-draft"].tokenizer)
     with pytest.raises(UnsupportedError, match="64 ids against"):
         check_vocabulary(target.model.info, None, dataclasses.replace(info, vocab_size=64), None)
+
+
+def test_pages_of_rejected_drafts_return_at_once() -> None:
+    """After every step a sequence holds the pages of its K,V and no more, however long the draft was."""
+    config = EngineConfig(kv_tokens=512, page_size=1)
+    engine = Engine(FakeModel("ar"), config=config)
+    sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    asked = SpeculativeParams("ngram", prompt_lookup_min=1, num_speculative_tokens=8, adaptive=False)
+    engine.add(Request("r", (3, 4, 5, 3, 4, 5, 3, 4, 5), sampling, speculative=asked))
+    rejected = 0
+    while engine.has_work:
+        ends = [event.finish for event in engine.step() if event.finish]
+        for live in engine.scheduler.running:
+            assert len(live.table.pages) == engine.pages.pages_for(live.state.kv_len) == engine.pages.used
+        rejected += sum(end.usage.draft_tokens - end.usage.accepted_tokens for end in ends)
+    assert rejected > 20
