@@ -185,6 +185,50 @@ def test_abort_before_and_during(model: Writer, tokenizer: Tokenizer) -> None:
     assert scheduler.get_stats().cancelled_requests == 2
 
 
+def test_an_abort_between_the_queues_is_not_lost(
+    model: Writer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has left the scheduler's queue and is not in the engine's yet."""
+    scheduler = create_scheduler(model, tokenizer)
+    hand_over = scheduler._hand_over
+
+    def aborted_first(job: Any, loop: Any) -> None:
+        assert scheduler.abort(job.request.request_id)
+        hand_over(job, loop)
+
+    monkeypatch.setattr(scheduler, "_hand_over", aborted_first)
+    with scheduler:
+        request = ask(400)
+        with pytest.raises(CancelledError):
+            scheduler.submit(request).result(10)
+        assert request.state is RequestState.CANCELLED
+        wait_until(lambda: scheduler.engine.pages.used == 0)
+        assert scheduler.get_stats().cancelled_requests == 1
+
+
+def test_a_requests_own_options_win(model: Writer, tokenizer: Tokenizer) -> None:
+    """Over the scheduler's decoder options, and over its depth of drafting."""
+    default = DecodeParams(block_length=8, threshold=0.9)
+    scheduler = create_scheduler(model, tokenizer, enable_speculative=True, speculative_depth=5)
+    scheduler.decode = default
+    admitted: dict[str, Any] = {}
+    admit = scheduler.engine.admit
+
+    def noted(request: Any) -> Any:
+        admitted[request.request_id] = request.decode
+        return admit(request)
+
+    scheduler.engine.admit = noted  # type: ignore[method-assign]
+    own = DecodeParams(block_length=4, threshold=0.5, options={"draft_steps": 2})
+    for name, decode in (("plain", None), ("own", own)):
+        scheduler.submit(ask(request_id=name, decode=decode))
+    scheduler.stop()
+    assert (admitted["plain"].block_length, admitted["plain"].threshold) == (8, 0.9)
+    assert admitted["plain"].options == {"draft_steps": 5}
+    assert (admitted["own"].block_length, admitted["own"].threshold) == (4, 0.5)
+    assert admitted["own"].options == {"draft_steps": 2}
+
+
 def test_a_cancelled_future_never_runs(model: Writer, tokenizer: Tokenizer) -> None:
     scheduler = create_scheduler(model, tokenizer)
     request = ask()

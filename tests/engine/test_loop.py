@@ -315,8 +315,8 @@ def test_logits_are_counted_only_where_wanted() -> None:
 
 
 def test_prompts_that_fit_one_by_one_do_not_preempt_each_other() -> None:
-    """Six prompts of 40 tokens, K,V for two of them: the others wait until the pages of the whole prompt are free beside
-    what those under way still lack, so that nobody reads a prompt and loses it."""
+    """Six prompts of 40 tokens, K,V for two of them: the others wait until the pages of the whole prompt are free
+    beside what those under way still lack, so that nobody reads a prompt and loses it."""
     config = EngineConfig(kv_tokens=96, page_size=4, prefill_chunk=8, max_batch_rows=16, max_sequences=6)
     engine = Engine(FakeModel(), config=config, choose=either)
     batch = [
