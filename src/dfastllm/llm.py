@@ -49,7 +49,7 @@ from dfastllm.errors import (
 )
 from dfastllm.models import load
 from dfastllm.settings import Settings
-from dfastllm.text import ChatTemplates, Tokenizer, read_text
+from dfastllm.text import CallReading, ChatTemplates, ParsedMessage, Tokenizer, chat_prompt, read_text, taught
 
 __all__ = [
     "LLM",
@@ -106,7 +106,8 @@ def model_options(settings: Settings) -> dict[str, Any]:
         "kv_cache_dtype": settings.kv_cache_dtype,
         "speculative": settings.speculative_config,
         "chat_template": settings.chat_template,
-        "template_variables": json.loads(settings.default_chat_template_kwargs or "{}"),
+        "chat_template_kwargs": json.loads(settings.default_chat_template_kwargs or "{}"),
+        "chat_parse_special": settings.chat_parse_special,
     }
 
 
@@ -123,16 +124,19 @@ def load_engine(
     draft: str | Path | None = None,
     speculative: Speculation = None,
     chat_template: str | Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     template_variables: Mapping[str, Any] | None = None,
+    chat_parse_special: bool = False,
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
     backend, quantization: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native backend) or auto.
     draft: a small autoregressive model of the same vocabulary, the second opinion of rule `apd` (canvas models only).
     speculative: how requests of an autoregressive model draft, `SpeculativeConfig`s or their JSON (the first is the
     default); other models have no use for it. chat_template: a file in place of the checkpoint's own.
-    template_variables: what the template sees unless a conversation says otherwise. Raises UnsupportedError for a draft
-    that does not fit or a combination that cannot be, ValidationError, ModelNotFoundError, ModelLoadError,
-    CheckpointError, TokenizerError."""
+    chat_template_kwargs: what the template sees unless a conversation says otherwise (template_variables is an older
+    name of it). chat_parse_special: special tokens that people spell in messages become those tokens, unless a
+    conversation says otherwise. Raises UnsupportedError for a draft that does not fit or a combination that cannot be,
+    ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
     path = resolve(model)
     if dtype == "auto":
         dtype = None
@@ -142,12 +146,14 @@ def load_engine(
         )
     file = None if chat_template is None else Path(chat_template)
     template = None if file is None else read_text(file)
-    ChatTemplates({}).chosen(template, template_variables, file)  # what is wrong is told before a model is read
+    variables = _either(chat_template_kwargs, template_variables)
+    ChatTemplates({}).chosen(template, variables, file)  # what is wrong is told before a model is read
     configs = _speculation(speculative)
     served = None if config is None else config.max_len
     loaded = assemble.load(path, device=device, dtype=dtype, backend=backend, quantization=quantization, max_len=served)
     built, tokenizer = loaded.model, loaded.tokenizer
-    tokenizer.templates = tokenizer.templates.chosen(template, template_variables, file)
+    tokenizer.templates = tokenizer.templates.chosen(template, variables, file)
+    tokenizer.chat_parse_special = chat_parse_special
     own_name = path.stem if path.is_file() else path.name
     built.info = dataclasses.replace(built.info, name=name or own_name)
     choose: Callable[..., Policy] = policy_for
@@ -166,6 +172,17 @@ def load_engine(
     )
     _check_defaults(engine, path)
     return engine
+
+
+def _either(kwargs: Mapping[str, Any] | None, older: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Variables of the template under the name of the HTTP API, or under the older one."""
+    if kwargs is not None and older is not None:
+        raise ValidationError(
+            "chat_template_kwargs and template_variables are one thing; got both.",
+            param="template_variables",
+            hint="Give chat_template_kwargs alone.",
+        )
+    return kwargs if older is None else older
 
 
 def _check_defaults(engine: Engine, path: Path) -> None:
@@ -278,7 +295,9 @@ class LLM:
         draft: str | Path | None = None,
         speculative: Speculation = None,
         chat_template: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        chat_parse_special: bool = False,
     ) -> None:
         if not isinstance(engine, Engine):
             engine = load_engine(
@@ -292,7 +311,9 @@ class LLM:
                 draft=draft,
                 speculative=speculative,
                 chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
                 template_variables=template_variables,
+                chat_parse_special=chat_parse_special,
             )
         self.engine = engine
         self.info = self.engine.info
@@ -313,9 +334,10 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def encode(self, prompt: Prompt, *, add_special: bool = True) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, *, add_special: bool = True, parse_special: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt. parse_special False: special tokens that a text spells out stay text."""
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt, add_special=add_special))
+            return tuple(self.tokenizer.encode(prompt, add_special=add_special, parse_special=parse_special))
         return tuple(prompt)
 
     def submit(
@@ -330,9 +352,10 @@ class LLM:
         timeout: float | None = None,
         cache_salt: str = "",
         speculative: SpeculativeParams | None = None,
+        shown: Sequence[int] = (),
     ) -> Stream:
-        """Queue one sequence (n must be 1) and return its stream of events. cache_salt, speculative: see
-        `core.Request`."""
+        """Queue one sequence (n must be 1) and return its stream of events. cache_salt, speculative,
+        shown: see `core.Request`."""
         request = Request(
             request_id or uuid.uuid4().hex,
             self.encode(prompt),
@@ -343,6 +366,7 @@ class LLM:
             timeout=timeout,
             cache_salt=cache_salt,
             speculative=speculative,
+            shown=tuple(shown),
         )
         return self.worker.submit(self.info.name, request)
 
@@ -367,9 +391,11 @@ class LLM:
         timeout: float | None = None,
         cache_salt: str = "",
         speculative: SpeculativeParams | None = None,
+        shown: Sequence[int] = (),
     ) -> list[RequestOutput]:
         """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
-        one for all or one per prompt. If any request fails the others are cancelled and its error is raised."""
+        one for all or one per prompt. shown: see `core.Request`. If any request fails the others are cancelled and its
+        error is raised."""
         batch = [self.encode(prompt) for prompt in _as_batch(prompts)]
         samplings = _per_prompt(SamplingParams() if sampling is None else sampling, len(batch), "sampling")
         samplings = [_of(one, SamplingParams, "sampling") for one in samplings]
@@ -388,7 +414,7 @@ class LLM:
         window = self.engine.config.max_waiting
         for at in range(0, len(jobs), window):
             part = jobs[at : at + window]
-            self._run(part, results, timeout=timeout, cache_salt=cache_salt, speculative=speculative)
+            self._run(part, results, timeout=timeout, cache_salt=cache_salt, speculative=speculative, shown=shown)
         return [
             RequestOutput(uuid.uuid4().hex, prompt, tuple(done)) for prompt, done in zip(batch, results, strict=True)
         ]
@@ -407,9 +433,30 @@ class LLM:
                 if not stream.done:
                     stream.cancel()
 
-    def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[int, ...]:
-        """Token ids of a conversation in the model's chat template, ready for the assistant's turn."""
-        return tuple(self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, tools), add_special=False))
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special: bool | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation in the model's chat template, ready for the assistant's turn.
+
+        messages: OpenAI's form; a field that does not exist is refused. chat_template_kwargs: variables of the
+        template. parse_special: whether special tokens that messages spell out become those tokens; None: as the model
+        was loaded, and there they stay text if nothing else was said.
+        """
+        text = chat_prompt(
+            self.tokenizer,
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=chat_template_kwargs,
+            parse_special=parse_special,
+        )
+        return tuple(self.tokenizer.encode(text))
 
     def chat(
         self,
@@ -418,16 +465,29 @@ class LLM:
         decode: DecodeParams | Sequence[DecodeParams | None] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        parse_special: bool | None = None,
         timeout: float | None = None,
         cache_salt: str = "",
         speculative: SpeculativeParams | None = None,
     ) -> list[RequestOutput]:
         """The assistant's next message of a conversation, or of each of several: one RequestOutput each, as vLLM's.
-        messages: OpenAI form (role, content, tool_calls, ...), or a list of such lists."""
+        messages: OpenAI form (role, content, tool_calls, ...), or a list of such lists. tools: OpenAI's; `parse_calls`
+        finds their calls in a text. chat_template_kwargs, parse_special: see `render`."""
         talks: list[Any] = list(messages) if messages and not isinstance(messages[0], Mapping) else [messages]
-        prompts = [self.render(talk, tools) for talk in talks]
+        how: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "parse_special": parse_special}
+        prompts = [self.render(talk, tools, **how) for talk in talks]
+        shown = self._reading(tools).taught.shown_ids(self.tokenizer) if tools else ()
         options: dict[str, Any] = {"timeout": timeout, "cache_salt": cache_salt, "speculative": speculative}
-        return self.generate(prompts, sampling, decode, **options)
+        return self.generate(prompts, sampling, decode, shown=shown, **options)
+
+    def parse_calls(self, text: str, tools: Sequence[Mapping[str, Any]]) -> ParsedMessage:
+        """Content and tool calls of an answer that `chat` gave with these tools. Raises UnsupportedError where the
+        chat template teaches no form of calls that is read."""
+        return self._reading(tools).parse(text)
+
+    def _reading(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
+        return taught(self.tokenizer.templates).reading({str(tool.get("function", tool).get("name")) for tool in tools})
 
 
 def collect(stream: Iterable[StepEvent], index: int = 0) -> Completion:

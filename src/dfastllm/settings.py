@@ -239,6 +239,13 @@ class Settings:
         group="model",
         alone=True,
     )
+    chat_parse_special: bool = _field(
+        False,
+        "Special tokens that people spell out in messages become those tokens, unless a request says parse_special"
+        " false; default: they stay text.",
+        group="model",
+        alone=True,
+    )
     max_model_len: int | None = _field(
         None,
         "Longest prompt plus output; default, and at most: the model's context. A model with longrope (Phi-3.5, "

@@ -19,6 +19,7 @@ from dfastllm.server.replies import Completion, CompletionChoice, CompletionChun
 from dfastllm.server.schemas import CompletionRequest
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.tokens import completion_logprobs
+from dfastllm.text import TextOffsets
 
 __all__ = ["completions"]
 
@@ -41,7 +42,8 @@ async def _read(
 ) -> tuple[list[tuple[tuple[int, ...], str]], tuple[int, ...]]:
     """The prompts as `completion_prompts` gives them, and the ids of the suffix."""
     prompts = await completion_prompts(body, model, serving.settings.max_prompts)
-    return prompts, await encode(model, body.suffix, param="suffix") if body.suffix else ()
+    parse_special = body.parse_special is not False
+    return prompts, await encode(model, body.suffix, param="suffix", parse_special=parse_special) if body.suffix else ()
 
 
 class _Call(Call[CompletionRequest]):
@@ -52,12 +54,22 @@ class _Call(Call[CompletionRequest]):
     def __init__(self, body: CompletionRequest, model: ServedModel, job: Job, prompts: Sequence[str]) -> None:
         super().__init__(body, model, job, choices=body.n or 1)
         self.prompts = prompts
-        self.offsets, self.tokens = [0] * len(job.requests), [0] * len(job.requests)
+        self.tokens = [0] * len(job.requests)
+        self.offsets = [
+            TextOffsets(
+                model.tokenizer,
+                skip_special=request.sampling.skip_special_tokens,
+                start=len(self.echoed(index)),
+            )
+            for index, request in enumerate(job.requests)
+        ]
 
-    def choice(self, index: int, text: str, result: Answer | StepEvent, offset: int, **rest: Any) -> CompletionChoice:
-        """Choice `index` with the tokens of `result`; `offset` is where its text begins (for the logprobs)."""
-        wanted = self.body.logprobs is not None
-        logprobs = completion_logprobs(self.model.tokenizer, result.logprobs, offset) if wanted else None
+    def choice(self, index: int, text: str, result: Answer | StepEvent, **rest: Any) -> CompletionChoice:
+        """Choice `index` with the tokens of `result`."""
+        logprobs = None
+        if self.body.logprobs is not None:
+            offsets = self.offsets[index].push(result.token_ids)
+            logprobs = completion_logprobs(self.model.tokenizer, result.logprobs, offsets)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, **rest, **self.token_ids(result.token_ids))
 
     def echoed(self, index: int) -> str:
@@ -67,28 +79,24 @@ class _Call(Call[CompletionRequest]):
         ended = await collect(self.job)
         choices = []
         for index, result in enumerate(ended):
-            echo = self.echoed(index)
             rest: dict[str, Any] = {"finish_reason": result.finish_reason.value, "stop_reason": result.stop}
             if self.body.return_token_ids:
                 rest["prompt_token_ids"] = list(self.job.requests[index].prompt)
-            choices.append(self.choice(index, echo + result.text, result, len(echo), **rest))
+            choices.append(self.choice(index, self.echoed(index) + result.text, result, **rest))
         return Completion(**self.named, choices=choices, **self.took([result.usage for result in ended]))
 
-    def opening(self) -> Iterator[str]:
-        for index in range(len(self.job.requests)):
-            if echo := self.echoed(index):
-                self.offsets[index] = len(echo)
-                choice = CompletionChoice(index=index, text=echo, logprobs=None, finish_reason=None)
-                yield self.chunk(choice, self.tokens[index])
+    def opening(self, index: int) -> Iterator[str]:
+        if echo := self.echoed(index):
+            choice = CompletionChoice(index=index, text=echo, logprobs=None, finish_reason=None)
+            yield self.chunk(choice, self.tokens[index])
 
     def deltas(self, index: int, event: StepEvent) -> Iterator[str]:
+        begins = not self.tokens[index] and not self.echoed(index)  # nothing tells yet of a first token
         self.tokens[index] += len(event.token_ids)
-        with_tokens = self.body.logprobs is not None or self.body.return_token_ids
+        with_tokens = self.body.logprobs is not None or self.body.return_token_ids or begins
         if not event.text and event.finish is None and not (with_tokens and event.token_ids):
             return  # its text is held back: it may become a stop string, or is half a character
         rest: dict[str, Any] = {"finish_reason": None}
         if event.finish is not None:
             rest = {"finish_reason": event.finish.reason.value, "stop_reason": event.finish.stop}
-        choice = self.choice(index, event.text, event, self.offsets[index], **rest)
-        self.offsets[index] += sum(map(len, choice.logprobs.tokens)) if choice.logprobs else 0
-        yield self.chunk(choice, self.tokens[index])
+        yield self.chunk(self.choice(index, event.text, event, **rest), self.tokens[index])

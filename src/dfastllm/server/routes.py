@@ -113,8 +113,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     if body.messages is not None:
         encoding = chat_ids(model, body, body.messages, body.tools, most)
     else:
-        special = body.add_special_tokens is not False
-        encoding = encode(model, body.prompt or "", param="prompt", add_special=special, most=most)
+        how = {"add_special": body.add_special_tokens is not False, "parse_special": body.parse_special is not False}
+        encoding = encode(model, body.prompt or "", param="prompt", most=most, **how)
     ids = await while_connected(request, encoding)
     return await serving.readers.run(len(ids), _tokens, model, ids, bool(body.return_token_strs))
 

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from dfastllm.options import HINTS, SPECULATIVE_HELP, SPECULATIVE_WIRE, Front, Hint, WireField, wire_fields
 from dfastllm.server.body import Body, conflict, missing_feature
 from dfastllm.server.bounds import MOST, AtMost
+from dfastllm.text.messages import REPLAYED
 
 __all__ = [
     "ChatRequest",
@@ -36,6 +37,14 @@ TemplateKwargs = Annotated[dict[str, Any], AtMost("chat_template_kwargs")]
 _GENERATION_PROMPT: Any = Field(None, description="Whether the template opens the assistant's turn. Default true.")
 _TEMPLATE_KWARGS: Any = Field(
     None, description="Variables of the chat template, such as enable_thinking. They win over the server's own."
+)
+_PARSE_SPECIAL: Any = Field(
+    None, description="Whether special tokens that a text prompt spells out become those tokens. Default true."
+)
+_PARSE_SPECIAL_IN_CHAT: Any = Field(
+    None,
+    description="Whether special tokens that messages and tools spell out become those tokens. Default: as the server"
+    " was started (--chat-parse-special), else false: they stay text.",
 )
 _MODEL = "demo-diffusion"  # of the examples
 _CACHE_CONTROL = frozenset({"cache_control"})
@@ -175,6 +184,7 @@ class CompletionRequest(_CompletionOptions):
     add_special_tokens: bool | None = Field(
         None, description="Whether the tokenizer puts its own special tokens around a text prompt. Default true."
     )
+    parse_special: bool | None = _PARSE_SPECIAL
 
     @model_validator(mode="after")
     def _no_prompt_logprobs(self) -> CompletionRequest:
@@ -246,12 +256,7 @@ class Message(Body):
     """One turn. What an assistant's message holds beside content and calls is taken, as clients send back whole
     answers."""
 
-    replayed: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("annotations", "audio", "cache_control", "parsed", "provider_specific_fields", "reasoning"),
-            *("reasoning_content", "reasoning_details", "thinking_blocks", "id", "status", "finish_reason"),
-        }
-    )
+    replayed: ClassVar[frozenset[str]] = REPLAYED
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], AtMost("content")] | None = None
@@ -318,6 +323,7 @@ class ChatRequest(_ChatOptions):
     )
     add_generation_prompt: bool | None = _GENERATION_PROMPT
     chat_template_kwargs: TemplateKwargs | None = _TEMPLATE_KWARGS
+    parse_special: bool | None = _PARSE_SPECIAL_IN_CHAT
     continue_final_message: Literal[False] | None = Field(None, description="true is refused: a turn is always new.")
 
     @model_validator(mode="after")
@@ -342,6 +348,9 @@ class TokenizeRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1), AtMost("messages")] | None = None
     tools: Annotated[list[Tool], AtMost("tools")] | None = None
     add_special_tokens: bool | None = Field(None, description="Of a prompt's text. Default true.")
+    parse_special: bool | None = Field(
+        None, description="As in a completion of the prompt, or in a chat of the messages."
+    )
     add_generation_prompt: bool | None = _GENERATION_PROMPT
     chat_template_kwargs: TemplateKwargs | None = _TEMPLATE_KWARGS
     return_token_strs: bool | None = None

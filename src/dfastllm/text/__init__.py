@@ -4,9 +4,10 @@ It reads a checkpoint directory's tokenizer files and knows nothing of models, d
 and no transformers: the `tokenizers` library encodes and decodes, a Jinja sandbox renders templates.
 """
 
-from dfastllm.text.chat import ChatTemplates
-from dfastllm.text.detokenizer import Detokenizer
+from dfastllm.text.chat import ChatTemplates, Rendering
+from dfastllm.text.detokenizer import Detokenizer, TextOffsets
 from dfastllm.text.files import read_text
+from dfastllm.text.prompt import chat_prompt
 from dfastllm.text.tokenizer import Tokenizer
 from dfastllm.text.tools import (
     CallBegin,
@@ -28,9 +29,12 @@ __all__ = [
     "Detokenizer",
     "ParsedMessage",
     "Piece",
+    "Rendering",
+    "TextOffsets",
     "Tokenizer",
     "ToolCall",
     "ToolCallParser",
+    "chat_prompt",
     "parse_tool_calls",
     "read_text",
     "taught",

@@ -5,15 +5,31 @@ A template is rendered in a sandbox with limits (`templates.sandbox`), as Huggin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dfastllm.errors import TokenizerError, ValidationError
 from dfastllm.text.files import read_json, read_text
+from dfastllm.text.templates.form import Form, adapted, probed
+from dfastllm.text.templates.quoting import Marks, Quoting
 from dfastllm.text.templates.template import Template
 
-__all__ = ["ChatTemplates"]
+__all__ = ["ChatTemplates", "Rendering"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A text and what of it people wrote.
+
+    text    as it is meant.
+    marked  the same, with stand-ins for the letters of people's texts that may begin or end a special token; None where
+            people wrote the markup themselves.
+    """
+
+    text: str
+    marked: str | None
 
 
 class ChatTemplates:
@@ -32,6 +48,8 @@ class ChatTemplates:
         self._variables = dict(variables or {})
         _check_variables(self._variables)
         self._compiled: dict[str, Template] = {}
+        self._forms: dict[str, Form] = {}
+        self._marks: dict[str, Marks] = {}
 
     @classmethod
     def load(cls, directory: Path, config: Mapping[str, Any]) -> ChatTemplates:
@@ -83,7 +101,7 @@ class ChatTemplates:
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a conversation.
+        """The prompt text of a conversation, its messages brought into the form that the template reads.
 
         variables: further names the template sees (bos_token, enable_thinking, ...).
         Raises ValidationError when there is no template, the messages are no messages, the template refuses them or a
@@ -92,6 +110,53 @@ class ChatTemplates:
         _check_messages(messages)
         _check_variables(variables or {})
         name = self._pick(template, tools)
+        turns = adapted(messages, self.form(name))
+        return self._rendered(name, turns, tools, variables, add_generation_prompt)
+
+    def quoted(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        spellings: Iterable[str],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Rendering:
+        """As `render`, with what people wrote told apart: messages, tools, and the variables of this call but those
+        that are named as tokens are. spellings: of the special tokens, always the same. A template that adds nothing to
+        a message leaves its markup to people, so nothing is told apart there."""
+        _check_messages(messages)
+        _check_variables(variables or {})
+        name = self._pick(None, tools)
+        form = self.form(name)
+        turns = adapted(messages, form)
+        if not form.bare:
+            if name not in self._marks:
+                self._marks[name] = Marks(spellings, self._compile(name).literals)
+            given = {key: value for key, value in (variables or {}).items() if not key.endswith("_token")}
+            quoting = Quoting(self._marks[name], (turns, tools, given), self._sources[name])
+            if quoting.needed:
+                told = {**(variables or {}), **quoting.quoted(given)}
+                listed = quoting.quoted(tools) if tools else None
+                marked = self._rendered(name, quoting.quoted(turns), listed, told, add_generation_prompt)
+                return Rendering(quoting.restored(marked), marked)
+        text = self._rendered(name, turns, tools, variables, add_generation_prompt)
+        return Rendering(text, None if form.bare else text)
+
+    def form(self, name: str) -> Form:
+        """In what form the template of this name reads messages, tried out the first time it is asked."""
+        if name not in self._forms:
+            self._forms[name] = probed(lambda messages, tools: self._rendered(name, messages, tools, None, True))
+        return self._forms[name]
+
+    def _rendered(
+        self,
+        name: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+    ) -> str:
         return self._compile(name).render(
             {
                 **self._variables,

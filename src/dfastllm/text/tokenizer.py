@@ -16,9 +16,11 @@ from typing import Any
 import tokenizers
 
 from dfastllm.errors import TokenizerError, ValidationError
-from dfastllm.text.chat import ChatTemplates
+from dfastllm.text.chat import ChatTemplates, Rendering
 from dfastllm.text.files import read_json, read_text
 from dfastllm.text.reach import reach
+from dfastllm.text.spelled import PlainText
+from dfastllm.text.templates.quoting import Marks, Quoting
 
 __all__ = ["Tokenizer"]
 
@@ -34,8 +36,13 @@ class Tokenizer:
     eos_ids      every id that ends a text: the config's eos_token first, then those of generation_config.json.
     special_ids  ids that `decode(skip_special=True)` leaves out.
     byte_ids     ids of SentencePiece byte-fallback tokens (<0x00>..<0xFF>), empty for other tokenizers.
+    spellings    of the special tokens: what `parse_special` is about.
     reach        how much text a token stands for at most; None where that cannot be told.
+    chat_parse_special  whether special tokens that people spell in messages become those tokens, where a request does
+                 not say; set while a model is loaded.
     """
+
+    chat_parse_special = False
 
     def __init__(
         self,
@@ -78,6 +85,13 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *eos_ids)))
         if self.eos_id is None and self.eos_ids:
             self.eos_id = self.eos_ids[0]
+        roles = (id for role in self.special_tokens if (id := self._role(role)) is not None)
+        self._plain = PlainText(backend, {*self.special_ids, *self.eos_ids, *roles})
+        self.spellings = tuple(text for id in sorted(self._plain.ids) if (text := self.id_to_token(id)))
+        # A special token that is looked for after normalising is found in other spellings too.
+        self._normalized = spec["normalizer"] is not None and any(
+            token["normalized"] and token["id"] in self._plain.ids for token in spec["added_tokens"]
+        )
 
     def _role(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
@@ -102,17 +116,22 @@ class Tokenizer:
             )
         return cls(backend, special_tokens=special, eos_ids=eos_ids, templates=ChatTemplates.load(directory, config))
 
-    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids. Special tokens written out in `text` become their ids. add_special: also what the tokenizer puts
-        around a text (usually BOS); leave it off for a rendered chat template, which writes them itself. Raises
-        ValidationError for text with lone surrogates."""
+    def encode(self, text: str | Rendering, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids. add_special: also what the tokenizer puts around a text (usually BOS); leave it off for a rendered
+        chat template, which writes them itself.
+
+        Special tokens that are written out in `text` become their ids. parse_special False: they stay the text that
+        they are. Of a `Rendering` those that its template wrote become ids, and those that people wrote stay text.
+        Raises ValidationError for text with lone surrogates."""
+        given = text if isinstance(text, Rendering) else Rendering(text, None)
         try:
-            if len(text) > _LONG:  # the library lets other threads run while it encodes a batch, and only then
-                ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
-            else:
-                ids = self.backend.encode(text, add_special_tokens=add_special).ids
+            if not parse_special:
+                given = self._all_quoted(given.text)
+            if given.marked is not None and (given.marked != given.text or self._normalized):
+                return self._encode_marked(given.text, given.marked, add_special)
+            return list(self._encoding(given.text, add_special).ids)
         except TypeError as error:  # what the library says of lone surrogates, and of what is no text
-            if not isinstance(text, str):
+            if not isinstance(given.text, str):
                 raise
             raise ValidationError("The text is not valid Unicode: it has a lone surrogate.", param="prompt") from error
         except Exception as error:  # the library raises plain Exception, as for a missing unknown token
@@ -120,7 +139,36 @@ class Tokenizer:
                 f"The tokenizer cannot encode this text: {error}.",
                 hint="Its tokenizer.json is damaged or of another model.",
             ) from error
-        return ids
+
+    def _encoding(self, text: str, add_special: bool, *, offsets: bool = False) -> tokenizers.Encoding:
+        if len(text) <= _LONG:
+            return self.backend.encode(text, add_special_tokens=add_special)
+        # The library lets other threads run while it encodes a batch, and only then.
+        batch = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
+        return batch([text], add_special_tokens=add_special)[0]
+
+    def _all_quoted(self, text: str) -> Rendering:
+        quoting = Quoting(Marks(self.spellings, ()), [text], "")
+        return Rendering(text, quoting.quoted(text)) if quoting.needed else Rendering(text, text)
+
+    def _encode_marked(self, text: str, marked: str, add_special: bool) -> list[int]:
+        """Token ids of a text, of which only those special tokens count that stand in `marked` too, as they are
+        spelled. One that begins or ends with a stand-in there was written by a person."""
+        if not self._normalized and all(text.count(one) == marked.count(one) for one in self.spellings):
+            return list(self._encoding(text, add_special).ids)
+        found = self._encoding(text, False, offsets=True)
+        spans, stray = [], False
+        for id, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            if id in self._plain.ids:
+                spelled = marked[start:stop]
+                if spelled == text[start:stop] and spelled.strip() == (self.backend.id_to_token(id) or "").strip():
+                    spans.append((start, stop, id))
+                else:
+                    stray = True
+        if not stray:
+            return list(self._encoding(text, add_special).ids)
+        breaks = [at for at, (one, other) in enumerate(zip(text, marked, strict=True)) if one != other]
+        return self._plain.encode(text, spans, breaks, add_special=add_special)
 
     def fewest(self, text: str) -> int:
         """A number of tokens that `text` has at least, told without encoding it; 0 where it cannot be told."""

@@ -80,13 +80,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     # ---- compiling and rendering
 
-    def compiled(self, source: str) -> jinja2.Template:
-        """Raises TemplateSyntaxError and TooMuch, and what Python's compiler raises for what it cannot compile."""
+    def compiled(self, source: str) -> tuple[jinja2.Template, frozenset[str]]:
+        """The template, and the texts that its code has. Raises TemplateSyntaxError and TooMuch, and what Python's
+        compiler raises for what it cannot compile."""
         if len(source) > SOURCE:
             raise TooMuch(f"it has {len(source):,} characters, more than {SOURCE:,}")
         tree = self.parse(source)
         _check_tree(tree)
-        return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None), None)
+        literals = frozenset(one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str))
+        return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None), None), literals
 
     def rendered(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
         """The template's text. Raises what the template raises, and TooMuch."""
@@ -261,7 +263,8 @@ class _Metered(CodeGenerator):
         super().visit_For(node, frame)
 
     def visit_ExprStmt(self, node: nodes.ExprStmt, frame: Frame) -> None:
-        self.writeline(f"budget.steps -= {node.node.args[0].value}")
+        [steps] = node.find_all(nodes.Const)  # what `visit_For` put there; there is no other statement of this kind
+        self.writeline(f"budget.steps -= {steps.value}")
         self.writeline("if budget.steps < 0: budget.exhausted()")
 
     def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
@@ -281,10 +284,10 @@ class _Metered(CodeGenerator):
 
     # ---- expressions
 
-    def visit_Call(self, node: nodes.Call, frame: Frame, **options: Any) -> None:
+    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
         if not isinstance(node.node, nodes.EnvironmentAttribute):
             with self._keeping(True):
-                super().visit_Call(node, frame, **options)
+                super().visit_Call(node, frame, forward_caller=forward_caller)
         elif node.node.name == "text":
             self.write("(out if (out := ")
             self.visit(node.args[0], frame)
@@ -359,7 +362,7 @@ class _Metered(CodeGenerator):
             super().visit_Dict(node, frame)
 
 
-def _asked(method: str, value: nodes.Expr) -> nodes.Call:
+def _asked(method: str, value: nodes.Node) -> nodes.Call:
     """An expression that `_Metered` writes as the budget's method of the value."""
     return nodes.Call(nodes.EnvironmentAttribute(method), [value], [], None, None)
 

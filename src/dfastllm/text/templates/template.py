@@ -20,8 +20,9 @@ _OWN = "Do not trust this checkpoint's template; put your own in chat_template.j
 
 class Template:
     """May be used by many threads. name: by which a person knows it. file: where a person put it in place of the
-    checkpoint's, None where it is the checkpoint's. Raises TokenizerError for a text that is no template, or one that
-    is too large or too deep to be compiled."""
+    checkpoint's, None where it is the checkpoint's. literals: the texts that its code has, not those that it writes as
+    they stand. Raises TokenizerError for a text that is no template, or one that is too large or too deep to be
+    compiled."""
 
     def __init__(self, name: str, source: str, file: Path | None = None) -> None:
         self.name = name
@@ -31,7 +32,7 @@ class Template:
         if file is not None:
             what, mend = f"of {file}", "Mend that file, or name none: the checkpoint has its own."
         try:
-            self._compiled = self._sandbox.compiled(source)
+            self._compiled, self.literals = self._sandbox.compiled(source)
         except jinja2.TemplateSyntaxError as error:
             why = f"does not parse: {error.message} at line {error.lineno}."
             raise TokenizerError(f"The chat template {what} {why}", hint=mend) from error
