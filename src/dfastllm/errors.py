@@ -17,6 +17,7 @@
     ├── ModelLoadError             500  a checkpoint that cannot be read
     │   ├── CheckpointError        500  missing, extra or mis-shaped tensors, corrupt files
     │   └── TokenizerError         500  missing, unreadable or wrong tokenizer
+    ├── StorageError               500  a file that cannot be written
     ├── GenerationError            500  the engine failed while serving a request
     ├── NotReadyError              503  still loading, or shutting down
     │   └── TooManyConnectionsError 503  no place for one more
@@ -47,6 +48,7 @@ __all__ = [
     "RateLimitError",
     "RequestNotFoundError",
     "SlowRequestError",
+    "StorageError",
     "TimeoutError",
     "TokenizerError",
     "TooManyConnectionsError",
@@ -157,6 +159,10 @@ class CheckpointError(ModelLoadError):
 
 class TokenizerError(ModelLoadError):
     code = "bad_tokenizer"
+
+
+class StorageError(DFastLLMError):
+    code = "cannot_write"
 
 
 class GenerationError(DFastLLMError):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +54,7 @@ def quantize(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     columns = (TextColumn("quantising"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[name]}"), console=console(stderr=True)) as bar:
+    with _ending_in_order(), Progress(*columns, TextColumn("{task.fields[name]}"), console=console(stderr=True)) as bar:
         task = bar.add_task("", total=None, name="")
 
         def progress(done: int, total: int, name: str = "") -> None:
@@ -81,6 +85,24 @@ def quantize(
             made = measure(source, out, made, per_task=report_samples)
     _print(made)
     typer.echo(out)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an error does, so that no part of a file is left."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print(report: Report) -> None:

@@ -35,6 +35,7 @@ from dfastllm.quant.calibrate import InputStatistics
 from dfastllm.quant.checkpoint import QuantConfig, plan, write
 from dfastllm.quant.formats import FORMATS, Format, find_format, quantise, require_divisible
 from dfastllm.quant.gptq import gptq
+from dfastllm.quant.partial import part_of, storing
 from dfastllm.quant.stream import Planned, SafetensorsWriter
 from dfastllm.text import Tokenizer
 from dfastllm.train.data import Example
@@ -103,7 +104,7 @@ def quantise_model(
     matrices) and the hidden states of the samples. Raises ValidationError when `out` has files and `force` is not
     given, or is the source; UnsupportedError for a mixture of experts, which nothing would serve, and for matrices that
     the format's groups do not divide (before anything is written); CheckpointError naming a tensor with NaN or
-    infinity; and as loading and calibrating do.
+    infinity; StorageError where the disk has no room; and as loading and calibrating do.
     """
     begun = time.monotonic()
     directory = Path(out)
@@ -223,13 +224,18 @@ def _examples(source: Source, options: Options) -> list[Example]:
 
 def _write_small_files(directory: Path, source: Source, options: Options) -> None:
     config = QuantConfig(options.format, options.head_format, options.calibration)
-    raw = {**source.config_json, "quantization_config": config.to_json()}
+    text = json.dumps({**source.config_json, "quantization_config": config.to_json()}, indent=2) + "\n"
     for file in source.files():
-        shutil.copyfile(file, directory / file.name)
+        with storing(directory / file.name, file.stat().st_size):
+            shutil.copyfile(file, directory / file.name)
     # Last: without a config.json a half-written directory is no model.
-    partial = directory / f".config.json.{os.getpid()}.part"
-    partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / "config.json")
+    final = directory / "config.json"
+    try:
+        with storing(final, len(text)):
+            part_of(final).write_text(text, encoding="utf-8")
+            os.replace(part_of(final), final)
+    finally:
+        part_of(final).unlink(missing_ok=True)
 
 
 def measure(model: str | Path, out: str | Path, report: Report, *, per_task: int, seed: int = 1) -> Report:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dfastllm.convert.samples import rows_of
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.decoder import Decoder
+from dfastllm.quant.partial import storing
 from dfastllm.train.data import Example
 from dfastllm.train.objectives import loss, short_attention
 
@@ -100,7 +101,9 @@ class Report:
 
     def write(self, directory: Path) -> Path:
         path = directory / REPORT_FILE
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        with storing(path, len(text)):
+            path.write_text(text, encoding="utf-8")
         return path
 
 

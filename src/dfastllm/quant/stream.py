@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dfastllm.errors import CheckpointError
+from dfastllm.errors import CheckpointError, StorageError
+from dfastllm.quant.partial import clear_left, part_of, require_space, storing
 
 __all__ = [
     "DTYPES",
@@ -97,7 +98,8 @@ class Planned:
 
 class SafetensorsWriter:
     """A context manager: `write` each planned tensor once, in any order. Leaving the block well puts the files (and an
-    index where there are several) in place; leaving it by an error removes what was written.
+    index where there are several) in place; leaving it by an error removes what was written. Raises StorageError where
+    the disk has no room for the plan, before anything is written, and when a file cannot be written.
 
     plan: names in the order that decides the shards, at most `shard_bytes` each unless one tensor alone is larger.
     """
@@ -111,15 +113,31 @@ class SafetensorsWriter:
         self._done = False
 
     def _temporary(self, shard: str) -> Path:
-        return self.directory / f".{shard}.{os.getpid()}.part"
+        return part_of(self.directory / shard)
 
     def __enter__(self) -> SafetensorsWriter:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for shard, names in self.shards.items():
-            header = self._header(shard, names)
-            with self._temporary(shard).open("wb") as file:
-                file.write(len(header).to_bytes(8, "little") + header)
+        with storing(self.directory, self.nbytes):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        clear_left(self.directory)
+        require_space(self.directory, self.nbytes)
+        try:
+            for shard, names in self.shards.items():
+                header = self._header(shard, names)
+                with storing(self.directory / shard, self.nbytes), self._temporary(shard).open("wb") as file:
+                    file.write(len(header).to_bytes(8, "little") + header)
+        except StorageError:
+            self._remove()
+            raise
         return self
+
+    def _remove(self) -> None:
+        for name in (*self.shards, INDEX_FILE):
+            self._temporary(name).unlink(missing_ok=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planned tensors."""
+        return sum(planned.nbytes for planned in self.plan.values())
 
     def _header(self, shard: str, names: list[str]) -> bytes:
         """Widest dtypes first, so that every tensor is aligned to its own."""
@@ -148,7 +166,7 @@ class SafetensorsWriter:
             raise CheckpointError(f"tensor {name!r} of {tensor.dtype} {list(tensor.shape)} is {state}.")
         shard, offset = self._offset[name]
         data = tensor.detach().to("cpu").contiguous().view(-1)
-        with self._temporary(shard).open("r+b") as file:
+        with storing(self.directory / shard, self.nbytes), self._temporary(shard).open("r+b") as file:
             file.seek(offset)
             if data.numel():
                 file.write(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -161,10 +179,10 @@ class SafetensorsWriter:
             if kind is None:
                 if self._left:
                     raise CheckpointError(f"{len(self._left)} planned tensors were not written: {min(self._left)}, ...")
-                self._place()
+                with storing(self.directory, self.nbytes):
+                    self._place()
         finally:
-            for shard in self.shards:
-                self._temporary(shard).unlink(missing_ok=True)
+            self._remove()
 
     def _place(self) -> None:
         index = self.directory / INDEX_FILE

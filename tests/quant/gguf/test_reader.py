@@ -17,7 +17,7 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dfastllm.errors import CheckpointError, DFastLLMError, ModelLoadError, ValidationError
+from dfastllm.errors import CheckpointError, DFastLLMError, ModelLoadError, StorageError, ValidationError
 from dfastllm.models import tiny
 from dfastllm.models.gguf import open_gguf, write_gguf
 from dfastllm.quant.gguf import GgufFile, Planned, to_float, to_qtensor, write_file
@@ -129,7 +129,7 @@ def test_metadata_that_cannot_be_written(value: Any, tmp_path: Path) -> None:
 def test_a_tensor_that_is_not_as_declared(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"has shape \[3\], declared \[4\]"):
         write_file(tmp_path / "m.gguf", {}, [Planned("a", (4,), "F32", lambda: torch.zeros(3))])
-    with pytest.raises(ModelLoadError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         write_file(tmp_path / "absent" / "m.gguf", {}, [])
 
 

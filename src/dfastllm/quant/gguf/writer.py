@@ -19,9 +19,10 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from dfastllm.errors import ModelLoadError, ValidationError
+from dfastllm.errors import ValidationError
 from dfastllm.quant.gguf.reader import ALIGNMENT, MAGIC
 from dfastllm.quant.gguf.types import BY_NAME, FILE_TYPES, GgmlType
+from dfastllm.quant.partial import clear_left, part_of, require_space, storing
 
 __all__ = ["Planned", "encode", "type_for", "write_file"]
 
@@ -80,7 +81,7 @@ def write_file(
 
     metadata values: bool, int (uint32, or int64 / uint64 where they do not fit), float (float32), str, list of str,
     numpy arrays. Raises ValidationError for other values and for weights that cannot be encoded (naming the tensor),
-    ModelLoadError when the file cannot be written.
+    StorageError when the file cannot be written, before anything is where the disk has no room for it.
     """
     planned = list(tensors)
     kinds = [BY_NAME[entry.type] for entry in planned]
@@ -88,9 +89,12 @@ def write_file(
         kind.row_bytes(entry.shape[-1]) * math.prod(entry.shape[:-1])
         for entry, kind in zip(planned, kinds, strict=True)
     ]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = part_of(path)
+    needed = sum(sizes)
+    clear_left(path.parent)
     try:
-        with temporary.open("wb") as file:
+        require_space(path.parent, needed)
+        with storing(path, needed), temporary.open("wb") as file:
             _write_header(file, metadata, planned, kinds, sizes)
             done, total = 0, sum(sizes)
             for entry, kind, size in zip(planned, kinds, sizes, strict=True):
@@ -99,9 +103,8 @@ def write_file(
                 done += size
                 if progress is not None:
                     progress(done, total)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ModelLoadError(f"{path} cannot be written: {error.strerror or error}.") from error
+        with storing(path, needed):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
