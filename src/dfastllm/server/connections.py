@@ -45,7 +45,8 @@ Reason = Literal["capacity", "files", "host", "malformed", "shutdown", "slow_rea
 
 LEAST_RATE = 8192  # bytes a second: a body that comes faster, and an answer that is read faster, has the time it takes
 MOST_HEAD = 65536  # bytes of a head
-LINGER = 2.0  # s that a client has to read the last answer while it still sends
+LINGER = 5.0  # s after its last byte that a client which still sends has to read the last answer
+LINGER_MOST = 30.0  # s that it has in all
 NEW = 1.0  # s in which a connection that has sent nothing is not the one that makes room for another
 QUIET = 60.0  # s between two log lines of one reason
 # What is done about a half-closed connection, in turns: whether something is written, and the seconds until the next.
@@ -217,7 +218,10 @@ class Connection(H11Protocol):
     # What a client may do to make room for others.
 
     def expendable(self, now: float) -> bool:
-        """Whether nothing is lost when this connection ends: it is idle, or has been sending a head for a while."""
+        """Whether nothing is lost when this connection ends: it is idle, or has been sending a head for a while, or was
+        answered for the last time."""
+        if self._deaf:
+            return not self.raw.is_closing() and now - self._began > NEW
         if self.transport.is_closing() or self._reading == "body":
             return False
         waits = self.cycle is None or self.cycle.response_complete
@@ -248,6 +252,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
+            self._bytes += len(data)
             return
         self._used = True
         self._bytes += len(data)
@@ -384,7 +389,15 @@ class Connection(H11Protocol):
         self.flow.resume_reading()
         with contextlib.suppress(OSError):  # gone already
             self.raw.write_eof()
-        self._clock = self._after(LINGER, self.raw.abort)
+        self._began, self._bytes = self.loop.time(), 0
+        self._clock = self._after(LINGER, self._check_leaving, 0)
+
+    def _check_leaving(self, before: int) -> None:
+        """End it unless it still sends, as one does that is in the middle of a large body."""
+        if self._bytes == before or self.loop.time() - self._began > LINGER_MOST:
+            self.raw.abort()
+        else:
+            self._clock = self._after(LINGER, self._check_leaving, self._bytes)
 
     def _probe(self, turn: int) -> None:
         """A client that shut its writing side either reads on or is gone, and only writing tells: its machine refuses
