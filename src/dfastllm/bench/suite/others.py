@@ -4,29 +4,24 @@ The suite itself never needs them; `python -m dfastllm.bench servers` measures t
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
-
 from dfastllm.bench.cpu.environment import PEERS, Environment
 from dfastllm.bench.suite.cells import NONE, Cell, Table, accuracy, named, number, text
-from dfastllm.bench.suite.launch import started_server
+from dfastllm.bench.suite.launch import Started, started_process, started_server
 from dfastllm.bench.suite.schema import Latency, Results
 from dfastllm.errors import GenerationError, ValidationError
 
-__all__ = ["MODEL", "OTHERS", "SERVERS", "OtherServer", "across_servers", "running_server"]
+__all__ = ["MODEL", "OTHERS", "SERVERS", "OtherServer", "across_servers", "other_server", "running_server"]
 
 MODEL = "demo-ar"
 OURS = "dfastllm"
-LOADING = 180.0  # s; transformers imports for some seconds
 
 TRANSFORMERS = Environment(
     "transformers",
@@ -38,14 +33,15 @@ TRANSFORMERS = Environment(
 
 @dataclass(frozen=True, slots=True)
 class OtherServer:
-    """command: (interpreter, model file or directory, port, threads) to arguments. ready: the path that answers 200."""
+    """command: (interpreter, model file or directory, port, threads) to arguments. ready: the path that answers 200.
+    variables: (interpreter, threads) to what is added to the environment."""
 
     name: str
     environment: Environment
     model: Callable[[Path], Path]
     command: Callable[[Path, Path, int, int], Sequence[str]]
     ready: str
-    variables: Mapping[str, str]
+    variables: Callable[[Path, int], Mapping[str, str]]
 
 
 def shipped(_: Path) -> Path:
@@ -83,11 +79,39 @@ def transformers_serve(python: Path, model: Path, port: int, threads: int) -> li
     return [*command, "--device", "cpu", "--log-level", "warning"]
 
 
+def vllm_serve(python: Path, model: Path, port: int, threads: int) -> list[str]:
+    del threads  # VLLM_CPU_OMP_THREADS_BIND
+    command = [str(python.parent / "vllm"), "serve", str(model), "--served-model-name", model.name]
+    command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "16"]
+    return [*command, "--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(port)]
+
+
+def vllm_variables(python: Path, threads: int) -> Mapping[str, str]:
+    """The cores that we use too: its own choice leaves one of them free for its front. Its documentation advises to
+    load Intel's OpenMP first."""
+    return {
+        "LD_PRELOAD": str(python.parent.parent / "lib" / "libiomp5.so"),
+        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def nothing(_: Path, __: int) -> Mapping[str, str]:
+    return {}
+
+
+def offline(_: Path, __: int) -> Mapping[str, str]:
+    return {"HF_HUB_OFFLINE": "1"}
+
+
 OTHERS: Mapping[str, OtherServer] = {
     server.name: server
     for server in (
-        OtherServer("llama-cpp-python", PEERS["llama.cpp"], as_gguf, llama_cpp_python, "/v1/models", {}),
-        OtherServer("transformers", TRANSFORMERS, shipped, transformers_serve, "/health", {"HF_HUB_OFFLINE": "1"}),
+        OtherServer("llama-cpp-python", PEERS["llama.cpp"], as_gguf, llama_cpp_python, "/v1/models", nothing),
+        OtherServer("transformers", TRANSFORMERS, shipped, transformers_serve, "/health", offline),
+        OtherServer("vllm", PEERS["vllm"], shipped, vllm_serve, "/health", vllm_variables),
     )
 }
 SERVERS = (OURS, *OTHERS)
@@ -100,60 +124,35 @@ def running_server(name: str, cache: Path, log: Path, threads: int) -> Iterator[
     up; its output is in `log`."""
     if name not in SERVERS:
         raise ValidationError(f"there is no server {name!r}; there are {', '.join(SERVERS)}.", param="only")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if name == OURS:
-            arguments = ["--model", MODEL, "--threads", str(threads)]
-            yield stack.enter_context(started_server(arguments, log))
-            return
-        server = OTHERS[name]
-        python = server.environment.ensure(cache).absolute()
-        model = server.model(cache.absolute())
-        port = _free_port()
-        process = subprocess.Popen(
-            server.command(python, model, port, threads),
-            cwd=model.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=stack.enter_context(log.open("wb")),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), **server.variables},
-            start_new_session=True,
-        )
-        stack.callback(_stop, process)
-        url = f"http://127.0.0.1:{port}"
-        _wait(process, url + server.ready, log)
-        yield url
+    if name == OURS:
+        with started_server(["--model", MODEL, "--threads", str(threads)], log) as started:
+            yield started.url
+        return
+    with other_server(OTHERS[name], OTHERS[name].model(cache.absolute()), cache, log, threads) as started:
+        yield started.url
+
+
+@contextmanager
+def other_server(server: OtherServer, model: Path, cache: Path, log: Path, threads: int) -> Iterator[Started]:
+    """Start a server of others on a free port with any model that it reads, called by the name of its file or
+    directory. Raises GenerationError when it does not come up; its output is in `log`."""
+    python = server.environment.ensure(cache).absolute()
+    port = _free_port()
+    with started_process(
+        server.command(python, model, port, threads),
+        log,
+        environment={"OMP_NUM_THREADS": str(threads), **server.variables(python, threads)},
+        folder=model.parent,
+        url=f"http://127.0.0.1:{port}",
+        ready=server.ready,
+    ) as started:
+        yield started
 
 
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + LOADING
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            tail = log.read_bytes()[-500:].decode(errors="replace").strip()
-            raise GenerationError(f"The server ended with code {process.returncode}; {log} ends with: {tail}")
-        try:
-            if httpx2.get(url, timeout=2.0, trust_env=False).status_code == 200:
-                return
-        except httpx2.HTTPError:
-            pass  # not listening yet
-        time.sleep(0.2)
-    raise GenerationError(f"The server is not ready after {LOADING:g} s; see {log}.")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def across_servers(found: Mapping[str, Results]) -> Table:
@@ -182,5 +181,5 @@ def across_servers(found: Mapping[str, Results]) -> Table:
             )
         )
     columns = named("Server", "Tok/s|TTFT p50, ms|TPOT p50, ms|E2E p50, ms|Accuracy|Errors")
-    line = "One after the other, each as its user meets it; ours and transformers in bfloat16, llama.cpp in Q8_0."
+    line = "One after the other, each as its user meets it; ours, transformers and vLLM in bfloat16, llama.cpp in Q8_0."
     return Table("servers_compared", "The same model under several servers", columns, tuple(rows), (line,))
