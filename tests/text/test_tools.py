@@ -359,6 +359,10 @@ def test_other_names_than_the_tools() -> None:
     assert parse_tool_calls(bare).tool_calls == (ToolCall("g", "{}"),)
 
 
+def test_every_form_is_written_by_these_tests() -> None:
+    assert {form.name for form, _ in WRITERS.values()} == {form.name for form in FORMS}
+
+
 def test_forms_that_were_not_asked_for_stay_text() -> None:
     for form, (own, write) in WRITERS.items():
         text = write([("f", {"k": 1})])

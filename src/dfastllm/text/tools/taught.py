@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dfastllm.errors import DFastLLMError, UnsupportedError
-from dfastllm.text.tools.events import ToolCall
+from dfastllm.text.tools.events import ParsedMessage, ToolCall
 from dfastllm.text.tools.forms import FORMS, UNREAD, CallForm
 from dfastllm.text.tools.parser import ToolCallParser, parse_tool_calls
 
@@ -99,6 +99,10 @@ class CallReading:
     def parser(self) -> ToolCallParser:
         """A parser of one answer."""
         return ToolCallParser(self.taught.forms, self.names, strict=self.taught.strict)
+
+    def parse(self, text: str) -> ParsedMessage:
+        """Content and calls of a whole answer."""
+        return parse_tool_calls(text, self.taught.forms, self.names, strict=self.taught.strict)
 
     def fits(self, call: ToolCall) -> bool:
         """The call is complete and names one of the request's tools."""
