@@ -30,7 +30,7 @@ _TOOL = {"type": "function", "function": {"name": "zqvtool", "description": "", 
 @dataclass(frozen=True, slots=True)
 class Form:
     """parts         roles whose content is a list of {"type": "text", "text": ...} rather than a text.
-    empty         content of an assistant's message that only calls: "", None, [] or ABSENT.
+    empty         content of an assistant's message that only calls: "", None, a list or ABSENT.
     arguments     of a call are an "object" or its JSON "text".
     system        there is a system's turn; where there is none, the first user's turn begins with its text.
     bare          the template adds nothing to what a user says: the message is the whole prompt, markup included.
@@ -104,7 +104,9 @@ class _Probe:
 
     def _calls(self, user: Message) -> tuple[Any, str]:
         """What stands for no content beside a call, and the form of the call's arguments."""
-        empties: tuple[Any, ...] = ([], None, "", ABSENT) if "assistant" in self._parts else ("", None, ABSENT)
+        empties: tuple[Any, ...] = ("", None, ABSENT)
+        if "assistant" in self._parts:
+            empties = ([{"type": "text", "text": ""}], [], *empties)
         for arguments in ("object", "text"):
             for empty in empties:
                 text = self._shows([user, _called(empty, arguments), user], [_NAME, _KEY, _VALUE], [_TOOL])
