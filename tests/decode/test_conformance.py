@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dfastllm.core import Commit, DecodeParams, Request, SequenceState, Span, SpeculativeParams
-from dfastllm.decode.canvas.layout import KEEPS, caches_of
+from dfastllm.decode.canvas.choice import KEEPS, caches_of
 from dfastllm.decode.registry import CACHES, POLICIES, RULES, policies, policy_for
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.rows import DenseRows
@@ -41,8 +41,8 @@ class FakeScorer:
 MODELS: dict[str, Callable[[], Any]] = {
     "ar": lambda: FakeModel(info("ar"), sharp=3),
     "diffusion": lambda: FakeModel(info("diffusion", edit=True), sharp=5),
-    "shifted": lambda: FakeModel(info("diffusion", shift=1), sharp=5),
-    "block": lambda: FakeModel(info("block", edit=True, block=8), sharp=5),
+    "shifted": lambda: FakeModel(info("diffusion", shift=1, confidence="filtered"), sharp=5),
+    "block": lambda: FakeModel(info("block", edit=True, block=8, confidence="drawn"), sharp=5),
     "block-shifted": lambda: FakeModel(info("block", shift=1, ar_first=True, block=8), sharp=5),
     "self": lambda: FakeModel(info("ar", mask_id=36, causal=True, shift=1), sharp=2),
     "llama": lambda: tiny("llama"),

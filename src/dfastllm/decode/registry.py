@@ -8,9 +8,9 @@ from functools import cache
 from dfastllm.core import ModelInfo, Request
 from dfastllm.decode.ar import Autoregressive
 from dfastllm.decode.canvas.block import BlockDiffusion
+from dfastllm.decode.canvas.choice import CACHES
 from dfastllm.decode.canvas.diffusion import MaskedDiffusion
 from dfastllm.decode.canvas.evidence import Scorer
-from dfastllm.decode.canvas.layout import CACHES
 from dfastllm.decode.canvas.rules import RULES
 from dfastllm.decode.draft.self_draft import SelfSpeculation
 from dfastllm.decode.policy import Policy

@@ -29,9 +29,10 @@ from typing import Any
 
 from dfastllm.core import Branch, Commit, DecodeParams, ModelInfo, Request, SequenceState, Span, Store, Tier
 from dfastllm.decode.canvas.candidates import Active, active_rows, watching
+from dfastllm.decode.canvas.choice import caches_of
 from dfastllm.decode.canvas.denoise import Decision, settle, span_rows
 from dfastllm.decode.canvas.evidence import Scorer
-from dfastllm.decode.canvas.layout import CanvasState, Passes, caches_of, canvas_bound, compile_canvas
+from dfastllm.decode.canvas.layout import CanvasState, Passes, canvas_bound, compile_canvas
 from dfastllm.decode.canvas.lookahead import absorb, chain, within
 from dfastllm.decode.canvas.rules import RULES
 from dfastllm.decode.policy import Compiled
