@@ -569,7 +569,13 @@ class SpeculativeParams:
 
     def _relate(self) -> None:
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
-        if high < low:
+        if high >= low:
+            return
+        if "prompt_lookup_min" not in self.given:  # a default gives way to what was asked for
+            object.__setattr__(self, "prompt_lookup_min", high)
+        elif "prompt_lookup_max" not in self.given:
+            object.__setattr__(self, "prompt_lookup_max", low)
+        else:
             raise ValidationError(
                 f"prompt_lookup_max must be at least prompt_lookup_min {low}, got {high}.", param="prompt_lookup_max"
             )

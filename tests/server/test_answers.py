@@ -176,3 +176,82 @@ def test_canvas_events_of_every_kind_are_of_the_declared_types() -> None:
             {"position": 4, "token_id": 68, "text": byte_tokenizer().decode([68])},
         ],
     }
+
+
+@pytest.mark.parametrize("model", ["causal", "canvas", "blocks"])
+@pytest.mark.parametrize("path", BODIES)
+def test_end_tokens_that_are_kept_count_in_every_kind_of_model(live: Live, path: str, model: str) -> None:
+    """An answer of nothing but end tokens, none of which is shown; as many as were asked for, in usage and figures."""
+    eos = byte_tokenizer().eos_id
+    body = {**BODIES[path], "model": model, "allowed_token_ids": [eos], "ignore_eos": True, "return_token_ids": True}
+    answer = post(live, path, **body, max_tokens=13)
+    for choice in answer["choices"]:
+        assert choice["token_ids"] == [eos] * 13
+        assert choice["finish_reason"] == "length"
+        assert (choice["message"]["content"] if "message" in choice else choice["text"]) == ""
+    assert answer["usage"]["completion_tokens"] == 26
+    assert answer["dfastllm"]["tokens_per_forward"] == 26 / answer["dfastllm"]["nfe"]
+    stream = {"stream_options": {"include_usage": True}}
+    *chunks, last = map(json.loads, lines(live, path, **body, **stream, max_tokens=13))
+    assert last["usage"] == answer["usage"]
+    assert sum(len(choice.get("token_ids", [])) for chunk in chunks for choice in chunk["choices"]) == 26
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("model", ["causal", "canvas", "blocks", "parrot"])
+def test_a_stream_begins_with_its_first_token(live: Live, parrot: Parrot, path: str, model: str) -> None:
+    """Also with one that shows nothing, and never before it: each choice by itself, and what a canvas did first is told
+    without a choice."""
+    body = {**BODIES[path], "model": model, "return_token_ids": True}
+    teach(parrot, "<|mask|><|mask|>abc")
+    if "prompt" in body:
+        body["prompt"] = ["one", "two"]
+        parrot.begin = 3
+    if model != "parrot":
+        body |= {"allowed_token_ids": [byte_tokenizer().eos_id], "ignore_eos": True}
+    body["stream_options"] = {"canvas_events": model in ("canvas", "blocks")}
+    chunks = [json.loads(line) for line in lines(live, path, **body, max_tokens=16)]
+    for index in (0, 1):
+        own = [c for c in chunks for choice in c["choices"] if choice["index"] == index]
+        first = own[0]["choices"][0]
+        if "delta" in first:
+            assert first["delta"] == {"role": "assistant", "content": ""}
+            first = own[1]["choices"][0]  # at once with it
+            assert chunks.index(own[1]) == chunks.index(own[0]) + 1
+            assert "delta" not in first or "role" not in first["delta"]
+        assert first["token_ids"]
+    del body["return_token_ids"]
+    plain = [json.loads(line) for line in lines(live, path, **body, max_tokens=16)]
+    shown = [[c for c in plain if c["choices"] and c["choices"][0]["index"] == index] for index in (0, 1)]
+    for own in shown:
+        assert len(own) >= 2  # what opens it, and its end
+        assert own[0]["choices"][0]["finish_reason"] is None
+        text = own[0]["choices"][0].get("text", own[0]["choices"][0].get("delta", {}).get("content"))
+        assert text == ""
+
+
+def test_offsets_are_of_the_text_that_is_shown(live: Live, parrot: Parrot) -> None:
+    """Halves of characters and tokens that are not shown; whole, streamed, and after an echo."""
+    parrot.teach(2, "x<|mask|>é🦊y")
+    body = {"model": "parrot", "prompt": "ab", "max_tokens": 20, "logprobs": 0, "return_token_ids": True}
+    (choice,) = post(live, "/v1/completions", **body)["choices"]
+    assert choice["text"] == "xé🦊y"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert choice["logprobs"]["tokens"][:3] == ["x", "<|mask|>", "bytes:\\xc3"]
+    chunks = [json.loads(line) for line in lines(live, "/v1/completions", **body)]
+    records = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert [at for record in records for at in record["text_offset"]] == choice["logprobs"]["text_offset"]
+    (choice,) = post(live, "/v1/completions", **body, skip_special_tokens=False)["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 9, 9, 10, 10, 10, 10, 11]
+
+
+def test_a_stop_string_is_found_in_what_was_generated(live: Live, parrot: Parrot) -> None:
+    teach(parrot, "ab<|mask|>cd")
+    body = {"model": "parrot", "messages": [U], "max_tokens": 20}
+    for stop, text, reason in (("b<|mask|>c", "a", "stop"), ("bc", "abcd", "stop"), ("<|mask|>", "ab", "stop")):
+        (choice,) = post(live, "/v1/chat/completions", **body, stop=stop)["choices"]
+        assert choice["message"]["content"] == text
+        assert choice["finish_reason"] == reason
+        assert choice["stop_reason"] == (byte_tokenizer().eos_id if stop == "bc" else stop)
+    (choice,) = post(live, "/v1/chat/completions", **body, stop="<|mask|>", include_stop_str_in_output=True)["choices"]
+    assert choice["message"]["content"] == "ab<|mask|>"

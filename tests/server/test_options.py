@@ -56,6 +56,11 @@ def decode(kind: Any = "diffusion", **fields: Any) -> DecodeParams:
         ({"use_dual_cache": False}, "prefix"),
         ({"use_cache": False}, "none"),
         ({"use_cache": False, "use_dual_cache": False}, "none"),
+        ({"use_cache": False, "use_dual_cache": True}, "none"),  # true is the default: it asks for nothing
+        ({"cache": "none", "use_cache": True}, "none"),
+        ({"cache": "none", "use_cache": False, "use_dual_cache": True}, "none"),
+        ({"cache": "dual", "use_cache": True, "use_dual_cache": True}, "dual"),
+        ({"cache": "prefix", "use_dual_cache": False}, "prefix"),
         ({"cache": "windowed"}, "windowed"),
         ({"mode": "standard", "use_cache": True}, "dual"),
         ({"mode": "turbo", "use_dual_cache": False}, "prefix"),
@@ -68,8 +73,8 @@ def test_the_cache_follows_from_the_switches(fields: dict[str, Any], cache: str 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"use_cache": False, "use_dual_cache": True}, "use_dual_cache"),
-        ({"use_cache": True, "cache": "dual"}, "cache"),
+        ({"use_cache": False, "cache": "dual"}, "cache"),
+        ({"use_dual_cache": False, "cache": "dual"}, "cache"),
         ({"threshold": 1.5}, "threshold"),
         ({"factor": 0.0}, "factor"),
         ({"block_length": 0}, "block_length"),

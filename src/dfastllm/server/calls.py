@@ -46,8 +46,9 @@ class Call(ABC, Generic[Body]):
         """The answer when all of it is there."""
 
     @abstractmethod
-    def opening(self) -> Iterable[str]:
-        """Chunks that precede the first event."""
+    def opening(self, index: int) -> Iterable[str]:
+        """Chunks that tell of the first token of engine request `index`, before what it brings. Not one comes earlier:
+        clients take their time to first token from it."""
 
     @abstractmethod
     def deltas(self, index: int, event: StepEvent) -> Iterable[str]:
@@ -89,15 +90,18 @@ class Call(ABC, Generic[Body]):
     async def _chunks(self, events: Events) -> AsyncGenerator[str]:
         with_canvas = self.body.streams("canvas_events")
         steps = [0] * len(self.job.requests)
+        begun: set[int] = set()
         usages: dict[int, Usage] = {}
         async with aclosing(events):
-            for text in self.opening():
-                yield text
             async for index, event in events:
                 if event.canvas is not None and with_canvas:
                     steps[index] += 1
                     shown = canvas_chunk(self.model.tokenizer, index, steps[index], event.canvas)
                     yield self._dump([], {"canvas": shown, **self._null_usage})
+                if index not in begun and (event.token_ids or event.finish is not None):
+                    begun.add(index)
+                    for text in self.opening(index):
+                        yield text
                 for text in self.deltas(index, event):
                     yield text
                 if event.finish is not None:

@@ -30,7 +30,7 @@ from dfastllm.server.replies import (
 from dfastllm.server.schemas import ChatRequest, Tool
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.tokens import chat_logprobs
-from dfastllm.text import CallBegin, CallReading, CallText, Piece, ToolCall, taught
+from dfastllm.text import CallBegin, CallReading, CallText, Piece, ToolCall, call_reading
 
 __all__ = ["chat_completions"]
 
@@ -52,7 +52,7 @@ async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
 
 def _reading(model: ServedModel, tools: Sequence[Tool]) -> CallReading:
     """How calls of these tools are read. Raises UnsupportedError where the template teaches no form that is read."""
-    return taught(model.tokenizer.templates).reading({tool.function.name for tool in tools})
+    return call_reading(model.tokenizer, {tool.function.name for tool in tools})
 
 
 class _Call(Call[ChatRequest]):
@@ -85,9 +85,8 @@ class _Call(Call[ChatRequest]):
             rest["prompt_token_ids"] = list(self.job.requests[0].prompt)
         return ChatCompletion(**self.named, choices=choices, **self.took([result.usage for result in ended]), **rest)
 
-    def opening(self) -> Iterator[str]:
-        for answer in self.answers:
-            yield self._delta(answer, Delta(role="assistant", content=""))
+    def opening(self, index: int) -> Iterator[str]:
+        yield self._delta(self.answers[index], Delta(role="assistant", content=""))
 
     def deltas(self, index: int, event: StepEvent) -> Iterator[str]:
         answer = self.answers[index]

@@ -134,17 +134,19 @@ def _token(key: str) -> int:
 
 def _cache(body: GenerationRequest, model: ServedModel) -> str | None:
     """The cache strategy that the switches ask for, or `cache` by name; None: they ask for nothing. What a model has
-    anyway may be asked for: an autoregressive one keeps K,V, a block-diffusion one exact K,V of its finished blocks."""
+    anyway may be asked for: an autoregressive one keeps K,V, a block-diffusion one exact K,V of its finished blocks. A
+    switch that is true says no more than its default does, so it stands against nothing."""
     kept, dual = (getattr(body, name, None) for name in SWITCHES)
-    name = getattr(body, "cache", None)
-    if kept is None and dual is None:
+    name: str | None = getattr(body, "cache", None)
+    for switch, off, against in (
+        (SWITCHES[0], kept is False, name != "none"),
+        (SWITCHES[1], dual is False, name == "dual"),
+    ):
+        if name is not None and off and against:
+            raise ValidationError(f"cache is {name!r}, but {switch} is false; send one of them.", param="cache")
+    if name is not None or (kept is None and dual is None):
         return name
-    switch = SWITCHES[0] if kept is not None else SWITCHES[1]
-    if name is not None:
-        raise ValidationError(f"cache and {switch} are two forms of one option; send one.", param="cache")
     if kept is False:
-        if dual:
-            raise ValidationError("use_dual_cache needs use_cache.", param="use_dual_cache")
         return "none"
     if model.info.kind == "diffusion":
         return "dual" if dual is not False else "prefix"

@@ -53,21 +53,18 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def completion_logprobs(tokenizer: Tokenizer, records: Sequence[TokenLogprob], offset: int) -> CompletionLogprobs:
-    """`offset`: characters before the first of these tokens."""
-    tokens = [token_text(tokenizer, record.token) for record in records]
-    offsets = []
-    for text in tokens:
-        offsets.append(offset)
-        offset += len(text)
+def completion_logprobs(
+    tokenizer: Tokenizer, records: Sequence[TokenLogprob], offsets: Sequence[int]
+) -> CompletionLogprobs:
+    """offsets: where each of these tokens begins in the text of the answer."""
     top = [{token_text(tokenizer, t): p for t, p in reversed(record.top)} for record in records]  # the best wins a tie
     return CompletionLogprobs(
-        tokens=tokens,
+        tokens=[token_text(tokenizer, record.token) for record in records],
         token_logprobs=[record.logprob for record in records],
         top_logprobs=[dict(sorted(row.items(), key=lambda item: -item[1])) for row in top]
         if any(top) or not top
         else None,
-        text_offset=offsets,
+        text_offset=list(offsets),
     )
 
 

@@ -17,6 +17,7 @@ from dfastllm.text.tools import (
     Piece,
     ToolCall,
     ToolCallParser,
+    call_reading,
     parse_tool_calls,
     taught,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Tokenizer",
     "ToolCall",
     "ToolCallParser",
+    "call_reading",
     "chat_prompt",
     "parse_tool_calls",
     "read_text",
