@@ -25,7 +25,7 @@ from dfastllm.errors import GenerationError
 
 __all__ = ["Launched", "Started", "launched", "serve_command", "started_process", "started_server"]
 
-LOADING = 300.0  # s until it must be ready
+LOADING = 600.0  # s until it must be ready: a peer may compile first
 STOPPING = 15.0
 LISTENING = re.compile(r"listening on (http://\S+)")
 
