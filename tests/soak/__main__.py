@@ -61,7 +61,7 @@ def table(result: Result) -> Iterator[str]:
     ]
     for name, text in rows:
         yield from _wrapped(name, text)
-    for kind in (found.differ, found.lost, found.failed, result.at_fault):
+    for kind in (found.differ, found.lost, found.failed, result.at_fault, result.slow):
         yield from (f"! {text}" for text in kind[:SHOWN])
     faults = result.faults()
     yield "bad: " + "; ".join(faults) if faults else "good"

@@ -14,7 +14,8 @@ from tests.soak.wire import Wire, request
 __all__ = ["ATTACKS", "DEADLINE", "Address"]
 
 Address = tuple[str, int]
-DEADLINE = 3  # s: the server's deadlines in a soak
+Tell = Callable[[str], None]
+DEADLINE = 2  # s: the server's deadlines in a soak
 SLACK = 12.0  # s more that a loaded machine may take to end what is overdue
 LARGEST = 8 << 20  # bytes: the server's limit of a body
 
@@ -56,7 +57,7 @@ def _status(found: bytes) -> int:
     return int(first[1]) if len(first) > 1 and first[1].isdigit() else 0
 
 
-async def malformed(address: Address, rng: random.Random, _: int) -> str | None:
+async def malformed(address: Address, rng: random.Random, _: int, __: Tell) -> str | None:
     """No HTTP, or HTTP that can be read in two ways: refused, and the connection ended."""
     async with Wire.open(address) as wire:
         await wire.send(rng.choice(MALFORMED))
@@ -64,16 +65,17 @@ async def malformed(address: Address, rng: random.Random, _: int) -> str | None:
     return None if _status(found) in (400, 421, 431, 501, 505) else _say(found, "a refusal")
 
 
-async def wrong_body(address: Address, rng: random.Random, _: int) -> str | None:
+async def wrong_body(address: Address, rng: random.Random, _: int, __: Tell) -> str | None:
     async with Wire.open(address) as wire:
         await wire.send(request("POST", "/v1/chat/completions", rng.choice(BODIES)))
         found = await asyncio.wait_for(wire.closed(), DEADLINE + SLACK)
     return None if _status(found) in (400, 404, 413) else _say(found, "a refusal")
 
 
-async def oversized(address: Address, rng: random.Random, _: int) -> str | None:
+async def oversized(address: Address, rng: random.Random, _: int, tell: Tell) -> str | None:
     """More than the server takes: declared, or only sent."""
     declared = rng.random() < 0.5
+    tell("an oversized body")
     async with Wire.open(address) as wire:
         framing = b"Content-Length: %d\r\n\r\n" % (10 * LARGEST) if declared else b"Transfer-Encoding: chunked\r\n\r\n"
         with contextlib.suppress(ConnectionError):
@@ -84,9 +86,10 @@ async def oversized(address: Address, rng: random.Random, _: int) -> str | None:
     return None if _status(found) == 413 else _say(found, "413")
 
 
-async def bomb(address: Address, rng: random.Random, size: int) -> str | None:
+async def bomb(address: Address, rng: random.Random, size: int, tell: Tell) -> str | None:
     """A body that costs the server more than its sender."""
     chosen = rng.choice(BOMBS)
+    tell(f"the bomb '{chosen.name}'")
     async with Wire.open(address) as wire:
         with contextlib.suppress(ConnectionError):
             body = await asyncio.to_thread(chosen.body, size, rng.choice(MODELS))  # it takes a while
@@ -96,7 +99,7 @@ async def bomb(address: Address, rng: random.Random, size: int) -> str | None:
     return None if good else f"{chosen.name}: {_say(found, str(chosen.statuses))}"
 
 
-async def slow(address: Address, rng: random.Random, _: int) -> str | None:
+async def slow(address: Address, rng: random.Random, _: int, __: Tell) -> str | None:
     """Half a head, half a body, or nothing, and then a byte now and then."""
     begun = rng.choice((b"", b"GET /hea", POST, POST + b"Content-Length: 900\r\n\r\n{"))
     began = asyncio.get_running_loop().time()
@@ -116,8 +119,9 @@ async def slow(address: Address, rng: random.Random, _: int) -> str | None:
     return None  # ended while it was written to
 
 
-async def reads_nothing(address: Address, rng: random.Random, _: int) -> str | None:
+async def reads_nothing(address: Address, rng: random.Random, _: int, tell: Tell) -> str | None:
     """Asks for more than two kernels take for it."""
+    tell("a slow reader")
     async with Wire.open(address) as wire:
         with contextlib.suppress(ConnectionError):
             await wire.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
@@ -130,7 +134,8 @@ async def reads_nothing(address: Address, rng: random.Random, _: int) -> str | N
     return "held for ever"
 
 
-Attack = Callable[[Address, random.Random, int], Awaitable[str | None]]
+# What an attack is given: the server, its draws, the bytes of a large body, and whom it tells what it does.
+Attack = Callable[[Address, random.Random, int, Tell], Awaitable[str | None]]
 # name -> (what is done, seconds between two of them)
 ATTACKS: Mapping[str, tuple[Attack, float]] = {
     "malformed requests": (malformed, 0.3),

@@ -8,8 +8,9 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,13 +51,13 @@ class Result:
     at_fault: list[str]
     health: list[float]
     unanswered: int  # probes without a 200
+    slow: list[str]  # of the probes beyond HEALTH: how long, and what the attackers were doing
     before: Held
     after: Held
     preemptions: float
     seconds: float
     plan: Plan
     log_bytes: int = 0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def health_bound(self) -> float:
@@ -89,7 +90,11 @@ def soak(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Result:
     with TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with soaked_server(plan.threads, log) as server:
-            result = asyncio.run(_soak(plan, server, say))
+            try:
+                result = asyncio.run(_soak(plan, server, say))
+            except Exception as error:
+                error.add_note(f"the server's log ends with:\n{log.read_text(errors='replace')[-3000:]}")
+                raise
         result.log_bytes = log.stat().st_size
         return result
 
@@ -101,14 +106,15 @@ async def _soak(plan: Plan, server: SoakedServer, say: Callable[[str], None]) ->
     references = [await alone(server.address, question) for question in questions]
     say(f"warm-up: {plan.warm:g} s")
     clients = Clients(server.address, questions, references, rng)
-    await _traffic(plan, server, clients, plan.warm, rng)
+    await _traffic(plan, server, clients, plan.warm, rng, {})
     before = await _drained(server)
     warm, preempted = clients.found, server.count("num_preemptions_total")
     clients.found = Found()
     say(f"soak: {plan.seconds:g} s")
     began = time.monotonic()
-    async with _probed(server) as (health, unanswered):
-        attacks, at_fault = await _traffic(plan, server, clients, plan.seconds, rng)
+    doing: dict[str, str] = {}
+    async with _probed(server, doing) as (health, slow, unanswered):
+        attacks, at_fault = await _traffic(plan, server, clients, plan.seconds, rng, doing)
     seconds = time.monotonic() - began
     after = await _drained(server)
     for name in ("differ", "lost", "failed"):  # of the warm-up too
@@ -119,6 +125,7 @@ async def _soak(plan: Plan, server: SoakedServer, say: Callable[[str], None]) ->
         at_fault=at_fault,
         health=health,
         unanswered=unanswered[0],
+        slow=slow,
         before=before,
         after=after,
         preemptions=server.count("num_preemptions_total") - preempted,
@@ -128,9 +135,15 @@ async def _soak(plan: Plan, server: SoakedServer, say: Callable[[str], None]) ->
 
 
 async def _traffic(
-    plan: Plan, server: SoakedServer, clients: Clients, seconds: float, rng: random.Random
+    plan: Plan,
+    server: SoakedServer,
+    clients: Clients,
+    seconds: float,
+    rng: random.Random,
+    doing: dict[str, str],
 ) -> tuple[Counter[str], list[str]]:
-    """Clients and attackers for so long, then the answers that they still wait for."""
+    """Clients and attackers for so long, then the answers that they still wait for. doing: what each attacker does now,
+    kept by them."""
     done: Counter[str] = Counter()
     at_fault: list[str] = []
 
@@ -138,9 +151,11 @@ async def _traffic(
         attack, pause = ATTACKS[name]
         while not clients.over:
             try:
-                wrong = await attack(server.address, rng, plan.bomb)
+                wrong = await attack(server.address, rng, plan.bomb, partial(doing.__setitem__, name))
             except (TimeoutError, ConnectionError) as error:
                 wrong = f"{error!r}"
+            finally:
+                doing.pop(name, None)
             done[name] += 1
             if wrong is not None:
                 at_fault.append(f"{name}: {wrong}")
@@ -168,9 +183,13 @@ async def _drained(server: SoakedServer) -> Held:
 
 
 @contextlib.asynccontextmanager
-async def _probed(server: SoakedServer) -> AsyncIterator[tuple[list[float], list[int]]]:
-    """Seconds of each /health while the block runs, and how many did not answer 200 (one number)."""
+async def _probed(
+    server: SoakedServer, doing: Mapping[str, str]
+) -> AsyncIterator[tuple[list[float], list[str], list[int]]]:
+    """Seconds of each /health while the block runs, the slow ones in words, and how many did not answer 200 (one
+    number)."""
     health: list[float] = []
+    slow: list[str] = []
     unanswered = [0]
     words = ("-m", "tests.soak.probe", server.address[0], str(server.address[1]))
     pipe = asyncio.subprocess.PIPE
@@ -182,11 +201,13 @@ async def _probed(server: SoakedServer) -> AsyncIterator[tuple[list[float], list
         async for line in output:
             seconds, status = line.split()
             health.append(float(seconds))
+            if health[-1] > HEALTH:
+                slow.append(f"{health[-1] * 1000:.0f} ms beside {', '.join(doing.values()) or 'traffic alone'}")
             unanswered[0] += status != b"200"
 
     reading = asyncio.create_task(read())
     try:
-        yield health, unanswered
+        yield health, slow, unanswered
     finally:
         assert process.stdin is not None
         process.stdin.close()
