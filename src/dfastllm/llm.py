@@ -49,7 +49,7 @@ from dfastllm.errors import (
 )
 from dfastllm.models import load
 from dfastllm.settings import Settings
-from dfastllm.text import CallReading, ChatTemplates, ParsedMessage, Tokenizer, chat_prompt, read_text, taught
+from dfastllm.text import CallReading, ChatTemplates, ParsedMessage, Tokenizer, call_reading, chat_prompt, read_text
 
 __all__ = [
     "LLM",
@@ -487,7 +487,7 @@ class LLM:
         return self._reading(tools).parse(text)
 
     def _reading(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
-        return taught(self.tokenizer.templates).reading({str(tool.get("function", tool).get("name")) for tool in tools})
+        return call_reading(self.tokenizer, {str(tool.get("function", tool).get("name")) for tool in tools})
 
 
 def collect(stream: Iterable[StepEvent], index: int = 0) -> Completion:

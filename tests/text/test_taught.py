@@ -9,7 +9,7 @@ import pytest
 
 from dfastllm import llm
 from dfastllm.errors import UnsupportedError
-from dfastllm.text import ChatTemplates, Tokenizer, taught
+from dfastllm.text import ChatTemplates, Tokenizer, call_reading, taught
 from dfastllm.text.tools import FORMS, Taught
 from tests.kit.served import SPECIAL, byte_tokenizer
 
@@ -109,6 +109,14 @@ def test_the_demo_models_teach_hermes(name: str) -> None:
     found = taught(Tokenizer.load(llm.SHIPPED / name).templates)
     assert [form.name for form in found.forms] == ["Hermes"]
     assert not found.strict
+
+
+def test_a_template_that_says_nothing_leaves_it_to_the_vocabulary() -> None:
+    silent = HEAD + TAIL
+    assert call_reading(byte_tokenizer(silent), {"f"}).taught.forms == FORMS
+    with pytest.raises(UnsupportedError, match="LFM2"):
+        call_reading(byte_tokenizer(silent, special=("<|tool_call_start|>",)), {"f"})
+    assert call_reading(byte_tokenizer(HERMES, special=("<|tool_call_start|>",)), {"f"}).taught.forms == FORMS[:1]
 
 
 def talk(*ids: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Nothing here runs a tool or knows a tool's schema.
 from dfastllm.text.tools.events import CallBegin, CallText, ParsedMessage, Piece, ToolCall
 from dfastllm.text.tools.forms import FORMS, CallForm
 from dfastllm.text.tools.parser import ToolCallParser, parse_tool_calls
-from dfastllm.text.tools.taught import CallReading, Taught, taught
+from dfastllm.text.tools.taught import CallReading, Taught, call_reading, taught
 
 __all__ = [
     "FORMS",
@@ -19,6 +19,7 @@ __all__ = [
     "Taught",
     "ToolCall",
     "ToolCallParser",
+    "call_reading",
     "parse_tool_calls",
     "taught",
 ]

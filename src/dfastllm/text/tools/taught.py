@@ -29,7 +29,7 @@ from dfastllm.text.tools.parser import ToolCallParser, parse_tool_calls
 if TYPE_CHECKING:
     from dfastllm.text import ChatTemplates, Tokenizer
 
-__all__ = ["CallReading", "Taught", "taught"]
+__all__ = ["CallReading", "Taught", "call_reading", "taught"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -53,12 +53,14 @@ class Taught:
     strict     calls of other names than the request's tools are none.
     refusal    why there are no forms, "" otherwise.
     short_ids  the template takes ids of nine letters and digits only.
+    unsaid     the template shows tools and says nothing of calls.
     """
 
     forms: tuple[CallForm, ...]
     strict: bool = False
     refusal: str = ""
     short_ids: bool = False
+    unsaid: bool = False
 
     def require(self) -> None:
         """Raises UnsupportedError where the calls of this template's models cannot be read."""
@@ -109,6 +111,17 @@ class CallReading:
         return call.whole and call.name in self.names
 
 
+def call_reading(tokenizer: Tokenizer, names: Collection[str]) -> CallReading:
+    """How calls of these tools are read in the answers of a model with this tokenizer. A template that says nothing of
+    calls leaves it to the vocabulary: one with the markup of a form that is not read here is that form's. Raises
+    UnsupportedError as `Taught.require`."""
+    found = taught(tokenizer.templates)
+    if found.unsaid:
+        other = next((form for mark, form in UNREAD if tokenizer.token_to_id(mark) is not None), None)
+        found = found if other is None else _unread(other)
+    return found.reading(names)
+
+
 @lru_cache(maxsize=32)
 def taught(templates: ChatTemplates) -> Taught:
     """What these templates teach. Renders a few short conversations the first time it is asked."""
@@ -128,9 +141,14 @@ def _described_form(templates: ChatTemplates) -> Taught:
     text = "\n".join(templates.source(name) or "" for name in templates.names)
     other = next((form for mark, form in UNREAD if mark in text), None)
     if other is None and _CALLED not in (_answer(templates) or ""):
-        return Taught(tuple(form for form in FORMS if form.taught.search(text)) or FORMS, strict=True)
-    form = f"a form that is not read here ({other})" if other else "a form of its own, which is not read here"
-    return Taught((), refusal=f"The chat template of this model teaches tool calls in {form}.")
+        known = tuple(form for form in FORMS if form.taught.search(text))
+        return Taught(known or FORMS, strict=True, unsaid=not known)
+    return _unread(other)
+
+
+def _unread(form: str | None) -> Taught:
+    which = "a form of its own, which is not read here" if form is None else f"a form that is not read here ({form})"
+    return Taught((), refusal=f"The chat template of this model teaches tool calls in {which}.")
 
 
 def _written_form(templates: ChatTemplates) -> Taught | None:
