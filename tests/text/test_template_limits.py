@@ -160,7 +160,7 @@ def test_lipsum_is_gone() -> None:
 
 
 def test_limits_grow_with_the_conversation() -> None:
-    """6 million characters are more than a template may make of nothing, and little for a conversation that has them."""
+    """6 million characters are more than a template may make of nothing, and little for those who have them."""
     text = "word " * 1_200_000
     template = "{% for m in messages %}{{ '<' + m.content + '>' }}{{ m.content | trim | length }}{% endfor %}"
     rendered = ChatTemplates({"default": template}).render([{"role": "user", "content": text}])
