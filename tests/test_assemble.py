@@ -9,10 +9,13 @@ import torch
 
 from dfastllm import assemble
 from dfastllm.core import SamplingParams
-from dfastllm.errors import CheckpointError, ModelNotFoundError, UnsupportedError, ValidationError
+from dfastllm.errors import CheckpointError, ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
 from dfastllm.kernels import native
 from dfastllm.llm import LLM, SHIPPED, load_engine, resolve
 from dfastllm.models import Decoder, PackedDecoder, pack_decoder, save, tiny
+from dfastllm.models.gguf import write_gguf
+from dfastllm.quant.formats import FORMATS
+from dfastllm.text.gguf import tokenizer_metadata
 
 DEMO = SHIPPED / "demo-ar"
 
@@ -107,3 +110,35 @@ def test_float16_weights_are_held_as_float32_and_it_says_so(tmp_path: Path) -> N
     assert isinstance(model, PackedDecoder)
     assert set(model.formats) == {"f32"}
     assert any("float16" in note for note in model.notes)
+
+
+@pytest.mark.parametrize("quantization", [None, "w8"])
+def test_a_gguf_file_with_another_models_tokenizer_is_refused(quantization: str | None, tmp_path: Path) -> None:
+    path = write_gguf(tiny("llama"), tmp_path / "m.gguf", "F32", tokenizer=tokenizer_metadata(DEMO, 1280))
+    with pytest.raises(TokenizerError, match="ids reach 1279, but the model has only 96 embeddings"):
+        assemble.load(path, quantization=quantization)
+
+
+def test_a_model_is_called_as_asked_and_else_as_its_directory(tmp_path: Path) -> None:
+    save(tiny("llama"), tmp_path / "here")
+    assert assemble.model_info(tmp_path / "here").name == "here"
+    assert assemble.model_info(tmp_path / "here", "other").name == "other"
+    assert assemble.model_info(tmp_path / "here", "other").kind == "ar"
+
+
+@pytest.mark.parametrize("quantization", [None, "w4"])
+def test_kv_of_a_quantised_model_is_held_in_half_the_bytes(quantization: str | None) -> None:
+    """bfloat16 whatever its float parts were stored in; a float model's are its own."""
+    packed = assemble.pack(tiny("llama", hidden_size=64, heads=4, intermediate_size=64), quantization)
+    assert packed.dtype == (torch.float32 if quantization is None else torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["w4", "w4m", "w6", "w8"])
+def test_embedding_and_head_take_the_formats_own_form_for_them(name: str) -> None:
+    """Rare tokens cost little memory and much accuracy: a format of few bits holds them in more."""
+    model = tiny("llama", hidden_size=64, heads=4, intermediate_size=64, tied=False)
+    packed = assemble.pack(model, name)
+    format = FORMATS[name]
+    outer = FORMATS[format.head].kind if format.head else format.kind
+    assert packed.embed.format == packed.head_weights.format == outer
+    assert {w.packed.format for w in packed._linears()} == {format.kind}

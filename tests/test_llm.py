@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams
+from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, SpeculativeConfig, SpeculativeParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import (
     CancelledError,
@@ -207,3 +207,14 @@ def with_defaults(tmp_path: Path, model: str, own: dict[str, Any]) -> Path:
     shutil.copytree(resolve(model), directory)
     (directory / "generation_config.json").write_text(json.dumps({"do_sample": False, "dfastllm": own}))
     return directory
+
+
+def test_of_several_speculations_the_first_is_the_default() -> None:
+    """And the others are there for requests that name them."""
+    first, second = (SpeculativeConfig(SpeculativeParams(method)) for method in ("suffix", "ngram"))
+    for given, wanted in (((first, second), "suffix"), ((second, first), "ngram"), (second, "ngram"), (None, None)):
+        engine = load_engine("demo-ar", speculative=given)
+        asked = engine.admit(Request("r", (40, 41))).request.speculative
+        assert (asked.method if asked is not None else None) == wanted
+        own = SpeculativeParams("ngram", num_speculative_tokens=3)
+        assert engine.admit(Request("r", (40, 41), speculative=own)).request.speculative == own

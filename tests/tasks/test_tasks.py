@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+
 import pytest
 
 from dfastllm.tasks import SPLITS, TASKS, draw, grade, pick_split
@@ -147,3 +151,24 @@ def test_the_evaluator_computes_as_python_does() -> None:
     source = "def f(xs):\n    return [x * 2 for x in xs if x % 3 == 0 and not x < 0]"
     assert run_function(source, "f", [[3, 4, -6, 9]]) == [6, 18]
     assert run_function("def g(s):\n    return s.upper() + 'a'", "g", ["b"]) == "Ba"
+
+
+# sha256 of the first 150 samples of each split as JSON: what models were trained on and are graded by.
+KNOWN = {
+    "arithmetic": "1f57c94b7c324c5e",
+    "extract": "b989939e94b9b475",
+    "tools": "148e0a9752734a59",
+    "code": "c80beee31e1a3bb0",
+    "rewrite": "02223e47a811850e",
+    "instruct": "d4debc2a1babb44c",
+    "prose": "dabf19f6fd5f01cf",
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_mix_is_the_one_that_was_published(task: str, samples: dict[tuple[str, str], list[Sample]]) -> None:
+    """The shipped models were trained on these samples, and records of accuracy hold for them: a change of the
+    generator, however small, makes them other data. Whoever means it changes the digest and the records."""
+    drawn = [dataclasses.astuple(sample) for split in SPLITS for sample in samples[split, task][:150]]
+    blob = json.dumps(drawn, sort_keys=True, ensure_ascii=False).encode()
+    assert hashlib.sha256(blob).hexdigest()[:16] == KNOWN[task]
