@@ -140,7 +140,7 @@ LOOPS = """## The loops and caches that were published, and what is done here
 A loop is done as its publication's code does it, except where that is a defect. Measured: runs of 20 to 24 tokens on
 tiny models that are the tokens, and the forwards or rows, of a float64 twin written from the publication
 (`tests/decode/test_published.py`); then right answers of 60 test samples on the shipped demo models, and rows of an
-answer of 64 tokens in 64 steps and tokens a CPU second beside cache none.
+answer of 64 tokens in 64 steps and tokens a CPU second beside cache none (benchmarks/published_caches.json).
 """
 _LOOPS: tuple[tuple[str, str, str, str], ...] = (
     (
@@ -217,8 +217,8 @@ _LOOPS: tuple[tuple[str, str, str, str], ...] = (
         "LLaDA, `generate.py` (appendix B.4 of the paper)",
         "equal at temperature 0. Above, the code lowers the end of text in a tensor that is not read again: a defect. "
         "Ids: the first of the model's ending tokens; all of them",
-        "24 of 24 runs; in one block of 64 at 32 steps confidence_eos_eot_inf 95.0 % in 8.5 forwards, without it 96.7 % "
-        "in 32",
+        "24 of 24 runs; in one block of 64 at 32 steps confidence_eos_eot_inf 95.0 % in 8.5 forwards, without it "
+        "96.7 % in 32",
     ),
 )
 _CACHE_TEXT = {
