@@ -1,5 +1,5 @@
 """`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, speculation, decoders,
-formats, kernels, prefix, servers, and cpu (a group of its own)."""
+formats, fidelity, kernels, prefix, servers, and cpu (a group of its own)."""
 
 from __future__ import annotations
 
@@ -134,12 +134,13 @@ def decoders(
 ) -> None:
     """Every rule x cache on a masked-diffusion model, and the parallelism sweep with its plot."""
     from dfastllm.bench.decoders import Point, as_rows, decoder_grid, measure_decoders, parallelism_sweep, plot_points
-    from dfastllm.decode.registry import CACHES, RULES
+    from dfastllm.decode.canvas.choice import caches_of
+    from dfastllm.decode.registry import RULES
     from dfastllm.llm import LLM
 
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the plot needs matplotlib: ./run setup dev, or pip install 'dfastllm[plots]'.")
-    grid = list(decoder_grid(list(RULES), list(CACHES), block, canvas))
+    grid = list(decoder_grid(list(RULES), caches_of("diffusion"), block, canvas))
     sweep = [c for cache in ("none", "dual") for c in parallelism_sweep(cache, block, canvas)]
     with LLM(model, draft=draft) as llm:
         results = [
@@ -273,6 +274,41 @@ def formats(
         found.append(compare_format(name, case, per_task=per_task, losses=losses))
         write_record(out / "formats.json", "formats", [as_record(o) for o in found], per_task=per_task, losses=losses)
     _table("formats, simulated in torch", [as_row(outcome) for outcome in found])
+
+
+@app.command()
+def fidelity(
+    out: Out = Path("benchmarks"),
+    only: Annotated[list[str] | None, typer.Option("--format", help="Repeatable; default: all.")] = None,
+    threads: int = 0,
+    cache: Annotated[Path, typer.Option(help="Where the model is kept.", envvar="BENCH_CACHE")] = CACHE,
+) -> None:
+    """What each format costs on a real model: KL from float32 in nats a token, and how often the best token is the same."""
+    from dfastllm.bench.fidelity import FORMATS, PACKAGE, faithfulness, real_model
+    from dfastllm.kernels.extension import describe, set_threads
+    from dfastllm.kernels.extension import threads as used
+
+    chosen = only or list(FORMATS)
+    unknown = set(chosen) - set(FORMATS)
+    if unknown:
+        raise typer.BadParameter(f"unknown format {min(unknown)!r}; known: {', '.join(FORMATS)}.")
+    set_threads(threads or None)
+    files = sorted((out / "fidelity").glob("*.txt"))
+    if not files:
+        raise typer.BadParameter(f"there are no texts (*.txt) in {out / 'fidelity'}.", param_hint="--out")
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    found = faithfulness(real_model(cache), texts, chosen, used())
+    rows = list(track(found, "fidelity", total=len(chosen), console=console))
+    write_record(
+        out / "fidelity.json",
+        "fidelity",
+        rows,
+        model=PACKAGE,
+        texts=[file.name for file in files],
+        kernels=describe(),
+    )
+    shown = [{**asdict(row), "kl": 1e3 * row.kl, "agreement": f"{row.agreement:.1%}"} for row in rows]
+    _table("SmolLM2-135M against its float32 weights: KL in 1e-3 nats a token", shown)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

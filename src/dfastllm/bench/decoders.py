@@ -103,7 +103,7 @@ def plot_points(points: Sequence[Point], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    markers = {"none": "o", "prefix": "s", "dual": "^", "windowed": "D"}
+    markers = {"none": "o", "prefix": "s", "dual": "^", "windowed": "D", "delayed": "v"}
     figure, axes = plt.subplots(figsize=(9.5, 5.5))
     rules = list(dict.fromkeys(p.rule for p in points))
     colours = {rule: f"C{i}" for i, rule in enumerate(rules)}

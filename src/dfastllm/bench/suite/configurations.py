@@ -54,7 +54,8 @@ class Axes:
         for k in self.ks:
             if not 1 <= k <= 64:
                 raise ValidationError(f"k is a number of draft tokens in [1, 64], got {k}.", param="k")
-        for name, values, known in (("method", self.methods, METHODS), ("cache", self.caches, (*CACHES, "windowed"))):
+        caches = (*CACHES, "windowed", "delayed")
+        for name, values, known in (("method", self.methods, METHODS), ("cache", self.caches, caches)):
             if bad := [value for value in values if value not in known]:
                 raise ValidationError(f"{name} is one of {', '.join(known)}, got {bad[0]!r}.", param=name)
         for threshold in self.thresholds:
