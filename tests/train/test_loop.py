@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import dfastllm.train.loop as train_loop
 from dfastllm import models
 from dfastllm.errors import CheckpointError, ValidationError
 from dfastllm.text.tokenizer import Tokenizer
@@ -176,3 +178,22 @@ def test_recipes_from_files(tmp_path: Path) -> None:
     for wrong in ({"steps": 0}, {"optimizer": "sgd"}, {"schedule": "step"}, {"decay": 2.0}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
             recipe("x", **wrong)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_rate_follows_the_schedule(optimizer: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.optim.Optimizer] = []
+    make = train_loop.make_optimizers
+
+    def kept(*given: Any) -> list[torch.optim.Optimizer]:
+        made.extend(make(*given))
+        return made
+
+    monkeypatch.setattr(train_loop, "make_optimizers", kept)
+    told = recipe(f"rates-{optimizer}", optimizer=optimizer, steps=5, warmup=4, lr=2e-3, matrix_lr=3e-3)
+    train(told, runs)
+    groups = [group for one in made for group in one.param_groups]
+    assert sorted({group["peak"] for group in groups}) == [2e-3, 3e-3]
+    assert rate(told, 4) < 1
+    for group in groups:
+        assert group["lr"] == pytest.approx(group["peak"] * rate(told, 4))

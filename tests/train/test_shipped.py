@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from dfastllm import models
-from dfastllm.llm import resolve, shipped_models
+from dfastllm.core import SamplingParams
+from dfastllm.llm import LLM, resolve, shipped_models
+from dfastllm.tasks import draw, grade
+from dfastllm.train.data import encode
 from dfastllm.train.evaluate import evaluate
 from dfastllm.train.recipes import RECIPES
 
@@ -44,3 +47,20 @@ def test_held_out_answers_are_as_good_as_the_card_says(name: str) -> None:
     assert f"dfastllm train {name}" in card
     total = recorded["total"]
     assert evaluate(name, per_task=4).total >= total - 3 * (total * (1 - total) / 24) ** 0.5
+
+
+def test_a_result_counts_what_was_answered() -> None:
+    """Shares of right answers by task and over all, and what an answer took, against the answers themselves."""
+    with LLM("demo-ar") as llm:
+        found = evaluate(llm, tasks=("arithmetic", "rewrite", "prose"), per_task=3, max_tokens=24, split="validation")
+        samples = [draw("validation", 0, i, task) for task in ("arithmetic", "rewrite") for i in range(3)]
+        prompts = [encode(llm.tokenizer, sample).prompt for sample in samples]
+        answers = [one.outputs[0] for one in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))]
+    right = [grade(sample, answer.text) for sample, answer in zip(samples, answers, strict=True)]
+    assert found.accuracy == {"arithmetic": sum(right[:3]) / 3, "rewrite": sum(right[3:]) / 3}
+    assert found.total == sum(right) / 6
+    assert len(found.wrong) == 6 - sum(right)
+    forwards = sum(answer.usage.forwards for answer in answers)
+    assert found.forwards == forwards / 6
+    assert found.tokens_per_forward == sum(answer.usage.completion_tokens for answer in answers) / forwards
+    assert (found.model, found.split, found.per_task, found.decode) == ("demo-ar", "validation", 3, "greedy")
