@@ -39,8 +39,8 @@ TEMPLATES = {
     "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<end>\n{% endfor %}",
     "first part": "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}\n{% endfor %}",
     "llama 3.2 vision": "{% for m in messages %}{% if m.role == 'system' %}[{{ m.content | trim }}]{% else %}"
-    "<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'text' %}"
-    "{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endif %}{% endfor %}",
+    "<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endif %}{% endfor %}",
     "parts but for the system": "{% for m in messages %}{% if m.role == 'system' %}[{{ m.content | trim }}]{% else %}"
     "<{{ m.role }}>{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}",
     "no content beside calls": "{% for m in messages %}{% if 'content' in m %}<{{ m.role }}>{{ m.content }}{% else %}"
