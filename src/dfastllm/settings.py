@@ -32,6 +32,8 @@ GROUPS: Mapping[Group, str] = {
     "model": "Models: what is loaded and how it runs.",
     "engine": "Engine: the budgets of the step loop, for each served model.",
 }
+BLOCK = 16  # positions of a block of K,V of the native kernels (kernels.step.BLOCK; this room imports none)
+FLOATS = ("auto", "float32", "bfloat16", "float16")
 DEVICE = r"cpu|mps|cuda(:\d+)?"
 
 
@@ -186,7 +188,7 @@ class Settings:
         "auto",
         "Number format of the weights; auto keeps the checkpoint's.",
         group="model",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=FLOATS,
         alone=True,
     )
     threads: int | None = _field(
@@ -305,7 +307,12 @@ class Settings:
         65536, "K,V memory of all sequences together.", group="engine", minimum=16, unit="tokens", engine="kv_tokens"
     )
     page_size: int = _field(
-        16, "K,V page: the unit of allocation.", group="engine", minimum=1, unit="tokens", engine="page_size"
+        16,
+        "K,V page: the unit of allocation; a multiple of 16 but for backend torch.",
+        group="engine",
+        minimum=1,
+        unit="tokens",
+        engine="page_size",
     )
     enable_prefix_caching: bool = _field(
         True,
@@ -334,6 +341,24 @@ class Settings:
                 f"page_size must not exceed kv_cache_tokens: got {self.page_size} > {self.kv_cache_tokens}.",
                 param="page_size",
             )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        """Refuse what would fail for want of the native backend, or because of it, when a model is already loaded."""
+        native = self.device == "cpu" and self.backend != "torch"
+        if native and self.page_size % BLOCK:
+            raise ValidationError(
+                f"page_size must be a multiple of {BLOCK} on the native backend; got {self.page_size}.",
+                param="page_size",
+                hint="Any other goes with backend torch.",
+            )
+        for name, given in (("quantization", self.quantization), ("kv_cache_dtype", self.kv_cache_dtype)):
+            if not native and given not in (None, *FLOATS):
+                raise ValidationError(
+                    f"{name} {given} needs the native backend; got device {self.device} and backend {self.backend}.",
+                    param=name,
+                    hint="Take device cpu and backend native or auto.",
+                )
 
     @classmethod
     def load(cls, given: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None) -> Settings:

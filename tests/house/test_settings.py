@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 import pytest
 
+from dfastllm import settings
 from dfastllm.errors import ValidationError
 from dfastllm.settings import SETTINGS, Setting, Settings, reference, unknown_variables
 from tests.kit.source import ROOT, modules
@@ -26,6 +28,8 @@ OTHER: dict[str, tuple[str, object]] = {
     "api_key": ("s3cret", "s3cret"),
     "allowed_origins": ("https://a.example,https://b.example", ("https://a.example", "https://b.example")),
     "max_body_bytes": ("4096", 4096),
+    "max_body_values": ("2048", 2048),
+    "max_tokenize_length": ("100", 100),
     "max_prompts": ("3", 3),
     "request_timeout": ("1.5", 1.5),
     "shutdown_timeout": ("0", 0.0),
@@ -42,6 +46,7 @@ OTHER: dict[str, tuple[str, object]] = {
     "kv_cache_dtype": ("int8", "int8"),
     "chat_template": ("x.jinja", "x.jinja"),
     "default_chat_template_kwargs": ('{"a": 1}', '{"a": 1}'),
+    "chat_parse_special": ("true", True),
     "max_model_len": ("128", 128),
     "max_num_seqs": ("2", 2),
     "max_num_batched_tokens": ("99", 99),
@@ -162,3 +167,31 @@ def test_secrets_are_not_shown() -> None:
 def test_unknown_variables() -> None:
     env = {"DFASTLLM_PORT": "1", "DFASTLLM_PROT": "1", "OTHER": "x"}
     assert unknown_variables(env) == ["DFASTLLM_PROT"]
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"page_size": 8}, "page_size"),
+        ({"page_size": 24, "backend": "native"}, "page_size"),
+        ({"quantization": "w8", "backend": "torch"}, "quantization"),
+        ({"quantization": "w8", "device": "cuda"}, "quantization"),
+        ({"kv_cache_dtype": "int8", "backend": "torch"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "int8", "device": "mps"}, "kv_cache_dtype"),
+    ],
+)
+def test_what_the_backend_cannot_do_is_told_before_anything_is_loaded(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        Settings(**given)
+    assert raised.value.param == param
+    assert raised.value.hint
+
+
+def test_what_another_backend_can_do_is_taken() -> None:
+    from dfastllm.kernels.step import BLOCK
+
+    assert settings.BLOCK == BLOCK
+    Settings(page_size=BLOCK * 3)
+    Settings(page_size=8, backend="torch")
+    Settings(page_size=8, device="cuda")
+    Settings(kv_cache_dtype="bfloat16", backend="torch")

@@ -37,7 +37,7 @@ def sentencepiece(model: type, **options: Any) -> Backend:
     words = [*BYTES, "<unk>", "▁", "a", "b", "ab", "▁ab"]
     if model is BPE:
         merges = [("a", "b"), ("▁", "ab")]
-        made = BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges, unk_token="<unk>", **options)
+        made: Any = BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges, unk_token="<unk>", **options)
     else:
         made = Unigram([(word, -float(i)) for i, word in enumerate(words)], unk_id=256, **options)
     backend = Backend(made)
