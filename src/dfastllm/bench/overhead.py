@@ -85,6 +85,7 @@ class NullRunner:
 
     block_size = BLOCK
     cut_free = True
+    own_threads = True
 
     def __init__(self, vocab: int) -> None:
         random = np.random.default_rng(0)

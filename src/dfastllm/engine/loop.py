@@ -33,6 +33,7 @@ from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
 from dfastllm.engine.speculate.drafting import Drafting
 from dfastllm.errors import DFastLLMError, GenerationError, QueueFullError, TimeoutError, ValidationError
+from dfastllm.kernels import torch_team
 from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -103,6 +104,13 @@ class Engine:
             return None
         limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
         return PrefixCache(self.pages, self.info, limit, cut_free=self.runner.cut_free)
+
+    @property
+    def own_threads(self) -> bool:
+        """Whether torch has nothing to do here but short operations: model and drafters run on threads of their own. A
+        policy that is not one of ours may run what it likes."""
+        runners = [self.runner, *(d.runner for d in self.drafting.drafters.values() if hasattr(d, "runner"))]
+        return self.choose is policy_for and all(runner.own_threads for runner in runners)
 
     @property
     def has_work(self) -> bool:
@@ -186,7 +194,8 @@ class Engine:
         chosen = self.scheduler.schedule(self.steps)
         with torch.inference_mode():
             rows, seconds = self._run(chosen)
-            commits = self._absorb(chosen, rows)
+            with torch_team(sum([span.wanted for _, span in chosen]) * self.info.vocab_size):
+                commits = self._absorb(chosen, rows)
         canvases = self._commit(chosen, commits)
         if self.prefix is not None:
             self.prefix.record(chosen)

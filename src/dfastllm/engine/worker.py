@@ -25,6 +25,7 @@ from dfastllm.errors import (
     TimeoutError,
     ValidationError,
 )
+from dfastllm.kernels import torch_alone
 
 if TYPE_CHECKING:
     from dfastllm.engine.loop import Engine
@@ -210,6 +211,8 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            if all(engine.own_threads for engine in self.engines.values()):
+                torch_alone()
             self._serve()
         except BaseException as failure:  # a panic of a library and SystemExit too
             log.critical("the engine's thread has died", exc_info=failure)

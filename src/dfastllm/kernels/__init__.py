@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfastllm.kernels.extension import describe, native, set_threads, threads
+from dfastllm.kernels.extension import describe, native, set_threads, threads, torch_alone, torch_team
 
-__all__ = ["OpChoice", "describe", "native", "set_threads", "table", "threads"]
+__all__ = ["OpChoice", "describe", "native", "set_threads", "table", "threads", "torch_alone", "torch_team"]
 
 # op -> the torch operations its twin is made of
 OPS = {

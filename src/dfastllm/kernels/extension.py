@@ -10,14 +10,22 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from dfastllm.errors import UnsupportedError, ValidationError
 
-__all__ = ["describe", "native", "set_threads", "threads"]
+__all__ = ["describe", "native", "set_threads", "threads", "torch_alone", "torch_team"]
 
 NAME = "dfastllm.kernels._native"
+TEAM = 1 << 20  # one pass over so many numbers takes about as long as a busy machine may keep a team waiting
+
+
+_forked_from: list[int] = []  # threads of the process that this one was forked from, once it had used the kernels
+_alone = threading.local()  # others: torch threads of the other threads, on one that called `torch_alone`
 
 
 @functools.cache
@@ -74,12 +82,66 @@ def threads() -> int:
 def set_threads(count: int | None = None) -> None:
     """Set the native pool and torch's to `count` threads; None: OMP_NUM_THREADS if set, else the physical cores this
     process may use (torch's own default). The two never work at the same time: between two native calls torch's are
-    idle. Raises ValidationError below 1 or above 1024."""
+    idle. In a process forked from one that used the kernels torch keeps to one thread: its team of OpenMP threads was
+    not forked, and would be waited for for ever. Raises ValidationError below 1 or above 1024."""
     if count is not None and not 1 <= count <= 1024:
         raise ValidationError(f"threads must be 1 to 1024, got {count}.", param="threads")
     import torch
 
-    if count is not None:
-        torch.set_num_threads(count)
+    if count is None:
+        count = _forked_from[-1] if _forked_from else torch.get_num_threads()
+    torch.set_num_threads(1 if _forked_from else count)
     if (module := native()) is not None:
-        module.set_threads(torch.get_num_threads())
+        module.set_threads(count)
+
+
+def torch_alone() -> None:
+    """From now on the torch operations of the calling thread run on it alone, but for those in `torch_team`; those of
+    other threads as before.
+
+    What is left to torch beside the native kernels (sampling, mostly) is short, and a team of OpenMP threads waits at
+    the end of each operation for its slowest: where another process or the kernels' own threads hold a core, for as
+    long as the scheduler leaves it to them."""
+    import torch
+
+    _alone.others = torch.get_num_threads()
+    _set_here(1, _alone.others)
+
+
+@contextmanager
+def torch_team(elements: int) -> Iterator[None]:
+    """The torch operations within have all threads again where they are of so many elements that it pays."""
+    others = getattr(_alone, "others", 1)
+    if others == 1 or elements < TEAM:
+        yield
+        return
+    _set_here(others, others)
+    try:
+        yield
+    finally:
+        _set_here(1, others)
+
+
+def _set_here(here: int, others: int) -> None:
+    """The calling thread's number of torch threads; others: what threads begin with that come later. torch sets both at
+    once, so the second is set again by a thread that then ends."""
+    import torch
+
+    torch.set_num_threads(here)
+    if here != others:
+        again = threading.Thread(target=torch.set_num_threads, args=(others,))
+        again.start()
+        again.join()
+
+
+def _fork() -> None:
+    """In a process that has just been forked; the native pool begins anew by itself."""
+    if _found.cache_info().currsize:
+        import torch
+
+        _forked_from.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fork)

@@ -32,6 +32,7 @@ class Runner(Protocol):
     info        the model's capabilities.
     block_size  positions of a block of its K,V: what steps for it are packed with. Divides the page size.
     cut_free    whether a row's bits do not depend on how its sequence was cut into spans.
+    own_threads whether it computes on threads of its own rather than on torch's.
     """
 
     @property
@@ -39,6 +40,7 @@ class Runner(Protocol):
 
     block_size: int
     cut_free: bool
+    own_threads: bool
 
     def run(self, step: Step) -> Rows:
         """Run one step: write K,V of the rows with a slot, and give back the wanted rows, in order. Raises

@@ -40,7 +40,8 @@ class NativeRunner:
                 f"K,V of the native backend are float32, bfloat16 or int8, got {dtype}.", param="kv_cache_dtype"
             )
         self.model = model
-        self.cut_free = native() is not None  # the plain twins are torch products, which sum by their height
+        # The plain twins are torch products, which sum by their height.
+        self.cut_free = self.own_threads = native() is not None
         info = model.info
         self.kv = KvCache(info.layers, -(-slots // BLOCK), info.kv_heads, info.head_dim, KV_TYPES[dtype])
         self._own = self._scratch(1)

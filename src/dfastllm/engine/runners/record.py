@@ -66,6 +66,7 @@ class Recorder:
         self.inner = runner
         self.block_size = runner.block_size
         self.cut_free = runner.cut_free
+        self.own_threads = runner.own_threads
         info, module = runner.info, native()
         header = {
             "model": info.name,

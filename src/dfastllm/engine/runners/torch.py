@@ -58,6 +58,7 @@ class TorchRunner:
     """
 
     cut_free = False
+    own_threads = False
 
     def __init__(
         self,

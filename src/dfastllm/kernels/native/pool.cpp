@@ -10,6 +10,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -128,11 +131,18 @@ class Pool {
   std::condition_variable awake_;
 };
 
-// Never destroyed: threads of a dying process must not be joined from a static destructor (nor after fork).
-Pool& pool() {
-  static Pool* const instance = new Pool;
-  return *instance;
-}
+// Never destroyed: threads of a dying process must not be joined from a static destructor.
+Pool* instance = new Pool;
+
+Pool& pool() { return *instance; }
+
+#if defined(__unix__) || defined(__APPLE__)
+// A forked process has the forking thread alone: the workers are not there to be joined, and a lock that another thread
+// held is held for ever. It begins with a pool of its own, of one thread; the copy of the old one is left alone.
+void begin_anew() { instance = new Pool; }
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, begin_anew);
+#endif
 
 }  // namespace
 

@@ -11,7 +11,8 @@ namespace dfk {
 // Threads including the caller's. At least 1.
 int thread_count();
 
-// Joins or starts workers. Throws std::invalid_argument below 1 or above 1024. Not while a region runs.
+// Joins or starts workers. Throws std::invalid_argument below 1 or above 1024. Not while a region runs. A forked process
+// has one thread until it sets another number.
 void set_thread_count(int count);
 
 using Task = void (*)(void* context, int64_t task, int worker);
