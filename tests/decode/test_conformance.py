@@ -132,7 +132,7 @@ def cases() -> Iterator[Case]:
                 continue
             every = caches_of(info.kind)
             shifted = every if rule in ("schedule", "free_dave", "threshold") else ("dual",)
-            blocks = (None, *every)
+            blocks = (None, *every) if rule in ("schedule", "threshold", "klass", "wino", "edit") else (None,)
             for kept in {"diffusion": every, "shifted": shifted}.get(name, blocks):
                 if rule == "free_dave" and kept in KEEPS:  # refused: tests/decode/test_dave.py
                     continue

@@ -148,7 +148,7 @@ def test_ends_kept_back(name: str) -> None:
     assert first[1] > first[0]
 
 
-@pytest.mark.parametrize("refresh", [1, 2, 4, 8])
+@pytest.mark.parametrize("refresh", [1, 3, 8])
 @pytest.mark.parametrize("name", ["llada", "fake", "dream", "fake-shifted"])
 def test_dkv_cache(name: str, refresh: int) -> None:
     for prompt in PROMPTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -186,6 +187,21 @@ def test_shift_without_a_first_token_is_refused() -> None:
 def test_exactness() -> None:
     assert BLOCK.compile(request(), info("block")).tier == "exact-fast"
     assert BLOCK.compile(request(decode=DecodeParams(cache="sub_block")), info("block")).tier == "approximate"
+
+
+@pytest.mark.parametrize("limit", [8, 64])
+def test_the_sub_block_cache_is_made_again_from_what_it_was_made_from(limit: int) -> None:
+    kwargs: dict[str, Any] = {"max_tokens": 24, "block_length": 4, "cache": "sub_block", "threshold": 0.9}
+    plain = generate(SHIFTED, tuple(range(3, 16)), **kwargs)
+    again: list[int] = []
+    for seed in range(4):
+        rng = random.Random(seed)
+        drop = lambda step, rng=rng: rng.random() < 0.3  # noqa: E731
+        result = generate(SHIFTED, tuple(range(3, 16)), drop=drop, limit=limit, **kwargs)
+        assert result.output == plain.output
+        assert [c.fixed for c in result.commits if c.fixed] == [c.fixed for c in plain.commits if c.fixed]
+        again += [s.stop for s in result.spans if not s.want]
+    assert max(again) > 16
 
 
 def test_sub_block_cache_runs_the_sub_block_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -85,6 +86,21 @@ def test_spans_of_the_delayed_cache(model: FakeModel) -> None:
             tokens[p] = t
         step = 0 if commit.block_done else step + 1
     assert any(span.places for span in result.spans)
+
+
+@pytest.mark.parametrize("model", [FAKE, SHIFTED], ids=["plain", "shifted"])
+def test_the_delayed_cache_is_made_again_forward_by_forward(model: FakeModel) -> None:
+    """Preempted before any forward, those that restore K,V included: the same commits."""
+    decode = DecodeParams(cache="delayed", block_length=16, options={"refresh": 8})
+    asked = request((5, 6, 7), decode=decode, max_tokens=16, ignore_eos=True)
+    plain = run(DIFFUSION, model, asked)
+    again: list[Span] = []
+    for seed in range(4):
+        rng = random.Random(seed)
+        result = run(DIFFUSION, model, asked, drop=lambda step, rng=rng: rng.random() < 0.2)
+        assert [c.fixed for c in result.commits if c.fixed] == [c.fixed for c in plain.commits]
+        again += [s for s in result.spans if not s.want]
+    assert {s.store for s in again} == {"keep", "replace"}
 
 
 def test_windowed_warms_up_and_wide_open_is_exact() -> None:
