@@ -69,13 +69,18 @@ class Judge:
         return torch.log_softmax(table[before], dim=-1)
 
 
+def takes(info: ModelInfo, cache: str) -> bool:
+    """Whether the model may have this cache, other than none."""
+    return cache != "none" and (cache == "sub_block") == (info.kind == "block")
+
+
 def requests(info: ModelInfo) -> Iterator[Request]:
     """Every rule and cache that the model takes, or every drafter; some greedy, some drawn."""
     asked: list[tuple[DecodeParams | None, SpeculativeParams | None]] = []
     if info.kind == "ar":
         asked += [(None, SpeculativeParams(method, 3, adaptive=False)) for method in METHODS]  # type: ignore[arg-type]
     else:
-        caches = tuple(CACHES) if info.kind == "diffusion" else (None,)
+        caches = ("none" if info.kind == "diffusion" else None, *[name for name in CACHES if takes(info, name)])
         for i, rule in enumerate(RULES):
             kept = caches[i % len(caches)]
             options = {"draft_steps": 2, "forward_rows": 1e6} if rule == "free_dave" else {}
