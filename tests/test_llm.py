@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,20 @@ def test_of_several_speculations_the_first_is_the_default() -> None:
         assert (asked.method if asked is not None else None) == wanted
         own = SpeculativeParams("ngram", num_speculative_tokens=3)
         assert engine.admit(Request("r", (40, 41), speculative=own)).request.speculative == own
+
+
+def test_the_others_of_a_failed_batch_are_cancelled() -> None:
+    """Not left to run to their end for nobody."""
+    with LLM(engine=Engine(tiny("llama", seed=1, max_len=4096), config=EngineConfig(kv_tokens=8192))) as llm:
+        ended: list[Any] = []
+        llm.engine.subscribe(lambda step: ended.extend(finish.reason for finish in step.finished))
+        long = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
+        with pytest.raises(ValidationError, match="token id 9999"):
+            llm.generate([(1,), (2,), (9999,)], long)
+        end = time.monotonic() + 20
+        while llm.engine.has_work and time.monotonic() < end:
+            time.sleep(0.002)
+        assert llm.engine.pages.used == 0
+        llm.generate((1,), GREEDY)
+        assert set(ended) == {FinishReason.CANCELLED, FinishReason.LENGTH}
+        assert ended.count(FinishReason.LENGTH) == 1

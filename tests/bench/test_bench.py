@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dfastllm.bench.decoders import Point, decoder_grid, parallelism_sweep, plot_points
 from dfastllm.bench.measure import machine, spread, write_record
-from dfastllm.bench.overhead import step_overhead
+from dfastllm.bench.overhead import _Operations, step_overhead
 from dfastllm.bench.workload import Outcome, gradable
 from dfastllm.decode.registry import CACHES, RULES
 
@@ -77,3 +78,12 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     ]
     plot_points(points, tmp_path / "p.png", "title")
     assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_counting_operations_changes_none() -> None:
+    """What is counted runs as it was called, its keywords too."""
+    with _Operations() as counted:
+        zeros = torch.zeros(3, dtype=torch.int64)
+        total = zeros.sum(dtype=torch.float64)
+    assert (zeros.dtype, total.dtype) == (torch.int64, torch.float64)
+    assert counted.seen["sum"] == 1

@@ -213,3 +213,10 @@ def test_percentiles_are_numpys_linear_ones(values: list[float]) -> None:
 
 def test_figures_are_plain_json_numbers() -> None:
     json.dumps(aggregate([steady(4, 0.1, 0.1).metrics()]))
+
+
+def test_itl_needs_every_arrival_to_tell_its_tokens() -> None:
+    """One that does not makes the gaps around it nobody's."""
+    arrivals = (Arrival(1.0, 1, "a"), Arrival(2.0, None, "b"), Arrival(3.0, 1, "c"))
+    assert Timeline(arrivals, 3.0).itl == []
+    assert Timeline(arrivals[::2], 3.0).itl == [2.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from rich.style import Style
 
 from dfastllm.cli.canvas import STYLES, Canvas, Screen, draw, summary
 from dfastllm.cli.output import printable
-from dfastllm.core import CanvasUpdate, Finish, FinishReason, StepEvent, Usage
+from dfastllm.core import CanvasUpdate, Finish, FinishReason, StepEvent, Tier, Usage
 
 EOS = 99
 
@@ -106,3 +107,15 @@ def test_a_models_text_cannot_steer_the_terminal() -> None:
     c.tokenizer = type("T", (), {"decode": lambda self, ids, skip_special=True: "\x1b]0;title\x07"})()
     c.absorb(event(commit={0: 0}))
     assert "\x1b" not in draw(c)[0].plain
+
+
+def test_speed_is_of_the_whole_request() -> None:
+    """Over its own seconds, however few, once they are known."""
+    c = canvas()
+    c.absorb(event(commit={0: 1, 1: 2}))
+    usage = Usage(prompt_tokens=1, completion_tokens=2, forwards=4, exactness=Tier.REFERENCE, total_s=0.25)
+    c.absorb(StepEvent("r", finish=Finish(FinishReason.LENGTH, usage)))
+    assert (c.tokens_per_second, c.tokens_per_forward) == (8.0, 0.5)
+    assert c.status() == "step 4 · 2/6 tokens fixed · 0.5 tokens/forward · 8 tok/s"
+    c.usage = dataclasses.replace(usage, total_s=0.0)
+    assert c.tokens_per_second == 0.0

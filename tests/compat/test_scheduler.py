@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from typing import Any
@@ -434,3 +435,17 @@ def test_whatever_happens_every_request_ends_once(tokenizer: Tokenizer, data: st
     stats = scheduler.get_stats()
     ends = stats.completed_requests + stats.cancelled_requests + stats.failed_requests
     assert ends == stats.total_requests == len(plans)
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    assert SchedulerConfig() == SchedulerConfig(
+        max_batch_size=32,
+        max_tokens_per_batch=2048,
+        max_wait_time_ms=0.0,
+        scheduling_policy="priority",
+        enable_speculative=False,
+        speculative_depth=None,
+        max_kv_tokens=65536,
+        max_queue_size=1024,
+    )
+    assert SchedulerStats() == SchedulerStats(*[0] * len(dataclasses.fields(SchedulerStats)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from dfastllm.errors import (
     UnsupportedError,
     ValidationError,
 )
-from dfastllm.models import load, save
+from dfastllm.llm import resolve
+from dfastllm.models import Ids, build, describe, load, save, tiny_config
 from dfastllm.models.checkpoint import skeleton
 from dfastllm.text import Tokenizer
 from dfastllm.train.objectives import loss
@@ -101,3 +103,18 @@ def test_rows_are_the_models_own_kind() -> None:
         assert all(a.ids.equal(b.ids) for a, b in zip(rows, again, strict=True))
         for r in rows[:1]:
             assert float(loss(load(source.directory, dtype=torch.float32), r)) < 0.5, "not what it was trained on"
+
+
+def test_the_row_before_predicts_where_the_family_shifts() -> None:
+    """Dream's head is calibrated on the rows that decide a masked position: those before it."""
+    config = tiny_config("dream", vocab_size=1280, max_len=512)
+    tokenizer = Tokenizer.load(resolve("demo-diffusion"))
+    ids = Ids(eos=tokenizer.eos_ids, mask=tokenizer.mask_id, pad=tokenizer.eos_id)
+    examples = task_examples(tokenizer, "train", 4)
+    straight, shifted = (
+        rows_of(build(config, replace(describe("dream", config, ids), shift=shift)), examples) for shift in (0, 1)
+    )
+    for plain, moved in zip(straight, shifted, strict=True):
+        assert torch.equal(moved.wanted, plain.wanted - 1)
+        assert torch.equal(moved.ids, plain.ids)
+        assert bool((plain.ids[plain.wanted] == tokenizer.mask_id).any())

@@ -120,7 +120,7 @@ def test_branches_are_packed_as_spans_that_store_nothing(cases: list[tuple[Span,
         table.grow(max(kv, span.stop) + 8)
         branches = []
         for _ in range(data.draw(st.integers(0, 2)) if span.store != "replace" else 0):
-            begin = 0 if span.store == "none" else data.draw(st.integers(span.start, span.stop))
+            begin = data.draw(st.integers(span.start, span.stop))
             n = data.draw(st.integers(1, 6))
             branches.append(Branch(begin, tuple(range(n)), tuple(sorted(data.draw(st.sets(st.integers(0, n - 1)))))))
         held = kv if span.store == "replace" else span.start

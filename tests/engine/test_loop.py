@@ -348,3 +348,15 @@ def test_the_lowest_rank_is_preempted_first() -> None:
     assert "first" not in lost
     assert "third" in lost
     assert ended == ["first", "second", "third"]
+
+
+def test_time_of_drafting_is_not_time_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a draft costs and what a step costs are weighed against each other, so they are measured apart."""
+    engine = Engine(FakeModel(), config=EngineConfig(kv_tokens=128), choose=either)
+    steps: list[float] = []
+    monkeypatch.setattr(engine.drafting, "draft", lambda running: 100.0)
+    monkeypatch.setattr(engine.drafting, "observe", lambda chosen, commits, seconds: steps.append(seconds))
+    engine.add(long_request("r", tokens=3))
+    drain(engine)
+    assert steps
+    assert all(-100 < seconds < -90 for seconds in steps)

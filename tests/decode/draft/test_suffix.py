@@ -166,3 +166,22 @@ def test_text_grows_and_is_forgotten() -> None:
     assert draft(drafter, seq, 2) == (4, 1)
     drafter.release(seq)
     assert not drafter._own
+
+
+@given(
+    text=st.lists(st.integers(0, 2), min_size=1, max_size=30),
+    pattern=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+)
+@settings(max_examples=200, deadline=None)
+def test_endings_are_the_lengths_at_which_places_drop_out(text: list[int], pattern: list[int]) -> None:
+    corpus = Corpus()
+    corpus.begin()
+    corpus.extend(text)
+    places = {
+        n: [at for at in range(n, len(text)) if text[at - n : at] == pattern[len(pattern) - n :]]
+        for n in range(1, len(pattern) + 1)
+    }
+    wanted = [
+        (n, places[n]) for n in range(1, len(pattern) + 1) if places[n] and len(places.get(n + 1, [])) < len(places[n])
+    ]
+    assert [(n, at.tolist()) for n, at in corpus.endings(pattern)] == wanted

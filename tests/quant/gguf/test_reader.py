@@ -340,3 +340,16 @@ def test_hostile_counts_allocate_nothing(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             GgufFile.open(tmp_path / "m.gguf")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10  # KiB
+
+
+@pytest.mark.parametrize("kind", [0, 4, 7, 10])
+def test_an_array_may_be_the_last_bytes_of_a_file(kind: int, tmp_path: Path) -> None:
+    size = {0: 1, 4: 4, 7: 1, 10: 8}[kind]
+    pairs = [pair("k", 9, struct.pack("<IQ", kind, 3) + bytes(3 * size))]
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pairs[0]
+    (tmp_path / "m.gguf").write_bytes(head)
+    with GgufFile.open(tmp_path / "m.gguf") as file:
+        assert list(file.metadata["k"]) == [0, 0, 0]
+    (tmp_path / "m.gguf").write_bytes(head[:-1])
+    with pytest.raises(CheckpointError, match="claims 3 elements"):
+        GgufFile.open(tmp_path / "m.gguf")
