@@ -363,7 +363,9 @@ class SamplingParams:
     seed: int | None = option(
         None, "Seed of the draws; the same request with the same seed gives the same tokens.", default_help="drawn anew"
     )
-    stop: tuple[str, ...] = option((), "Text that ends the completion; repeatable.")
+    stop: tuple[str, ...] = option(
+        (), "Text that ends the completion, special tokens that are not shown included; repeatable."
+    )
     stop_token_ids: tuple[int, ...] = option((), "Token id that ends the completion; repeatable.")
     ignore_eos: bool = option(False, "Go on after the end-of-text token.")
     max_tokens: int | None = option(
@@ -545,7 +547,11 @@ class SpeculativeParams:
     num_speculative_tokens: int = option(5, "Most tokens drafted per step.", low=1, high=64, applies="ar")
     prompt_lookup_min: int = option(2, "Shortest n-gram that is looked up.", low=1, applies="ar")
     prompt_lookup_max: int = option(
-        5, "Longest n-gram that is looked up; at least prompt_lookup_min.", low=1, applies="ar"
+        5,
+        "Longest n-gram that is looked up; at least prompt_lookup_min. Where only one of them is given, the other's "
+        "default gives way.",
+        low=1,
+        applies="ar",
     )
     acceptance: Acceptance = option(
         "coupled",

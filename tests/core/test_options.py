@@ -135,5 +135,16 @@ def test_lists_and_mappings_are_checked() -> None:
         SpeculativeParams(prompt_lookup_min=4, prompt_lookup_max=3)
 
 
+def test_a_default_gives_way_to_the_bound_that_was_given() -> None:
+    for given, low, high in (
+        ({"prompt_lookup_max": 1}, 1, 1),
+        ({"prompt_lookup_min": 9}, 9, 9),
+        ({"prompt_lookup_max": 4}, 2, 4),
+        ({"prompt_lookup_min": 3}, 3, 5),
+    ):
+        asked = SpeculativeParams(method="ngram", **given)
+        assert (asked.prompt_lookup_min, asked.prompt_lookup_max) == (low, high)
+
+
 def test_the_page_is_the_table() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == reference(), "run python -m dfastllm.options > docs/options.md"

@@ -91,7 +91,11 @@ def test_metrics_count_drafts(shipped: Live) -> None:
         ("demo-ar", {"method": "ngram", "num_speculative_tokens": 0}, "speculative_config.num_speculative_tokens"),
         ("demo-ar", {"method": "ngram", "num_speculative_tokens": 65}, "speculative_config.num_speculative_tokens"),
         ("demo-ar", {"method": "ngram", "num_speculative_tokens": "5"}, "speculative_config.num_speculative_tokens"),
-        ("demo-ar", {"method": "ngram", "prompt_lookup_min": 6}, "speculative_config.prompt_lookup_max"),
+        (
+            "demo-ar",
+            {"method": "ngram", "prompt_lookup_min": 6, "prompt_lookup_max": 5},
+            "speculative_config.prompt_lookup_max",
+        ),
         ("demo-ar", {"method": "ngram", "num_spec_tokens": 3}, "speculative_config.num_spec_tokens"),
         ("demo-diffusion", {}, "speculative_config"),
         ("demo-ar", {"method": "self"}, "speculative_config"),
