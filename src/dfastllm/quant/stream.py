@@ -110,7 +110,6 @@ class SafetensorsWriter:
         self.shards = cut_shards({name: planned.nbytes for name, planned in self.plan.items()}, shard_bytes)
         self._offset: dict[str, tuple[str, int]] = {}
         self._left = set(self.plan)
-        self._done = False
 
     def _temporary(self, shard: str) -> Path:
         return part_of(self.directory / shard)
