@@ -90,9 +90,9 @@ async def bomb(address: Address, rng: random.Random, size: int, tell: Tell) -> s
     """A body that costs the server more than its sender."""
     chosen = rng.choice(BOMBS)
     tell(f"the bomb '{chosen.name}'")
+    body = await asyncio.to_thread(chosen.body, size, rng.choice(MODELS))  # it takes a while
     async with Wire.open(address) as wire:
         with contextlib.suppress(ConnectionError):
-            body = await asyncio.to_thread(chosen.body, size, rng.choice(MODELS))  # it takes a while
             await wire.send(request("POST", chosen.path, body))
         found = await asyncio.wait_for(wire.closed(), 30 + SLACK)
     good = _status(found) in chosen.statuses or (size < 1 << 20 and _status(found) == 200)
