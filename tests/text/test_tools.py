@@ -383,6 +383,16 @@ def test_content_streams_before_a_call() -> None:
     assert parser.flush() == []
 
 
+def test_a_call_that_breaks_streams_on() -> None:
+    parser = ToolCallParser()
+    assert parser.push('<tool_call>{"name": "f", "arguments": {"k": "a\\qb') == [
+        CallBegin("f"),
+        CallText('{"k": "a\\qb'),
+    ]
+    assert parser.push(' c"}}</tool') == [CallText(' c"}}')]
+    assert parser.push("_call>") == [ToolCall("f", '{"k": "a\\qb c"}}', whole=False)]
+
+
 def test_an_answer_in_json_streams_as_soon_as_it_is_no_call() -> None:
     parser = ToolCallParser(names={"f"})
     assert parser.push(' {"ti') == []
