@@ -236,3 +236,16 @@ def test_the_others_of_a_failed_batch_are_cancelled() -> None:
         llm.generate((1,), GREEDY)
         assert set(ended) == {FinishReason.CANCELLED, FinishReason.LENGTH}
         assert ended.count(FinishReason.LENGTH) == 1
+
+
+def test_a_suffix_of_text_gets_no_special_tokens(canvas: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on with the text: a tokenizer's BOS belongs before the prompt alone."""
+    asked: list[tuple[Any, bool]] = []
+
+    def encode(prompt: Any, *, add_special: bool = True) -> tuple[int, ...]:
+        asked.append((prompt, add_special))
+        return (1, 2)
+
+    monkeypatch.setattr(canvas, "encode", encode)
+    list(canvas.submit("before", GREEDY, suffix="after"))
+    assert asked == [("before", True), ("after", False)]

@@ -245,9 +245,9 @@ def test_a_resumed_record_skips_what_it_has(tmp_path: Path) -> None:
     row = contest().row(CASES["decode, batch 1"], [Turn({"ours": 1.0, "peer": 1.0, "made": 1.0}, None)])
     done = finished([asdict(row)])
     plan = Plan(find_shape("qwen2.5-0.5b"), ["Q8_0"], list(CASES.values()), 1, tmp_path, Pace(), done)
-    assert "decode, batch 1" not in [c.name for c in plan.left("llama.cpp", "Q8_0")]
-    assert len(plan.left("llama.cpp", "Q8_0")) == len(CASES) - 1
-    assert len(plan.left("llama.cpp", "Q4_0")) == len(CASES)
+    assert "decode, batch 1" not in [c.name for c in plan.left("llama.cpp", "Q8_0", "Q8_0")]
+    assert len(plan.left("llama.cpp", "Q8_0", "Q8_0")) == len(CASES) - 1
+    assert len(plan.left("llama.cpp", "Q4_0", "Q4_0")) == len(CASES)
 
 
 def test_results_are_generated_from_the_records(tmp_path: Path) -> None:
@@ -315,3 +315,19 @@ def test_commands_refuse_what_they_do_not_know(arguments: list[str], said: str, 
     assert done.exit_code == 2
     assert said in " ".join(done.output.split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "n", "said"),
+    [
+        (1.0, 1.1, 1.2, 5, "met"),
+        (1.0, 1.1, 1.2, 4, "met?"),
+        (0.9, 1.0, 1.2, 9, "met?"),
+        (0.8, 0.9, 0.99, 9, "missed"),
+        (0.8, 0.9, 1.0, 9, "missed?"),  # the interval holds the aim
+    ],
+)
+def test_a_verdict_is_decided_where_the_interval_leaves_out_the_aim(
+    low: float, median: float, high: float, n: int, said: str
+) -> None:
+    assert verdict(Ratio(median, low, high, n), 1.0) == said

@@ -118,3 +118,17 @@ def test_the_row_before_predicts_where_the_family_shifts() -> None:
         assert torch.equal(moved.wanted, plain.wanted - 1)
         assert torch.equal(moved.ids, plain.ids)
         assert bool((plain.ids[plain.wanted] == tokenizer.mask_id).any())
+
+
+def test_plain_text_is_cut_into_a_quarter_and_the_rest(tmp_path: Path) -> None:
+    """Pieces of 128 tokens, the first quarter of each as its prompt, nothing lost and nothing twice."""
+    tokenizer = Tokenizer.load(resolve("demo-ar"))
+    text = "The dog went home and the cat did not. " * 40
+    (tmp_path / "x.txt").write_text(text)
+    found = file_examples(tokenizer, tmp_path / "x.txt", 100)
+    assert [token for one in found for token in (*one.prompt, *one.response)] == tokenizer.encode(text)
+    assert [len(one.prompt) + len(one.response) for one in found[:-1]] == [128] * (len(found) - 1)
+    assert [len(one.prompt) for one in found[:-1]] == [32] * (len(found) - 1)
+    last = len(found[-1].prompt) + len(found[-1].response)
+    assert len(found[-1].prompt) == max(1, last // 4)
+    assert [one.index for one in found] == list(range(len(found)))

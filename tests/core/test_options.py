@@ -148,3 +148,10 @@ def test_a_default_gives_way_to_the_bound_that_was_given() -> None:
 
 def test_the_page_is_the_table() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == reference(), "run python -m dfastllm.options > docs/options.md"
+
+
+def test_what_a_list_of_texts_wants_is_said() -> None:
+    with pytest.raises(ValidationError, match="stop must be strings that are not empty, got ''"):
+        SamplingParams(stop=("a", ""))
+    with pytest.raises(ValidationError, match="allowed_token_ids must be a whole number, got ''"):
+        SamplingParams(allowed_token_ids=("",))  # type: ignore[arg-type]

@@ -184,3 +184,13 @@ def test_bad_ids_and_files(tmp_path: Path) -> None:
 
 def test_empty_list_of_ids_is_none(tmp_path: Path) -> None:
     assert ids(tmp_path, models.find_family("llama"), {"eos_token_id": [], "pad_token_id": []}) == Ids()
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_published_ids_are_ids(name: str) -> None:
+    """None below 0, no mask among the ends, and those of the family's own vocabulary."""
+    ids = models.FAMILIES[name].ids
+    single = [one for one in (ids.mask, ids.bos, ids.pad) if one is not None]
+    assert all(one >= 0 for one in (*ids.eos, *single))
+    assert len(set(ids.eos)) == len(ids.eos)
+    assert ids.mask is None or ids.mask not in ids.eos

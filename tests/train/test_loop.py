@@ -197,3 +197,19 @@ def test_every_rate_follows_the_schedule(optimizer: str, runs: Path, monkeypatch
     assert rate(told, 4) < 1
     for group in groups:
         assert group["lr"] == pytest.approx(group["peak"] * rate(told, 4))
+
+
+def test_a_log_has_a_line_at_every_so_many_steps_and_the_last(runs: Path) -> None:
+    home = run(recipe("sparse", steps=7), runs=runs, validate_every=6, save_every=7, log_every=3).parent
+    lines = [json.loads(line) for line in (home / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert ["validation_loss" in line for line in lines] == [False, True, True]
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    """By number: step-900 comes after step-1000 in the alphabet."""
+    for step in (900, 1000, 20):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "state.json").write_text("{}")
+    (tmp_path / "step-5000").mkdir()  # not whole
+    assert latest(tmp_path) == tmp_path / "step-1000"
