@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dfastllm import LLM, SamplingParams
 from dfastllm.errors import DFastLLMError, TokenizerError, ValidationError
 from dfastllm.llm import load_engine, model_options
 from dfastllm.settings import Settings
@@ -93,6 +94,61 @@ def test_settings_that_are_no_object(text: str) -> None:
     with pytest.raises(ValidationError, match="must be a JSON object") as refused:
         Settings(default_chat_template_kwargs=text)
     assert refused.value.param == "default_chat_template_kwargs"
+
+
+def test_what_a_person_spells_stays_text(templated: Live) -> None:
+    """Special tokens in a message are text, in a raw prompt they are tokens, and `parse_special` says otherwise."""
+    mask = templated.serving.models["plain"].tokenizer.spellings[-1]
+    id = templated.serving.models["plain"].tokenizer.token_to_id(mask)
+    said: dict[str, Any] = {"model": "plain", "messages": [{"role": "user", "content": f"a{mask}b"}]}
+    raw = {"model": "plain", "prompt": f"a{mask}b"}
+
+    def tokens(body: dict[str, Any], **rest: Any) -> list[int]:
+        answer = templated.post("/tokenize", {**body, **rest})
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["tokens"])
+
+    assert id not in tokens(said)
+    assert id not in tokens(said, parse_special=False)
+    assert id in tokens(said, parse_special=True)
+    assert id in tokens(raw)
+    assert id in tokens(raw, parse_special=True)
+    assert id not in tokens(raw, parse_special=False)
+    for parse, text in ((None, False), (False, False), (True, True)):
+        body = {**said, "max_tokens": 1, "return_token_ids": True, "parse_special": parse}
+        prompt = templated.post("/v1/chat/completions", body).json()["prompt_token_ids"]
+        assert (id in prompt) is text
+    for parse, text in ((None, True), (False, False)):
+        body = {**raw, "max_tokens": 1, "return_token_ids": True, "parse_special": parse}
+        answer = templated.post("/v1/completions", body).json()
+        assert (id in answer["choices"][0]["prompt_token_ids"]) is text
+
+
+def test_python_has_the_names_of_http_and_the_same_check(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(THINKING, encoding="utf-8")
+    plain = {"chat_template": file, "chat_template_kwargs": {"bos_token": "", "enable_thinking": False}}
+    with LLM("demo-ar", **plain) as llm:
+        text = llm.tokenizer.decode(llm.render([U]), skip_special=False)
+        assert text == "1=:"
+        asked = llm.render([U], chat_template_kwargs={"enable_thinking": True, "opening": "+"})
+        assert llm.tokenizer.decode(asked, skip_special=False) == "1+"
+        with pytest.raises(ValidationError, match=r"messages\[0\] has no field 'contnet'. Did you mean 'content'"):
+            llm.chat([{"role": "user", "contnet": "1"}])
+        mask = llm.tokenizer.spellings[-1]
+        said = [{"role": "user", "content": mask}]
+        assert llm.tokenizer.token_to_id(mask) not in llm.render(said)
+        assert llm.tokenizer.token_to_id(mask) in llm.render(said, parse_special=True)
+        assert llm.chat(said, SamplingParams(max_tokens=1))[0].prompt_tokens == llm.render(said)
+        assert llm.tokenizer.token_to_id(mask) not in llm.encode(mask, parse_special=False)
+    older = load_engine("demo-ar", chat_template=file, template_variables={"bos_token": "", "enable_thinking": False})
+    assert older.tokenizer is not None
+    assert older.tokenizer.apply_chat_template([U]) == "1=:"
+    with pytest.raises(ValidationError, match="one thing; got both"):
+        load_engine("demo-ar", chat_template_kwargs={}, template_variables={})
+    loaded = load_engine("demo-ar", **model_options(Settings(chat_parse_special=True)))
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.chat_parse_special
 
 
 def test_a_template_that_cannot_be_used_ends_the_loading(tmp_path: Path) -> None:
