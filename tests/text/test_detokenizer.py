@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dfastllm.errors import TokenizerError
+from dfastllm.llm import resolve
 from dfastllm.server.tokens import token_bytes
 from dfastllm.text import Detokenizer, Tokenizer
 from dfastllm.text.detokenizer import TextOffsets
@@ -328,3 +329,11 @@ def test_the_window_stays_small(tokenizer: Tokenizer) -> None:
         for _ in range(100):
             detokenizer.push(ids)
         assert len(detokenizer._shown._window) <= 24, ids
+
+
+def test_special_tokens_are_left_out_unless_asked_for() -> None:
+    tokenizer = Tokenizer.load(resolve("demo-ar"))
+    special, plain = min(tokenizer.special_ids), tokenizer.encode("dog")
+    for skip, wanted in ((None, "dog"), (True, "dog"), (False, f"{tokenizer.id_to_token(special)}dog")):
+        made = Detokenizer(tokenizer) if skip is None else Detokenizer(tokenizer, skip_special=skip)
+        assert made.push([special, *plain]) + made.flush() == wanted

@@ -204,3 +204,10 @@ def test_a_tool_call_in_the_text_is_found_with_its_last_character() -> None:
     found = figures([Measured(prompt, made)], 1.0).speed.ttfa
     assert found is not None
     assert found.p50 == pytest.approx(400)
+
+
+@pytest.mark.parametrize(("slo", "met"), [({"tpot": 99}, 0.5), ({"tpot": 101}, 1.0), ({"tpot": 1}, 0.5), ({}, None)])
+def test_goodput_holds_every_limit(slo: dict[str, float], met: float | None) -> None:
+    """5 tokens, 0.1 s between them; an answer of one token has no time between tokens, and meets that limit."""
+    many, one = answer([0.1, 0.5], [1, 4]), answer([0.1], [1])
+    assert figures([Measured(OPEN, a) for a in (many, one)], 2.0, slo=slo).speed.request_goodput == met
