@@ -205,7 +205,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     encode = Tokenizer.encode
 
     def seen(self: Tokenizer, text: str, **options: Any) -> list[int]:
-        lengths.append(len(text))
+        lengths.append(len(getattr(text, "text", text)))
         return encode(self, text, **options)
 
     monkeypatch.setattr(Tokenizer, "encode", seen)

@@ -12,6 +12,8 @@ from dfastllm.server.options import decode_params, on_the_wire, sampling_params
 from dfastllm.server.readers import Readers
 from dfastllm.server.schemas import ChatRequest, CompletionRequest
 from dfastllm.server.serving import ServedModel
+from dfastllm.text import Tokenizer
+from tests.kit.live import Live
 from tests.kit.served import byte_tokenizer
 
 
@@ -149,3 +151,20 @@ def test_errors_name_the_field_that_was_sent(fields: dict[str, Any], param: str,
     assert told.param == "messages"
     told = on_the_wire(ValidationError("max_tokens is much.", param="max_tokens"), chat(max_completion_tokens=7))
     assert (told.param, str(told)) == ("max_completion_tokens", "max_completion_tokens is much.")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_special_tokens_are_added_as_asked(live: Live, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    asked: list[bool] = []
+    encode = Tokenizer.encode
+
+    def seen(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        asked.append(options.get("add_special", False))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", seen)
+    body = {"model": "causal", "prompt": "x"} | ({"max_tokens": 1} if path != "/tokenize" else {})
+    given: dict[str, Any]
+    for given in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+        assert live.post(path, {**body, **given}).status_code == 200
+    assert asked == [True, True, False]
