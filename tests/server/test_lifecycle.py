@@ -298,7 +298,10 @@ def test_answers_while_loading_then_ready_then_stopping() -> None:
             with Worker(engines) as worker:
                 app.state.serving.open(worker, engines)
                 assert httpx.get(f"{url}/health").json() == {"status": "ready", "models": ["m"]}
-                assert httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": "x"}).status_code == 200
+                assert (
+                    httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": "x"}, timeout=60).status_code
+                    == 200
+                )
                 app.state.serving.drain()
                 assert httpx.get(f"{url}/health/ready").json() == {"status": "stopping"}
                 assert httpx.get(f"{url}/health/live").status_code == 200
