@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dfastllm.core import DecodeParams, SamplingParams
-from dfastllm.decode.canvas.rules import Field, decide
+from dfastllm.decode.canvas.field import Field
+from dfastllm.decode.canvas.rules import decide
 from dfastllm.decode.registry import POLICIES, RULES
 from dfastllm.decode.sampling import Draw, draw, row_keys
 from dfastllm.models import tiny

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dfastllm.decode.canvas.choice import CACHES
-from dfastllm.decode.canvas.rules import RULES, Option
+from dfastllm.decode.canvas.field import Option
+from dfastllm.decode.canvas.rules import RULES
 
 __all__ = ["reference"]
 

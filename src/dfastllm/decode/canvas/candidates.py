@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dfastllm.core import SequenceState, value
 from dfastllm.decode.canvas.evidence import Scorer, add_credit, agreement, drift
+from dfastllm.decode.canvas.field import Rule
 from dfastllm.decode.canvas.layout import CanvasState
-from dfastllm.decode.canvas.rules import RULES, Rule
+from dfastllm.decode.canvas.rules import RULES
 from dfastllm.decode.sampling import Draw, barred, draw, penalised, tempered
 from dfastllm.kernels.rows import Rows, RowStats, probabilities
 from dfastllm.kernels.statistics import log_normaliser, spread

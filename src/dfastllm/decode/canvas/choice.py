@@ -11,7 +11,8 @@ from dataclasses import field
 from typing import Any
 
 from dfastllm.core import DecodeParams, ModelInfo, SamplingParams, value
-from dfastllm.decode.canvas.rules import RULES, Option, Rule
+from dfastllm.decode.canvas.field import Option, Rule
+from dfastllm.decode.canvas.rules import RULES
 from dfastllm.decode.sampling import edits
 from dfastllm.errors import UnsupportedError, ValidationError
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from dfastllm.core import Commit, TokenLogprob, value
 from dfastllm.decode.canvas.candidates import Active, Candidates, by_logits, by_stats
 from dfastllm.decode.canvas.evidence import Scorer
+from dfastllm.decode.canvas.field import Field, Revision, Rule
 from dfastllm.decode.canvas.layout import CanvasState, ending, fill_id
-from dfastllm.decode.canvas.rules import Field, Revision, Rule, decide
+from dfastllm.decode.canvas.rules import decide
 from dfastllm.decode.records import token_logprob
 from dfastllm.decode.sampling import row_keys
 from dfastllm.kernels.rows import DenseRows, Rows, int64s

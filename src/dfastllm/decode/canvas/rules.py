@@ -1,9 +1,8 @@
 """The unmasking rules: which masked positions of the active block to commit, from statistics of their rows.
 
-A rule is a pure function of arrays over many sequences at once: `Field` in, `Verdict` out. Arrays are [sequences,
-block], column j being position block start + j, padded on the right with columns that are not masked. A rule says which
+A rule is a pure function of arrays over many sequences at once: `Field` in, `Verdict` out (`field`). It says which
 positions it accepts and how it ranks them; `decide` then guarantees progress: the best that `steps` demands are always
-accepted (at least one), and never more than `max_parallel_tokens`. Ties go to the lowest position.
+accepted (at least one), and never more than `max_parallel_tokens`. Those that revise are in `revising`.
 
 What a rule does not do: read logits, choose tokens, or know of caches (`evidence` does the first for those that need
 more than row statistics). Sources are named at each rule; what is not copied from published code is said there too.
@@ -11,122 +10,29 @@ more than row statistics). Sources are named at each rule; what is not copied fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dfastllm.core import value
+from dfastllm.decode.canvas.field import (
+    Bools,
+    Field,
+    Floats,
+    Ints,
+    Option,
+    Rule,
+    Verdict,
+    best_of_runs,
+    ordered,
+    ranked,
+)
+from dfastllm.decode.canvas.grid import grid_counts, moments
+from dfastllm.decode.canvas.revising import edit, edit_tokens, hierarchy_remask, remask_doubted, wino, wino_verify
 from dfastllm.decode.sampling import uniform
 
-__all__ = ["RULES", "Field", "Option", "Revision", "Rule", "Verdict", "decide", "quota"]
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One documented option of a rule or cache. Numbers lie in [low, high]; strings are one of `choices`."""
-
-    default: Any
-    help: str
-    low: float = 0.0
-    high: float = float("inf")
-    choices: tuple[str, ...] = ()
-
-
-@value(frozen=True, slots=True)
-class Field:
-    """Statistics of the active blocks of S sequences, padded to M columns.
-
-    masked      bool [S, M]: undecided, a candidate.
-    confidence  probability of the candidate token under the raw softmax; 0 elsewhere.
-    entropy     nats, and margin, p1 - p2: only for rules that need them, else zeros.
-    keys        uint64 [S, M]: randomness by (seed, decode step, position).
-    size        int [S]: tokens that the block's quotas are spread over: its masks at its start; of a block that the
-                prompt has begun the whole block, as in the published block-diffusion loops.
-    step        int [S]: denoise steps done in this block before this one.
-    steps       int [S]: denoise steps the block may take; for a rule that is `paced`, those of its schedule.
-    begun       int [S]: points of a paced schedule that are past before the block's first step.
-    options     per sequence, complete with defaults.
-    memory      per sequence: what the rule returned at the block's last step, None at its first (unless `lasting`).
-    held        bool [S, M]: committed in this block and looked at again (revising rules only).
-    kept        at held positions: probability of the committed token. differs: the candidate is another token.
-    ready       bool [S, M]: what `evidence` found at masked positions (klass: stable; apd: agreed).
-    """
-
-    masked: Bools
-    confidence: Floats
-    entropy: Floats
-    margin: Floats
-    keys: NDArray[np.uint64]
-    size: Ints
-    step: Ints
-    steps: Ints
-    options: Sequence[Mapping[str, Any]]
-    memory: Sequence[Any]
-    held: Bools
-    kept: Floats
-    differs: Bools
-    ready: Bools
-    begun: Ints
-
-    def option(self, name: str) -> Floats:
-        """float64 [S, 1]."""
-        return np.asarray([[o[name]] for o in self.options], dtype=np.float64)
-
-
-@value(frozen=True, slots=True)
-class Verdict:
-    """What a rule would commit. accept: bool [S, M]. score: higher is better, orders the floor and the cap."""
-
-    accept: Bools
-    score: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class Revision:
-    """What a revising rule changes of the `accept`ed positions' elders.
-
-    remask  bool [S, M]: held positions to mask again; rewrite: held positions to overwrite with their candidate.
-    memory  per sequence, for the next step of the same block.
-    closed  bool [S] or None: the block is final just when the rule says so; None: when no mask is left.
-    """
-
-    remask: Bools
-    rewrite: Bools
-    memory: Sequence[Any]
-    closed: Bools | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A named rule.
-
-    needs    "spread" (entropy and margin), "held" (rows of committed positions), "shadow" (their shadow rows), "edit"
-             (a model trained to edit its tokens), "credit", "drift", "scorer" (see `evidence`).
-    revise   given what is accepted: how it changes what it committed before. Then nothing in a block is stable before
-             the block is.
-    paced    it follows its own schedule over `steps`; others are held to an even rate.
-    alone    where it accepts something, that is all a step commits: the even rate holds only where it accepts nothing.
-    lasting  its memory outlives the block.
-    """
-
-    name: str
-    decide: Callable[[Field], Verdict]
-    help: str
-    options: Mapping[str, Option] = field(default_factory=dict)
-    needs: frozenset[str] = frozenset()
-    revise: Callable[[Field, Bools], Revision] | None = None
-    paced: bool = False
-    alone: bool = False
-    lasting: bool = False
+__all__ = ["RULES", "decide", "quota"]
 
 
 def quota(size: int, steps: int, step: int) -> int:
@@ -144,7 +50,7 @@ def decide(rule: Rule, f: Field) -> Bools:
         if rule.alone:
             some = (verdict.accept & f.masked).any(axis=1)
             floor = np.maximum(np.where(some, 0, floor), _last_call(f, most))
-        rank = _rank(verdict.score, f.masked)
+        rank = ranked(verdict.score, f.masked)
         accept = verdict.accept | (rank < floor[:, None])
     else:  # the best of each alone: no order needed
         accept = verdict.accept.copy()
@@ -180,27 +86,14 @@ def _all_sure(f: Field, enough: Floats) -> Bools:
     return out
 
 
-def _order(score: Floats, masked: Bools) -> Ints:
-    """int [S, M]: columns by descending score, unmasked ones last. Equal scores: lowest position first."""
-    return np.argsort(np.where(masked, -score, np.inf), axis=1, kind="stable")
-
-
-def _rank(score: Floats, masked: Bools) -> Ints:
-    """int [S, M]: 0 for the best masked position."""
-    order = _order(score, masked)
-    rank = np.empty_like(order)
-    rank[np.arange(len(order))[:, None], order] = np.arange(order.shape[1])
-    return rank
-
-
 def _prefix(score: Floats, masked: Bools, fits: Callable[[Floats], Bools]) -> Bools:
     """The longest prefix, by descending score, whose every member fits. `fits` maps the sorted scores [S, M] to bools;
     columns after the masked ones hold -inf there."""
-    order = _order(score, masked)
-    ranked = np.take_along_axis(np.where(masked, score, -np.inf), order, axis=1)
+    columns = ordered(score, masked)
+    ranked = np.take_along_axis(np.where(masked, score, -np.inf), columns, axis=1)
     good = np.logical_and.accumulate(fits(ranked), axis=1)
     out = np.zeros_like(masked)
-    np.put_along_axis(out, order, good, axis=1)
+    np.put_along_axis(out, columns, good, axis=1)
     return out & masked
 
 
@@ -240,7 +133,7 @@ def _dream(f: Field) -> Verdict:
     replacement, here as the best of score / alg_temp + Gumbel noise.
 
     A point of the grid at which the published loop commits nothing would run the same canvas again; here it is passed
-    over, so that every step commits something (see `_counts`, and for origin `_moment`)."""
+    over, so that every step commits something (see `grid.grid_counts`, and for origin `grid.moments`)."""
     score = f.confidence.copy()
     accept = np.zeros_like(f.masked)
     counts = np.zeros(len(f.options), dtype=np.int64)
@@ -250,53 +143,17 @@ def _dream(f: Field) -> Verdict:
         if ordering == "origin":
             noise = uniform(f.keys[i])
             score[i] = noise
-            moment = np.where(f.masked[i], _moment(noise, steps, eps), steps)
+            moment = np.where(f.masked[i], moments(noise, steps, eps), steps)
             accept[i] = moment == moment.min()
             continue
         if ordering != "maskgit_plus":
             score[i] = f.margin[i] if ordering == "topk_margin" else -f.entropy[i]
         if options["alg_temp"] > 0:
             score[i] = score[i] / options["alg_temp"] + _gumbel(f.keys[i])
-        plan = _counts(int(f.size[i]), steps, eps, int(f.begun[i]))
+        plan = grid_counts(int(f.size[i]), steps, eps, int(f.begun[i]))
         # Behind the plan, as under max_parallel_tokens, the last point commits what is left.
         counts[i] = plan[f.step[i]] if f.step[i] < len(plan) - 1 else f.masked.shape[1]
-    return Verdict(accept | (_rank(score, f.masked) < counts[:, None]), score)
-
-
-@lru_cache(maxsize=256)
-def _shares(steps: int, eps: float) -> NDArray[np.float32]:
-    """float32 [steps]: 1 - t[i+1] / t[i], in float32 as published: there a quota may be a token less than in exact
-    numbers."""
-    t = torch.linspace(1, eps, steps + 1).numpy()
-    out: NDArray[np.float32] = np.float32(1) - t[1:] / t[:-1]
-    return out
-
-
-@lru_cache(maxsize=1024)
-def _counts(size: int, steps: int, eps: float, at: int = 0) -> tuple[int, ...]:
-    """How many of `size` masks the points of Dream's grid commit, from point `at` on, those that commit nothing left
-    out."""
-    left, out = size, []
-    share = _shares(steps, eps)[:-1]
-    while left and at < len(share):
-        due = (np.float32(left) * share[at:]).astype(np.int64)
-        some = int((due > 0).argmax())
-        if not due[some]:
-            break
-        out.append(min(left, int(due[some])))
-        left -= out[-1]
-        at += some + 1
-    if left:
-        out.append(left)
-    return tuple(out)
-
-
-def _moment(noise: Floats, steps: int, eps: float) -> Ints:
-    """The point of the grid, int [M] in [0, steps), at which each position is committed under ordering origin. That a
-    mask goes at point i with probability 1 - t[i+1] / t[i], whatever the others do, says that it goes before time t
-    with probability 1 - t (and at the last point for certain): its time is one uniform number."""
-    out: Ints = np.clip(np.floor((1 - noise) / ((1 - eps) / steps)), 0, steps - 1).astype(np.int64)
-    return out
+    return Verdict(accept | (ranked(score, f.masked) < counts[:, None]), score)
 
 
 def _threshold(f: Field) -> Verdict:
@@ -332,7 +189,7 @@ def _entropy_bound(f: Field) -> Verdict:
     for i, options in enumerate(f.options):
         if options["order"] != "entropy":
             score[i] = f.margin[i] if options["order"] == "margin" else f.confidence[i]
-    order = _order(score, f.masked)
+    order = ordered(score, f.masked)
     entropy = np.take_along_axis(np.where(f.masked, f.entropy, 0.0), order, axis=1)
     total, gamma = np.cumsum(entropy, axis=1), f.option("gamma")
     whole = np.asarray([[o["bound"] == "sum"] for o in f.options])
@@ -342,53 +199,12 @@ def _entropy_bound(f: Field) -> Verdict:
     return Verdict(accept & f.masked, score)
 
 
-def _run_best(confidence: Floats, masked: Bools) -> Bools:
-    """The best of every contiguous masked run."""
-    starts = masked & ~np.pad(masked, ((0, 0), (1, 0)))[:, :-1]
-    run = np.cumsum(starts, axis=1)  # number of the run a masked column belongs to, from 1
-    best = np.zeros_like(masked)
-    rank = _rank(confidence, masked)
-    for r in range(1, int(run.max(initial=0)) + 1):
-        here = masked & (run == r)
-        ranks = np.where(here, rank, masked.shape[1])
-        best |= here & (ranks == ranks.min(axis=1, keepdims=True))
-    return best
-
-
 def _hierarchy(f: Field) -> Verdict:
     """The best of every contiguous masked run if c > low_threshold, and all with c > threshold (dInfer's hierarchical
     decoding, 2025)."""
-    best = _run_best(f.confidence, f.masked)
+    best = best_of_runs(f.confidence, f.masked)
     accept = (best & (f.confidence > f.option("low_threshold"))) | (f.confidence > f.option("threshold"))
     return Verdict(accept, f.confidence)
-
-
-def _doubted(f: Field) -> tuple[Bools, Bools]:
-    """(held positions that `hierarchy_remask` takes for masked, what it then transfers of those and the masked)."""
-    doubtful = f.held & (f.confidence < f.option("remask_threshold"))
-    pool = f.masked | doubtful
-    take = _run_best(f.confidence, pool) & (f.confidence > f.option("low_threshold"))
-    take |= pool & (f.confidence > f.option("threshold"))
-    short = doubtful.sum(axis=1) + 1 - take.sum(axis=1)
-    return doubtful, take | (pool & (_rank(f.confidence, pool & ~take) < short[:, None]))
-
-
-def _hierarchy_remask(f: Field) -> Verdict:
-    """Hierarchical decoding over the masks and the committed tokens whose row is no longer sure of anything, c <
-    remask_threshold; always one more is committed than are doubted, so that a step gains (dInfer's
-    get_transfer_index_hierarchy_remask, 2025)."""
-    return Verdict(_doubted(f)[1] & f.masked, f.confidence)
-
-
-def _remask_doubted(f: Field, accept: Bools) -> Revision:
-    """Doubted tokens that are transferred are written anew, the others masked again: fewer than are committed, and
-    never so many that the block would fall behind `steps`."""
-    doubtful, take = _doubted(f)
-    again = doubtful & ~take
-    accepted = accept.sum(axis=1)
-    allowed = np.minimum(accepted - 1, _spare(f, accepted))
-    remask = again & (_rank(-f.confidence, again) < allowed[:, None])
-    return Revision(remask, doubtful & take & f.differs, [None] * len(accepted))
 
 
 def _local_leap(f: Field) -> Verdict:
@@ -415,54 +231,6 @@ def _apd(f: Field) -> Verdict:
     under the same noise (Israel et al., adaptive parallel decoding, 2025). The leftmost is always accepted."""
     left = -np.broadcast_to(np.arange(f.masked.shape[1], dtype=np.float64), f.masked.shape)
     return Verdict(f.ready, left)
-
-
-# ---- rules that revise -----------------------------------------------------------------------------------------------
-
-
-def _wino(f: Field) -> Verdict:
-    """Wide in, narrow out (Hong et al., WINO, 2025). Draft: c > threshold, at most min(max(0.7 m, min_accept),
-    max_accept) of the m masks."""
-    low, high = f.option("min_accept"), f.option("max_accept")
-    most = np.minimum(np.maximum(np.floor(f.masked.sum(axis=1, keepdims=True) * 0.7), low), high)
-    accept = f.masked & (f.confidence > f.option("threshold")) & (_rank(f.confidence, f.masked) < most)
-    return Verdict(accept, f.confidence)
-
-
-def _spare(f: Field, accepted: Ints) -> Ints:
-    """int [S]: how many held tokens may be masked again at a step that accepts so many, and keep up with `steps`."""
-    at = np.minimum(f.step, f.steps - 1) + 1
-    out: Ints = f.held.sum(axis=1) + accepted - at * (f.size // f.steps) - np.minimum(at, f.size % f.steps)
-    return out
-
-
-def _wino_verify(f: Field, accept: Bools) -> Revision:
-    """When more than one was accepted: held positions whose shadow row gives their token less than threshold_back are
-    masked again, the least probable first, fewer than were accepted at the step before, and never so many that the
-    block would fall behind `steps`. Each position of the block has a shadow, a mask; they see each other, and the
-    canvas without the token of their own position (`Span.shadows`)."""
-    accepted = accept.sum(axis=1)
-    doubtful = f.held & (f.kept < f.option("threshold_back"))
-    last = np.asarray([1 if m is None else m for m in f.memory], dtype=np.int64)
-    allowed = np.where(accepted > 1, np.minimum(last - 1, _spare(f, accepted)), 0)
-    remask = doubtful & (_rank(-f.kept, doubtful) < allowed[:, None])
-    return Revision(remask, np.zeros_like(remask), accepted.tolist())
-
-
-def _edit(f: Field) -> Verdict:
-    """LLaDA2.1 (2026), mask to token: c > threshold."""
-    return Verdict(f.confidence > f.option("threshold"), f.confidence)
-
-
-def _edit_tokens(f: Field, accept: Bools) -> Revision:
-    """Token to token: held positions whose best token is another one with p > edit_threshold are overwritten. After the
-    last mask at most max_post_steps steps of that; the block is final when a step that began without masks changes
-    nothing, or when they are used up."""
-    rewrite = f.held & f.differs & (f.confidence > f.option("edit_threshold"))
-    full = ~f.masked.any(axis=1)
-    done = np.asarray([m or 0 for m in f.memory], dtype=np.int64) + full
-    closed = full & (~rewrite.any(axis=1) | (done >= f.option("max_post_steps")[:, 0]))
-    return Revision(np.zeros_like(rewrite), rewrite, done.tolist(), closed)
 
 
 # What every rule knows beside its own options.
@@ -598,20 +366,20 @@ _ALL = (
     replace(
         _rule(
             "hierarchy_remask",
-            _hierarchy_remask,
+            hierarchy_remask,
             "the best of every masked run, committed tokens that are doubted among them",
             "held",
             **_confidence(0.9),
             low_threshold=Option(0.4, "confidence the best of a run must exceed", 0, 1),
             remask_threshold=Option(0.4, "confidence below which the row of a committed token makes it doubted", 0, 1),
         ),
-        revise=_remask_doubted,
+        revise=remask_doubted,
         alone=True,
     ),
     replace(
         _rule(
             "wino",
-            _wino,
+            wino,
             "draft wide, mask again what its shadow row doubts",
             "shadow",
             **_confidence(0.6),
@@ -619,12 +387,12 @@ _ALL = (
             min_accept=Option(5, "the cap on a step's commits is at least this", 1),
             max_accept=Option(20, "and at most this", 1),
         ),
-        revise=_wino_verify,
+        revise=wino_verify,
     ),
     replace(
         _rule(
             "edit",
-            _edit,
+            edit,
             "overwrite committed tokens the model now disagrees with",
             "held",
             "edit",
@@ -632,7 +400,7 @@ _ALL = (
             edit_threshold=Option(0.9, "probability a new token must exceed", 0, 1),
             max_post_steps=Option(16, "editing steps after the last mask", 1),
         ),
-        revise=_edit_tokens,
+        revise=edit_tokens,
     ),
     _rule(
         "apd",
