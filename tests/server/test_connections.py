@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import resource
 import socket
 import stat
 import threading
@@ -368,7 +369,7 @@ def test_files_that_run_out(live: Live, monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_connections_leave_files_for_others() -> None:
-    soft = listening.resource.getrlimit(listening.resource.RLIMIT_NOFILE)[0]
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert connections_allowed(1) == 1
     assert connections_allowed(10**9) == soft - listening.RESERVE
 
