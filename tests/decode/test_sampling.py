@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.core import SamplingParams
-from dfastllm.decode.sampling import Draw, draw, gumbel, row_keys, uniform
+from dfastllm.decode.sampling import Draw, distribution, draw, gumbel, row_keys, uniform
 from dfastllm.kernels.statistics import log_normaliser, spread
 
 torch.set_num_threads(1)
@@ -260,3 +260,11 @@ def test_statistics_are_right() -> None:
     assert torch.allclose(entropy.double(), -(p * p.clamp_min(1e-300).log()).sum(dim=-1), atol=1e-5)
     best = p.sort(dim=-1, descending=True).values
     assert torch.allclose(margin.double(), best[:, 0] - best[:, 1], atol=1e-6)
+
+
+def test_a_repetition_penalty_makes_every_seen_token_less_likely() -> None:
+    """Whatever the sign of its logit (Keskar et al. 2019): positive ones are divided, negative ones multiplied."""
+    logits = torch.tensor([[2.0, -2.0, 0.5, -0.5, 1.0]])
+    draws = [rows_of(SamplingParams(repetition_penalty=2.0), 1, prompt=(0,), output=(1,))]
+    wanted = torch.softmax(torch.tensor([[1.0, -4.0, 0.5, -0.5, 1.0]]).double(), dim=-1)
+    torch.testing.assert_close(distribution(logits, draws), wanted)

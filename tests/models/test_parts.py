@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dfastllm import models
 from dfastllm.errors import ValidationError
+from dfastllm.models import RopeScaling
 from dfastllm.models.mixture import Mixture, Router
-from dfastllm.models.parts import Rotary, rotate
+from dfastllm.models.parts import Rotary, inverse_frequencies, rotate
 from dfastllm.models.program import Attend, RopeTable
 
 FAMILIES = sorted(models.FAMILIES)
@@ -270,3 +271,43 @@ def test_impossible_rope_scaling(scaling: tuple) -> None:
     kind, factor, original, more = scaling
     with pytest.raises(ValidationError):
         models.RopeScaling(kind, factor, original, **more)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling("linear", 4.0),
+        RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0),
+        RopeScaling("yarn", 4.0, 32768),
+        RopeScaling("yarn", 40.0, 4096, beta_fast=32.0, beta_slow=1.0, attention_factor=1.25),
+        RopeScaling("yarn", 16.0, 4096, truncate=False),
+    ],
+)
+def test_scaled_frequencies_of_real_sizes_are_the_published_ones(scaling: RopeScaling, theta: float, dim: int) -> None:
+    """Head sizes and trained lengths of published models against transformers: YaRN's range of dims is rounded
+    outwards, which tiny models, whose ranges end at the edges, do not show."""
+    rope = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[scaling.kind]
+    config = pytest.importorskip("transformers").LlamaConfig(
+        head_dim=dim,
+        hidden_size=dim,
+        num_attention_heads=1,
+        max_position_embeddings=int(scaling.factor) * (scaling.original_max_len or 4096),
+        rope_parameters={
+            "rope_type": scaling.kind,
+            "rope_theta": theta,
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_max_len,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "attention_factor": scaling.attention_factor,
+            "truncate": scaling.truncate,
+        },
+    )
+    wanted, factor = rope(config, "cpu")
+    got, ours = inverse_frequencies(RopeTable(theta, dim, scaling))
+    torch.testing.assert_close(got, wanted, rtol=2e-6, atol=0)
+    assert ours == pytest.approx(factor)

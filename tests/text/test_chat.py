@@ -195,3 +195,11 @@ def test_the_callers_messages_stay_as_they_were() -> None:
 def test_importing_text_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, dfastllm.text; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("tools", [None, [], ()])
+def test_no_tools_are_none_to_a_template(tools: Any) -> None:
+    """Templates ask `tools is not none` as often as `tools`."""
+    templates = ChatTemplates({"default": "{% if tools is not none %}tools{% else %}plain{% endif %}"})
+    assert templates.render([{"role": "user", "content": "hi"}], tools) == "plain"
+    assert templates.render([{"role": "user", "content": "hi"}], [{"type": "function"}]) == "tools"

@@ -561,3 +561,23 @@ def test_pages_of_rejected_drafts_return_at_once() -> None:
             assert len(live.table.pages) == engine.pages.pages_for(live.state.kv_len) == engine.pages.used
         rejected += sum(end.usage.draft_tokens - end.usage.accepted_tokens for end in ends)
     assert rejected > 20
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_where_drafting_does_not_pay_only_those_draft_who_ask_for_it(
+    adaptive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the pace rests, requests whose draft lengths follow what pays are not looked at, and are counted; one that
+    wants drafts whatever they cost has them."""
+    engine = Engine(FakeModel("ar"), config=EngineConfig(kv_tokens=512))
+    monkeypatch.setattr(engine.drafting.pace, "resting", lambda: True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    asked = SpeculativeParams("ngram", prompt_lookup_min=1, num_speculative_tokens=3, adaptive=adaptive)
+    stats: list[StepStats] = []
+    engine.subscribe(stats.append)
+    engine.add(Request("r", (3, 4, 5, 3, 4, 5, 3, 4, 5), sampling, speculative=asked))
+    while engine.has_work:
+        engine.step()
+    drafted, held = sum(len(step.drafts) for step in stats), sum(step.suppressed for step in stats)
+    assert (drafted == 0) == adaptive
+    assert (held > 10) == adaptive
