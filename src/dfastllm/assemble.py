@@ -37,7 +37,7 @@ from dfastllm.quant.gguf.memory import return_freed
 from dfastllm.text import Tokenizer
 from dfastllm.text.gguf import read_tokenizer
 
-__all__ = ["BACKENDS", "Backend", "Loaded", "is_gguf", "load", "model_info", "pack"]
+__all__ = ["BACKENDS", "Backend", "Loaded", "dequantised", "is_gguf", "load", "model_info", "pack"]
 
 Backend = Literal["auto", "native", "torch"]
 BACKENDS = ("auto", "native", "torch")
@@ -120,6 +120,13 @@ def load(
     if _packed_is_right(config, info, device, backend, quantised):
         return Loaded(_assemble(_from_directory(path, dtype, name, max_len), quantization), tokenizer)
     return Loaded(load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len), tokenizer)
+
+
+def dequantised(path: str | Path, dtype: torch.dtype | str | None = None) -> Loaded:
+    """The plain torch model of a GGUF file, its weights as floats of `dtype` (None: bfloat16): what its quantised forms
+    are measured against. Raises ModelLoadError, CheckpointError and TokenizerError as `load` does."""
+    with open_gguf(Path(path)) as gguf:
+        return Loaded(_expanded(gguf, "cpu", dtype), read_tokenizer(gguf.file.metadata))
 
 
 def pack(model: Decoder, quantization: str | None = None) -> PackedDecoder:

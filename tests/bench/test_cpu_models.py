@@ -93,19 +93,19 @@ def test_decoding_follows_its_own_argmax() -> None:
 
 def test_diffusion_sides_commit_the_same_number_of_tokens() -> None:
     job = Job(prompt=12, canvas=16, block=8, per_step=2)
-    runs = list(end_to_end(LLADA, 1, "w8g", job, 2, side_names()))
-    assert [run.side for run in runs] == side_names() + side_names()[::-1]
+    runs = list(end_to_end(LLADA, 1, ["w8g"], job, 2, side_names(["w8g"])))
+    assert [run.side for run in runs] == side_names(["w8g"]) + side_names(["w8g"])[::-1]
     assert {run.tokens for run in runs} == {16}
     by_side = {run.side: run.forwards for run in runs}
-    assert by_side["torch bf16, none"] == by_side["native, none"] == 8
-    assert by_side["native, dual"] == by_side["torch bf16, dual"] >= 8
+    assert by_side["torch bf16, none"] == by_side["native w8g, none"] == 8
+    assert by_side["native w8g, dual"] == by_side["torch bf16, dual"] >= 8
 
 
 def test_diffusion_summary_pairs_turns_and_drops_unfinished_ones() -> None:
     runs = [
         Run(turn, side, 100, 50, seconds, None)
         for turn, slow in ((0, 1.0), (1, 3.0))
-        for side, seconds in (("torch bf16, none", 12 * slow), ("native, dual", slow))
+        for side, seconds in (("torch bf16, none", 12 * slow), ("native w8g, dual", slow))
     ]
     rows = summary([*runs, Run(2, "torch bf16, none", 100, 50, 1.0, None)])
     assert rows[1]["times_plain"].median == pytest.approx(12)

@@ -283,7 +283,7 @@ def fidelity(
     threads: int = 0,
     cache: Annotated[Path, typer.Option(help="Where the model is kept.", envvar="BENCH_CACHE")] = CACHE,
 ) -> None:
-    """What each format costs on a real model: KL from float32 in nats a token, and how often the best token is the same."""
+    """What each format costs on a real model: KL from float32 in nats a token, how often the best token is the same."""
     from dfastllm.bench.fidelity import FORMATS, PACKAGE, faithfulness, real_model
     from dfastllm.kernels.extension import describe, set_threads
     from dfastllm.kernels.extension import threads as used

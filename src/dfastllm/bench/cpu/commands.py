@@ -76,7 +76,7 @@ def _record(
     from dfastllm.bench.cpu.cases import CASES
     from dfastllm.bench.cpu.ceilings import measure_ceilings
     from dfastllm.bench.cpu.compare import Pace, finished
-    from dfastllm.bench.cpu.records import Plan, named_cases
+    from dfastllm.bench.cpu.records import PAIRS, Plan, named_cases
     from dfastllm.bench.cpu.report import table
     from dfastllm.bench.cpu.shapes import find_shape
     from dfastllm.bench.measure import write_record
@@ -95,7 +95,7 @@ def _record(
     ceilings = measure_ceilings(count)
     pace = Pace(rounds, rounds, seconds)
     plan = Plan(find_shape(shape), formats, chosen, count, cache, pace, finished(found))
-    left = sum(len(plan.left(peer, form)) for form in formats)
+    left = sum(len(plan.left(peer, form, own)) for form in formats for own in PAIRS.get((peer, form), (form,)))
     with _progress() as progress:
         task = progress.add_task(f"{peer}, {shape}", total=left)
         for item in rows_of(plan):
@@ -164,7 +164,7 @@ def openvino(
     out: Out = Path("benchmarks/cpu"),
     cache: Cache = CACHE,
 ) -> None:
-    """Against openvino-genai and its continuous batching: int8, int4."""
+    """Against openvino-genai and its continuous batching: int8 (with our w8g and w8), int4."""
     from dfastllm.bench.cpu.records import against_openvino
 
     chosen = _chosen(formats, ("int8", "int4"))
@@ -256,8 +256,11 @@ def report(out: Out = Path("benchmarks/cpu")) -> None:
 @app.command()
 def diffusion(
     shape: str = "llada-0.5b",
-    quantization: Annotated[str, typer.Option("--format", help="Of the native weights: w8, w8g, w6, w4m, w4.")] = "w8",
-    side: Annotated[list[str] | None, typer.Option(help='Repeatable, as "native, dual"; default: all four.')] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Of the native weights; repeatable; default: w8g, w8."),
+    ] = None,
+    side: Annotated[list[str] | None, typer.Option(help='Repeatable, as "native w8g, dual"; default: all.')] = None,
     prompt: int = 256,
     canvas: int = 128,
     block: int = 32,
@@ -267,21 +270,22 @@ def diffusion(
     out: Out = Path("benchmarks/cpu"),
 ) -> None:
     """Diffusion end to end: the dual cache on native kernels against the plain torch loop without cache."""
-    from dfastllm.bench.cpu.diffusion import Job, end_to_end, side_names, summary
+    from dfastllm.bench.cpu.diffusion import FORMATS, Job, end_to_end, side_names, summary
     from dfastllm.bench.cpu.report import as_json
     from dfastllm.bench.cpu.shapes import find_shape
     from dfastllm.bench.measure import write_record
     from dfastllm.kernels.extension import describe
 
     found, job, count = find_shape(shape, "llada"), Job(prompt, canvas, block, per_step), _threads(threads)
-    sides = side or side_names()
-    unknown = set(sides) - set(side_names())
+    weights = formats or list(FORMATS)
+    sides = side or side_names(weights)
+    unknown = set(sides) - set(side_names(weights))
     if unknown:
-        raise typer.BadParameter(f"unknown side {min(unknown)!r}; known: {', '.join(side_names())}.")
+        raise typer.BadParameter(f"unknown side {min(unknown)!r}; known: {', '.join(side_names(weights))}.")
     runs = []
     with _progress() as progress:
         task = progress.add_task(f"diffusion, {shape}", total=rounds * len(sides))
-        for one in end_to_end(found, count, quantization, job, rounds, sides):
+        for one in end_to_end(found, count, weights, job, rounds, sides):
             runs.append(one)
             progress.advance(task)
     rows = summary(runs)
@@ -292,11 +296,11 @@ def diffusion(
         shape=shape,
         threads=count,
         kernels=describe(),
-        format=quantization,
+        formats=weights,
         job=asdict(job),
         runs=[asdict(one) for one in runs],
     )
-    _print(rows, f"diffusion end to end, {shape}, native {quantization}, {count} threads")
+    _print(rows, f"diffusion end to end, {shape}, {count} threads")
 
 
 @app.command()

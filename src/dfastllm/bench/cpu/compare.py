@@ -14,7 +14,7 @@ from dfastllm.bench.stats import Ratio, Summary, paired_ratio, summarise
 
 __all__ = ["Contest", "Done", "Pace", "Row", "finished", "verdict"]
 
-Done = frozenset[tuple[str, str, str, str]]  # shape, peer, format, case
+Done = frozenset[tuple[str, str, str, str, str]]  # shape, peer, format, our format, case
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +115,4 @@ class Contest:
 
 def finished(rows: Sequence[Mapping[str, Any]]) -> Done:
     """What the rows of an earlier run hold already."""
-    return frozenset((row["shape"], row["peer"], row["format"], row["case"]) for row in rows)
+    return frozenset((row["shape"], row["peer"], row["format"], row["ours"], row["case"]) for row in rows)
