@@ -33,16 +33,19 @@ def say(*words: object) -> None:
     print(time.strftime("%H:%M:%S"), *words, flush=True)
 
 
-def drawn(tree: Tree, folder: Path, seed: int, count: int) -> list[Mutant]:
+def drawn(tree: Tree, commit: str, folder: Path, seed: int, count: int) -> list[Mutant]:
     """About `count` mutants of the library, drawn from the tree. The library lives in an environment of its own."""
+    kept = folder / f"drawn-{commit}-{seed}-{count}.json"
     python = folder / "library/bin/python"
     if not python.exists():
         say("installing", *LIBRARY)
         subprocess.run([sys.executable, "-m", "venv", str(folder / "library")], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *LIBRARY], check=True)
-    command = [str(python), "-m", "scripts.mutation.places", str(tree.root), str(seed), str(count)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [Mutant(**one) for one in json.loads(done.stdout)]
+    if not kept.exists():
+        command = [str(python), "-m", "scripts.mutation.places", str(tree.root), str(seed), str(count)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        kept.write_text(done.stdout, encoding="utf-8")
+    return [Mutant(**one) for one in json.loads(kept.read_text(encoding="utf-8"))]
 
 
 def reached(tree: Tree, folder: Path, tests: Sequence[str] = ()) -> Reach:
@@ -88,26 +91,28 @@ class Counting:
                 self.done[case.key] = case
 
     def all(self, mutants: Iterable[Mutant]) -> list[Case]:
-        """The cases of `mutants`. C++ ones go last, in one copy: each compiles."""
+        """The cases of `mutants`. C++ ones go last, in the copy that has a build."""
         wanted = list(mutants)
         mixed = random.Random(0).sample(wanted, len(wanted))  # a count that is broken off has seen every room
-        waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
-        for mutant in sorted(mixed, key=lambda one: one.native):
+        python: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
+        native: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
+        for mutant in mixed:
             if (mutant.file, mutant.old, mutant.new) not in self.done:
-                waiting.put(mutant)
-        say(waiting.qsize(), "of", len(wanted), "to try")
+                (native if mutant.native else python).put(mutant)
+        say(python.qsize() + native.qsize(), "of", len(wanted), "to try")
         with ThreadPoolExecutor(len(self.trees)) as pool:
-            for future in [pool.submit(self._work, tree, waiting) for tree in self.trees]:
+            queues = [[python, native], *[[python]] * (len(self.trees) - 1)]
+            for future in [pool.submit(self._work, *each) for each in zip(self.trees, queues, strict=True)]:
                 future.result()
         return [self.done[one.file, one.old, one.new] for one in wanted]
 
-    def _work(self, tree: Tree, waiting: queue.SimpleQueue[Mutant]) -> None:
+    def _work(self, tree: Tree, queues: Sequence[queue.SimpleQueue[Mutant]]) -> None:
         with Trial(tree, self.reach) as trial:
-            while True:
+            while waiting := [one for one in queues if not one.empty()]:
                 try:
-                    mutant = waiting.get_nowait()
+                    mutant = waiting[0].get_nowait()
                 except queue.Empty:
-                    return
+                    continue  # another was quicker
                 began = time.monotonic()
                 source = (tree.root / mutant.file).read_text(encoding="utf-8")
                 outcome = trial.try_one(mutant)
@@ -147,6 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--survivors", action="store_true", help="try those again that survived in the record")
     parser.add_argument("--only", default="", help="only mutants of files whose name holds this")
+    parser.add_argument("--tests", nargs="*", default=(), help="with --survivors: only these files of tests")
     parser.add_argument("--page", action="store_true", help="try nothing: write the page anew, with today's reasons")
     asked = parser.parse_args()
     if asked.page:
@@ -156,10 +162,11 @@ def main() -> None:
         ["git", "rev-parse", "--short=7", asked.commit], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
     say("copies of", commit)
-    trees = [prepare(commit, asked.folder / f"copy-{i}") for i in range(asked.jobs)]
+    trees = [prepare(commit, asked.folder / "copy-0")]
+    trees += [prepare(commit, asked.folder / f"copy-{i}", trees[0]) for i in range(1, asked.jobs)]
     old = Record.load(asked.record) if asked.survivors else None
     if old is None:
-        library = drawn(trees[0], asked.folder, asked.seed, asked.count)
+        library = drawn(trees[0], commit, asked.folder, asked.seed, asked.count)
         mutants = [*library, *handmade()]
         about = {
             "record": str(asked.record), "commit": commit, "seed": asked.seed, "library": ", ".join(LIBRARY),
@@ -175,7 +182,7 @@ def main() -> None:
     if old is None:
         reach = reached(trees[0], asked.folder / f"reach-{commit}")
     else:  # tests that are as they were let it live once
-        new = changed_tests(trees[0], str(old.about["commit"]))
+        new = asked.tests or changed_tests(trees[0], str(old.about["commit"]))
         reach = reached(trees[0], asked.folder / f"reach-{commit}-since-{old.about['commit']}", new)
     say(len(reach.seconds), "tests,", round(sum(reach.seconds.values())), "s")
     kind = "" if old is None else "-survivors"

@@ -75,6 +75,7 @@ def child(tests: list[str], out: int, log: str) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     status = 3
     try:
+        os.write(out, b'["started"]\n')
         files = list(dict.fromkeys(test.split("::")[0] for test in tests))
         flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=0"]
         status = int(pytest.main([*flags, *files], plugins=[Progress(tests, out)]))
@@ -91,7 +92,7 @@ def attempt(tests: list[str], seconds: dict[str, float], log: str) -> dict[str, 
         os.close(begin)
         child(tests, end, log)
     os.close(end)
-    found: dict[str, Any] = {"noticed": False, "test": "", "error": "", "hung": False}
+    found: dict[str, Any] = {"noticed": False, "test": "", "error": "", "hung": False, "began": False}
     limit, current, left, ran = time.monotonic() + 180, "collection", b"", 0
     chosen = None
     while True:
@@ -105,7 +106,9 @@ def attempt(tests: list[str], seconds: dict[str, float], log: str) -> dict[str, 
         *lines, left = (left + more).split(b"\n")
         for line in lines:
             word, *rest = json.loads(line)
-            if word == "begin":
+            if word == "started":
+                found["began"] = True
+            elif word == "begin":
                 current, ran = rest[0], ran + 1
                 limit = time.monotonic() + max(60.0, 20 * seconds.get(current, 0.0))
             elif word == "chosen":

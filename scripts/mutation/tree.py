@@ -18,6 +18,7 @@ from pathlib import Path
 __all__ = ["Tree", "prepare"]
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path("src/dfastllm/kernels")
 BEGIN_COVERAGE = 'import os; "COVERAGE_PROCESS_START" in os.environ and __import__("coverage").process_startup()\n'
 
 
@@ -43,7 +44,7 @@ class Tree:
         """Build the kernels and put them beside the package; False when a change does not compile."""
         done = subprocess.run(["cmake", "--build", str(self.build), "--parallel", "2"], capture_output=True, text=True)
         if done.returncode == 0:
-            self._place(self.root / "src/dfastllm/kernels")
+            self._place(self.root / KERNELS)
         return done.returncode == 0
 
     def _place(self, folder: Path) -> None:
@@ -53,9 +54,10 @@ class Tree:
             new.replace(folder / extension.name)  # a process that has the old one mapped keeps it
 
 
-def prepare(commit: str, folder: Path) -> Tree:
-    """The copy of `commit` in `folder`, made or brought to that commit. Raises CalledProcessError when git, the virtual
-    environment or the build fails."""
+def prepare(commit: str, folder: Path, like: Tree | None = None) -> Tree:
+    """The copy of `commit` in `folder`, made or brought to that commit. like: a copy of the same commit, whose kernels
+    serve here too; such a copy has no build. Raises CalledProcessError when git, the virtual environment or the build
+    fails."""
     folder = folder.resolve()
     root, environment = folder / "tree", folder / "environment"
     if not root.exists():
@@ -66,6 +68,10 @@ def prepare(commit: str, folder: Path) -> Tree:
     tree = Tree(root, environment / "bin/python", folder / "build")
     if not tree.python.exists():
         interpreter(tree, environment)
+    if like is not None:
+        for extension in (like.root / KERNELS).glob("_native*.so"):
+            shutil.copy2(extension, root / KERNELS)
+        return tree
     run(
         "cmake", "-S", str(root), "-B", str(tree.build), "-DCMAKE_BUILD_TYPE=Release",
         f"-DPython_EXECUTABLE={tree.python}",

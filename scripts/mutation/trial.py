@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -18,9 +19,16 @@ from scripts.mutation.tree import ROOT, Tree
 
 __all__ = ["Outcome", "Trial", "choose"]
 
-FIRST = 50.0  # seconds of tests, by their times on the unchanged source, that reach the line
-SECOND = 10.0  # seconds of the room's other tests, for what the record of lines cannot know (fixtures, caches, imports)
-FOLDERS = {"assemble": "test_assemble.py", "llm": "test_llm.py", "options": "test_options.py", "": "house/"}
+FIRST = 40.0  # seconds of tests, by their times on the unchanged source, that reach the line
+SECOND = 3.0  # seconds of the room's other tests, for what the record of lines cannot know (fixtures, caches, imports)
+FOLDERS = {
+    "": "house/",
+    "assemble": "test_assemble.py",
+    "errors": "core/test_errors.py",
+    "llm": "test_llm.py",
+    "options": "test_options.py",
+    "settings": "house/test_settings.py",
+}
 
 
 @dataclass
@@ -43,11 +51,12 @@ class Outcome:
 
 
 def choose(reach: Reach, mutant: Mutant, source: str) -> tuple[list[str], list[str], int]:
-    """The tests to try on `mutant`, in two goes, and how many reach its lines at all. A line that only imports reach
-    (a constant, a table, a signature) counts as reached by every test that reaches its file."""
+    """The tests to try on `mutant`, in two goes, and how many reach its lines at all. What an import runs (a constant,
+    a table, a signature) counts as reached by every test that reaches its file: which test imports a module first says
+    nothing."""
     lines = reach.lines.get(mutant.file, {})
     touching = {test for line in mutant.lines(source) for test in lines.get(line, ())}
-    if not touching and any(line in lines for line in mutant.lines(source)):
+    if not mutant.native and not all(line in in_functions(source) for line in mutant.lines(source)):
         touching = {test for tests in lines.values() for test in tests}
     if mutant.native:
         touching = {test for test in reach.seconds if test.startswith(("tests/kernels/", "tests/engine/runners/"))}
@@ -56,6 +65,15 @@ def choose(reach: Reach, mutant: Mutant, source: str) -> tuple[list[str], list[s
     folder = "tests/" + FOLDERS.get(mutant.room, f"{mutant.room}/")
     rest = (test for test in reach.seconds if test.startswith(folder) and test not in first)
     return first, within(rest, reach.seconds, mutant.room, SECOND), len(touching)
+
+
+def in_functions(source: str) -> set[int]:
+    """Lines that run when a function is called, not when the module is imported."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.update(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
+    return found
 
 
 def within(tests: Iterable[str], seconds: dict[str, float], room: str, budget: float) -> list[str]:
@@ -89,7 +107,7 @@ class Trial:
     def __post_init__(self) -> None:
         command = [str(self.tree.python), "-m", "scripts.mutation.forks"]
         self.forks = subprocess.Popen(
-            [*command, str(self.tree.root), str(self.tree.build / "tests.log")],
+            [*command, str(self.tree.root), str(self.tree.root.parent / "tests.log")],
             cwd=ROOT, env=self.tree.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -112,6 +130,8 @@ class Trial:
         self.forks.stdin.write(json.dumps(asked) + "\n")
         self.forks.stdin.flush()
         answer: dict[str, Any] = json.loads(self.forks.stdout.readline())
+        if not answer["began"]:
+            raise RuntimeError(f"no test could be started; see {self.tree.root.parent / 'tests.log'}")
         return answer
 
     def try_one(self, mutant: Mutant) -> Outcome:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dfastllm.convert import Options, quantise_model
+from dfastllm.convert.layers import walk
 from dfastllm.convert.samples import file_examples, rows_of, task_examples
 from dfastllm.convert.source import Source
 from dfastllm.errors import (
@@ -21,6 +22,7 @@ from dfastllm.errors import (
 from dfastllm.llm import resolve
 from dfastllm.models import Ids, build, describe, load, save, tiny_config
 from dfastllm.models.checkpoint import skeleton
+from dfastllm.quant.calibrate import InputStatistics
 from dfastllm.text import Tokenizer
 from dfastllm.train.objectives import loss
 from tests.kit.convert_models import write_tiny
@@ -132,3 +134,31 @@ def test_plain_text_is_cut_into_a_quarter_and_the_rest(tmp_path: Path) -> None:
     last = len(found[-1].prompt) + len(found[-1].response)
     assert len(found[-1].prompt) == max(1, last // 4)
     assert [one.index for one in found] == list(range(len(found)))
+
+
+def test_later_layers_are_calibrated_on_what_the_earlier_ones_have_become() -> None:
+    """A layer that quantising turns to zeros changes what the next one sees."""
+    source = Source("demo-ar")
+    rows = rows_of(
+        skeleton(source.config, source.info, torch.float32), task_examples(Tokenizer.load(source.directory), "train", 2)
+    )
+
+    def inputs(spoilt: bool) -> dict[str, torch.Tensor]:
+        seen: dict[str, torch.Tensor] = {}
+
+        def quantise(name: str, weight: torch.Tensor, statistics: InputStatistics | None) -> torch.Tensor:
+            if statistics is not None and name.startswith(("layers.0.", "layers.1.")):
+                seen[name] = statistics.square.clone()
+            return torch.zeros_like(weight) if spoilt and name.startswith("layers.0.") else weight
+
+        walked = walk(source, rows, quantise, gram=False)
+        for name, _ in walked:
+            if name.startswith("layers.2."):
+                walked.close()
+                break
+        return seen
+
+    kept, spoilt = inputs(False), inputs(True)
+    first = [name for name in kept if name.startswith("layers.0.")]
+    assert all(torch.equal(kept[name], spoilt[name]) for name in first)
+    assert not any(torch.equal(kept[name], spoilt[name]) for name in kept if name not in first)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dfastllm.core import DecodeParams, Request, SamplingParams, Span, Usage
+from dfastllm.core import DecodeParams, Request, SamplingParams, Span, Tier, Usage
 from dfastllm.errors import DFastLLMError, ValidationError
 
 NAN, INF = float("nan"), float("inf")
@@ -79,3 +79,16 @@ def test_every_error_has_its_http_face() -> None:
         assert error.code
         seen.add(error.code)
     assert {"model_not_found", "queue_full", "context_length_exceeded", "timeout"} <= seen
+
+
+def test_an_answer_of_parts_is_as_exact_as_the_least_exact() -> None:
+    assert [Tier.least([one, Tier.REFERENCE]) for one in Tier] == list(Tier)
+    assert Tier.least([Tier.EXACT_FAST, Tier.APPROXIMATE, Tier.EXACT_DISTRIBUTION]) is Tier.APPROXIMATE
+    assert Tier.least([Tier.EXACT_FAST, Tier.EXACT_DISTRIBUTION]) is Tier.EXACT_DISTRIBUTION
+
+
+def test_what_nothing_was_counted_of_is_zero() -> None:
+    usage = Usage(prompt_tokens=1, completion_tokens=0, forwards=0, exactness=Tier.REFERENCE)
+    assert (usage.queue_s, usage.total_s, usage.first_token_s) == (0.0, 0.0, None)
+    assert (usage.cached_tokens, usage.drafts, usage.draft_tokens, usage.accepted_tokens) == (0, 0, 0, 0)
+    assert (usage.acceptance_length, usage.tokens_per_forward) == (None, 0.0)

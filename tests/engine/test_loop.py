@@ -360,3 +360,23 @@ def test_time_of_drafting_is_not_time_of_the_step(monkeypatch: pytest.MonkeyPatc
     drain(engine)
     assert steps
     assert all(-100 < seconds < -90 for seconds in steps)
+
+
+def test_a_new_request_takes_its_turn_behind_those_under_way() -> None:
+    """Canvases that fill a step each: the one that was there first goes on when another is admitted."""
+    engine = Engine(FakeModel(), config=EngineConfig(max_batch_rows=24, ageing_steps=0), choose=either)
+    decode = DecodeParams(cache="none", block_length=20)
+
+    def canvas(name: str) -> Request:
+        return Request(name, (1, 2, 3, 4), SamplingParams(temperature=0, max_tokens=20, seed=1), decode)
+
+    engine.add(canvas("old"))
+    for _ in range(3):
+        engine.step()
+    engine.add(canvas("new"))
+    engine.step()
+    forwards = {live.request.request_id: live.state.forwards for live in engine.scheduler.running}
+    assert forwards == {"old": 4, "new": 0}
+    engine.step()
+    forwards = {live.request.request_id: live.state.forwards for live in engine.scheduler.running}
+    assert forwards == {"old": 4, "new": 1}  # then in turn

@@ -565,3 +565,10 @@ def test_every_character_of_a_salt_counts() -> None:
         assert out[f"r{i}"][2].usage.cached_tokens == 0, salt
     out, _ = serve(engine, [Request("again", FAMILIES[0], GREEDY, cache_salt=salts[3])])
     assert out["again"][2].usage.cached_tokens == 32
+
+
+def test_one_shared_token_is_shared_where_a_page_holds_one() -> None:
+    engine = fake_engine("ar", EngineConfig(kv_tokens=256, page_size=1))
+    serve(engine, [Request("a", (7, 8, 9, 10), GREEDY)])
+    out, _ = serve(engine, [Request("b", (7, 1, 2, 3), GREEDY)])
+    assert out["b"][2].usage.cached_tokens == 1

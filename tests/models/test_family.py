@@ -194,3 +194,11 @@ def test_published_ids_are_ids(name: str) -> None:
     assert all(one >= 0 for one in (*ids.eos, *single))
     assert len(set(ids.eos)) == len(ids.eos)
     assert ids.mask is None or ids.mask not in ids.eos
+
+
+def test_what_a_config_of_olmo3_leaves_out_is_as_in_transformers() -> None:
+    config = pytest.importorskip("transformers").Olmo3Config(num_hidden_layers=4, use_cache=False)
+    raw = {**config.to_dict(), "architectures": ["Olmo3ForCausalLM"]}
+    del raw["sliding_window"]
+    family = family_of(Fields(raw))
+    assert family.read(Fields(raw)).window == config.sliding_window == 4096

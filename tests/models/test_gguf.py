@@ -22,7 +22,7 @@ from dfastllm.kernels.packed import QTensor
 from dfastllm.models import FAMILIES as MODELS
 from dfastllm.models import Decoder, RopeScaling, dense_attention, load, save, tiny
 from dfastllm.models.checkpoint import skeleton
-from dfastllm.models.gguf import open_gguf, write_gguf
+from dfastllm.models.gguf import GgufModel, open_gguf, write_gguf
 from dfastllm.models.gguf.names import interleave, separate
 from dfastllm.models.gguf.rope import scaling_from_factors
 from dfastllm.models.parts import inverse_frequencies
@@ -592,3 +592,19 @@ def test_a_directory_that_is_quantised_or_does_not_fit(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
     with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.6"):
         write_gguf(directory, tmp_path / "m.gguf")
+
+
+def test_a_model_that_is_dropped_closes_its_file() -> None:
+    """And one that could not be opened has none to close."""
+    closed: list[int] = []
+
+    class Noted(GgufModel):
+        def close(self) -> None:
+            closed.append(1)
+
+    bare = object.__new__(Noted)
+    bare.__del__()
+    assert closed == []
+    bare.file = object()  # type: ignore[assignment]
+    bare.__del__()
+    assert closed == [1]

@@ -211,3 +211,10 @@ def test_goodput_holds_every_limit(slo: dict[str, float], met: float | None) -> 
     """5 tokens, 0.1 s between them; an answer of one token has no time between tokens, and meets that limit."""
     many, one = answer([0.1, 0.5], [1, 4]), answer([0.1], [1])
     assert figures([Measured(OPEN, a) for a in (many, one)], 2.0, slo=slo).speed.request_goodput == met
+
+
+@pytest.mark.parametrize(("texts", "correct"), [(("yes", "no"), 1), (("no", "yes"), 0)])
+def test_the_first_answer_of_a_question_counts(texts: tuple[str, str], correct: int) -> None:
+    made = figures([Measured(asks("yes", "a"), answer([0.1], [1], text)) for text in texts], 1.0)
+    assert made.accuracy is not None
+    assert (made.accuracy.n, made.accuracy.correct) == (1, correct)
