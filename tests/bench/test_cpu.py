@@ -261,7 +261,10 @@ def test_results_are_generated_from_the_records(tmp_path: Path) -> None:
     sides = [{"side": "native, dual", "tokens": 128, "times_plain": ratio, "aim": 10.0, "verdict": "met"}]
     write_record(tmp_path / "diffusion.json", "cpu diffusion", sides, threads=2, kernels="avx512")
     (tmp_path / "other.json").write_text(json.dumps({"name": "overhead"}))
+    cost = {"format": "w8", "kl": 0.0369, "agreement": 0.894, "tokens": 1718, "bytes": 1}
+    write_record(tmp_path.parent / "fidelity.json", "fidelity", [cost], model="a-model")
     text = write_results(tmp_path).read_text()
+    assert "| w8 | 36.9 | 89.4% |" in text
     assert "| Q8_0 | block of 32, all rows | 20.0 (20.0–20.0) | 100.0 (100.0–100.0) | 1,600 / 320 | 5.00" in text
     assert "4 met?" in text
     assert "| native, dual | 128 | 12 (11–13) | 10 | met |" in text
