@@ -131,7 +131,8 @@ def _faithful(path: Path) -> list[str]:
     rows = [[row["format"], f"{1e3 * row['kl']:.3g}", f"{row['agreement']:.1%}"] for row in record["results"]]
     return [
         f"Speed has a price. On a real model ({record['model']}, {record['results'][0]['tokens']:,} tokens, "
-        f"`python -m dfastllm.bench fidelity`, dfastllm {record['machine']['commit']}) formats are this far from float32:",
+        f"`python -m dfastllm.bench fidelity`, dfastllm {record['machine']['commit']}), KL from float32 and how "
+        "often the best token is the same:",
         "",
         *_lines(("format", "KL, 1e-3 nats a token", "best token equal"), rows),
         "",

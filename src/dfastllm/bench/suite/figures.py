@@ -113,8 +113,10 @@ def first_call(prompt: Prompt, answer: Answer) -> float | None:
     one in the text of a server that parses none. None when there is none."""
     try:
         finder = CallFinder(prompt.tools or None)
-        if answer.call_at is not None and finder.fits(ToolCall(**answer.tool_calls[0])):
-            return answer.call_at
+        if answer.call_at is not None:
+            call = answer.tool_calls[0]
+            if finder.fits(ToolCall(call["name"], call["arguments"])):
+                return answer.call_at
         start = 0
         for chunk in answer.chunks:
             if finder.push(answer.text[start : start + chunk.characters]) is not None:
