@@ -274,3 +274,15 @@ def test_many_rows_of_a_large_vocabulary() -> None:
             agree(head_stats(x, weight, entropy=True, topk=3), wanted)
     finally:
         set_threads(before)
+
+
+@needs_native
+def test_ties_give_the_lowest_ids_whichever_thread_comes_first() -> None:
+    """Every logit is the same: what is kept of the first chunk must not depend on whether it came first."""
+    before, weight = threads(), pack(QTensor("f32", torch.zeros(60_000, 4)))
+    try:
+        set_threads(8)
+        for _ in range(20):
+            assert head_stats(torch.ones(2, 4), weight, topk=6).top_ids.tolist() == [[*range(6)]] * 2
+    finally:
+        set_threads(before)

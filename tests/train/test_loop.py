@@ -213,3 +213,12 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
         (tmp_path / f"step-{step}" / "state.json").write_text("{}")
     (tmp_path / "step-5000").mkdir()  # not whole
     assert latest(tmp_path) == tmp_path / "step-1000"
+
+
+@pytest.mark.parametrize("field", ["lr", "matrix_lr", "clip", "steps", "batch_tokens"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_a_recipe_that_cannot_train_is_refused(field: str, value: float) -> None:
+    if value != value and field in ("steps", "batch_tokens"):
+        pytest.skip("whole numbers")
+    with pytest.raises(ValidationError, match=f"{field} must be"):
+        recipe("bad", **{field: value})

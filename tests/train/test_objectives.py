@@ -160,3 +160,9 @@ def test_rows_stay_within_the_cost_that_buckets_are_cut_by() -> None:
         rows = objective.rows(EXAMPLES, torch.Generator())
         assert rows.length == max(map(objective.cost, EXAMPLES))
         assert len(rows.ids) == len(rows.positions) == rows.batch * rows.length
+
+
+def test_canvases_of_a_model_that_says_nothing() -> None:
+    """The tightest multiple of 8, of a whole canvas, and one canvas more, in turn."""
+    sizes = MaskedDiffusion(0, 1, 2)
+    assert [sizes.canvas(Example((5,), (6,) * 33, n)) for n in range(4)] == [40, 64, 96, 40]

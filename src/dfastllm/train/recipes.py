@@ -62,6 +62,9 @@ class Recipe:
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValidationError(f"{name} must be at least 1, got {getattr(self, name)}.", param=name)
+        for name in ("lr", "matrix_lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValidationError(f"{name} must be above 0, got {getattr(self, name)}.", param=name)
         choices = {
             "objective": ("causal", "masked_diffusion", "block_diffusion"),
             "optimizer": ("muon", "adamw"),
