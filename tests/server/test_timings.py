@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -134,3 +135,15 @@ def test_blocks_are_counted_by_the_server(live: Live) -> None:
     counted = len(answer["dfastllm"]["timings"][0]["block_seconds"])
     assert counted > 0
     assert live.metric("time_per_block_seconds_count", model_name="blocks") == before + counted
+
+
+def test_time_between_tokens_reaches_the_metrics(live: Live) -> None:
+    """A gap for each token but those that come first, and all gaps within the request's own time."""
+    name = "inter_token_latency_seconds"
+    count, before = (live.metric(f"{name}_{part}", model_name="parrot") for part in ("count", "sum"))
+    began = time.monotonic()
+    body = {"model": "parrot", "prompt": "abc", "max_tokens": 12, "ignore_eos": True, "stream": True}
+    assert live.post("/v1/completions", body).status_code == 200
+    took = time.monotonic() - began
+    assert live.metric(f"{name}_count", model_name="parrot") - count in range(1, 12)
+    assert 0 < live.metric(f"{name}_sum", model_name="parrot") - before <= took

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dfastllm.bench.suite import html, plots
+from dfastllm.bench.suite.about import environment
 from dfastllm.bench.suite.html import render_html, write_html
 from dfastllm.bench.suite.recommend import recommend
 from dfastllm.bench.suite.schema import Results
@@ -223,3 +224,13 @@ def test_a_click_sorts_numbers_as_numbers_and_back(text: str, tmp_path: Path) ->
         timeout=120,
     )
     assert "100 130 148 162 then 162 148 130 100, descending" in done.stdout
+
+
+@pytest.mark.parametrize("local", [True, False, None])
+def test_whose_machine_it_was_is_said_where_it_may_be_another(local: bool | None) -> None:
+    made = results()
+    table = environment(
+        made.model_copy(update={"environment": made.environment.model_copy(update={"server_is_local": local})})
+    )
+    said = [line for line in table.lines if "The machine is the client's" in line]
+    assert len(said) == (0 if local else 1)
