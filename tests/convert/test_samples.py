@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from dfastllm.convert import Options, quantise_model
+from dfastllm.convert import Options, layers, quantise_model
 from dfastllm.convert.layers import walk
 from dfastllm.convert.samples import file_examples, rows_of, task_examples
 from dfastllm.convert.source import Source
@@ -162,3 +165,44 @@ def test_later_layers_are_calibrated_on_what_the_earlier_ones_have_become() -> N
     first = [name for name in kept if name.startswith("layers.0.")]
     assert all(torch.equal(kept[name], spoilt[name]) for name in first)
     assert not any(torch.equal(kept[name], spoilt[name]) for name in kept if name not in first)
+
+
+@pytest.mark.parametrize("limit", [1, 4096, 8192, 12288, 16384 + 4096])
+def test_gram_matrices_are_taken_in_turns_that_fit(llama: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """As many at once as the limit holds to the byte (4 KiB for 32 inputs, 16 KiB for 64), and the same as when all are
+    taken together."""
+    source = Source(llama)
+    examples = task_examples(Tokenizer.load(llama), "train", 1)
+    rows = rows_of(skeleton(source.config, source.info, torch.float32), examples)
+    recording = layers.recording
+    turns: list[list[int]] = []
+
+    def noted(modules: dict[str, nn.Linear], *, gram: bool) -> AbstractContextManager[dict[str, InputStatistics]]:
+        turns.append([4 * module.in_features**2 for module in modules.values()])
+        return recording(modules, gram=gram)
+
+    def grams(most: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(layers, "GRAM_BYTES", most)
+        seen: dict[str, torch.Tensor] = {}
+
+        def quantise(name: str, weight: torch.Tensor, statistics: InputStatistics | None) -> torch.Tensor:
+            if name.startswith("layers.0."):
+                assert statistics is not None
+                assert statistics.gram is not None
+                seen[name] = statistics.gram.clone()
+            return weight
+
+        walked = walk(source, rows, quantise, gram=True)
+        while next(walked)[0] != "layers.0.mlp.down_proj.weight":
+            pass
+        walked.close()
+        return seen
+
+    together = grams(1 << 30)
+    monkeypatch.setattr(layers, "recording", noted)
+    apart = grams(limit)
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(together[name], apart[name]) for name in together)
+    assert [size for turn in turns for size in turn] == [4096] * 6 + [16384]
+    assert all(sum(turn) <= limit or len(turn) == 1 for turn in turns)
+    assert all(sum(turn) + after[0] > limit for turn, after in pairwise(turns))

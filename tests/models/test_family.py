@@ -196,9 +196,72 @@ def test_published_ids_are_ids(name: str) -> None:
     assert ids.mask is None or ids.mask not in ids.eos
 
 
+# Ids in the files that the authors published: ends of a text and of a chat's turn, the mask, and the pad.
+PUBLISHED_IDS = {
+    "llada": ({126081, 126348}, 126336, 126081),  # LLaDA-8B-Instruct
+    "dream": ({151643, 151645}, 151666, 151643),  # Dream-v0-Instruct-7B
+    "sdar": ({151643, 151645}, 151669, 151643),  # SDAR-8B-Chat
+    "fast_dllm_v2": ({151645}, 151665, 151643),  # Fast_dLLM_v2_7B
+    "gemma2": ({1, 107}, None, 0),
+    "gemma3": ({1, 106}, None, 0),
+    "phi3": ({32000, 32007}, None, 32000),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_IDS)
+def test_fallback_ids_are_those_of_the_published_models(name: str) -> None:
+    ids = models.find_family(name).ids
+    assert (set(ids.eos), ids.mask, ids.pad) == PUBLISHED_IDS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gemma2", "Gemma2Config"),
+        ("gemma3", "Gemma3TextConfig"),
+        ("phi3", "Phi3Config"),
+        ("seed_oss", "SeedOssConfig"),
+        ("smollm3", "SmolLM3Config"),
+    ],
+)
+def test_fallback_ids_are_the_defaults_of_transformers(name: str, config: str) -> None:
+    theirs = getattr(pytest.importorskip("transformers"), config)()
+    ours = models.find_family(name).ids
+    assert theirs.eos_token_id in ours.eos
+    assert (ours.bos, ours.pad) == (theirs.bos_token_id, theirs.pad_token_id)
+
+
 def test_what_a_config_of_olmo3_leaves_out_is_as_in_transformers() -> None:
     config = pytest.importorskip("transformers").Olmo3Config(num_hidden_layers=4, use_cache=False)
     raw = {**config.to_dict(), "architectures": ["Olmo3ForCausalLM"]}
     del raw["sliding_window"]
     family = family_of(Fields(raw))
     assert family.read(Fields(raw)).window == config.sliding_window == 4096
+
+
+# As published: of the config.json, generation_config.json and tokenizer_config.json of each family's models.
+PUBLISHED_IDS = {
+    "dream": Ids(eos=(151643, 151645), mask=151666, bos=None, pad=151643),
+    "exaone": Ids(eos=(361,), mask=None, bos=1, pad=0),
+    "exaone4": Ids(eos=(361,), mask=None, bos=1, pad=0),
+    "fast_dllm_v2": Ids(eos=(151645,), mask=151665, bos=None, pad=151643),
+    "gemma2": Ids(eos=(1, 107), mask=None, bos=2, pad=0),
+    "gemma3": Ids(eos=(1, 106), mask=None, bos=2, pad=0),
+    "granite": Ids(eos=(0,), mask=None, bos=0, pad=0),
+    "llada": Ids(eos=(126081, 126348), mask=126336, bos=None, pad=126081),
+    "llada2_moe": Ids(eos=(156892,), mask=156895, bos=None, pad=156892),
+    "llada_moe": Ids(eos=(156892,), mask=156895, bos=None, pad=156892),
+    "mistral3": Ids(eos=(2,), mask=None, bos=1, pad=11),
+    "olmo2": Ids(eos=(100257,), mask=None, bos=None, pad=100277),
+    "phi3": Ids(eos=(32000, 32007), mask=None, bos=1, pad=32000),
+    "sdar": Ids(eos=(151645, 151643), mask=151669, bos=None, pad=151643),
+    "sdar_moe": Ids(eos=(151645, 151643), mask=151669, bos=None, pad=151643),
+    "seed_oss": Ids(eos=(2,), mask=None, bos=0, pad=1),
+    "smollm3": Ids(eos=(128001,), mask=None, bos=128000, pad=128004),
+}
+
+
+def test_ids_of_families_are_those_of_their_publications() -> None:
+    """What serves where a checkpoint's own files say nothing: a wrong mask or end id gives text without an end."""
+    said = {name: family.ids for name, family in models.FAMILIES.items()}
+    assert {name: ids for name, ids in said.items() if ids.eos or ids.mask is not None} == PUBLISHED_IDS

@@ -139,6 +139,21 @@ def test_symmetric_search_finds_nearly_the_optimum(heavy: bool) -> None:
     assert float((found / best).max()) < 1.4
 
 
+@pytest.mark.parametrize("name", ["w8", "w8g"])
+def test_steps_of_eight_bits_are_nearly_the_best_for_their_codes(name: str) -> None:
+    """One more round of least squares, in float64, gains less than 0.5% of the squared error (0.2% for whole rows).
+    First guesses at 8 bits are far apart: without their refinement it would be more."""
+    format = FORMATS[name]
+    for seed in (1, 2):
+        weight = draw(seed, 64, 512)
+        found = quantise(weight, name)
+        groups, codes = groups_of(weight, format), groups_of(found.codes, format)
+        step = ((codes * groups).sum(-1) / codes.square().sum(-1))[:, None]
+        again = (groups / step).round().clamp(format.grid.low, format.grid.high)
+        error, best = group_errors(weight, found, format), (again * step - groups).square().sum(-1)
+        assert float(error.sum()) < {"w8": 1.002, "w8g": 1.005}[name] * float(torch.minimum(error, best).sum())
+
+
 def test_affine_search_against_a_fine_grid() -> None:
     weight = draw(11, 40, 32)
     found = group_errors(weight, quantise(weight, "w4m"), FORMATS["w4m"])

@@ -88,6 +88,15 @@ def test_dead_and_dominant_inputs() -> None:
         assert output_error(found, weight, inputs) < 0.15
 
 
+def test_a_dead_input_needs_no_damping() -> None:
+    """An input that was always zero says nothing of its weights, and does not keep the others from being exact."""
+    weight, inputs = correlated(64)
+    inputs[:, 3] = 0
+    found = gptq(weight, "w4", inputs.T @ inputs, damping=0.0)
+    assert bool(found.dequantise().isfinite().all())
+    assert output_error(found, weight, inputs) < 0.5 * output_error(quantise(weight, "w4"), weight, inputs)
+
+
 def test_fewer_rows_than_inputs() -> None:
     weight, inputs = correlated(128, rows=20)
     found = gptq(weight, "w4m", inputs.T @ inputs)
