@@ -237,31 +237,3 @@ def test_what_a_config_of_olmo3_leaves_out_is_as_in_transformers() -> None:
     del raw["sliding_window"]
     family = family_of(Fields(raw))
     assert family.read(Fields(raw)).window == config.sliding_window == 4096
-
-
-# As published: of the config.json, generation_config.json and tokenizer_config.json of each family's models.
-PUBLISHED_IDS = {
-    "dream": Ids(eos=(151643, 151645), mask=151666, bos=None, pad=151643),
-    "exaone": Ids(eos=(361,), mask=None, bos=1, pad=0),
-    "exaone4": Ids(eos=(361,), mask=None, bos=1, pad=0),
-    "fast_dllm_v2": Ids(eos=(151645,), mask=151665, bos=None, pad=151643),
-    "gemma2": Ids(eos=(1, 107), mask=None, bos=2, pad=0),
-    "gemma3": Ids(eos=(1, 106), mask=None, bos=2, pad=0),
-    "granite": Ids(eos=(0,), mask=None, bos=0, pad=0),
-    "llada": Ids(eos=(126081, 126348), mask=126336, bos=None, pad=126081),
-    "llada2_moe": Ids(eos=(156892,), mask=156895, bos=None, pad=156892),
-    "llada_moe": Ids(eos=(156892,), mask=156895, bos=None, pad=156892),
-    "mistral3": Ids(eos=(2,), mask=None, bos=1, pad=11),
-    "olmo2": Ids(eos=(100257,), mask=None, bos=None, pad=100277),
-    "phi3": Ids(eos=(32000, 32007), mask=None, bos=1, pad=32000),
-    "sdar": Ids(eos=(151645, 151643), mask=151669, bos=None, pad=151643),
-    "sdar_moe": Ids(eos=(151645, 151643), mask=151669, bos=None, pad=151643),
-    "seed_oss": Ids(eos=(2,), mask=None, bos=0, pad=1),
-    "smollm3": Ids(eos=(128001,), mask=None, bos=128000, pad=128004),
-}
-
-
-def test_ids_of_families_are_those_of_their_publications() -> None:
-    """What serves where a checkpoint's own files say nothing: a wrong mask or end id gives text without an end."""
-    said = {name: family.ids for name, family in models.FAMILIES.items()}
-    assert {name: ids for name, ids in said.items() if ids.eos or ids.mask is not None} == PUBLISHED_IDS
