@@ -123,3 +123,12 @@ def test_contradictions_are_named() -> None:
 def test_modes_are_text_too() -> None:
     assert DiffusionConfig(mode="turbo").mode is GenerationMode.TURBO
     assert DiffusionConfig(mode=GenerationMode.FAST) == DiffusionConfig(mode="fast")
+
+
+def test_early_stop_threshold_is_another_name_of_early_stop_confidence() -> None:
+    assert DiffusionConfig(early_stop_threshold=0.95) == DiffusionConfig(early_stop_confidence=0.95)
+    assert DiffusionConfig(mode="turbo", early_stop_threshold=0.5).early_stop_confidence == 0.5  # turbo's own: 0.9
+    with pytest.raises(ValidationError, match="one thing; got both"):
+        DiffusionConfig(early_stop_threshold=0.95, early_stop_confidence=0.95)
+    with pytest.raises(ValidationError, match="early_stop_confidence must be in"):
+        DiffusionConfig(early_stop_threshold=1.5)

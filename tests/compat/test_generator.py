@@ -19,7 +19,9 @@ from dfastllm import (
     FinishReason,
     GenerationMode,
     ModelNotFoundError,
+    Request,
     SamplingParams,
+    Scheduler,
     UnsupportedError,
     ValidationError,
     create_generator,
@@ -248,3 +250,38 @@ def test_other_vocabularies_are_refused(model: Writer, tokenizer: Tokenizer) -> 
     with pytest.raises(Exception, match="only 100 embeddings"):
         DiffusionGenerator(small, tokenizer)
     gc.collect()
+
+
+def test_the_fields_of_the_configuration_are_keywords_too(llm: LLM) -> None:
+    for mode in MODES:
+        assert DiffusionGenerator(llm, mode=mode).config == DiffusionConfig(mode=mode)
+    config = DiffusionGenerator(llm, mode=GenerationMode.TURBO, early_stop_threshold=0.95).config
+    assert config == DiffusionConfig(mode="turbo", early_stop_confidence=0.95)
+    with pytest.raises(ValidationError, match="unknown option 'speed'; there are mode, min_steps"):
+        DiffusionGenerator(llm, speed=9)
+    with pytest.raises(ValidationError, match="a configuration and mode beside it") as refused:
+        DiffusionGenerator(llm, config=DiffusionConfig(), mode="fast")
+    assert refused.value.param == "mode"
+
+
+def test_a_text_is_a_users_message_unless_it_is_raw() -> None:
+    ask = "What is 12 + 30?"
+    with DiffusionGenerator() as generator:
+        said = generator.llm.chat(
+            [{"role": "user", "content": ask}],
+            decode=generator.config.decode_params(16, generator.llm.info),
+            sampling=SamplingParams(temperature=0.0, max_tokens=16),
+        )[0]
+        answer = generator.generate(ask, 16)
+        assert "42" in answer.text
+        assert (answer.text, answer.prompt_tokens) == (said.text, len(said.prompt_tokens))
+        assert "".join(chunk.new_text for chunk in generator.generate_stream(ask, 16)) == answer.text
+        raw = generator.generate(ask, 16, raw=True)
+        assert raw.prompt_tokens == len(generator.llm.encode(ask))
+        assert raw.tokens == generator.generate(generator.llm.encode(ask), 16).tokens
+        with Scheduler(model=generator.llm) as scheduler:
+            jobs = [Request(prompt_tokens=ask, max_tokens=16, temperature=0.0, raw=raw) for raw in (False, True)]
+            texts = [done.result(30).text for done in scheduler.submit_batch(jobs)]
+            assert "42" in texts[0]
+            assert len(jobs[0].prompt_tokens) == answer.prompt_tokens
+            assert len(jobs[1].prompt_tokens) == raw.prompt_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import threading
 import time
 from typing import Any
@@ -323,7 +322,8 @@ def test_speculation_changes_no_token_and_saves_forwards(model: str) -> None:
     def answer(config: SchedulerConfig) -> tuple[tuple[int, ...], int, int]:
         with Scheduler(config, model) as scheduler:
             text = "one two three one two three one two three one two"
-            request = Request(prompt_tokens=text, max_tokens=32, sampling=SamplingParams(ignore_eos=True))
+            ignoring = SamplingParams(ignore_eos=True)
+            request = Request(prompt_tokens=text, max_tokens=32, sampling=ignoring, raw=True)
             done = scheduler.submit(request).result(60)
             return done.token_ids, done.usage.forwards, done.usage.drafts
 
@@ -437,15 +437,10 @@ def test_whatever_happens_every_request_ends_once(tokenizer: Tokenizer, data: st
     assert ends == stats.total_requests == len(plans)
 
 
-def test_defaults_are_the_documented_ones() -> None:
-    assert SchedulerConfig() == SchedulerConfig(
-        max_batch_size=32,
-        max_tokens_per_batch=2048,
-        max_wait_time_ms=0.0,
-        scheduling_policy="priority",
-        enable_speculative=False,
-        speculative_depth=None,
-        max_kv_tokens=65536,
-        max_queue_size=1024,
-    )
-    assert SchedulerStats() == SchedulerStats(*[0] * len(dataclasses.fields(SchedulerStats)))
+def test_the_fields_of_the_configuration_are_keywords_too(llm: LLM) -> None:
+    assert Scheduler(model=llm, enable_speculative=True).config == SchedulerConfig(enable_speculative=True)
+    assert AsyncScheduler(model=llm, max_batch_size=3).scheduler.config == SchedulerConfig(max_batch_size=3)
+    with pytest.raises(ValidationError, match="unknown option 'speed'; there are max_batch_size"):
+        Scheduler(model=llm, speed=9)
+    with pytest.raises(ValidationError, match="a configuration and enable_speculative beside it"):
+        Scheduler(SchedulerConfig(), llm, enable_speculative=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm import models
-from dfastllm.compat.config import DiffusionConfig
+from dfastllm.compat.config import DiffusionConfig, one_config
 from dfastllm.compat.generator import DiffusionGenerator, build_engine
 from dfastllm.core import DecodeParams, ModelInfo
 from dfastllm.decode.canvas.scorer import ModelScorer
@@ -41,8 +41,8 @@ class APDConfig(DiffusionConfig):
     mixture_weight: float = 0.7
     max_lookahead: int = 100
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __post_init__(self, early_stop_threshold: float | None) -> None:
+        super().__post_init__(early_stop_threshold)
         if not 0 <= self.mixture_weight <= 1:
             raise ValidationError(
                 f"mixture_weight must be in [0, 1], got {self.mixture_weight}.", param="mixture_weight"
@@ -69,7 +69,8 @@ class APDDecoder(DiffusionGenerator):
     """A DiffusionGenerator whose steps a small autoregressive model judges.
 
     model, tokenizer: as for DiffusionGenerator; an LLM or Engine lends its weights. draft: the small model, with the
-    same vocabulary, in the same forms. Raises UnsupportedError when draft is not autoregressive, ValidationError when
+    same vocabulary, in the same forms. config, or its fields as keywords: APDDecoder(max_lookahead=20). Raises
+    UnsupportedError when draft is not autoregressive, ValidationError when
     the vocabularies differ.
     """
 
@@ -81,8 +82,9 @@ class APDDecoder(DiffusionGenerator):
         draft: Any = "demo-draft",
         tokenizer: Tokenizer | None = None,
         config: APDConfig | None = None,
+        **fields: Any,
     ) -> None:
-        chosen = config or APDConfig()
+        chosen = one_config(config, APDConfig, fields)
         choose = functools.partial(policy_for, scorer=_scorer(draft)) if chosen.enabled else None
         super().__init__(build_engine(model, tokenizer, choose=choose), config=chosen)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -12,7 +13,15 @@ from dfastllm.decode.presets import PRESETS
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.options import changed
 
-__all__ = ["DiffusionConfig", "GenerationMode", "GenerationResult", "StreamChunk", "configure", "overridden"]
+__all__ = [
+    "DiffusionConfig",
+    "GenerationMode",
+    "GenerationResult",
+    "StreamChunk",
+    "configure",
+    "one_config",
+    "overridden",
+]
 
 Config = TypeVar("Config")
 
@@ -65,7 +74,8 @@ class DiffusionConfig:
     least (it lowers max_parallel_tokens; a text that ends early takes fewer). temperature None: the model's or the
     default of docs/options.md. Block-diffusion models have their own block length and exact K,V, so there the mode's
     block_length and cache do not apply, and setting `cache` is refused. All modes stop as soon as the text has ended,
-    which changes nothing in it. Raises ValidationError naming the field.
+    which changes nothing in it. `early_stop_threshold` is another name to give early_stop_confidence by; read it
+    under that one. Raises ValidationError naming the field.
     """
 
     mode: GenerationMode | str = GenerationMode.STANDARD
@@ -80,8 +90,17 @@ class DiffusionConfig:
     cache: Cache | None = None
     provisional: bool | None = None
     temperature: float | None = None
+    early_stop_threshold: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, early_stop_threshold: float | None) -> None:
+        if early_stop_threshold is not None:
+            if self.early_stop_confidence is not None:
+                raise ValidationError(
+                    "early_stop_threshold and early_stop_confidence are one thing; got both.",
+                    param="early_stop_threshold",
+                    hint="Give early_stop_confidence alone.",
+                )
+            object.__setattr__(self, "early_stop_confidence", early_stop_threshold)
         try:
             object.__setattr__(self, "mode", GenerationMode(self.mode))
         except ValueError:
@@ -207,8 +226,23 @@ def overridden(sampling: SamplingParams | None, **wins: Any) -> SamplingParams:
 
 def configure(kind: Callable[..., Config], given: Mapping[str, Any]) -> Config:
     """`kind(**given)`, a dataclass. Raises ValidationError for a field it does not have."""
-    known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
+    known = list(inspect.signature(kind).parameters)
     for name in given:
         if name not in known:
             raise ValidationError(f"unknown option {name!r}; there are {', '.join(known)}.", param=name)
     return kind(**given)
+
+
+def one_config(config: Config | None, kind: Callable[..., Config], given: Mapping[str, Any]) -> Config:
+    """The configuration of something that takes it whole or by its fields: `config`, else `kind(**given)`. Raises
+    ValidationError for both at once and for a field that it does not have."""
+    if config is None:
+        return configure(kind, given)
+    if given:
+        name = next(iter(given))
+        raise ValidationError(
+            f"a configuration and {name} beside it: got both.",
+            param=name,
+            hint=f"Set {name} in the configuration, or give all of its fields as keywords.",
+        )
+    return config

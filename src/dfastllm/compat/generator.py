@@ -15,7 +15,7 @@ from dfastllm.compat.config import (
     GenerationMode,
     GenerationResult,
     StreamChunk,
-    configure,
+    one_config,
     overridden,
 )
 from dfastllm.core import CanvasUpdate, Request, SamplingParams, StepEvent
@@ -25,9 +25,9 @@ from dfastllm.engine import Engine, EngineConfig, Stream
 from dfastllm.errors import ValidationError
 from dfastllm.llm import LLM, Prompt, collect, load_engine
 from dfastllm.options import kind_defaults
-from dfastllm.text import Tokenizer
+from dfastllm.text import Tokenizer, chat_prompt
 
-__all__ = ["DiffusionGenerator", "build_engine", "create_generator", "open_llm"]
+__all__ = ["DiffusionGenerator", "build_engine", "create_generator", "encode_prompt", "open_llm"]
 
 _UNDECIDED = "\u2591"
 
@@ -75,6 +75,14 @@ def build_engine(
     return Engine(model, tokenizer, config, device=getattr(model, "device", "cpu"), choose=choose or policy_for)
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str, *, raw: bool = False) -> tuple[int, ...]:
+    """Token ids of a text prompt: of a user's message in the model's chat template, where it has one; with `raw`, and
+    where it has none, of the text itself with the tokenizer's own special tokens."""
+    if raw or tokenizer.templates.source() is None:
+        return tuple(tokenizer.encode(text, add_special=True))
+    return tuple(tokenizer.encode(chat_prompt(tokenizer, [{"role": "user", "content": text}])))
+
+
 def _refuse_second(tokenizer: Tokenizer | None, what: str) -> None:
     if tokenizer is not None:
         raise ValidationError(f"{what} brings its own tokenizer; got a second one.", param="tokenizer")
@@ -83,17 +91,28 @@ def _refuse_second(tokenizer: Tokenizer | None, what: str) -> None:
 class DiffusionGenerator:
     """Generates with a masked-diffusion or block-diffusion model. Use as a context manager, or call `close`.
 
-    model, tokenizer: see `open_llm`. config: a DiffusionConfig, or None for STANDARD. Every call may raise
-    ValidationError, UnsupportedError or ContextLengthError for what cannot be honoured, TimeoutError or GenerationError
-    for what went wrong underway.
+    model, tokenizer: see `open_llm`. config: a DiffusionConfig, or its fields as keywords, as in
+    DiffusionGenerator(mode=GenerationMode.TURBO); neither: STANDARD. A text prompt is a user's message in the model's
+    chat template, where it has one; with raw=True, and as token ids, the model is given just that. Every call may
+    raise ValidationError, UnsupportedError or ContextLengthError for what cannot be honoured, TimeoutError or
+    GenerationError for what went wrong underway.
     """
 
     default_config = DiffusionConfig()
 
     def __init__(
-        self, model: Any = "demo-diffusion", tokenizer: Tokenizer | None = None, config: DiffusionConfig | None = None
+        self,
+        model: Any = "demo-diffusion",
+        tokenizer: Tokenizer | None = None,
+        config: DiffusionConfig | None = None,
+        **fields: Any,
     ) -> None:
-        self.config = config or self.default_config
+        default = self.default_config
+        if config is None and not fields:
+            config = default
+        # the mode of an old name stays where only other fields are given
+        kept = {} if config is not None else {"mode": default.mode}
+        self.config = one_config(config, type(default), {**kept, **fields})
         self.llm, self._owned = open_llm(model, tokenizer)
         try:
             self._check()
@@ -131,12 +150,14 @@ class DiffusionGenerator:
         *,
         sampling: SamplingParams | None = None,
         timeout: float | None = None,
+        raw: bool = False,
     ) -> GenerationResult:
-        """The whole answer. prompt: text, or token ids taken as they are. max_tokens and temperature win over those of
-        `sampling`, which carries seed, stop, top_p and the rest; what none of them says is the config's, else the
-        model's or the default of docs/options.md. timeout: seconds."""
+        """The whole answer. prompt: a user's message, or token ids taken as they are. raw: the text is the prompt
+        itself, without the chat template. max_tokens and temperature win over those of `sampling`, which carries seed,
+        stop, top_p and the rest; what none of them says is the config's, else the model's or the default of
+        docs/options.md. timeout: seconds."""
         began = time.perf_counter()
-        stream = self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout)
+        stream = self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout, raw)
         events = list(_events(stream))
         answer = collect(events)
         return GenerationResult(
@@ -159,10 +180,11 @@ class DiffusionGenerator:
         *,
         sampling: SamplingParams | None = None,
         timeout: float | None = None,
+        raw: bool = False,
     ) -> Iterator[StreamChunk]:
         """The answer as it forms: a chunk every `stream_interval` denoise steps, and one at the end.
         Arguments as in `generate`. Closing the iterator cancels the request."""
-        stream = self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout)
+        stream = self._open(prompt, self._sampling(max_tokens, temperature, sampling), timeout, raw)
         interval = self.config.stream_interval or 1
         view = _Canvas(self.llm.engine.tokenizer, stream.request.sampling)
         told, steps = "", 0
@@ -186,8 +208,10 @@ class DiffusionGenerator:
             temperature = self.config.temperature
         return overridden(sampling, max_tokens=max_tokens, temperature=temperature)
 
-    def _open(self, prompt: Prompt, sampling: SamplingParams, timeout: float | None) -> Stream:
+    def _open(self, prompt: Prompt, sampling: SamplingParams, timeout: float | None, raw: bool) -> Stream:
         info = self.llm.info
+        if isinstance(prompt, str):
+            prompt = encode_prompt(self.llm.tokenizer, prompt, raw=raw)
         tokens = sampling.max_tokens or info.defaults.get("max_tokens") or kind_defaults(info.kind).get("max_tokens", 1)
         return self.llm.submit(prompt, sampling, self.config.decode_params(tokens, info), timeout=timeout)
 
@@ -270,4 +294,4 @@ def create_generator(
     **fields: Any,
 ) -> DiffusionGenerator:
     """A DiffusionGenerator with DiffusionConfig(mode, **fields). Raises ValidationError for an unknown field."""
-    return DiffusionGenerator(model, tokenizer, configure(DiffusionConfig, {"mode": mode, **fields}))
+    return DiffusionGenerator(model, tokenizer, mode=mode, **fields)

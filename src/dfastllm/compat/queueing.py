@@ -97,7 +97,8 @@ class RequestState(StrEnum):
 class Request:
     """One request of a Scheduler, which alone moves `state`. Validated on construction.
 
-    prompt_tokens  ids, or text, which is encoded on submission. priority: lower runs first;
+    prompt_tokens  ids, or text, which is encoded on submission: a user's message in the model's chat template, where
+                   it has one; with `raw` the text itself. priority: lower runs first;
     arrival_time   seconds on time.monotonic(). sampling: further options (seed, stop, top_p, ...); max_tokens and
     temperature above win over its own; None: the model's or the default of docs/options.md, resolved on submission.
     decode: how a canvas is denoised; None: the scheduler's. timeout: seconds from arrival.
@@ -113,6 +114,7 @@ class Request:
     sampling: SamplingParams | None = None
     decode: DecodeParams | None = None
     timeout: float | None = None
+    raw: bool = False
 
     def __post_init__(self) -> None:
         self.state = RequestState(self.state)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfastllm.compat.config import configure
-from dfastllm.compat.generator import build_engine
+from dfastllm.compat.config import one_config
+from dfastllm.compat.generator import build_engine, encode_prompt
 from dfastllm.compat.queueing import Request, RequestState, SchedulerConfig, SchedulerStats
 from dfastllm.core import DecodeParams, StepStats
 from dfastllm.engine import EngineConfig, Stream, Worker
@@ -51,8 +51,9 @@ class Scheduler:
     """Serves requests on one model from `start` to `stop`; use as a context manager. Thread-safe.
 
     model, tokenizer: a shipped model's name, a directory, a model of dfastllm.models with its tokenizer, or an LLM or
-    Engine, whose weights are then shared while K,V and batches are this scheduler's own. decode: for requests that
-    bring none. Raises what loading raises.
+    Engine, whose weights are then shared while K,V and batches are this scheduler's own. config: a SchedulerConfig, or
+    its fields as keywords, as in Scheduler(enable_speculative=True). decode: for requests that bring none. Raises what
+    loading raises, ValidationError for a field that there is not.
     """
 
     default_config = SchedulerConfig()
@@ -64,8 +65,11 @@ class Scheduler:
         tokenizer: Tokenizer | None = None,
         *,
         decode: DecodeParams | None = None,
+        **fields: Any,
     ) -> None:
-        self.config = config or self.default_config
+        default = self.default_config
+        kept = {} if config is not None else dataclasses.asdict(default)  # what an old name sets stays
+        self.config = one_config(config, type(default), {**kept, **fields})
         self.decode = decode
         sizes = EngineConfig(
             max_sequences=self.config.max_batch_size,
@@ -137,7 +141,7 @@ class Scheduler:
                 param="state",
             )
         if isinstance(request.prompt_tokens, str):
-            request.prompt_tokens = self._encode(request.prompt_tokens)
+            request.prompt_tokens = self._encode(request.prompt_tokens, request.raw)
         by_priority = self.config.scheduling_policy == "priority"
         kind = self.engine.info.kind
         decode = self.config.drafting(request.decode or self.decode, kind)
@@ -271,10 +275,10 @@ class Scheduler:
             if step.sequences:
                 self._stats.record_batch(step.sequences, step.committed, step.seconds * 1000)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _encode(self, text: str, raw: bool) -> tuple[int, ...]:
         if self.engine.tokenizer is None:
             raise TokenizerError("this model was built without a tokenizer; give token ids.")
-        return tuple(self.engine.tokenizer.encode(text, add_special=True))
+        return encode_prompt(self.engine.tokenizer, text, raw=raw)
 
 
 class AsyncScheduler:
@@ -288,8 +292,9 @@ class AsyncScheduler:
         tokenizer: Tokenizer | None = None,
         *,
         decode: DecodeParams | None = None,
+        **fields: Any,
     ) -> None:
-        self.scheduler = Scheduler(config, model, tokenizer, decode=decode)
+        self.scheduler = Scheduler(config, model, tokenizer, decode=decode, **fields)
 
     async def start(self) -> AsyncScheduler:
         self.scheduler.start()
@@ -340,4 +345,4 @@ class AsyncScheduler:
 
 def create_scheduler(model: Any = "demo-diffusion", tokenizer: Tokenizer | None = None, **fields: Any) -> Scheduler:
     """A Scheduler with SchedulerConfig(**fields). Raises ValidationError for an unknown field."""
-    return Scheduler(configure(SchedulerConfig, fields), model, tokenizer)
+    return Scheduler(None, model, tokenizer, **fields)

@@ -82,7 +82,8 @@ def admit(request: Request, terms: Terms) -> Admission:
         raise ContextLengthError(
             f"the request needs K,V for {compiled.positions} positions; the engine holds {terms.capacity}.",
             param="max_tokens",
-            hint="Raise kv_tokens.",
+            hint="Ask for fewer tokens, or give the engine more: --kv-cache-tokens, DFASTLLM_KV_CACHE_TOKENS, or "
+            "EngineConfig(kv_tokens=...) in Python.",
         )
     tokens, state = policy.begin(request, model, compiled)
     seed = request.sampling.seed
