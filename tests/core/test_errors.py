@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import re
 
 import pytest
 
@@ -17,6 +18,8 @@ WIRE = {
     "ContextLengthError": (400, "context_length_exceeded", "invalid_request_error"),
     "DFastLLMError": (500, "internal_error", "server_error"),
     "GenerationError": (500, "generation_failed", "server_error"),
+    "MalformedRequestError": (400, "malformed_request", "invalid_request_error"),
+    "MisdirectedRequestError": (421, "wrong_host", "invalid_request_error"),
     "ModelLoadError": (500, "model_load_failed", "server_error"),
     "ModelNotFoundError": (404, "model_not_found", "invalid_request_error"),
     "NotReadyError": (503, "not_ready", "server_error"),
@@ -24,8 +27,11 @@ WIRE = {
     "QueueFullError": (429, "queue_full", "rate_limit_error"),
     "RateLimitError": (429, "rate_limit_exceeded", "rate_limit_error"),
     "RequestNotFoundError": (404, "request_not_found", "invalid_request_error"),
+    "SlowRequestError": (408, "request_too_slow", "invalid_request_error"),
+    "StorageError": (500, "cannot_write", "server_error"),
     "TimeoutError": (504, "timeout", "server_error"),
     "TokenizerError": (500, "bad_tokenizer", "server_error"),
+    "TooManyConnectionsError": (503, "too_many_connections", "server_error"),
     "UnsupportedError": (400, "unsupported", "invalid_request_error"),
     "ValidationError": (400, "invalid_request", "invalid_request_error"),
 }
@@ -38,8 +44,16 @@ def test_what_clients_decide_by_is_stable() -> None:
         for name, one in inspect.getmembers(errors, inspect.isclass)
         if issubclass(one, errors.DFastLLMError)
     }
-    assert {name: found.get(name) for name in WIRE} == WIRE
-    assert all(len(row[1]) > 3 for row in found.values())
+    assert found == WIRE, "a new error, or a changed one: write what clients read of it into the table above"
+    codes = [code for _, code, _ in WIRE.values()]
+    assert len(codes) == len(set(codes))
+
+
+def test_the_tree_at_the_head_of_the_module_says_the_same() -> None:
+    drawn = re.findall(r"(?:├──|└──) (\w+) +(\d{3})\b", errors.__doc__ or "")
+    assert {name: int(status) for name, status in drawn} == {
+        name: status for name, (status, _, _) in WIRE.items() if name != "DFastLLMError"
+    }
 
 
 @pytest.mark.parametrize("name", WIRE)

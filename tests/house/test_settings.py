@@ -47,7 +47,6 @@ OTHER: dict[str, tuple[str, object]] = {
     "chat_template": ("x.jinja", "x.jinja"),
     "default_chat_template_kwargs": ('{"a": 1}', '{"a": 1}'),
     "chat_parse_special": ("true", True),
-    "chat_parse_special": ("true", True),
     "max_model_len": ("128", 128),
     "max_num_seqs": ("2", 2),
     "max_num_batched_tokens": ("99", 99),
