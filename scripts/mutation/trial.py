@@ -61,6 +61,7 @@ def choose(reach: Reach, mutant: Mutant, source: str) -> tuple[list[str], list[s
     if mutant.native:
         touching = {test for test in reach.seconds if test.startswith(("tests/kernels/", "tests/engine/runners/"))}
         touching |= {test for test in reach.seconds if test.startswith("tests/recorded/")}
+    touching &= reach.seconds.keys()  # less what was left out
     first = within(touching, reach.seconds, mutant.room, FIRST)
     folder = "tests/" + FOLDERS.get(mutant.room, f"{mutant.room}/")
     rest = (test for test in reach.seconds if test.startswith(folder) and test not in first)
