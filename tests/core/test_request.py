@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dfastllm.core import DecodeParams, Request, SamplingParams, Span, Tier, Usage
+from dfastllm.core import DecodeParams, FinishReason, ModelInfo, Request, SamplingParams, Span, Tier, Usage
+from dfastllm.core.ends import Ends
 from dfastllm.errors import DFastLLMError, ValidationError
 
 NAN, INF = float("nan"), float("inf")
@@ -92,3 +93,14 @@ def test_what_nothing_was_counted_of_is_zero() -> None:
     assert (usage.queue_s, usage.total_s, usage.first_token_s) == (0.0, 0.0, None)
     assert (usage.cached_tokens, usage.drafts, usage.draft_tokens, usage.accepted_tokens) == (0, 0, 0, 0)
     assert (usage.acceptance_length, usage.tokens_per_forward) == (None, 0.0)
+
+
+def test_where_a_text_must_end() -> None:
+    """After max_tokens, and in any case where the context leaves room for the suffix behind it."""
+    model = ModelInfo("m", "f", "diffusion", 50, 64, 1, 1, 8, eos_ids=(2,), mask_id=3)
+    for tokens, suffix, last in ((None, (), 64), (None, (5,) * 10, 54), (20, (5,) * 10, 30), (60, (5,) * 10, 54)):
+        ends = Ends.of(Request("r", (7,) * 10, SamplingParams(max_tokens=tokens), suffix=suffix), model)
+        assert ends.last == last
+        assert ends.reason(last - 2, 9) is None
+        assert ends.reason(last - 1, 9) is FinishReason.LENGTH
+        assert ends.reason(last - 1, 2) is FinishReason.STOP
