@@ -10,7 +10,7 @@ from scripts.mutation.draw import LEAST, Place, draw
 from scripts.mutation.handmade import handmade
 from scripts.mutation.mutant import Mutant, room_of
 from scripts.mutation.reach import Reach
-from scripts.mutation.record import Case, Record
+from scripts.mutation.record import Case, Record, reasons
 from scripts.mutation.trial import Outcome, choose
 
 from tests.kit.source import ROOT, modules
@@ -105,3 +105,12 @@ def test_a_record_says_what_is_below_the_aim(tmp_path: Path) -> None:
     again = Record.load(path)
     assert [case.key for case in again.cases] == [case.key for case in cases]
     assert [case.outcome.noticed for case in again.cases] == [i > 2 for i in range(10)]
+
+
+def test_the_committed_record_is_that_of_todays_reasons() -> None:
+    """A reason whose fault is noticed, or is not in the record, says nothing; every room has its share of faults."""
+    record = Record.load(ROOT / "benchmarks/mutants.json")
+    survivors = {case.key for case in record.cases if not case.outcome.noticed}
+    assert set(reasons()) <= survivors
+    tried = Counter(case.mutant.room for case in record.cases if case.mutant.kind != "hand")
+    assert {room for room, count in tried.items() if count < LEAST} <= {""}
