@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dfastllm.train.loop import build_model, rate
 from dfastllm.train.objectives import loss, make_objective
 from dfastllm.train.recipes import RECIPES
 
+CURVES = Path(__file__).parents[2] / "benchmarks" / "training"
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16}
 
 
@@ -180,6 +182,23 @@ def test_recipes_from_files(tmp_path: Path) -> None:
             recipe("x", **wrong)
 
 
+@pytest.mark.parametrize(("name", "least"), [("weight_decay", 0.0), ("warmup", 0)])
+def test_a_recipe_may_leave_out_decay_and_warm_up_but_not_turn_them_round(name: str, least: float) -> None:
+    assert getattr(recipe("x", **{name: least}), name) == least
+    with pytest.raises(ValidationError, match=f"^{name} must be at least 0"):
+        recipe("x", **{name: -1})
+
+
+@pytest.mark.parametrize("name", ["demo-ar", "demo-block", "demo-diffusion", "demo-draft"])
+def test_recipes_give_the_schedules_of_the_recorded_runs(name: str) -> None:
+    """The curves that the shipped models' training left behind: every stage's rate at every line."""
+    lines = [json.loads(line) for line in (CURVES / f"{name}.jsonl").read_text().splitlines()]
+    stages = {line["stage"] for line in lines}
+    assert name in stages
+    for line in lines:
+        assert rate(RECIPES[line["stage"]], line["step"] - 1) == pytest.approx(line["lr"], abs=6e-6), line
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_rate_follows_the_schedule(optimizer: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.optim.Optimizer] = []
@@ -215,10 +234,10 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
     assert latest(tmp_path) == tmp_path / "step-1000"
 
 
-@pytest.mark.parametrize("field", ["lr", "matrix_lr", "clip", "steps", "batch_tokens"])
-@pytest.mark.parametrize("value", [0, -1, float("nan")])
+@pytest.mark.parametrize("field", ["lr", "matrix_lr", "clip", "power", "steps", "batch_tokens"])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
 def test_a_recipe_that_cannot_train_is_refused(field: str, value: float) -> None:
-    if value != value and field in ("steps", "batch_tokens"):
+    if not math.isfinite(value) and field in ("steps", "batch_tokens"):
         pytest.skip("whole numbers")
     with pytest.raises(ValidationError, match=f"{field} must be"):
         recipe("bad", **{field: value})

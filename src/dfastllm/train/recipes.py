@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -62,9 +63,12 @@ class Recipe:
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValidationError(f"{name} must be at least 1, got {getattr(self, name)}.", param=name)
-        for name in ("lr", "matrix_lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValidationError(f"{name} must be above 0, got {getattr(self, name)}.", param=name)
+        for name in ("lr", "matrix_lr", "clip", "power"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValidationError(f"{name} must be above 0 and finite, got {getattr(self, name)}.", param=name)
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValidationError(f"{name} must be at least 0 and finite, got {getattr(self, name)}.", param=name)
         choices = {
             "objective": ("causal", "masked_diffusion", "block_diffusion"),
             "optimizer": ("muon", "adamw"),
