@@ -68,6 +68,9 @@ def test_check_skips_other_hardware_unless_told(cli: Cli, tmp_path: Path) -> Non
     assert refused.exit_code == 2
     assert "measured on there" in refused.stderr
     assert last(cli("gate", "check", b, "--json"))["reason"] == "no_baseline"
+    unrecorded = cli("gate", "check", b, "--baseline", tmp_path / "none.json", "--json")
+    assert (unrecorded.exit_code, last(unrecorded)["reason"]) == (0, "no_baseline")
+    assert "none.json: record it" in " ".join(unrecorded.stdout.split())
 
 
 @pytest.mark.parametrize("text", ['{"schema_version": 1, "speed', "{}", ""])
@@ -97,8 +100,11 @@ def test_record_and_check(cli: Cli, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert last(result)["n"] == 2
     assert load_report(out).fingerprints["workload"]["model"] == "demo-ar"
-    again = cli("gate", "check", out, "--baseline", out, "--ttfa-limit", 64)
-    assert again.exit_code == 0, again.output
+    again = cli("gate", "check", out, "--baseline", out, "--json")
+    assert again.exit_code == 0, again.output  # the same measurement is never slower than itself
+    needed = load_report(out).speed_metrics["ttfa_tokens"]["p95"]
+    assert last(again)["ttfa_gate"]["threshold"] == max(25, needed)
+    assert cli("gate", "check", out, "--baseline", out, "--ttfa-limit", needed - 1).exit_code == 1
 
 
 def sleeper(seconds: float) -> str:

@@ -46,6 +46,9 @@ def bench(
         str | None, typer.Option(help="Model to ask for. Default: the first the server lists; ours: demo-ar.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("bench-results"),
+    output: Annotated[
+        Path | None, typer.Option(help="A file that gets test_results.json too.", show_default=False)
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer of all: under a minute on a demo model.")] = False,
     parts: Annotated[str, typer.Option(help="Of status, sweep, systems, load.")] = "status,sweep,systems,load",
     types: Annotated[str, typer.Option(help="Prompt types; all: every one. \\[default: all; --quick: four]")] = "",
@@ -83,9 +86,9 @@ def bench(
 ) -> None:
     """Measure a server: configurations, prompt types, system prompts, load; accuracy beside every speed.
 
-    Writes test_results.json, requests.jsonl and report.html to OUT. The last line on stdout is JSON. Exit code: 0 done;
-    1 nothing was measured; 2 wrong arguments; 3 partial results were kept; 130 interrupted, 143 ended by SIGTERM (129:
-    SIGHUP), partial results kept.
+    Writes test_results.json, requests.jsonl (once it asks) and report.html to OUT. The last line on stdout is JSON.
+    Exit code: 0 done; 1 nothing was measured; 2 wrong arguments; 3 partial results were kept; 130 interrupted, 143
+    ended by SIGTERM (129: SIGHUP), partial results kept.
     """
     given = dict(locals())
     given.pop("api_key")  # never written to a file
@@ -100,6 +103,10 @@ def bench(
     for name, number in (("timeout", timeout), ("margin", margin)):
         if not 0 < number < float("inf"):
             raise ValidationError(f"{name} must be a number above 0, got {number:g}.", param=name)
+    if output is not None and output.is_dir():
+        raise ValidationError(
+            f"output must be a file, got the directory {output}.", param="output", hint="--out names a directory."
+        )
     if not 0 <= temperature <= 2:
         raise ValidationError(f"temperature must be in [0, 2], got {temperature:g}.", param="temperature")
 
@@ -134,10 +141,11 @@ def bench(
         slo=parse_slo(slo or ()),
         serve=_serve_arguments(serve, model),
         quick=quick,
+        output=output,
         arguments={name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v not in (None, "")},
     )
     results = _measure(plan, out)
-    _report(results, out, history or out / "history")
+    _report(results, out, history or out / "history", output)
 
 
 def _measure(plan: Plan, out: Path) -> Results:
@@ -159,7 +167,7 @@ def _measure(plan: Plan, out: Path) -> Results:
         return asyncio.run(measure(Suite(plan, out, bars)))
 
 
-def _report(results: Results, out: Path, history: Path) -> None:
+def _report(results: Results, out: Path, history: Path, output: Path | None) -> None:
     """Tables, the page, the history, the last line, the exit code."""
     from dfastllm.bench.suite.history import comparison_table, earlier, entries, remember
     from dfastllm.bench.suite.html import write_html
@@ -179,7 +187,9 @@ def _report(results: Results, out: Path, history: Path) -> None:
     write_html(results, out / "report.html", extra=extra)
     if results.partial:
         typer.echo(f"partial results: {results.partial_reason}", err=True)
-    typer.echo(f"{out / 'test_results.json'}, {out / 'requests.jsonl'}, {out / 'report.html'}", err=True)
+    asked = [out / "requests.jsonl"] if results.target is not None else []  # a look at servers alone asks nothing
+    written = [out / "test_results.json", *asked, out / "report.html", *([output] if output is not None else [])]
+    typer.echo(", ".join(map(str, written)), err=True)
     typer.echo(json.dumps(_last_line(results, out), ensure_ascii=False))
     if results.partial:
         raise typer.Exit(_code(results.partial_reason or ""))

@@ -119,9 +119,17 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
 @app.command()
 def check(
     current: Annotated[Path, typer.Argument(help="A report of `gate record`, or test_results.json of `bench`.")],
-    baseline: Annotated[Path | None, typer.Option(help="The same of before; without it all gates are skipped.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="The same of before; without it, or without that file, all gates are skipped.")
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Allowed regression; 0.05 is 5 %.")] = 0.05,
-    ttfa_limit: Annotated[float, typer.Option(help="Most tokens (p95) until the first complete tool call.")] = 25.0,
+    ttfa_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Most tokens (p95) until the first complete tool call. \\[default: 25, or the baseline's where more]",
+            show_default=False,
+        ),
+    ] = None,
     configuration: Annotated[
         str | None, typer.Option(help="Of a test_results.json; default: its baseline configuration.")
     ] = None,
@@ -136,11 +144,14 @@ def check(
     from dfastllm.bench.speed import load_current
 
     now = load_current(current, configuration)
-    before = load_current(baseline, configuration) if baseline is not None else None
+    recorded = baseline is not None and baseline.exists()
+    before = load_current(baseline, configuration) if baseline is not None and recorded else None
     if same_hardware and before is not None:
         same_machine(now, before)
     found = hold(now, before, regression_threshold=threshold, ttfa_limit=ttfa_limit)
     verdict = "skipped" if found["skipped"] else "pass" if found["gates_passed"] else "fail"
+    if baseline is not None and not recorded:
+        console().print(f"there is no {baseline}: record it with dfastllm gate record --out", markup=False)
     _show_gates(found, verdict, threshold)
     _end(verdict, as_json, **found)
 
@@ -263,29 +274,29 @@ def counters(
 
 
 def _show_counters(found: dict[str, Counters]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from dfastllm.bench.suite.cells import Table, named, number, text
+    from dfastllm.bench.suite.terminal import print_tables
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("case", no_wrap=True)
-    for title in ("nfe", "steps", "rows", "tokens", "per nfe", "drafts", "drafted", "accepted", "length"):
-        table.add_column(title, justify="right")
+    rows = []
     for name, c in found.items():
         nfe, tokens, drafts, accepted = (
             int(c.get(k, 0)) for k in ("nfe", "completion_tokens", "drafts", "accepted_tokens")
         )
-        length = f"{1 + accepted / drafts:.2f}" if drafts else ""
-        drafted = (f"{drafts}", f"{c['draft_tokens']}", f"{accepted}", length) if "drafts" in c else ("",) * 4
-        table.add_row(name, f"{nfe}", f"{c['steps']}", f"{c['rows']}", f"{tokens}", f"{tokens / nfe:.2f}", *drafted)
-    console().print(table)
+        drafted = (drafts, int(c["draft_tokens"]), accepted) if "drafts" in c else (None,) * 3
+        cells = (
+            *(number(value) for value in (nfe, int(c["steps"]), int(c["rows"]), tokens, tokens / nfe)),
+            *(number(value) for value in (*drafted, 1 + accepted / drafts if drafts else None)),
+        )
+        rows.append((text(name), *cells))
+    columns = named("case", "nfe|steps|rows|tokens|per nfe|drafts|drafted|accepted|length")
+    print_tables([Table("counters", "Counters", columns, tuple(rows))])
 
 
 def _show_changes(changes: list[Change]) -> None:
-    from rich.table import Table
+    from dfastllm.bench.suite.cells import Table, named, text
+    from dfastllm.bench.suite.terminal import print_tables
 
     if not changes:
         return
-    table = Table("case", "counter", "baseline", "now", title="changed", title_justify="left")
-    for change in changes:
-        table.add_row(change.case, change.counter, str(change.baseline), str(change.current))
-    console().print(table)
+    rows = tuple((text(c.case), text(c.counter), text(str(c.baseline)), text(str(c.current))) for c in changes)
+    print_tables([Table("changes", "Changed", named("case|counter|baseline|now"), rows)])

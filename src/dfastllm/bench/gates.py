@@ -138,10 +138,13 @@ def check(
     baseline: SpeedReport | None,
     *,
     regression_threshold: float = 0.05,
-    ttfa_limit: float = TTFA_LIMIT,
+    ttfa_limit: float | None = None,
 ) -> dict[str, Any]:
-    """`evaluate_speed_gates` of two reports; another hardware profile skips the gates. Raises ValidationError when they
-    measured different things (fingerprints workload and threads, where both have them)."""
+    """`evaluate_speed_gates` of two reports; another hardware profile skips the gates. ttfa_limit None: TTFA_LIMIT, or
+    the baseline's own value where that is more, since the form of a model's calls may be longer than that. Raises
+    ValidationError when they measured different things (fingerprints workload and threads, where both have them)."""
+    if ttfa_limit is None:
+        ttfa_limit = _ttfa_limit(baseline)
     if baseline is None:
         return evaluate_speed_gates(current.speed_metrics, None, True, regression_threshold, ttfa_limit)
     match = current.hardware_profile_key == baseline.hardware_profile_key
@@ -154,6 +157,11 @@ def check(
             )
     before = baseline.speed_metrics
     return evaluate_speed_gates(current.speed_metrics, before, match, regression_threshold, ttfa_limit)
+
+
+def _ttfa_limit(baseline: SpeedReport | None) -> float:
+    before = _value(baseline.speed_metrics, "ttfa_tokens", "p95") if baseline is not None else None
+    return TTFA_LIMIT if before is None or math.isinf(before) else max(TTFA_LIMIT, before)
 
 
 def evaluate_speed_gates(

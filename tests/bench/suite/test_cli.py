@@ -22,6 +22,7 @@ from dfastllm.bench.suite.run import Plan, Suite
 from dfastllm.bench.suite.sweep import Settings
 from dfastllm.bench.suite.workloads import prompt_types
 from dfastllm.cli import app
+from dfastllm.llm import resolve
 from tests.kit.mock_server import Behaviour, MockServer, faster
 
 SPECULATES = Behaviour(ttft=0.005, itl=0.002, tokens=12, honours={"speculative_config": faster(1.1)})
@@ -40,13 +41,16 @@ def last_line(result: Result) -> dict[str, Any]:
 
 def test_the_whole_suite_on_a_server_that_speculates(tmp_path: Path) -> None:
     with MockServer(SPECULATES) as server:
-        result = bench(tmp_path, server.url, *SMALL, "--slo", "ttft=1000")
+        kept = tmp_path / "kept" / "mine.json"
+        result = bench(tmp_path, server.url, *SMALL, "--slo", "ttft=1000", "--output", str(kept))
     assert result.exit_code == 0, result.output
     line = last_line(result)
     assert (line["status"], line["best_configuration"], line["verdict"]) == ("complete", "ngram-3", "faster")
     assert line["errors"] == 0
     out = tmp_path / "out"
     results = load_results(out / "test_results.json")
+    assert load_results(kept) == results
+    assert str(kept) in result.stderr
     assert [s.status for s in results.servers] == ["running"]
     assert [(c.name, c.status) for c in results.configurations] == [("none", "measured"), ("ngram-3", "measured")]
     assert [t.name for t in results.prompt_types] == ["code", "security"]
@@ -142,6 +146,9 @@ def test_status_alone_never_fails(tmp_path: Path) -> None:
     assert (up.exit_code, down.exit_code) == (0, 0)
     assert last_line(up)["servers_running"] == [url]
     assert last_line(down)["servers_running"] == []
+    assert "requests.jsonl" not in up.stderr + down.stderr, "no file is named that is not there"
+    assert (tmp_path / "out" / "test_results.json").exists()
+    assert "Performance by prompt type" not in up.stdout
 
 
 @pytest.mark.parametrize(
@@ -168,6 +175,7 @@ def test_status_alone_never_fails(tmp_path: Path) -> None:
         (["--max-tokens", "0"], "max_tokens"),
         (["--temperature", "-1"], "temperature"),
         (["--prompts", "nothing.jsonl"], "nothing.jsonl"),
+        (["--output", "."], "output"),
     ],
 )
 def test_wrong_input_is_one_line_that_names_it(tmp_path: Path, words: list[str], named: str) -> None:
@@ -214,7 +222,8 @@ def test_a_server_is_started_when_none_is_up(tmp_path: Path, monkeypatch: pytest
         sources={"extraction": prompt_types()["extraction"]},
         parts=("sweep",),
         settings=settings,
-        serve=("--model", "demo-ar", "--threads", "1"),
+        model=str(resolve("demo-ar")),  # a directory: it is served under its last part
+        serve=("--model", str(resolve("demo-ar")), "--threads", "1"),
     )
     results = asyncio.run(Suite(plan, tmp_path).run())
     assert not results.partial, results.partial_reason

@@ -158,7 +158,7 @@ def test_tables() -> None:
     listed = listed.model_copy(update={"recommendations": recommend(listed), "partial": True})
     row = [cell.text for cell in list_table([Entry(Path("a.json"), listed)], ["b.json is broken"]).rows[0]]
     assert row[:3] == ["2026-11-01T10:00:00Z", "demo-ar", "abc1234"]
-    assert row[4:] == ["100", "n-gram, 5 tokens", "1.62× (1.57–1.67)", "partial", "a.json"]
+    assert row[4:] == ["100", "n-gram, 5 tokens", "1.62× (+62 %, 1.57–1.67)", "partial", "a.json"]
 
 
 def test_trend_runs_from_the_first_comparable_to_now() -> None:

@@ -171,7 +171,7 @@ def test_without_matplotlib_the_page_says_what_is_missing(
     assert "dfastllm[plots]" in bare
     assert "dfastllm[plots]" not in text
     assert "<svg" not in bare
-    assert "1.62× (1.57–1.67)" in bare
+    assert "1.62× (+62 %, 1.57–1.67)" in bare
 
 
 def test_a_result_with_nothing_measured_still_makes_a_page() -> None:

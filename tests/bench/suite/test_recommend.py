@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dfastllm.bench.suite.cells import percent
 from dfastllm.bench.suite.recommend import judge, recommend
 from dfastllm.bench.suite.schema import Client, ConfigurationResult, Forwards, Recommendation, Results, Target
 from tests.kit.suite_example import against, configuration, figures, load_point, results
@@ -27,7 +28,7 @@ def test_best_configuration_use_case_and_gain() -> None:
     assert best.configuration == "ngram-k5"
     assert best.options == {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5}}
     assert best.gain == against(1.62)
-    assert "1.62× (1.57–1.67)" in best.text
+    assert "1.62× (+62 %, 1.57–1.67)" in best.text
     assert "+57 to +67 %" in best.text
     assert "accuracy 93.3 % (28/30)" in best.text
     case = next(r for r in recommend(found) if r.kind == "use_case")
@@ -93,12 +94,12 @@ def test_more_failures_than_the_baseline_disqualify() -> None:
 
 def test_speculation_that_loses_is_to_be_switched_off() -> None:
     text = advised(results(BASE, configuration("a", "A", 0.8), configuration("b", "B", 0.9))).text
-    assert text == "Speculation loses here: at best B 0.90× (0.85–0.95). Switch it off."
+    assert text == "Speculation loses here: at best B 0.90× (-10 %, 0.85–0.95). Switch it off."
 
 
 def test_a_diffusion_axis_that_loses_keeps_the_baseline() -> None:
     text = advised(results(BASE, configuration("a", "A", 0.8, axis="diffusion"))).text
-    assert text == "Every other configuration loses here: at best A 0.80× (0.75–0.85). Keep the baseline."
+    assert text == "Every other configuration loses here: at best A 0.80× (-20 %, 0.75–0.85). Keep the baseline."
 
 
 def test_noise_is_no_verdict() -> None:
@@ -110,7 +111,7 @@ def test_noise_is_no_verdict() -> None:
 
 def test_no_difference_is_no_gain() -> None:
     text = advised(results(BASE, configuration("a", "A", 1.0, spread=0.01))).text
-    assert text == "Speculation gains nothing here: at best A 1.00× (0.99–1.01). Switch it off."
+    assert text == "Speculation gains nothing here: at best A 1.00× (+0 %, 0.99–1.01). Switch it off."
 
 
 def test_slower_ones_are_named_beside_the_winner() -> None:
@@ -224,3 +225,53 @@ def test_warnings_about_the_measuring_itself() -> None:
     assert "top_k" not in said, "no configuration asked for it"
     assert "partial: the server died" in said
     assert warnings(results(BASE)) == ""
+
+
+def without_drafts(name: str, **speculative: object) -> ConfigurationResult:
+    """As dfastllm's answers tell it: forward passes, and no word of drafts."""
+    made = configuration(name, name, 1.0, spread=0.01, method="ngram")
+    assert made.figures is not None
+    idle = {"speculation": None, "forwards": Forwards(nfe=21.0, tokens_per_forward=1.0)}
+    return made.model_copy(
+        update={
+            "options": {"speculative_config": {"method": "ngram", **speculative}},
+            "figures": made.figures.model_copy(update=idle),
+        }
+    )
+
+
+def test_drafting_that_drafted_nothing_is_named() -> None:
+    said = warnings(results(BASE, without_drafts("A"), without_drafts("B"), configuration("c", "C", 1.5)))
+    assert "Drafting drafted nothing: A; B. These figures are of plain decoding" in said
+    assert "hold the drafts at k with --no-adaptive" in said
+    held = warnings(results(BASE, without_drafts("A", adaptive=False)))
+    assert "drafted nothing: A." in held
+    assert "--no-adaptive" not in held
+    assert "drafted nothing" not in warnings(results())
+
+
+def test_a_server_that_tells_no_work_is_not_said_to_draft_nothing() -> None:
+    made = without_drafts("A")
+    assert made.figures is not None
+    unknown = made.model_copy(update={"figures": made.figures.model_copy(update={"forwards": None})})
+    assert "drafted nothing" not in warnings(results(BASE, unknown))
+
+
+@pytest.mark.parametrize(("rate", "slow"), [(9.9, True), (10.0, False)])
+def test_below_ten_tokens_a_second_there_are_hints(rate: float, slow: bool) -> None:
+    def at(made: ConfigurationResult, tps: float) -> ConfigurationResult:
+        return made.model_copy(update={"figures": figures(tps)})
+
+    said = warnings(results(at(BASE, 4.0), at(configuration("a", "A", 1.5, method="ngram"), rate)))
+    assert ("Slow: 9.90 tok/s at best (A), below 10." in said) == slow
+    assert ("fewer draft tokens" in said) == slow
+    alone = warnings(results(at(BASE, 4.0)))
+    assert "Slow: 4.00 tok/s" in alone
+    assert "draft" not in alone
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(1.64, "+64 %"), (0.9, "-10 %"), (1.0, "+0 %"), (0.998, "+0 %"), (2.5, "+150 %")]
+)
+def test_a_ratio_in_percent(ratio: float, text: str) -> None:
+    assert percent(ratio) == text

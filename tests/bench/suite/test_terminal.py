@@ -66,7 +66,7 @@ def test_every_figure_is_shown_at_80_columns(found: Results, rich: bool) -> None
 
 def test_figures_of_the_file_are_the_ones_shown(found: Results) -> None:
     text = drawn(found, rich=False)
-    for expected in ("162", "1.62× (1.57–1.67)", "93.3 % (28/30)", "60/60 tokens", "5.56 / 8.33 / 9.44 / 11.1"):
+    for expected in ("162", "1.62× (+62 %, 1.57–1.67)", "93.3 % (28/30)", "60/60 tokens", "5.56 / 8.33 / 9.44 / 11.1"):
         assert expected in text
     assert "suffix, 5 tokens: refused: no suffix tree" in text
     assert "★" in next(line for line in text.splitlines() if line.startswith("n-gram, 5 tokens") and "162" in line)
@@ -98,7 +98,7 @@ def test_a_cell_wider_than_the_terminal_is_wrapped_not_cut() -> None:
 @pytest.mark.parametrize("rich", [True, False])
 def test_ascii_only_terminals_get_words_for_signs(found: Results, rich: bool) -> None:
     text = drawn(found, rich=rich, encoding="ascii")
-    assert "1.62x (1.57-1.67)" in text
+    assert "1.62x (+62 %, 1.57-1.67)" in text
     assert "?" not in text
 
 

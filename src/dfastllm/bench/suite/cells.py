@@ -19,6 +19,7 @@ __all__ = [
     "figure",
     "named",
     "number",
+    "percent",
     "printable",
     "share",
     "text",
@@ -82,8 +83,13 @@ def accuracy(found: Accuracy | None) -> str:
 
 
 def times(gain: Comparison | None) -> str:
-    """The ratio with its interval."""
-    return NONE if gain is None else f"{gain.ratio:.2f}× ({gain.low:.2f}–{gain.high:.2f})"
+    """The ratio, in percent too, with its interval."""
+    return NONE if gain is None else f"{gain.ratio:.2f}× ({percent(gain.ratio)}, {gain.low:.2f}–{gain.high:.2f})"
+
+
+def percent(ratio: float) -> str:
+    """A ratio as what it adds: 1.42 is +42 %, 0.9 is -10 %."""
+    return f"{round(100 * (ratio - 1)):+d} %"
 
 
 def text(value: str, tone: Tone = "") -> Cell:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dfastllm.bench.suite.cells import accuracy, figure, times
+from dfastllm.bench.suite.cells import accuracy, figure, percent, times
 from dfastllm.bench.suite.schema import (
     Comparison,
     ConfigurationResult,
@@ -28,6 +28,7 @@ from dfastllm.bench.suite.schema import (
 
 __all__ = ["Judged", "disqualified", "judge", "recommend"]
 
+SLOW = 10.0  # tok/s: about as fast as people read; below it they wait
 ENOUGH = 0.9  # of the highest throughput: past this point load only adds waiting
 Part = TypeVar("Part", LoadPoint, SystemPromptResult)
 MORE = "Measure on an idle machine, or more: --rounds, --requests."
@@ -120,11 +121,11 @@ def _configuration(results: Results, judged: Sequence[Judged], best: Judged | No
             right = f"; accuracy {accuracy(best.figures.accuracy)}, baseline {accuracy(base.figures.accuracy)}"
         elif best.figures.equality is not None:
             right = f"; all {best.figures.equality.compared} answers equal the baseline's"
-        percent = f"{100 * (best.gain.low - 1):+.0f} to {100 * (best.gain.high - 1):+.0f} %"
+        gained = f"{percent(best.gain.low).removesuffix(' %')} to {percent(best.gain.high)}"
         return Recommendation(
             kind="configuration",
             text=f"Best configuration: {best.configuration.label}{rate}. Expected gain: {times(best.gain)} over the "
-            f"baseline, {percent}{right}.",
+            f"baseline, {gained}{right}.",
             configuration=best.configuration.name,
             options=best.configuration.options,
             gain=best.gain,
@@ -287,6 +288,8 @@ def _warnings(results: Results) -> Iterator[Recommendation]:
         yield Recommendation(
             kind="warning", text="The client was too busy: latencies may be its own, not the server's."
         )
+    yield from _idle_drafting(results)
+    yield from _slow(results)
     sources = {c.figures.speed.tokens_source for c in results.configurations if c.figures is not None}
     if "estimate" in sources:
         yield Recommendation(kind="warning", text="Tokens are estimates: compare ratios, not tok/s.")
@@ -296,3 +299,45 @@ def _warnings(results: Results) -> Iterator[Recommendation]:
     if results.partial:
         reason = results.partial_reason or "the run ended early"
         yield Recommendation(kind="warning", text=f"The result is partial: {reason}.")
+
+
+def _idle_drafting(results: Results) -> Iterator[Recommendation]:
+    """Configurations that were to speculate and made not one draft, where the server tells what its answers took."""
+    idle = [
+        c
+        for c in results.configurations
+        if c.figures is not None
+        and c.method not in (None, "none")
+        and (c.figures.forwards is not None if c.figures.speculation is None else not c.figures.speculation.num_drafts)
+    ]
+    if not idle:
+        return
+    labels = "; ".join(c.label for c in idle)
+    asked = [c.options.get("speculative_config") for c in idle]
+    follows = any(isinstance(spec, dict) and spec.get("adaptive") is not False for spec in asked)
+    why = "the method found nothing to propose (ngram and suffix need text that repeats itself)"
+    way = "try another --method, or prompts whose answers repeat what was said"
+    if follows:
+        why += ", or a draft length that follows acceptance found that drafts do not pay here"
+        way = f"hold the drafts at k with --no-adaptive; {way}"
+    text = f"Drafting drafted nothing: {labels}. These figures are of plain decoding: {why}. To see drafts {way}."
+    yield Recommendation(kind="warning", text=text, configuration=idle[0].name)
+
+
+def _slow(results: Results) -> Iterator[Recommendation]:
+    """Even the fastest configuration is below SLOW: what to look at."""
+    rates = [
+        (c.figures.speed.output_throughput, c)
+        for c in results.configurations
+        if c.figures is not None and c.figures.speed.output_throughput is not None
+    ]
+    rate, best = max(rates, key=lambda pair: pair[0], default=(SLOW, None))
+    if best is None or rate >= SLOW:
+        return
+    hints = ["look at the load of the CPU and the GPU", "close other programs"]
+    if any(c.method not in (None, "none") for _, c in rates):
+        hints += ["try a smaller draft model", "fewer draft tokens (--k)"]
+    if results.target is not None and (results.target.software or "").startswith("dfastllm"):
+        hints.append("serve with --quantization w8 or more --threads")
+    text = f"Slow: {figure(rate)} tok/s at best ({best.label}), below {SLOW:g}. To do: {', '.join(hints)}."
+    yield Recommendation(kind="warning", text=text, configuration=best.name)

@@ -52,7 +52,7 @@ DIFFUSION_BLOCK: Final = 32  # tokens; what dfastllm's server does without block
 @dataclass(frozen=True)
 class Plan:
     """What to do. url None: the first default server that runs, else a server of our own started with `serve`
-    (arguments of `dfastllm serve`). sources: prompt type to questions."""
+    (arguments of `dfastllm serve`). sources: prompt type to questions. output: a second file for the results."""
 
     sources: Mapping[str, PromptSource]
     url: str | None = None
@@ -69,6 +69,7 @@ class Plan:
     serve: tuple[str, ...] = ()
     quick: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    output: Path | None = None
 
 
 class Suite:
@@ -124,8 +125,9 @@ class Suite:
         if set(plan.parts) == {"status"} or url is None:
             return
         status = next(s for s in self.servers if s.url == url)
-        client, target = await connect(status, plan.model, api_key=plan.api_key, timeout=plan.timeout)
-        self.target = target.model_copy(update={"started_here": bool(plan.url is None and status.name == OURS)})
+        ours = plan.url is None and status.name == OURS
+        client, target = await connect(status, self._asked(status, ours), api_key=plan.api_key, timeout=plan.timeout)
+        self.target = target.model_copy(update={"started_here": ours})
         record = stack.enter_context(Recorder(self.out / "requests.jsonl"))
         async with contextlib.aclosing(client):
             self.fields = Fields(client)
@@ -137,6 +139,13 @@ class Suite:
                     continue
                 await work(client, record)
                 self.save(unfinished=True)
+
+    def _asked(self, status: ServerStatus, ours: bool) -> str | None:
+        """The model to ask for. A server that was started with a directory or a file serves it under a shorter name,
+        the only one that it lists."""
+        name = self.plan.model
+        started = ours and name is not None and name not in status.models and name in self.plan.serve
+        return status.models[0] if started and status.models else name
 
     async def _find(self, stack: contextlib.ExitStack) -> str | None:
         """The root URL of the server to measure; None when only the status was wanted and there is none."""
@@ -264,6 +273,8 @@ class Suite:
     def save(self, *, unfinished: bool = False) -> Results:
         made = self.results(unfinished=unfinished)
         save_results(made, self.out / "test_results.json")
+        if self.plan.output is not None:
+            save_results(made, self.plan.output)
         return made
 
     def results(self, *, unfinished: bool = False) -> Results:

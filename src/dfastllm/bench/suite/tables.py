@@ -19,6 +19,7 @@ from dfastllm.bench.suite.cells import (
     figure,
     named,
     number,
+    percent,
     printable,
     share,
     text,
@@ -255,7 +256,7 @@ def _shown_for(kind: PromptTypeResult, results: Results) -> ConfigurationResult 
 
 def _prompt_types(results: Results) -> Table:
     rows = []
-    for kind in results.prompt_types:
+    for kind in results.prompt_types if _measured(results) else ():  # of a look at servers alone there are no figures
         base = results.baseline.prompt_types.get(kind.name) if results.baseline else None
         config = _shown_for(kind, results)
         other = config.prompt_types.get(kind.name) if config else None
@@ -293,7 +294,9 @@ def _types_by_configuration(results: Results) -> Table:
                 cells.append(Cell(NONE))
                 continue
             right = f", {share(figures.accuracy.value)}" if figures.accuracy else ""
-            cells.append(Cell(f"{gain.ratio:.2f}×{right}", gain.ratio, TONES.get(gain.verdict, "")))
+            cells.append(
+                Cell(f"{gain.ratio:.2f}× ({percent(gain.ratio)}){right}", gain.ratio, TONES.get(gain.verdict, ""))
+            )
         rows.append(tuple(cells))
     columns = (Column("Prompt type", right=False), *(Column(printable(c.label)) for c in others))
     return Table("types_by_configuration", "Speedup and accuracy by prompt type", columns, tuple(rows))
