@@ -116,6 +116,21 @@ def test_wire_names_are_of_one_option_each() -> None:
     assert {f.name for f in wire_fields("chat")} >= {"max_tokens", "max_completion_tokens", "top_logprobs", "use_cache"}
 
 
+def test_fields_without_effect_take_only_what_asks_for_nothing() -> None:
+    """Of beam search, storing, echoing and functions only the "no"; one tier of service, whatever it is called."""
+    assert {hint.name: hint.accepts for hint in HINTS if hint.accepts is not None} == {
+        "store": (False,),
+        "service_tier": ("auto", "default", "flex"),
+        "use_beam_search": (False,),
+        "length_penalty": (1, 1.0),
+        "function_call": ("none",),
+        "echo": (False,),
+        "add_special_tokens": (False,),
+    }
+    for hint in HINTS:
+        assert ("is refused" in hint.help) == (hint.accepts == (False,)), hint.name
+
+
 def test_lists_and_mappings_are_checked() -> None:
     assert SamplingParams(stop_token_ids=[3, 4]).stop_token_ids == (3, 4)
     assert SamplingParams(stop=None).stop == ()
