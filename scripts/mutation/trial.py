@@ -123,11 +123,12 @@ class Trial:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tests(self, tests: list[str]) -> dict[str, Any]:
-        """Run `tests` on the copy as it is."""
+    def tests(self, tests: list[str], *, limited: bool = False) -> dict[str, Any]:
+        """Run `tests` on the copy as it is. limited: in bounded memory, since a fault in Python may ask for any."""
         assert self.forks.stdin is not None
         assert self.forks.stdout is not None
-        asked = {"tests": tests, "seconds": {test: self.reach.seconds.get(test, 0.0) for test in tests}}
+        seconds = {test: self.reach.seconds.get(test, 0.0) for test in tests}
+        asked = {"tests": tests, "seconds": seconds, "limited": limited}
         self.forks.stdin.write(json.dumps(asked) + "\n")
         self.forks.stdin.flush()
         answer: dict[str, Any] = json.loads(self.forks.stdout.readline())
@@ -150,7 +151,7 @@ class Trial:
             ran = 0
             for tests in (first, second):
                 if tests:
-                    said = self.tests(tests)
+                    said = self.tests(tests, limited=not mutant.native)
                     ran += said["ran"]
                     if said["noticed"]:
                         return Outcome(True, said["test"], said["error"], said["hung"], reached, ran)
