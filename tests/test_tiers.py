@@ -71,7 +71,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def canvas_requests(info: ModelInfo) -> Iterator[Request]:
     """Rule x cache x guesses, as far as this model takes them."""
-    caches = tuple(CACHES) if info.kind == "diffusion" else (None,)
+    caches = tuple(CACHES) if info.kind == "diffusion" else (None, "sub_block")
     for rule in RULES:
         drafts: tuple[Mapping[str, Any], ...] = ({},)
         if "draft_steps" in RULES[rule].options:
@@ -98,7 +98,7 @@ def plain(req: Request) -> Request:
     """The request without what is there to make it fast."""
     decode = req.decode
     if decode is not None and decode.rule != "ar":
-        kept = None if decode.cache is None else "none"
+        kept = None if decode.cache in (None, "sub_block") else "none"
         options = {k: v for k, v in decode.options.items() if k not in ("draft_steps", "forward_rows")}
         if decode.rule == "free_dave":
             decode = replace(decode, rule="schedule")
@@ -174,7 +174,7 @@ def test_inexact_tiers_are_needed() -> None:
             if tier == "exact-distribution":
                 differs["rejection"] += not same
                 assert name.endswith("rejection-hot")
-    assert set(differs) == {"prefix", "dual", "windowed", "rejection"}
+    assert set(differs) == {*CACHES, "rejection"} - {"none"}
     assert all(count > 0 for count in differs.values())
 
 
@@ -182,7 +182,8 @@ def test_every_decoder_is_judged() -> None:
     seen = {family: [name for name, _, _ in judged(family)] for family in FAMILIES}
     names = [name for rows in seen.values() for name in rows]
     assert {name.split("-")[0] for name in names} == set(RULES) | set(get_args(SpeculativeMethod))
-    assert {n.split("-")[1] for n in seen["llada"]} == set(CACHES)
+    canvases = {n.split("-")[1] for family in FAMILIES if model(family).info.kind != "ar" for n in seen[family]}
+    assert canvases - {"coupled", "rejection"} >= set(CACHES) - {"none"}
     kinds = {model(family).info.kind for family in FAMILIES}
     assert kinds | {"self"} == set(POLICIES) == set(policies(scorer(8)))
     assert {tier for family in FAMILIES for _, tier, _ in judged(family)} == set(TIERS)

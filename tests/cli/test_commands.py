@@ -90,7 +90,7 @@ def test_generate_several_answers_are_told_apart_on_stderr(cli: Cli, ar: Path) -
         (["--temperature", "hot"], "temperature must be a number; got 'hot'."),
         (["--block-length", "0"], "block_length must be a whole number of at least 1, got 0."),
         (["--steps", "x"], "steps must be a whole number; got 'x'."),
-        (["--cache", "big"], "cache must be one of none, prefix, dual, windowed, got 'big'."),
+        (["--cache", "big"], "cache must be one of none, prefix, dual, windowed, delayed, sub_block, got 'big'."),
         (["--logit-bias", "5"], "logit_bias must be NAME=VALUE; got '5'."),
         (["--logit-bias", "a=1"], "logit_bias must be a whole number; got 'a'."),
         (["--device", "gpu"], "device must be cpu, cuda, cuda:N or mps; got 'gpu' (from --device)."),

@@ -68,7 +68,9 @@ async def http_refusal(request: Request, error: Exception) -> Response:
 
 def no_body(content_type: str | None) -> ValidationError:
     """For a request whose body is none, or is of another content type; None: there is not a byte of it."""
-    got = "" if content_type is None else f" Got Content-Type {content_type or 'none'!r:.200}."
+    if content_type is None:
+        return ValidationError("The body must be a JSON object, got nothing.")
+    got = f" Got Content-Type {content_type or 'none'!r:.200}."
     return ValidationError(f"The body must be a JSON object, sent with Content-Type: application/json.{got}")
 
 
