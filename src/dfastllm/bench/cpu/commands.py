@@ -229,19 +229,19 @@ def serving(
 
         def done(row: Served) -> None:
             rows.append(row)
+            write_record(  # anew after each line, so that nothing measured is lost
+                out / f"vllm-{shape}.json",
+                "cpu vllm",
+                [as_json(asdict(row)) for row in rows],
+                shape=shape,
+                threads=count,
+                kernels=describe(),
+                traffic={"prompt": prompt, "tokens": tokens},
+                measured_ceilings=asdict(best),
+            )
             progress.advance(task)
 
         against_vllm(found, chosen, traffics, count, cache, ceilings, done)
-    write_record(
-        out / f"vllm-{shape}.json",
-        "cpu vllm",
-        [as_json(asdict(row)) for row in rows],
-        shape=shape,
-        threads=count,
-        kernels=describe(),
-        traffic={"prompt": prompt, "tokens": tokens},
-        measured_ceilings=asdict(best),
-    )
     _print([asdict(row) for row in rows], f"serving against vLLM, {shape}, {count} threads")
 
 
