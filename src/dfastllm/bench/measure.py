@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def write_record(path: Path, name: str, results: Any, **context: Any) -> None:
     """Write one benchmark's record as JSON: schema, name, time (UTC), machine, context, results."""
 
     def plain(value: Any) -> Any:
-        return asdict(value) if isinstance(value, Spread) else str(value)
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
     record = {
         "schema": SCHEMA,
