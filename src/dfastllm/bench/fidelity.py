@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,9 +95,9 @@ def faithfulness(path: Path, texts: Sequence[str], formats: Sequence[str], threa
         if form == AS_STORED:
             model = assemble.load(path, backend="native").model
         else:
-            float_model = plain.model.to(torch.bfloat16) if form == "bf16" else plain.model
-            model = assemble.pack(float_model, None if form == "bf16" else form)
-            plain.model.float()
+            # A copy: rounding the model itself would leave the formats after it rounded weights to hold.
+            floats = deepcopy(plain.model).to(torch.bfloat16) if form == "bf16" else plain.model
+            model = assemble.pack(floats, None if form == "bf16" else form)
         assert isinstance(model, PackedDecoder)
         found = [logits_of(model, one, threads).log_softmax(-1) for one in ids]
         kl, agreement = divergence(reference, found)

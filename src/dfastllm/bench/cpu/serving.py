@@ -72,7 +72,7 @@ class Served:
 
 @dataclass
 class _Side:
-    """A server under test and what was seen of its requests since it was last asked."""
+    """A server under test and every answer of it, those of the first waves too, which no ratio counts."""
 
     url: str
     pid: int
@@ -84,11 +84,7 @@ class _Side:
 
     def wave(self, runner: asyncio.Runner) -> float:
         """Seconds until the last answer of one wave is there. Raises PeerError when one is missing or too short."""
-        client = runner.run(self._client())
-        try:
-            answers = runner.run(self._all(client))
-        finally:
-            runner.run(client.aclose())
+        answers = runner.run(self._answers())
         for answer in answers:
             if not answer.ok or answer.completion_tokens != self.traffic.tokens:
                 raise PeerError(
@@ -98,18 +94,20 @@ class _Side:
         self.seen += answers
         return max(answer.end or 0.0 for answer in answers)
 
-    async def _client(self) -> Client:
-        return Client(self.url, self.model, features=Features(api="completions"))
-
-    async def _all(self, client: Client) -> Sequence[Answer]:
+    async def _answers(self) -> Sequence[Answer]:
         traffic = self.traffic
         prompts = [
             [self.draw.randrange(300, self.vocab - len(SPECIAL)) for _ in range(traffic.prompt)]
             for _ in range(traffic.in_flight)
         ]
-        options = {"ignore_eos": True}
-        calls = [Call((), max_tokens=traffic.tokens, options={"prompt": ids, **options}) for ids in prompts]
-        return await asyncio.gather(*(client.ask(call) for call in calls))
+        options = [{"prompt": ids, "ignore_eos": True} for ids in prompts]
+        client = Client(self.url, self.model, features=Features(api="completions"))
+        try:
+            return await asyncio.gather(
+                *(client.ask(Call((), max_tokens=traffic.tokens, options=one)) for one in options)
+            )
+        finally:
+            await client.aclose()
 
 
 def ensure_checkpoint(shape: Shape, cache: Path) -> Path:
