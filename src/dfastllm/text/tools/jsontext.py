@@ -94,25 +94,24 @@ def quoted_json_text(cursor: Cursor) -> Reader[str, bool]:
 
 def skip_value(cursor: Cursor) -> Reader[str, bool]:
     """Pass over a value; whether it was whole. Yields nothing but pauses."""
-    value = json_text(cursor)
-    while True:
-        try:
-            piece = next(value)
-        except StopIteration as end:
-            return bool(end.value)
-        if piece is None:
-            yield None
+    _, whole = yield from _joined(json_text(cursor))
+    return whole
 
 
 def string_value(cursor: Cursor) -> Reader[str, str | None]:
     """The string at the cursor, None where there is no whole one. Yields nothing but pauses."""
+    text, whole = yield from _joined(_characters(cursor))
+    return text if whole else None
+
+
+def _joined(reader: Reader[str, bool]) -> Reader[str, tuple[str, bool]]:
+    """All that a reader finds, and its verdict. Yields nothing but pauses."""
     parts: list[str] = []
-    characters = _characters(cursor)
     while True:
         try:
-            part = next(characters)
+            part = next(reader)
         except StopIteration as end:
-            return "".join(parts) if end.value else None
+            return "".join(parts), bool(end.value)
         if part is None:
             yield None
         else:
