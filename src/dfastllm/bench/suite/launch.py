@@ -121,6 +121,7 @@ def launched(
     environment  variables besides those of this process.
     folder       where it runs; default: here.
     url          its root; None: its log says "listening on URL", as ours does.
+    ready        the path that answers 200 when requests are taken.
     """
     with contextlib.ExitStack() as stack:
         if log is None:
