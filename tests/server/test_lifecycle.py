@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -346,3 +349,25 @@ def test_documents_and_metrics(slow_live: Live) -> None:
     assert metrics.headers["content-type"].startswith("text/plain")
     assert 'dfastllm_num_requests_running{model_name="slow"} 0.0' in metrics.text
     assert 'dfastllm_http_requests_total{handler="/v1/completions",method="POST",status="200"}' in metrics.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_streams_small_writes_leave_at_once(host: str) -> None:
+    """TCP_NODELAY on what is accepted; else a client's delayed acknowledgement holds the tokens back for 40 ms."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def met(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            ours: socket.socket = writer.get_extra_info("socket")
+            found.set_result(ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with contextlib.closing(listen(host, 0)) as listener:
+            async with await asyncio.start_server(met, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+                value = await found
+                writer.close()
+        return value
+
+    assert asyncio.run(accepted()) == 1

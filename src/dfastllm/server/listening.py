@@ -55,7 +55,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
         raise ValidationError(f"There is no address {host!r}: {error}.", param="host") from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named: asyncio lets small writes leave at once (TCP_NODELAY) only where it reads TCP there.
+    # Without, a client that delays its acknowledgements sees a stream's first tokens 40 ms late.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
