@@ -108,14 +108,25 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded_by(HELP) == set()
 
 
+# What no command of ours can leave out: the libraries that draw the help.
+DRAWS = "import dataclasses, inspect, json, typer, rich.console, rich.markdown, rich.panel, rich.table"
+
+
+def cpu_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=True, env={**os.environ, "COLUMNS": "100"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_help_is_quick() -> None:
-    """Under 0.3 s of CPU: CPU time, because the wall clock measures the neighbours as well, and tried again while it
-    does not hold, because they slow a core down too."""
-    command = [str(Path(sys.executable).with_name("dfastllm")), "--help"]
-    seconds = [math.inf]
-    while min(seconds) >= 0.3 and len(seconds) < 20:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, capture_output=True, check=True, env={**os.environ, "COLUMNS": "100"})
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.3, f"dfastllm --help took {sorted(seconds)} s of CPU"
+    """`dfastllm --help` costs under 2.5 times the CPU time of importing what draws it (1.9 when this was written, 0.27 s
+    against 0.14). A ratio, measured in turns: seconds say how fast the machine is, and a busy or slower one failed
+    a bound in seconds."""
+    help_command = [str(Path(sys.executable).with_name("dfastllm")), "--help"]
+    floor_command = [sys.executable, "-c", DRAWS]
+    ours, floor = [math.inf], [math.inf]
+    while min(ours) >= 2.5 * min(floor) and len(ours) < 20:
+        floor.append(cpu_seconds(floor_command))
+        ours.append(cpu_seconds(help_command))
+    assert min(ours) < 2.5 * min(floor), f"dfastllm --help took {min(ours)} s of CPU, what draws it {min(floor)}"
