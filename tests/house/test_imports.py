@@ -120,8 +120,8 @@ def cpu_seconds(command: list[str]) -> float:
 
 
 def test_help_is_quick() -> None:
-    """`dfastllm --help` costs under 2.5 times the CPU time of importing what draws it (1.9 when this was written, 0.27 s
-    against 0.14). A ratio, measured in turns: seconds say how fast the machine is, and a busy or slower one failed
+    """`dfastllm --help` costs under 2.5 times the CPU time of importing what draws it (1.9 when this was written: 0.27
+    against 0.14 s). A ratio, measured in turns: seconds say how fast the machine is, and a busy or slower one failed
     a bound in seconds."""
     help_command = [str(Path(sys.executable).with_name("dfastllm")), "--help"]
     floor_command = [sys.executable, "-c", DRAWS]
