@@ -28,6 +28,7 @@ LEVELS = (
     {"tenants", "metrics"},
     {"server", "compat", "train"},
     {"convert"},
+    {"distill"},
     {"bench"},  # measures on the task mix that train generates
     {"cli", "scale"},
 )
@@ -94,6 +95,7 @@ def loaded_by(code: str) -> set[str]:
         "dfastllm.settings",
         "dfastllm.errors",
         "dfastllm.cli",
+        "dfastllm.distill",
         "dfastllm.kernels",
     ],
 )
