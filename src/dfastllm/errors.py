@@ -5,6 +5,7 @@
     │   ├── MalformedRequestError  400  what is not HTTP, or can be read in two ways
     │   ├── MisdirectedRequestError 421  sent to a name that is not this server's
     │   ├── ContextLengthError     400  prompt (plus canvas) longer than the model's context
+    │   ├── DataError              400  a data set that is missing, or has no row that can be used
     │   └── UnsupportedError       400  a known field this model or decoder cannot honour
     ├── AuthenticationError        401
     ├── ModelNotFoundError         404
@@ -18,7 +19,10 @@
     │   ├── CheckpointError        500  missing, extra or mis-shaped tensors, corrupt files
     │   └── TokenizerError         500  missing, unreadable or wrong tokenizer
     ├── StorageError               500  a file that cannot be written
+    ├── TrainingError              500  a run that cannot go on: a loss or gradient that is no number
     ├── GenerationError            500  the engine failed while serving a request
+    ├── TeacherError               502  a teacher that gave no answer, or none that can be used
+    │   └── BudgetError            402  the tokens or the money for teacher calls are spent
     ├── NotReadyError              503  still loading, or shutting down
     │   └── TooManyConnectionsError 503  no place for one more
     └── TimeoutError               504
@@ -33,10 +37,12 @@ import builtins
 
 __all__ = [
     "AuthenticationError",
+    "BudgetError",
     "CancelledError",
     "CheckpointError",
     "ContextLengthError",
     "DFastLLMError",
+    "DataError",
     "GenerationError",
     "MalformedRequestError",
     "MisdirectedRequestError",
@@ -49,9 +55,11 @@ __all__ = [
     "RequestNotFoundError",
     "SlowRequestError",
     "StorageError",
+    "TeacherError",
     "TimeoutError",
     "TokenizerError",
     "TooManyConnectionsError",
+    "TrainingError",
     "UnsupportedError",
     "ValidationError",
 ]
@@ -90,6 +98,10 @@ class MisdirectedRequestError(ValidationError):
 
 class ContextLengthError(ValidationError):
     code = "context_length_exceeded"
+
+
+class DataError(ValidationError):
+    code = "bad_data"
 
 
 class UnsupportedError(ValidationError):
@@ -165,8 +177,30 @@ class StorageError(DFastLLMError):
     code = "cannot_write"
 
 
+class TrainingError(DFastLLMError):
+    code = "training_failed"
+
+
 class GenerationError(DFastLLMError):
     code = "generation_failed"
+
+
+class TeacherError(DFastLLMError):
+    """`reason` is the kind of failure in a word: connect, timeout, reset, http_503, bad_json, ..."""
+
+    status = 502
+    code = "teacher_failed"
+
+    def __init__(
+        self, message: str, *, reason: str = "failed", param: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, hint=hint)
+        self.reason = reason
+
+
+class BudgetError(TeacherError):
+    status = 402
+    code = "budget_spent"
 
 
 class NotReadyError(DFastLLMError):

@@ -16,6 +16,7 @@ WIRE = {
     "CancelledError": (499, "cancelled", "server_error"),
     "CheckpointError": (500, "bad_checkpoint", "server_error"),
     "ContextLengthError": (400, "context_length_exceeded", "invalid_request_error"),
+    "DataError": (400, "bad_data", "invalid_request_error"),
     "DFastLLMError": (500, "internal_error", "server_error"),
     "GenerationError": (500, "generation_failed", "server_error"),
     "MalformedRequestError": (400, "malformed_request", "invalid_request_error"),
