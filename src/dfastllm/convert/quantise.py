@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from dfastllm.quant.calibrate import InputStatistics
 from dfastllm.quant.checkpoint import QuantConfig, plan, write
 from dfastllm.quant.formats import FORMATS, Format, find_format, quantise, require_divisible
 from dfastllm.quant.gptq import gptq
-from dfastllm.quant.partial import part_of, storing
+from dfastllm.quant.partial import place, storing
 from dfastllm.quant.stream import Planned, SafetensorsWriter
 from dfastllm.text import Tokenizer
 from dfastllm.train.data import Example
@@ -229,13 +228,7 @@ def _write_small_files(directory: Path, source: Source, options: Options) -> Non
         with storing(directory / file.name, file.stat().st_size):
             shutil.copyfile(file, directory / file.name)
     # Last: without a config.json a half-written directory is no model.
-    final = directory / "config.json"
-    try:
-        with storing(final, len(text)):
-            part_of(final).write_text(text, encoding="utf-8")
-            os.replace(part_of(final), final)
-    finally:
-        part_of(final).unlink(missing_ok=True)
+    place(directory / "config.json", text.encode())
 
 
 def measure(model: str | Path, out: str | Path, report: Report, *, per_task: int, seed: int = 1) -> Report:

@@ -35,6 +35,7 @@ __all__ = [
     "read",
     "read_one",
     "stored",
+    "tensors_of",
     "unpack_bits",
     "write",
 ]
@@ -203,9 +204,14 @@ def plan(name: str, format: Format, shape: tuple[int, int]) -> dict[str, Planned
     return {**parts, f"{name}.mins": side} if format.grid.minimum else parts
 
 
+def tensors_of(name: str, weight: QTensor) -> dict[str, Tensor]:
+    """The tensors of one weight, as they lie in the file."""
+    sides = {f"{name}.{part}": value for part, value in (("scales", weight.scales), ("mins", weight.mins))}
+    found = {f"{name}.codes": pack_bits(weight.format, weight.codes), **sides}
+    return {part: value for part, value in found.items() if value is not None}
+
+
 def write(writer: SafetensorsWriter, name: str, weight: QTensor) -> None:
     """The parts of one planned weight."""
-    writer.write(f"{name}.codes", pack_bits(weight.format, weight.codes))
-    for part, value in (("scales", weight.scales), ("mins", weight.mins)):
-        if value is not None:
-            writer.write(f"{name}.{part}", value)
+    for part, value in tensors_of(name, weight).items():
+        writer.write(part, value)

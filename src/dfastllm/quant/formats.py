@@ -16,6 +16,7 @@ from dfastllm.quant.scales import Grid, encode, fit
 __all__ = ["FORMATS", "Format", "assemble", "find_format", "quantise", "require_divisible", "require_finite"]
 
 CHUNK = 1 << 17  # weights searched at once: temporaries stay in the cache
+DEVICE_CHUNK = 1 << 24  # on other devices, which want much work at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +113,26 @@ def quantise(
     importance: Tensor | None = None,
     search: bool = True,
     name: str = "weight",
+    device: torch.device | str = "cpu",
 ) -> QTensor:
-    """weight [n, k] of any float dtype -> QTensor on CPU.
+    """weight [n, k] of any float dtype -> QTensor on `device`, where it is computed. A row's codes and scales follow
+    from that row alone.
 
     importance [k]: mean square of each input over calibration data; None: all alike. search False: plain rounding to
     nearest. Raises CheckpointError (NaN, infinity) and UnsupportedError (k not a multiple of 32 in a group format,
     weights beyond what a scale reaches), each naming the tensor.
     """
     format = find_format(format) if isinstance(format, str) else format
-    weight = weight.detach().to("cpu")
+    weight = weight.detach().to(device)
     require_finite(weight, name)
     n, k = weight.shape
     require_divisible(format, k, name)
     grid = format.grid if search else replace(format.grid, tries=())
-    h = None if importance is None else prepared_importance(importance, k, name)
+    h = None if importance is None else prepared_importance(importance, k, name).to(weight.device)
     size = format.group or k
-    rows = max(1, CHUNK // max(k, 1))
-    codes = torch.empty(n, k, dtype=format.code_dtype)
-    steps = torch.empty(n, k // size if k else 0)
+    rows = max(1, (CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK) // max(k, 1))
+    codes = torch.empty(n, k, dtype=format.code_dtype, device=weight.device)
+    steps = torch.empty(n, k // size if k else 0, device=weight.device)
     mins = torch.empty_like(steps) if grid.minimum else None
     for at in range(0, n, rows):
         groups = weight[at : at + rows].float().contiguous().view(-1, size)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dfastllm.errors import StorageError
 
-__all__ = ["clear_left", "part_of", "require_space", "storing"]
+__all__ = ["clear_left", "part_of", "place", "require_space", "storing"]
 
 _PART = re.compile(r"\..+\.(\d+)\.part")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -63,6 +63,16 @@ def storing(path: Path, needed: int) -> Iterator[None]:
         if error.errno in _NO_ROOM:
             raise _full(path, needed, _free(path)) from error
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def place(path: Path, data: bytes) -> None:
+    """Write a whole small file, or none of it. Raises StorageError."""
+    try:
+        with storing(path, len(data)):
+            part_of(path).write_bytes(data)
+            os.replace(part_of(path), path)
+    finally:
+        part_of(path).unlink(missing_ok=True)
 
 
 def _free(path: Path) -> int:
