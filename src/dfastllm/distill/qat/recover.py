@@ -3,9 +3,9 @@
 `python -m dfastllm.distill.qat.recover MODEL --format w4 --steps 300 [--out DIR]`
 
 The student starts as the float model and is rounded from the first step on; it is trained to give the float model's own
-distribution (forward KL on the rows that the model's objective asks for), on the training split of the task mix. Measured
-on the test split are the divergence and the agreement of the best token, with the model as it is served, and accuracy
-through the engine, of the exported checkpoints.
+distribution (forward KL on the rows that the model's objective asks for), on the training split of the task mix. What
+is measured on the test split: the divergence and the agreement of the best token, of the model as it is served; and the
+accuracy of the exported checkpoints, through the engine.
 """
 
 from __future__ import annotations

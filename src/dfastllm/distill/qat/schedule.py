@@ -15,7 +15,9 @@ from dfastllm.quant.formats import FORMATS, find_format
 
 __all__ = ["OF_BITS", "QatConfig", "should_enable_qat"]
 
-OF_BITS = {8: "w8", 4: "w4"}  # bits of a weight -> the format that is meant where none is named
+# Bits of a weight -> the format that is meant where none is named. Of the two with 8 bits the one that holds a model
+# which nobody has measured (docs/quantisation.md).
+OF_BITS = {8: "w8g", 4: "w4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class QatConfig:
     lr_multiplier   factor on the learning rate while weights are rounded, in (0, 1].
     weight_bits     8 or 4, for a format that is not named; None: the bits of `format`, 8 without one.
     act_bits        8: what the kernels round a layer's inputs to.
-    format          of the layers' matrices, as `dfastllm quantize` names it; "": w8 for 8 bits, w4 for 4.
+    format          of the layers' matrices, as `dfastllm quantize` names it; "": w8g for 8 bits, w4 for 4.
     head            format of embedding and head, "float" keeps them; "": as `dfastllm quantize` does (w8g beside w4).
     search          True: scales by the search that `dfastllm quantize` does; False: plain rounding to nearest.
     check_every     steps between stability checks.
