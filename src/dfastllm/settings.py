@@ -157,6 +157,20 @@ class Settings:
     shutdown_timeout: float = _field(
         10.0, "How long a stopping server lets running requests finish.", group="server", minimum=0.0, unit="s"
     )
+    record_prompts: str | None = _field(
+        None,
+        "File to which the messages and tools of every chat request are appended, a JSON object a line, to train a"
+        " draft model on one's own traffic; mode 0600. Never keys, headers, options or answers. Off by default; see"
+        " docs/server.md.",
+        group="server",
+    )
+    record_prompts_bytes: int = _field(
+        64 << 20,
+        "Largest size of that file; at it the file becomes FILE.1, in place of an older one, and begins anew.",
+        group="server",
+        minimum=1024,
+        unit="bytes",
+    )
     log_level: str = _field(
         "info", "Least severe log line written.", group="server", choices=("debug", "info", "warning", "error")
     )

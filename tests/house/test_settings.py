@@ -33,6 +33,8 @@ OTHER: dict[str, tuple[str, object]] = {
     "max_prompts": ("3", 3),
     "request_timeout": ("1.5", 1.5),
     "shutdown_timeout": ("0", 0.0),
+    "record_prompts": ("/run/prompts.jsonl", "/run/prompts.jsonl"),
+    "record_prompts_bytes": ("4096", 4096),
     "log_level": ("debug", "debug"),
     "model": ("demo-ar,demo-block", ("demo-ar", "demo-block")),
     "served_model_name": ("a,b", ("a", "b")),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ import numpy as np
 
 from dfastllm import assemble
 from dfastllm.bench.measure import Spread, spread
-from dfastllm.core import Draft, ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams, Usage
+from dfastllm.core import Draft, ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.speculate.canvas import DraftCanvas
 from dfastllm.engine.speculate.model import DraftModel
 from dfastllm.llm import resolve
-from dfastllm.tasks import TASKS, draw
+from dfastllm.metrics.speculation import answer, counts
+from dfastllm.tasks import MIXED, draw
 
 __all__ = ["DRAFTERS", "LENGTHS", "Oracle", "acceptance", "engine_of", "oracle", "plot", "speed", "verify_costs"]
 
@@ -51,39 +52,6 @@ def engine_of(label: str, places: int = 64) -> Engine:
         model = assemble.load(resolve(name), backend="native").model
         drafters[method] = (DraftModel if method == "draft_model" else DraftCanvas)(model, config)
     return Engine(loaded.model, loaded.tokenizer, config, drafters=drafters)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Answers by request, their usage, seconds of the whole."""
-
-    tokens: dict[str, tuple[int, ...]]
-    usages: dict[str, Usage]
-    seconds: float
-    suppressed: int
-
-    @property
-    def rate(self) -> float:
-        return sum(map(len, self.tokens.values())) / self.seconds
-
-
-def answer(engine: Engine, requests: Sequence[Request]) -> Run:
-    """All of them sent at once."""
-    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    usages: dict[str, Usage] = {}
-    suppressed = 0
-    began = time.perf_counter()
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for event in engine.step():
-            tokens[event.request_id] += event.token_ids
-            if event.finish is not None:
-                if event.finish.error is not None:
-                    raise event.finish.error
-                usages[event.request_id] = event.finish.usage
-        suppressed += engine.drafting.suppressed
-    return Run({k: tuple(v) for k, v in tokens.items()}, usages, time.perf_counter() - began, suppressed)
 
 
 def prompts(engine: Engine, task: str, count: int) -> list[tuple[int, ...]]:
@@ -115,7 +83,7 @@ def acceptance(samples: int = 20, k: int = 5, tokens: int = 64) -> list[dict[str
     rows = []
     for label in DRAFTERS:
         engine = engine_of(label)
-        for task in TASKS:
+        for task in MIXED:
             for temperature, rule in ((0.0, "coupled"), (1.0, "coupled"), (1.0, "rejection")):
                 requests = requests_of(prompts(engine, task, samples), temperature, tokens)
                 plain = answer(engine, requests)
@@ -127,20 +95,6 @@ def acceptance(samples: int = 20, k: int = 5, tokens: int = 64) -> list[dict[str
     return rows
 
 
-def counts(run: Run) -> dict[str, Any]:
-    """drafted share: forwards with a draft; accepted: of the draft tokens; length: tokens per verifying forward."""
-    used = run.usages.values()
-    drafts, drafted = sum(u.drafts for u in used), sum(u.draft_tokens for u in used)
-    accepted, forwards = sum(u.accepted_tokens for u in used), sum(u.forwards for u in used)
-    return {
-        "forwards": forwards,
-        "tokens": sum(map(len, run.tokens.values())),
-        "drafted_share": drafts / forwards,
-        "accepted": accepted / drafted if drafted else None,
-        "acceptance_length": 1 + accepted / drafts if drafts else None,
-    }
-
-
 def speed(
     label: str, batches: Sequence[int] = (1, 4, 16, 32), lengths: Sequence[int | None] = LENGTHS, repeats: int = 5
 ) -> Iterator[dict[str, Any]]:
@@ -148,7 +102,7 @@ def speed(
     every task equally often. Raises AssertionError where an answer differs."""
     for batch in batches:
         engine = engine_of(label, batch)
-        texts = [p for task in TASKS for p in prompts(engine, task, max(2, -(-batch // len(TASKS))))]
+        texts = [p for task in MIXED for p in prompts(engine, task, max(2, -(-batch // len(MIXED))))]
         requests = requests_of(texts, 0.0, 64)
         answer(engine, requests)
         for k in lengths:

@@ -43,6 +43,8 @@ async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
     tools = body.tools if body.tools and body.tool_choice != "none" else None
     calls = None if tools is None else await asyncio.to_thread(_reading, model, tools)
     ids = await while_connected(request, chat_ids(model, body, body.messages, tools))
+    if serving.recording is not None:
+        serving.recording.see(body.messages, tools)
     id = f"chatcmpl-{uuid.uuid4().hex}"
     shown = calls.taught.shown_ids(model.tokenizer) if calls is not None else ()
     requests = engine_requests(serving, model, id, body, [ids], shown=shown)
@@ -65,7 +67,10 @@ class _Call(Call[ChatRequest]):
         self.answers = [_Answer(self, index, calls) for index in range(len(job.requests))]
 
     def logprobs(self, records: Sequence[TokenLogprob]) -> ChatLogprobs | None:
-        return chat_logprobs(self.model.tokenizer, records) if self.body.logprobs else None
+        if not self.body.logprobs:
+            return None
+        as_ids = bool(self.body.return_tokens_as_token_ids)
+        return chat_logprobs(self.model.tokenizer, records, as_ids=as_ids)
 
     async def whole(self) -> ChatCompletion:
         ended = await collect(self.job, lambda index, event: self.answers[index].see(event))

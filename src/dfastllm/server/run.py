@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
         finally:
             last_call.cancel()
             watch.cancel()
-            self.serving.readers.close()
+            self.serving.close()
 
     async def _abort_when_forced(self) -> None:
         while not self.force_exit:

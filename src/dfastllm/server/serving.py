@@ -15,6 +15,7 @@ from dfastllm.core import ModelInfo, SpeculativeParams
 from dfastllm.errors import DFastLLMError, ModelNotFoundError, NotReadyError, RequestNotFoundError, ValidationError
 from dfastllm.metrics import Metrics
 from dfastllm.server.readers import Readers
+from dfastllm.server.recording import Recording
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,12 +59,16 @@ class ServedModel:
 
 
 class Serving:
-    """Lives as long as the app. `open` is called when the models are loaded, `drain` when the server stops."""
+    """Lives as long as the app. `open` is called when the models are loaded, `drain` when the server stops, `close`
+    when nothing runs any more. recording: where the prompts of chats are kept, None unless the settings name a file.
+    Raises ValidationError for one that cannot be written."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
         self.readers = Readers()
+        file = settings.record_prompts
+        self.recording = None if file is None else Recording(file, settings.record_prompts_bytes)
         self.worker: Worker | None = None
         self.models: Mapping[str, ServedModel] = {}
         self.jobs: dict[str, Running] = {}  # by response id, which we made: no two are equal
@@ -155,6 +160,12 @@ class Serving:
     def drain(self) -> None:
         """Take no more requests; those in flight go on."""
         self.draining = True
+
+    def close(self) -> None:
+        """End the threads of the front."""
+        self.readers.close()
+        if self.recording is not None:
+            self.recording.close()
 
     def abort(self) -> None:
         """End every request in flight with an error."""

@@ -1,0 +1,175 @@
+"""How much of a draft a target accepts, and what speculating with it gains: draft models compared with plain decoding
+of the same requests on the engine that serves.
+
+Counts are of drafts of a fixed length, so they do not depend on the machine. Seconds are of the length that the engine
+chooses itself, which is how it serves; runs take turns, and the answers must be plain decoding's, token for token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dfastllm import assemble
+from dfastllm.core import Request, SamplingParams, SpeculativeParams
+from dfastllm.engine import Engine, EngineConfig
+from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
+from dfastllm.errors import GenerationError
+from dfastllm.llm import resolve
+from dfastllm.metrics.speculation import Run, answer, usage_counts
+
+__all__ = ["Acceptance", "Measuring", "measure_drafts", "table"]
+
+ALL = "all"
+METHOD = "draft_model"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How drafts are measured.
+
+    length        draft tokens at most.
+    temperature   of the answers.
+    max_tokens    of an answer.
+    together      requests at once.
+    repeats       of the timed runs, whose median counts.
+    quantization  of the drafts while they are loaded, None: as stored.
+    """
+
+    length: int = 5
+    temperature: float = 0.0
+    max_tokens: int = 128
+    together: int = 1
+    repeats: int = 3
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """One draft on one group of prompts.
+
+    draft               its label.
+    group               a task, or "all".
+    prompts             how many.
+    accepted            draft tokens that stood, of all drafted.
+    per_verify          draft tokens that stood in a verifying forward.
+    per_forward         tokens of the answers over forwards of the target, those of prompts included.
+    plain_per_second    tokens a second of plain decoding.
+    drafted_per_second  with the draft, its length chosen by the engine.
+    """
+
+    draft: str
+    group: str
+    prompts: int
+    accepted: float
+    per_verify: float
+    per_forward: float
+    plain_per_second: float
+    drafted_per_second: float
+
+    @property
+    def speedup(self) -> float:
+        return self.drafted_per_second / self.plain_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "speedup": self.speedup}
+
+
+def measure_drafts(
+    target: str | Path,
+    drafts: Mapping[str, str | Path],
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    how: Measuring,
+) -> list[Acceptance]:
+    """Each draft (label -> model) on each group and on all prompts, (group, token ids) each.
+
+    Raises UnsupportedError for a draft of another vocabulary, what loading raises, and GenerationError where a draft
+    changed an answer, which none may.
+    """
+    engines = dict(_engines(target, drafts, how))
+    groups: dict[str, list[Request]] = {}
+    for number, (group, ids) in enumerate(prompts):
+        sampling = SamplingParams(temperature=how.temperature, max_tokens=how.max_tokens, seed=number)
+        groups.setdefault(group, []).append(Request(f"p{number}", tuple(ids), sampling))
+    fixed = SpeculativeParams(METHOD, how.length, adaptive=False)
+    paced = SpeculativeParams(METHOD, how.length, adaptive=True)
+    found: dict[str, list[tuple[str, Run, float, float]]] = {label: [] for label in drafts}
+    for group, requests in groups.items():
+        for label, engine in engines.items():
+            plain = answer(engine, requests)
+            counted = answer(engine, _asking(requests, fixed))
+            _check(plain, counted, label)
+            answer(engine, _asking(requests, paced))  # what the engine learns of the draft here it may keep
+            seconds: list[tuple[float, float]] = []
+            for _ in range(how.repeats):
+                runs = answer(engine, requests), answer(engine, _asking(requests, paced))
+                _check(*runs, label)
+                seconds.append((runs[0].seconds, runs[1].seconds))
+            plain_s, drafted_s = (statistics.median(times) for times in zip(*seconds, strict=True))
+            found[label].append((group, counted, plain_s, drafted_s))
+    return [row for label, parts in found.items() for row in _rows(label, parts)]
+
+
+def _engines(target: str | Path, drafts: Mapping[str, str | Path], how: Measuring) -> Iterator[tuple[str, Engine]]:
+    """One engine for each draft, all over the same target; nothing is shared between requests."""
+    config = EngineConfig(max_sequences=how.together, prefix_caching=False)
+    loaded = assemble.load(resolve(target))
+    for label, model in drafts.items():
+        draft = assemble.load(resolve(model), quantization=how.quantization)
+        check_vocabulary(loaded.model.info, loaded.tokenizer, draft.model.info, draft.tokenizer)
+        drafter = DraftModel(draft.model, config)
+        yield label, Engine(loaded.model, loaded.tokenizer, config, drafters={METHOD: drafter})
+
+
+def _asking(requests: Sequence[Request], speculative: SpeculativeParams) -> list[Request]:
+    return [replace(request, speculative=speculative) for request in requests]
+
+
+def _check(plain: Run, drafted: Run, label: str) -> None:
+    differing = [name for name, tokens in plain.tokens.items() if drafted.tokens[name] != tokens]
+    if differing:
+        raise GenerationError(
+            f"speculating with {label} changed {len(differing)} of {len(plain.tokens)} answers, the first is that to "
+            f"prompt {differing[0][1:]}.",
+            hint="Answers must be plain decoding's; this is a fault of dfastllm, please report it.",
+        )
+
+
+def _rows(label: str, parts: Sequence[tuple[str, Run, float, float]]) -> Iterator[Acceptance]:
+    """Of each group, and of all of them where there are several."""
+    groups = [([part], part[0]) for part in parts]
+    if len(parts) > 1:
+        groups.append((list(parts), ALL))
+    for some, group in groups:
+        usages = [usage for _, run, *_ in some for usage in run.usages.values()]
+        tokens = sum(len(answer) for _, run, *_ in some for answer in run.tokens.values())
+        counts = usage_counts(usages, tokens)
+        yield Acceptance(
+            label,
+            group or ALL,
+            len(usages),
+            counts["accepted"] or 0.0,
+            (counts["acceptance_length"] or 1.0) - 1.0,
+            tokens / counts["forwards"],
+            tokens / sum(plain for *_, plain, _ in some),
+            tokens / sum(drafted for *_, drafted in some),
+        )
+
+
+def table(rows: Sequence[Acceptance]) -> str:
+    """Lines of text, a group's drafts below each other."""
+    lines = [
+        f"{'prompts':14} {'draft':10} {'n':>4} {'accepted':>9} {'a verify':>9} {'a forward':>10} {'plain tok/s':>12}"
+        f" {'drafted tok/s':>14} {'speedup':>8}"
+    ]
+    for group in dict.fromkeys(row.group for row in rows):
+        for row in (row for row in rows if row.group == group):
+            lines.append(
+                f"{row.group:14} {row.draft:10} {row.prompts:4} {row.accepted:9.1%} {row.per_verify:9.2f}"
+                f" {row.per_forward:10.2f} {row.plain_per_second:12.1f} {row.drafted_per_second:14.1f}"
+                f" {row.speedup:8.2f}"
+            )
+    return "\n".join(lines)

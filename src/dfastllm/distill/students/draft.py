@@ -1,0 +1,292 @@
+"""A draft model re-aligned to its target on the user's own traffic.
+
+The target answers the prompts itself, in this process, with the engine that serves it; the draft learns the target's
+distributions on these answers (`align`); how much of its drafts is accepted, and what that gains, is measured before
+and after on prompts that it has not seen (`acceptance`).
+
+`python -m dfastllm.distill.students.draft TARGET DRAFT PROMPTS.jsonl OUT`: prompts as `dfastllm serve --record-prompts`
+writes them, or any distillation set. OUT gets answers.jsonl, run (checkpoints and log.jsonl), draft (the model) and
+report.json. Started again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfastllm import assemble
+from dfastllm.assemble import is_gguf, model_info
+from dfastllm.distill.losses.divergence import DIVERGENCES, Divergence
+from dfastllm.distill.students.acceptance import Acceptance, Measuring, measure_drafts, table
+from dfastllm.distill.students.align import Alignment
+from dfastllm.distill.students.answers import Answer, Asking, answered, given_answers
+from dfastllm.distill.students.layers import small_files
+from dfastllm.distill.students.prompts import Prompts, read_prompts
+from dfastllm.engine.speculate.model import check_vocabulary
+from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
+from dfastllm.kernels import set_threads
+from dfastllm.llm import LLM, resolve
+from dfastllm.models import Decoder, build, load, save
+from dfastllm.models.gguf import open_gguf
+from dfastllm.text import Tokenizer
+from dfastllm.text.gguf import read_tokenizer
+from dfastllm.train.loop import fit
+from dfastllm.train.plan import Plan
+
+__all__ = ["Realignment", "default_plan", "export", "realign", "tokenizer_of", "trainable"]
+
+HELD_MOST = 64  # held-out prompts that are measured on; more would only take longer
+
+
+@dataclass(frozen=True)
+class Realignment:
+    """What is asked for.
+
+    target, draft  a shipped model's name, a directory or a GGUF file each; of one vocabulary.
+    prompts        files of JSON lines.
+    out            directory of the results.
+    given          the files' teacher_text are the target's own answers, collected elsewhere; none are made.
+    held_out       share of the prompts that is only measured on.
+    asking         how the target answers; its temperature is the divergence's too.
+    whole          the target's whole distributions, from a forward of its weights; else its likeliest tokens
+                   (asking.top), as they came with the answers.
+    kind           which divergence.
+    longest        tokens of a prompt and its answer; longer ones are left out.
+    tokens         of a batch.
+    bf16           matrix products in bfloat16.
+    plan           of the training.
+    measuring      of the drafts.
+    """
+
+    target: str
+    draft: str
+    prompts: tuple[str, ...]
+    out: Path
+    given: bool = False
+    held_out: float = 0.1
+    asking: Asking = field(default_factory=Asking)
+    whole: bool = True
+    kind: Divergence = "forward"
+    longest: int = 1024
+    tokens: int = 2048
+    bf16: bool = False
+    plan: Plan = field(default_factory=lambda: default_plan())
+    measuring: Measuring = field(default_factory=Measuring)
+
+    def __post_init__(self) -> None:
+        if not self.whole and not self.asking.top:
+            raise ValidationError("without whole distributions, top must be at least 1.", param="top")
+        if not self.whole and self.given:
+            raise ValidationError(
+                "answers collected elsewhere are learned by whole distributions.",
+                param="whole",
+                hint="Leave --top out.",
+            )
+
+
+def default_plan(**changes: Any) -> Plan:
+    """Of a model that has been trained already."""
+    return replace(
+        Plan("realign", 300, lr=5e-4, matrix_lr=5e-4, warmup=20, schedule="cosine", validate_every=100), **changes
+    )
+
+
+def realign(asked: Realignment, *, fresh: bool = False, say: Any = print) -> dict[str, Any]:
+    """Do all of it and return what report.json holds. fresh: remove what an earlier run left in `out`. say: told what
+    happens, a line each.
+
+    Raises UnsupportedError for models that do not fit each other, DataError for prompts or answers that cannot be used,
+    what loading raises, and what the training loop does.
+    """
+    out = asked.out
+    if fresh:
+        _clear(out)
+    prompts = read_prompts(asked.prompts, asked.held_out)
+    prompts = replace(prompts, held=prompts.held[:HELD_MOST])
+    for note in prompts.notes:
+        say(note)
+    model, tokenizer = trainable(asked.draft)
+    with LLM(asked.target) as llm:
+        if llm.info.kind != "ar":
+            raise UnsupportedError(
+                f"{llm.info.name} is of kind {llm.info.kind}; drafts are for autoregressive targets.", param="target"
+            )
+        check_vocabulary(llm.info, llm.tokenizer, model.info, tokenizer)
+        out.mkdir(parents=True, exist_ok=True)
+        train, held = _answers(llm, prompts, asked, say)
+    began = time.monotonic()
+    work = Alignment(
+        model,
+        trainable(asked.target)[0].requires_grad_(False) if asked.whole else None,
+        train,
+        held,
+        temperature=asked.asking.temperature,
+        kind=asked.kind,
+        tokens=asked.tokens,
+        longest=asked.longest,
+        seed=asked.plan.seed,
+        bf16=asked.bf16,
+    )
+    if work.left_out:
+        say(f"{work.left_out} answers are longer than {asked.longest} tokens with their prompts and were left out")
+    say(f"{len(work.answers)} answers, {work.steps_of_epoch} batches an epoch; {asked.plan.steps} steps")
+    before = dict(work.validate(0))
+    fit(work, asked.plan, out / "run")
+    after = dict(work.validate(asked.plan.steps))
+    seconds = time.monotonic() - began
+    place = export(model, asked.draft, out / "draft")
+    rows = measure_drafts(
+        asked.target,
+        {"before": asked.draft, "after": place},
+        [(answer.task, answer.prompt) for answer in work.held],
+        replace(asked.measuring, temperature=asked.asking.temperature),
+    )
+    say(table(rows))
+    report = {
+        "target": model_info(resolve(asked.target)).name,
+        "prompts": {"train": len(work.answers), "held": len(work.held)},
+        "asking": asdict(asked.asking),
+        "measuring": asdict(asked.measuring),
+        "steps": asked.plan.steps,
+        "training_seconds": round(seconds, 1),
+        "held_out": {"before": before, "after": after},
+        "drafts": [row.to_json() for row in rows],
+        "gain": gain(rows),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run left, and nothing else that may lie there."""
+    for name in ("answers.jsonl", "report.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("run", "draft"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def gain(rows: Sequence[Acceptance]) -> dict[str, float]:
+    """For each group how many times as many draft tokens a verifying forward accepts after as before."""
+    first, second = ({row.group: row.per_verify for row in rows if row.draft == label} for label in ("before", "after"))
+    return {group: second[group] / first[group] for group in first if first[group] > 0}
+
+
+def trainable(name: str | Path) -> tuple[Decoder, Tokenizer]:
+    """A model with float32 weights that want gradients, and its tokenizer. Raises what loading raises."""
+    path = resolve(name)
+    model = assemble.dequantised(path, "float32").model if is_gguf(path) else load(path, dtype="float32")
+    assert isinstance(model, Decoder)  # what both give
+    return model.requires_grad_(True), tokenizer_of(path)
+
+
+def tokenizer_of(name: str | Path) -> Tokenizer:
+    """The tokenizer of a model in any form. Raises TokenizerError."""
+    path = resolve(name)
+    if not is_gguf(path):
+        return Tokenizer.load(path)
+    with open_gguf(path) as gguf:
+        return read_tokenizer(gguf.file.metadata)
+
+
+def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Any) -> tuple[list[Answer], list[Answer]]:
+    """To the prompts that are trained on, and to those held out."""
+    every = [*prompts.held, *prompts.train]
+    if asked.given:
+        found, notes = given_answers(llm, every)
+    else:
+        found, notes = answered(
+            llm, every, asked.out / "answers.jsonl", asked.asking, lambda done, all: say(f"answers: {done} of {all}")
+        )
+    if notes:
+        say(f"{len(notes)} prompts were left out; the first: {notes[0]}")
+    held = {prompt.key for prompt in prompts.held}
+    return [a for a in found if a.key not in held], [a for a in found if a.key in held]
+
+
+def export(model: Decoder, origin: str | Path, out: Path) -> Path:
+    """A Hugging Face directory, bfloat16, with the origin's tokenizer."""
+    copy = build(model.config, replace(model.info, name=out.name))
+    copy.load_state_dict(model.state_dict())
+    with tempfile.TemporaryDirectory() as place:
+        return save(copy.to(torch.bfloat16), out, files=small_files(resolve(origin), Path(place)))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m dfastllm.distill.students.draft",
+        description="Re-align a draft model to its target on your own prompts.",
+    )
+    add = found.add_argument
+    add("target", help="a shipped model's name, a directory or a GGUF file")
+    add("draft", help="a smaller one of the same vocabulary")
+    add("prompts", nargs="+", help="files of JSON lines, as dfastllm serve --record-prompts writes them")
+    add("out", type=Path, help="directory for answers, checkpoints, the draft and the report")
+    add("--given", action="store_true", help="the rows' teacher_text are the target's own answers; make none")
+    add("--held-out", type=float, default=0.1, help="share of the prompts that is only measured on")
+    add("--temperature", type=float, default=0.0, help="of the answers, of both distributions and of the measuring")
+    add("--max-tokens", type=int, default=128, help="of an answer")
+    add("--top", type=int, default=0, help="learn from this many likeliest tokens; 0: from whole distributions")
+    add("--kind", choices=DIVERGENCES, default="forward", help="divergence")
+    add("--steps", type=int, default=300)
+    add("--lr", type=float, default=5e-4)
+    add("--optimizer", choices=("adamw", "muon"), default="adamw")
+    add("--tokens", type=int, default=2048, help="of a batch")
+    add("--longest", type=int, default=1024, help="tokens of a prompt and its answer; longer ones are left out")
+    add("--bf16", action="store_true", help="matrix products in bfloat16")
+    add("--length", type=int, default=5, help="draft tokens, for measuring")
+    add("--repeats", type=int, default=3, help="of the timed runs")
+    add("--quantization", help="of the drafts when they are measured: w8, w8g, w6, w4m or w4")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, help="CPU threads")
+    add("--fresh", action="store_true", help="remove what an earlier run left in OUT")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if args.threads is not None:
+            set_threads(args.threads)
+            torch.set_num_threads(args.threads)
+        asked = Realignment(
+            args.target,
+            args.draft,
+            tuple(args.prompts),
+            args.out,
+            given=args.given,
+            held_out=args.held_out,
+            asking=Asking(args.temperature, args.max_tokens, args.top, args.seed),
+            whole=args.top == 0,
+            kind=args.kind,
+            longest=args.longest,
+            tokens=args.tokens,
+            bf16=args.bf16,
+            plan=default_plan(
+                steps=args.steps, lr=args.lr, matrix_lr=args.lr, optimizer=args.optimizer, seed=args.seed
+            ),
+            measuring=Measuring(
+                args.length,
+                max_tokens=args.max_tokens,
+                repeats=args.repeats,
+                quantization=args.quantization,
+            ),
+        )
+        realign(asked, fresh=args.fresh)
+    except DFastLLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

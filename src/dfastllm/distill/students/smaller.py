@@ -1,0 +1,274 @@
+"""A smaller model of a model, from beginning to end: generated prompts, the model's own answers over HTTP, a student by
+layer dropping, its training on the model's distributions, and what came of it.
+
+`python -m dfastllm.distill.students.smaller STEP MODEL HOME` with the steps `collect`, `student`, `train`, `report`, in
+this order. Each goes on where it stopped, so `collect` may be given an hour now and another one later. HOME holds
+prompts, answers, checkpoints, the student and report.json. MODEL is a directory or a GGUF file; SmolLM2-135M-Instruct
+is what this was written for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import torch
+
+from dfastllm import assemble
+from dfastllm.core import Request, SamplingParams
+from dfastllm.distill.data.rows import write_rows
+from dfastllm.distill.students.acceptance import Measuring, measure_drafts, table
+from dfastllm.distill.students.align import Alignment
+from dfastllm.distill.students.answers import Answer, given_answers
+from dfastllm.distill.students.chats import chats
+from dfastllm.distill.students.draft import default_plan, export, tokenizer_of, trainable
+from dfastllm.distill.students.layers import make_student
+from dfastllm.distill.students.prompts import read_prompts
+from dfastllm.distill.teacher.collect import collect
+from dfastllm.distill.teacher.settings import TeacherSettings
+from dfastllm.engine import Engine, EngineConfig
+from dfastllm.errors import DataError, DFastLLMError, NotReadyError
+from dfastllm.kernels import set_threads
+from dfastllm.llm import LLM, resolve
+from dfastllm.metrics.speculation import answer
+from dfastllm.train.loop import fit
+
+__all__ = ["collect_answers", "report", "served", "train_student"]
+
+TEMPERATURES = (0.0, 0.7)
+HELD_OUT = 0.04
+HELD_MOST = 128  # answers that are measured on
+PATIENCE = 120.0  # s for a server to load its model
+
+
+@contextmanager
+def served(model: str | Path, port: int, threads: int) -> Iterator[str]:
+    """`dfastllm serve` of this model in a process of its own until the block ends; gives the root of its API. Raises
+    NotReadyError with what it said where it does not come up."""
+    command = [str(Path(sys.executable).with_name("dfastllm")), "serve", str(model), "--port", str(port)]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([*command, "--threads", str(threads)], stdout=said, stderr=said)
+        try:
+            root = f"http://127.0.0.1:{port}"
+            until = time.monotonic() + PATIENCE
+            while not _ready(root):
+                if process.poll() is not None or time.monotonic() > until:
+                    said.seek(0)
+                    words = said.read().decode(errors="replace").strip()[-500:]
+                    raise NotReadyError(f"the server of {model} did not come up: {words}", param="port")
+                time.sleep(0.1)
+            yield f"{root}/v1"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _ready(root: str) -> bool:
+    try:
+        return bool(httpx.get(f"{root}/health/ready", timeout=5).status_code == 200)
+    except httpx.HTTPError:
+        return False
+
+
+def collect_answers(
+    model: str | Path,
+    home: Path,
+    *,
+    minutes: float = 60.0,
+    count: int = 40_000,
+    max_tokens: int = 256,
+    port: int = 8123,
+    threads: int = 1,
+    together: int = 8,
+) -> dict[str, int]:
+    """Ask the served model for answers, greedy ones for half of the time and drawn ones at temperature 0.7 for the
+    other, each to prompts of their own. Returns how many of each kind there are now. Raises what collecting does."""
+    home.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer_of(model)
+    found: dict[str, int] = {}
+    with served(model, port, threads) as root:
+        for seed, temperature in enumerate(TEMPERATURES):
+            prompts = home / f"prompts-{temperature}.jsonl"
+            if not prompts.exists():
+                write_rows(prompts, chats(seed, count))
+            settings = TeacherSettings(
+                base_url=root,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_logprobs=0,
+                concurrency=together,
+                deadline=max(1.0, minutes * 60 / len(TEMPERATURES)),
+            )
+            out = home / f"answers-{temperature}.jsonl"
+            summary = collect(prompts, out, settings, tokenizer, cache=home / "cache", show=False)
+            found[str(temperature)] = summary.had + summary.accepted
+    return found
+
+
+def _collected(model: str | Path, home: Path) -> tuple[list[Answer], list[Answer]]:
+    """The answers that were collected: those to train on, and those held out."""
+    files = sorted(home.glob("answers-*.jsonl"))
+    files = [file for file in files if ".rejected" not in file.name]
+    if not files:
+        raise DataError(f"{home} holds no answers yet.", param="home", hint="Run the step collect first.")
+    prompts = read_prompts(files, HELD_OUT)
+    with LLM(model) as llm:
+        train, _ = given_answers(llm, prompts.train)
+        held, _ = given_answers(llm, prompts.held[:HELD_MOST])
+    return train, held
+
+
+def train_student(
+    model: str | Path,
+    home: Path,
+    *,
+    steps: int = 1000,
+    lr: float = 6e-4,
+    tokens: int = 2048,
+    longest: int = 512,
+    bf16: bool = False,
+    stop: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train HOME/student on the model's distributions, write HOME/trained, and return what the last validation says
+    with the tokens a second. stop: end at this step. Raises what the training loop does."""
+    train, held = _collected(model, home)
+    student, _ = trainable(home / "student")
+    target, _ = trainable(model)
+    work = Alignment(
+        student, target.requires_grad_(False), train, held, tokens=tokens, longest=longest, bf16=bf16, seed=seed
+    )
+    plan = default_plan(
+        name="smaller", steps=steps, lr=lr, matrix_lr=lr, warmup=min(100, max(1, steps // 10)), seed=seed
+    )
+    began = time.monotonic()
+    done = fit(work, plan, home / "run", stop=stop)
+    state = json.loads((done / "state.json").read_text())
+    export(student, home / "student", home / "trained")
+    return {
+        "steps": state["step"],
+        "tokens": state["tokens"],
+        "tokens_per_second": state["tokens"] / max(state["seconds"], 1e-9),
+        "seconds": time.monotonic() - began,
+        "answers": len(work.answers),
+        **work.validate(state["step"]),
+    }
+
+
+def report(
+    model: str | Path, home: Path, *, prompts: int = 24, longest: int = 512, how: Measuring | None = None
+) -> dict[str, Any]:
+    """What the students are worth, before and after training: divergence from the model and perplexity on its held-out
+    answers, tokens a second alone, and as drafts for it. Writes HOME/report.json."""
+    how = how or Measuring(max_tokens=96)
+    _, held = _collected(model, home)
+    places = {"before": home / "student", "after": home / "trained"}
+    target, _ = trainable(model)
+    target.requires_grad_(False)
+    found: dict[str, Any] = {"answers": len(held), "model": {}, "students": {}}
+    for label, place in {"model": None, **places}.items():
+        student = target if place is None else trainable(place)[0]
+        figures = dict(Alignment(student, target, held, held, longest=longest).validate(0))
+        figures["perplexity"] = math.exp(float(figures["cross_entropy"]))
+        figures["parameters"] = sum(p.numel() for p in student.parameters())
+        requests = [
+            Request(f"p{i}", a.prompt, SamplingParams(temperature=0, max_tokens=how.max_tokens))
+            for i, a in enumerate(held[:prompts])
+        ]
+        figures["tokens_per_second"] = _rate(model if place is None else place, requests, how, place is not None)
+        found["model" if place is None else "students"] |= figures if place is None else {label: figures}
+    rows = measure_drafts(model, places, [(a.task, a.prompt) for a in held[:prompts]], how)
+    print(table(rows))
+    found |= {"drafts": [row.to_json() for row in rows], "measuring": asdict(how)}
+    (home / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _rate(model: str | Path, requests: Sequence[Request], how: Measuring, student: bool) -> float:
+    """Tokens a second of plain decoding, one request at a time as often as `how` says; the best run."""
+    loaded = assemble.load(resolve(model), quantization=how.quantization if student else None)
+    engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(max_sequences=how.together, prefix_caching=False))
+    return max(answer(engine, requests).rate for _ in range(how.repeats))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m dfastllm.distill.students.smaller", description="A smaller model of a model."
+    )
+    add = found.add_argument
+    add("step", choices=("collect", "student", "train", "report"))
+    add("model", help="the teacher: a directory, a GGUF file or a shipped model's name")
+    add("home", type=Path, help="directory for everything that is made")
+    add("--minutes", type=float, default=60.0, help="collect: time for answers")
+    add("--count", type=int, default=40_000, help="collect: prompts of each temperature")
+    add("--max-tokens", type=int, default=256, help="collect: of an answer; longer ones are rejected")
+    add("--port", type=int, default=8123, help="collect: of the server")
+    add("--layers", type=int, help="student: how many layers; default: half of the parameters")
+    add("--steps", type=int, default=1000, help="train")
+    add("--stop", type=int, help="train: end at this step of them")
+    add("--lr", type=float, default=6e-4, help="train")
+    add("--tokens", type=int, default=2048, help="train: of a batch")
+    add("--longest", type=int, default=512, help="train, report: tokens of a prompt and its answer")
+    add("--bf16", action="store_true", help="train: matrix products in bfloat16")
+    add("--prompts", type=int, default=24, help="report: that speed is measured on")
+    add("--length", type=int, default=3, help="report: draft tokens")
+    add("--repeats", type=int, default=3, help="report: of timed runs")
+    add("--quantization", help="report: of the students")
+    add("--threads", type=int, default=1)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    set_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    try:
+        print(json.dumps(_step(args), indent=1))
+    except DFastLLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _step(args: argparse.Namespace) -> dict[str, Any]:
+    if args.step == "collect":
+        return collect_answers(
+            args.model,
+            args.home,
+            minutes=args.minutes,
+            count=args.count,
+            max_tokens=args.max_tokens,
+            port=args.port,
+            threads=args.threads,
+        )
+    if args.step == "student":
+        made = make_student(args.model, args.home / "student", layers=args.layers)
+        return {"kept": list(made.kept), "parameters": made.parameters, "share": made.share}
+    if args.step == "train":
+        return train_student(
+            args.model,
+            args.home,
+            steps=args.steps,
+            lr=args.lr,
+            tokens=args.tokens,
+            longest=args.longest,
+            bf16=args.bf16,
+            stop=args.stop,
+        )
+    how = replace(Measuring(max_tokens=96), length=args.length, repeats=args.repeats, quantization=args.quantization)
+    return report(args.model, args.home, prompts=args.prompts, longest=args.longest, how=how)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
