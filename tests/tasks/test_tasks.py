@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from dfastllm.tasks import SPLITS, TASKS, draw, grade, pick_split
+from dfastllm.tasks import MIXED, SPLITS, TASKS, draw, grade, pick_split
 from dfastllm.tasks.evaluator import Refused, run_function
-from dfastllm.tasks.sample import Sample
+from dfastllm.tasks.sample import Sample, Split
 
 DRAWN = 400
 
@@ -57,7 +57,7 @@ def test_generator_is_a_pure_function_of_split_seed_and_index() -> None:
 
 def test_the_mix_holds_every_task_and_mostly_distinct_samples() -> None:
     drawn = [draw("train", 0, i) for i in range(2000)]
-    assert {s.task for s in drawn} == set(TASKS)
+    assert {s.task for s in drawn} == set(MIXED)
     assert len({(str(s.messages), s.response) for s in drawn}) > 1950
     more = [draw("train", 0, i, mix={"prose": 20.0, "code": 0.0}).task for i in range(500)]
     assert more.count("prose") > 100
@@ -103,6 +103,40 @@ def sample(grader: str, expected: object) -> Sample:
                 '<tool_call>{"name": "f", "arguments": {"x": 1}</tool_call>',
                 'ok <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
             ],
+        ),
+        (
+            "tool_call_within",
+            {"name": "f", "arguments": {"x": 1}},
+            [
+                '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
+                'Sure. I will call f. <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
+                '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\nDone.',
+            ],
+            [
+                'Sure. {"name": "f", "arguments": {"x": 1}}',
+                '<tool_call>{"name": "f", "arguments": {"x": 2}}</tool_call>',
+                '<tool_call>{"name": "f", "arguments": {"x": 1}}',
+                '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call><tool_call>',
+                '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>' * 2,
+            ],
+        ),
+        (
+            "text_within",
+            "- a\n- b",
+            ["- a\n- b", "Sure.\nAnswer:\n- a\n- b\n", "Answer: no\nAnswer: - a\n- b"],
+            ["Sure.\n- a\n- b", "Answer: - a\n- b\nDone.", "- a\n- b\nAnswer:"],
+        ),
+        (
+            "json_within",
+            {"a": 1},
+            ['{"a": 1}', 'Here it is.\nAnswer: {"a": 1}'],
+            ['Here it is. {"a": 1}', 'Answer: {"a": 2}'],
+        ),
+        (
+            "function_within",
+            {"name": "f", "source": "def f(x):\n    return x + 2", "inputs": [[0], [5]]},
+            ["def f(x):\n    return x + 2", "Sure.\nAnswer:\ndef f(n):\n    return 2 + n"],
+            ["Sure.\ndef f(x):\n    return x + 2", "Answer: def f(x):\n    return x"],
         ),
         (
             "function",
@@ -162,6 +196,12 @@ KNOWN = {
     "rewrite": "02223e47a811850e",
     "instruct": "d4debc2a1babb44c",
     "prose": "dabf19f6fd5f01cf",
+    "listing": "2ece3e9197d52d13",
+    "edit": "2419a9ab22001247",
+    "table": "d498e8291ab04e45",
+    "record": "50794a524f3845da",
+    "ledger": "6406070cde072cd7",
+    "program": "01dee4acfe941131",
 }
 
 
@@ -172,3 +212,19 @@ def test_the_mix_is_the_one_that_was_published(task: str, samples: dict[tuple[st
     drawn = [dataclasses.astuple(sample) for split in SPLITS for sample in samples[split, task][:150]]
     blob = json.dumps(drawn, sort_keys=True, ensure_ascii=False).encode()
     assert hashlib.sha256(blob).hexdigest()[:16] == KNOWN[task]
+
+
+@pytest.mark.parametrize(
+    ("splits", "seed", "mix", "digest"),
+    [
+        (SPLITS, 0, None, "d08f46bb0f81dbfa"),
+        (("train",), 7, {"arithmetic": 2.5, "prose": 8.0, "code": 0.0}, "cc6b53bca331479a"),
+    ],
+)
+def test_tasks_outside_the_mix_leave_its_stream_as_it_was(
+    splits: tuple[Split, ...], seed: int, mix: dict[str, float] | None, digest: str
+) -> None:
+    """Digests of the stream before there were any."""
+    drawn = [dataclasses.astuple(draw(split, seed, i, mix=mix)) for split in splits for i in range(300)]
+    blob = json.dumps(drawn, sort_keys=True, ensure_ascii=False).encode()
+    assert hashlib.sha256(blob).hexdigest()[:16] == digest

@@ -1,5 +1,6 @@
 """Graders: did an answer do what was asked? Each takes the answer's text and the sample's `expected`; a malformed
-answer is wrong, never an error."""
+answer is wrong, never an error. Those called `..._within` also take an answer that says more than was asked, as chat
+models do: "Sure. Answer: 7", or words before a call."""
 
 from __future__ import annotations
 
@@ -61,12 +62,27 @@ def function(text: str, expected: Mapping[str, Any]) -> bool:
     return True
 
 
+def tool_call_within(text: str, expected: Mapping[str, Any]) -> bool:
+    """Exactly one call, with this name and these arguments, whatever is said beside it."""
+    calls = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    return len(calls) == text.count("<tool_call>") == 1 and equal_json(calls[0], expected)
+
+
+def _within(grader: Callable[[str, Any], bool]) -> Callable[[str, Any], bool]:
+    """This grader of what follows the last `Answer:`, or of the whole where there is none."""
+    return lambda text, expected: grader(text.rpartition("Answer:")[2].strip(), expected)
+
+
 GRADERS: Mapping[str, Callable[[str, Any], bool]] = {
     "answer": answer,
     "function": function,
+    "function_within": _within(function),
     "json": equal_json,
+    "json_within": _within(equal_json),
     "text": text,
+    "text_within": _within(text),
     "tool_call": tool_call,
+    "tool_call_within": tool_call_within,
 }
 
 
