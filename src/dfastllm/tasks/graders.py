@@ -12,7 +12,9 @@ from typing import Any
 from dfastllm.tasks.evaluator import Refused, run_function
 from dfastllm.tasks.sample import Sample
 
-__all__ = ["GRADERS", "grade"]
+__all__ = ["CALL_GRADERS", "GRADERS", "grade"]
+
+CALL_GRADERS = ("tool_call", "tool_call_within")  # of samples whose right answer is a call
 
 
 def answer(text: str, expected: Any) -> bool:

@@ -18,16 +18,15 @@ import torch
 from dfastllm.distill.data.calls import FoundCall, Span, any_call, find_calls, outside, required_present
 from dfastllm.distill.data.rows import BadRow, Row
 from dfastllm.errors import DFastLLMError, TokenizerError, UnsupportedError, ValidationError
-from dfastllm.tasks import GRADERS
 from dfastllm.tasks.evaluator import Refused
+from dfastllm.tasks.graders import CALL_GRADERS, GRADERS
 from dfastllm.text import TextOffsets, Tokenizer, call_reading, chat_prompt, parse_tool_calls, taught
 from dfastllm.text.tools import FORMS, ToolCallParser
 
-__all__ = ["CALL_GRADERS", "SPANS", "Example", "PrefixFrom", "RowEncoder", "token_mask"]
+__all__ = ["SPANS", "Example", "PrefixFrom", "RowEncoder", "token_mask"]
 
 PrefixFrom = Literal["response", "call"]
 SPANS = ("tool_name_mask", "json_args_mask", "integration_mask")
-CALL_GRADERS = ("tool_call", "tool_call_within")  # of rows whose expected answer is a call, whatever the teacher said
 
 
 @dataclass(frozen=True)
