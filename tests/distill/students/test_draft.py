@@ -352,6 +352,52 @@ def test_the_whole_on_small_models(target: Path, draft: Path, prompts: Path, tmp
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def write_config(path: Path, target: Path, draft: Path, prompts: Path, more: str = "") -> Path:
+    path.write_text(
+        f"model: {{student: {draft}}}\n"
+        f"data: {{train: [{prompts}], max_seq_length: 200}}\n"
+        "train: {steps: 8, lr: 0.003, warmup: 2, val_every: 8, save_every: 4, tensorboard: false}\n"
+        f"kd:\n  local_teacher: {target}\n"
+        "  draft: {max_tokens: 12, held_out: 0.3, batch_tokens: 512, length: 3, repeats: 1}\n" + more
+    )
+    return path
+
+
+def test_the_whole_as_a_configuration_says(target: Path, draft: Path, prompts: Path, tmp_path: Path) -> None:
+    from dfastllm.distill.run import run_distillation
+
+    config = write_config(tmp_path / "c.yaml", target, draft, prompts)
+    said: list[str] = []
+    assert run_distillation(config, tmp_path / "out", steps=4, say=said.append) is None
+    assert (tmp_path / "out" / "run" / "step-4").is_dir()
+    assert not (tmp_path / "out" / "report.json").exists()
+    run_distillation(config, tmp_path / "out", say=said.append)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == 8
+    assert report["measuring"]["length"] == 3
+    assert report["held_out"]["after"]["validation_loss"] < report["held_out"]["before"]["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ("  kl_weight: 0.5\n", "kd.kl_weight"),
+        ("speed: {use_length_aware_kd: true}\n", "speed.use_length_aware_kd"),
+        ("quant: {enabled: true}\n", "quant"),
+        ("eval: {samples: 3}\n", "eval.samples"),
+    ],
+)
+def test_what_a_configuration_cannot_mean_is_refused(
+    target: Path, draft: Path, prompts: Path, tmp_path: Path, more: str, param: str
+) -> None:
+    from dfastllm.distill.run import run_distillation
+
+    config = write_config(tmp_path / "c.yaml", target, draft, prompts, more)
+    with pytest.raises(ValidationError, match=r"no meaning with kd\.draft") as raised:
+        run_distillation(config, tmp_path / "out")
+    assert raised.value.param == param
+
+
 def test_the_command_says_what_is_wrong(
     target: Path, draft: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

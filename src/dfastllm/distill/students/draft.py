@@ -4,9 +4,9 @@ The target answers the prompts itself, in this process, with the engine that ser
 distributions on these answers (`align`); how much of its drafts is accepted, and what that gains, is measured before
 and after on prompts that it has not seen (`acceptance`).
 
-`python -m dfastllm.distill.students.draft TARGET DRAFT PROMPTS.jsonl OUT`: prompts as `dfastllm serve --record-prompts`
-writes them, or any distillation set. OUT gets answers.jsonl, run (checkpoints and log.jsonl), draft (the model) and
-report.json. Started again, it goes on where it stopped.
+`python -m dfastllm.distill.students.draft TARGET DRAFT PROMPTS.jsonl OUT`, or `dfastllm distill` with kd.draft. Prompts
+are what `dfastllm serve --record-prompts` writes, or any distillation set. OUT gets answers.jsonl, run (checkpoints and
+log.jsonl), draft (the model) and report.json. Started again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ from dfastllm.train.plan import Plan
 
 __all__ = ["Realignment", "default_plan", "export", "realign", "tokenizer_of", "trainable"]
 
+Say = Callable[[str], None]  # a line for people
+
 HELD_MOST = 64  # held-out prompts that are measured on; more would only take longer
 
 
@@ -64,6 +66,7 @@ class Realignment:
     longest        tokens of a prompt and its answer; longer ones are left out.
     tokens         of a batch.
     bf16           matrix products in bfloat16.
+    device         where the draft is trained; the engine that answers and measures runs on the CPU.
     plan           of the training.
     measuring      of the drafts.
     """
@@ -80,6 +83,7 @@ class Realignment:
     longest: int = 1024
     tokens: int = 2048
     bf16: bool = False
+    device: str = "cpu"
     plan: Plan = field(default_factory=lambda: default_plan())
     measuring: Measuring = field(default_factory=Measuring)
 
@@ -101,9 +105,11 @@ def default_plan(**changes: Any) -> Plan:
     )
 
 
-def realign(asked: Realignment, *, fresh: bool = False, say: Any = print) -> dict[str, Any]:
-    """Do all of it and return what report.json holds. fresh: remove what an earlier run left in `out`. say: told what
-    happens, a line each.
+def realign(
+    asked: Realignment, *, fresh: bool = False, stop: int | None = None, say: Say = print
+) -> dict[str, Any] | None:
+    """Do all of it and return what report.json holds. fresh: remove what an earlier run left in `out`. stop: end at
+    this step of the training, without a report (None). say: told what happens, a line each.
 
     Raises UnsupportedError for models that do not fit each other, DataError for prompts or answers that cannot be used,
     what loading raises, and what the training loop does.
@@ -115,7 +121,7 @@ def realign(asked: Realignment, *, fresh: bool = False, say: Any = print) -> dic
     prompts = replace(prompts, held=prompts.held[:HELD_MOST])
     for note in prompts.notes:
         say(note)
-    model, tokenizer = trainable(asked.draft)
+    model, tokenizer = trainable(asked.draft, asked.device)
     with LLM(asked.target) as llm:
         if llm.info.kind != "ar":
             raise UnsupportedError(
@@ -125,23 +131,15 @@ def realign(asked: Realignment, *, fresh: bool = False, say: Any = print) -> dic
         out.mkdir(parents=True, exist_ok=True)
         train, held = _answers(llm, prompts, asked, say)
     began = time.monotonic()
-    work = Alignment(
-        model,
-        trainable(asked.target)[0].requires_grad_(False) if asked.whole else None,
-        train,
-        held,
-        temperature=asked.asking.temperature,
-        kind=asked.kind,
-        tokens=asked.tokens,
-        longest=asked.longest,
-        seed=asked.plan.seed,
-        bf16=asked.bf16,
-    )
+    work = _work(asked, model, train, held)
     if work.left_out:
         say(f"{work.left_out} answers are longer than {asked.longest} tokens with their prompts and were left out")
     say(f"{len(work.answers)} answers, {work.steps_of_epoch} batches an epoch; {asked.plan.steps} steps")
     before = dict(work.validate(0))
-    fit(work, asked.plan, out / "run")
+    done = fit(work, asked.plan, out / "run", stop=stop)
+    if done.name != f"step-{asked.plan.steps}":
+        say(f"stopped at {done}; {asked.plan.steps} steps are wanted")
+        return None
     after = dict(work.validate(asked.plan.steps))
     seconds = time.monotonic() - began
     place = export(model, asked.draft, out / "draft")
@@ -167,6 +165,22 @@ def realign(asked: Realignment, *, fresh: bool = False, say: Any = print) -> dic
     return report
 
 
+def _work(asked: Realignment, model: Decoder, train: Sequence[Answer], held: Sequence[Answer]) -> Alignment:
+    target = trainable(asked.target, asked.device)[0].requires_grad_(False) if asked.whole else None
+    return Alignment(
+        model,
+        target,
+        train,
+        held,
+        temperature=asked.asking.temperature,
+        kind=asked.kind,
+        tokens=asked.tokens,
+        longest=asked.longest,
+        seed=asked.plan.seed,
+        bf16=asked.bf16,
+    )
+
+
 def _clear(out: Path) -> None:
     """Remove what an earlier run left, and nothing else that may lie there."""
     for name in ("answers.jsonl", "report.json"):
@@ -181,12 +195,12 @@ def gain(rows: Sequence[Acceptance]) -> dict[str, float]:
     return {group: second[group] / first[group] for group in first if first[group] > 0}
 
 
-def trainable(name: str | Path) -> tuple[Decoder, Tokenizer]:
+def trainable(name: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """A model with float32 weights that want gradients, and its tokenizer. Raises what loading raises."""
     path = resolve(name)
     model = assemble.dequantised(path, "float32").model if is_gguf(path) else load(path, dtype="float32")
     assert isinstance(model, Decoder)  # what both give
-    return model.requires_grad_(True), tokenizer_of(path)
+    return model.to(device).requires_grad_(True), tokenizer_of(path)
 
 
 def tokenizer_of(name: str | Path) -> Tokenizer:
@@ -198,7 +212,7 @@ def tokenizer_of(name: str | Path) -> Tokenizer:
         return read_tokenizer(gguf.file.metadata)
 
 
-def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Any) -> tuple[list[Answer], list[Answer]]:
+def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Say) -> tuple[list[Answer], list[Answer]]:
     """To the prompts that are trained on, and to those held out."""
     every = [*prompts.held, *prompts.train]
     if asked.given:

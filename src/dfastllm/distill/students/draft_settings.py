@@ -1,0 +1,46 @@
+"""What a run says of a draft that it re-aligns (kd.draft): keys, ranges, defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["DraftSettings"]
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class DraftSettings(BaseModel):
+    """A draft model (model.student) that learns its target (kd.local_teacher) on the target's own answers to the
+    prompts of `data`. kd.divergence is taken at the temperature of the answers.
+
+    temperature   of the answers; 0: greedy, and then the divergence is taken at 1.
+    max_tokens    of an answer.
+    top           the target's likeliest tokens, as they come with the answers, are learned from: so many, at most 20;
+                  0: its whole distributions, from a forward of its weights at every step.
+    given         the rows' teacher_text are the target's answers; none are made.
+    held_out      share of the prompts that is only measured on.
+    batch_tokens  of a step, padding included.
+    length        draft tokens at most, when drafts are measured.
+    repeats       of the timed runs.
+    quantization  of the drafts when they are measured: w8, w8g, w6, w4m or w4; None: as stored.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_tokens: Count = 128
+    top: Annotated[int, Field(ge=0, le=20)] = 0
+    given: bool = False
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    batch_tokens: Count = 2048
+    length: Annotated[int, Field(ge=1, le=64)] = 5
+    repeats: Count = 3
+    quantization: Literal["w8", "w8g", "w6", "w4m", "w4"] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> DraftSettings:
+        if self.given and self.top:
+            raise ValueError("top goes with answers that are made here; answers that are given have none")
+        return self
