@@ -1,4 +1,4 @@
-"""From a served model to a trained student of half its layers, and a report; at a small size. The real model's parts."""
+"""From a served model to a trained student of half its layers, and a report; small. The real model's parts."""
 
 from __future__ import annotations
 
