@@ -148,12 +148,13 @@ def test_answers_from_elsewhere(target: Path, tmp_path: Path) -> None:
         "".join(f'{{"prompt": "q{i}", "teacher_text": "{i} <|end|>"}}\n' for i in range(9)) + '{"prompt":"z"}'
     )
     read = read_prompts([file], 0.4)
-    with LLM(target) as llm:
-        found, notes = given_answers(llm, [*read.train, *read.held])
-        eos = llm.info.eos_ids[0]
-        assert len(found) == 9
-        assert "teacher_text" in notes[0]
-        assert all(a.ids[-1] == eos and eos not in a.ids[:-1] for a in found), "a spelt end of text became one"
+    tokenizer = Tokenizer.load(target)
+    found, notes = given_answers(tokenizer, [*read.train, *read.held])
+    assert len(found) == 9
+    assert "teacher_text" in notes[0]
+    eos = tokenizer.eos_id
+    assert all(a.ids[-1] == eos and eos not in a.ids[:-1] for a in found), "a spelt end of text became one"
+    assert all(tokenizer.decode(a.prompt) == f"[user]q{a.ids[0] - tokenizer.encode('0')[0]}[assistant]" for a in found)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ __all__ = ["Acceptance", "Measuring", "measure_drafts", "table"]
 
 ALL = "all"
 METHOD = "draft_model"
+PAGE = 16
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def measure_drafts(
     Raises UnsupportedError for a draft of another vocabulary, what loading raises, and GenerationError where a draft
     changed an answer, which none may.
     """
-    engines = dict(_engines(target, drafts, how))
+    room = max(len(ids) for _, ids in prompts) + how.max_tokens + how.length
+    engines = dict(_engines(target, drafts, how, room))
     groups: dict[str, list[Request]] = {}
     for number, (group, ids) in enumerate(prompts):
         sampling = SamplingParams(temperature=how.temperature, max_tokens=how.max_tokens, seed=number)
@@ -113,9 +115,13 @@ def measure_drafts(
     return [row for label, parts in found.items() for row in _rows(label, parts)]
 
 
-def _engines(target: str | Path, drafts: Mapping[str, str | Path], how: Measuring) -> Iterator[tuple[str, Engine]]:
-    """One engine for each draft, all over the same target; nothing is shared between requests."""
-    config = EngineConfig(max_sequences=how.together, prefix_caching=False)
+def _engines(
+    target: str | Path, drafts: Mapping[str, str | Path], how: Measuring, room: int
+) -> Iterator[tuple[str, Engine]]:
+    """One engine for each draft, all over the same target; nothing is shared between requests. room: K,V positions that
+    a request may need."""
+    pages = how.together * (-(-room // PAGE) + 1)
+    config = EngineConfig(max_sequences=how.together, kv_tokens=pages * PAGE, page_size=PAGE, prefix_caching=False)
     loaded = assemble.load(resolve(target))
     for label, model in drafts.items():
         draft = assemble.load(resolve(model), quantization=how.quantization)

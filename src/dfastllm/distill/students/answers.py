@@ -23,6 +23,7 @@ from dfastllm.distill.data.rows import HEADER, Row, RowFile
 from dfastllm.distill.students.prompts import Prompt
 from dfastllm.errors import DataError, DFastLLMError, StorageError
 from dfastllm.llm import LLM, Completion
+from dfastllm.text import Tokenizer, chat_prompt
 
 __all__ = ["Answer", "Asking", "answered", "given_answers"]
 
@@ -116,21 +117,23 @@ def answered(
     return [_answer(kept[prompt.key], prompt.task) for prompt in prompts if prompt.key in kept], notes
 
 
-def given_answers(llm: LLM, prompts: Sequence[Prompt]) -> tuple[list[Answer], list[str]]:
-    """Answers that the prompts' rows gave, as tokens: of the same target, collected elsewhere (over HTTP). An answer
-    without an end is not known, so each is taken to have ended by itself."""
+def given_answers(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[list[Answer], list[str]]:
+    """Answers that the prompts' rows gave, as tokens: of the same target, collected elsewhere (over HTTP). How one
+    ended is not known, so each is taken to have ended by itself. Raises DataError for a tokenizer without an end."""
+    if tokenizer.eos_id is None:
+        raise DataError("the tokenizer names no token that ends a text.", param="tokenizer")
     answers, notes = [], []
     for prompt in prompts:
         if not prompt.answer.strip():
             notes.append(f"prompt {prompt.key[:12]}: its row has no teacher_text")
             continue
         try:
-            ids = llm.render(prompt.messages, prompt.tools or None)
-            said = llm.encode(prompt.answer, add_special=False, parse_special=False)
-        except DFastLLMError as error:
+            ids = tokenizer.encode(chat_prompt(tokenizer, list(prompt.messages), list(prompt.tools) or None))
+            said = tokenizer.encode(prompt.answer, parse_special=False)
+        except DFastLLMError as error:  # messages that this template refuses
             notes.append(f"prompt {prompt.key[:12]}: {error}")
             continue
-        answers.append(Answer(prompt.key, prompt.task, tuple(ids), (*said, llm.info.eos_ids[0]), True))
+        answers.append(Answer(prompt.key, prompt.task, tuple(ids), (*said, tokenizer.eos_id), True))
     return answers, notes
 
 

@@ -63,7 +63,7 @@ class Realignment:
     whole          the target's whole distributions, from a forward of its weights; else its likeliest tokens
                    (asking.top), as they came with the answers.
     kind           which divergence.
-    longest        tokens of a prompt and its answer; longer ones are left out.
+    longest        tokens of a prompt and its answer, and at most the draft's context; longer ones are left out.
     tokens         of a batch.
     bf16           matrix products in bfloat16.
     device         where the draft is trained; the engine that answers and measures runs on the CPU.
@@ -133,7 +133,7 @@ def realign(
     began = time.monotonic()
     work = _work(asked, model, train, held)
     if work.left_out:
-        say(f"{work.left_out} answers are longer than {asked.longest} tokens with their prompts and were left out")
+        say(f"{work.left_out} answers are too long with their prompts and were left out")
     say(f"{len(work.answers)} answers, {work.steps_of_epoch} batches an epoch; {asked.plan.steps} steps")
     before = dict(work.validate(0))
     done = fit(work, asked.plan, out / "run", stop=stop)
@@ -175,7 +175,7 @@ def _work(asked: Realignment, model: Decoder, train: Sequence[Answer], held: Seq
         temperature=asked.asking.temperature,
         kind=asked.kind,
         tokens=asked.tokens,
-        longest=asked.longest,
+        longest=min(asked.longest, model.config.max_len),
         seed=asked.plan.seed,
         bf16=asked.bf16,
     )
@@ -216,7 +216,7 @@ def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Say) -> tuple[
     """To the prompts that are trained on, and to those held out."""
     every = [*prompts.held, *prompts.train]
     if asked.given:
-        found, notes = given_answers(llm, every)
+        found, notes = given_answers(llm.tokenizer, every)
     else:
         found, notes = answered(
             llm, every, asked.out / "answers.jsonl", asked.asking, lambda done, all: say(f"answers: {done} of {all}")

@@ -40,7 +40,7 @@ from dfastllm.distill.teacher.settings import TeacherSettings
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import DataError, DFastLLMError, NotReadyError
 from dfastllm.kernels import set_threads
-from dfastllm.llm import LLM, resolve
+from dfastllm.llm import resolve
 from dfastllm.metrics.speculation import answer
 from dfastllm.train.loop import fit
 
@@ -123,10 +123,8 @@ def _collected(model: str | Path, home: Path) -> tuple[list[Answer], list[Answer
     if not files:
         raise DataError(f"{home} holds no answers yet.", param="home", hint="Run the step collect first.")
     prompts = read_prompts(files, HELD_OUT)
-    with LLM(model) as llm:
-        train, _ = given_answers(llm, prompts.train)
-        held, _ = given_answers(llm, prompts.held[:HELD_MOST])
-    return train, held
+    tokenizer = tokenizer_of(model)
+    return given_answers(tokenizer, prompts.train)[0], given_answers(tokenizer, prompts.held[:HELD_MOST])[0]
 
 
 def train_student(
