@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dfastllm.distill.students import acceptance
 from dfastllm.distill.students import draft as command
 from dfastllm.distill.students.acceptance import ALL, Measuring, measure_drafts, table
 from dfastllm.distill.students.align import Alignment
@@ -314,6 +315,17 @@ def test_a_draft_that_is_its_target_is_accepted_whole(target: Path, draft: Path)
 def test_a_draft_of_another_vocabulary_is_refused(target: Path) -> None:
     with pytest.raises(UnsupportedError, match="cannot draft"):
         measure_drafts(target, {"demo": "demo-draft"}, [("", (1, 2))], Measuring())
+
+
+def test_the_command_compares_drafts(
+    target: Path, draft: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--most", "4", "--max-tokens", "8", "--repeats", "1"]
+    assert acceptance.main([str(target), str(prompts), str(draft), "--quantization", "w8", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["prompts", "prose", "sums", ALL]
+    assert acceptance.main([str(target), str(prompts), "nowhere"]) == 1
+    assert "no model 'nowhere'" in capsys.readouterr().err
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

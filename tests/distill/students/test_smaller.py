@@ -13,8 +13,7 @@ from dfastllm.bench.cpu.environment import default_cache
 from dfastllm.bench.fidelity import real_model
 from dfastllm.core import SamplingParams
 from dfastllm.distill.students.acceptance import Measuring
-from dfastllm.distill.students.draft import tokenizer_of
-from dfastllm.distill.students.layers import make_student
+from dfastllm.distill.students.layers import make_student, tokenizer_of
 from dfastllm.distill.students.smaller import collect_answers, main, report, served, train_student
 from dfastllm.errors import DataError, ModelNotFoundError, NotReadyError
 from dfastllm.llm import LLM

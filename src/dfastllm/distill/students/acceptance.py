@@ -3,23 +3,32 @@ of the same requests on the engine that serves.
 
 Counts are of drafts of a fixed length, so they do not depend on the machine. Seconds are of the length that the engine
 chooses itself, which is how it serves; runs take turns, and the answers must be plain decoding's, token for token.
+
+`python -m dfastllm.distill.students.acceptance TARGET PROMPTS.jsonl DRAFT...` compares drafts, quantised ones too.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dfastllm import assemble
 from dfastllm.core import Request, SamplingParams, SpeculativeParams
+from dfastllm.distill.data.rows import RowFile
+from dfastllm.distill.students.layers import tokenizer_of
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
-from dfastllm.errors import GenerationError
+from dfastllm.errors import DataError, DFastLLMError, GenerationError
+from dfastllm.kernels import set_threads
 from dfastllm.llm import resolve
 from dfastllm.metrics.speculation import Run, answer, usage_counts
+from dfastllm.text import chat_prompt
 
 __all__ = ["Acceptance", "Measuring", "measure_drafts", "table"]
 
@@ -179,3 +188,46 @@ def table(rows: Sequence[Acceptance]) -> str:
                 f" {row.speedup:8.2f}"
             )
     return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m dfastllm.distill.students.acceptance", description="How much of drafts a target accepts."
+    )
+    add = found.add_argument
+    add("target", help="a shipped model's name, a directory or a GGUF file")
+    add("prompts", help="a file of JSON lines")
+    add("drafts", nargs="+", help="models of the target's vocabulary")
+    add("--most", type=int, default=32, help="prompts that are measured on, the first ones")
+    add("--length", type=int, default=5, help="draft tokens")
+    add("--temperature", type=float, default=0.0)
+    add("--max-tokens", type=int, default=128)
+    add("--together", type=int, default=1, help="requests at once")
+    add("--repeats", type=int, default=3, help="of the timed runs")
+    add("--quantization", help="of the drafts while they are loaded: w8, w8g, w6, w4m or w4")
+    add("--threads", type=int)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        set_threads(args.threads)
+        how = Measuring(args.length, args.temperature, args.max_tokens, args.together, args.repeats, args.quantization)
+        tokenizer = tokenizer_of(args.target)
+        rows = list(islice(RowFile(args.prompts, needs_text=False), args.most))
+        if not rows:
+            raise DataError(f"{args.prompts} holds no prompt.", param="prompts")
+        prompts = [
+            (row.task or "", tokenizer.encode(chat_prompt(tokenizer, row.messages, list(row.tools) or None)))
+            for row in rows
+        ]
+        print(table(measure_drafts(args.target, {Path(draft).name: draft for draft in args.drafts}, prompts, how)))
+    except DFastLLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -30,20 +30,18 @@ from dfastllm.distill.losses.divergence import DIVERGENCES, Divergence
 from dfastllm.distill.students.acceptance import Acceptance, Measuring, measure_drafts, table
 from dfastllm.distill.students.align import Alignment
 from dfastllm.distill.students.answers import Answer, Asking, answered, given_answers
-from dfastllm.distill.students.layers import small_files
+from dfastllm.distill.students.layers import small_files, tokenizer_of
 from dfastllm.distill.students.prompts import Prompts, read_prompts
 from dfastllm.engine.speculate.model import check_vocabulary
 from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
 from dfastllm.kernels import set_threads
 from dfastllm.llm import LLM, resolve
 from dfastllm.models import Decoder, build, load, save
-from dfastllm.models.gguf import open_gguf
 from dfastllm.text import Tokenizer
-from dfastllm.text.gguf import read_tokenizer
 from dfastllm.train.loop import fit
 from dfastllm.train.plan import Plan
 
-__all__ = ["Realignment", "default_plan", "export", "realign", "tokenizer_of", "trainable"]
+__all__ = ["Realignment", "default_plan", "export", "realign", "trainable"]
 
 Say = Callable[[str], None]  # a line for people
 
@@ -201,15 +199,6 @@ def trainable(name: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer
     model = assemble.dequantised(path, "float32").model if is_gguf(path) else load(path, dtype="float32")
     assert isinstance(model, Decoder)  # what both give
     return model.to(device).requires_grad_(True), tokenizer_of(path)
-
-
-def tokenizer_of(name: str | Path) -> Tokenizer:
-    """The tokenizer of a model in any form. Raises TokenizerError."""
-    path = resolve(name)
-    if not is_gguf(path):
-        return Tokenizer.load(path)
-    with open_gguf(path) as gguf:
-        return read_tokenizer(gguf.file.metadata)
 
 
 def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Say) -> tuple[list[Answer], list[Answer]]:

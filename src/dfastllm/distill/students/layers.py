@@ -43,10 +43,11 @@ from dfastllm.models.family import find_family, require_expressible
 from dfastllm.models.gguf import open_gguf
 from dfastllm.models.headers import inventory
 from dfastllm.options import generation_config
+from dfastllm.text import Tokenizer
 from dfastllm.text.gguf import read_tokenizer
 from dfastllm.text.saving import save_tokenizer
 
-__all__ = ["Student", "config_of", "evenly", "make_student", "most_layers", "renamed", "small_files"]
+__all__ = ["Student", "config_of", "evenly", "make_student", "most_layers", "renamed", "small_files", "tokenizer_of"]
 
 SHARE = 0.5  # of the source's parameters, where nothing else was asked for
 NOT_COPIED = ("README.md",)  # the source's model card does not describe the student
@@ -237,6 +238,15 @@ def small_files(path: Path, into: Path) -> list[Path]:
     generation_file = into / "generation_config.json"
     generation_file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     return [*files, generation_file]
+
+
+def tokenizer_of(name: str | Path) -> Tokenizer:
+    """The tokenizer of a model in any form. Raises TokenizerError."""
+    path = resolve(name)
+    if not is_gguf(path):
+        return Tokenizer.load(path)
+    with open_gguf(path) as gguf:
+        return read_tokenizer(gguf.file.metadata)
 
 
 def _write_card(place: Path, source: str, kept: Sequence[int], layers: int) -> None:
