@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.llm import LLM, Completion
-from dfastllm.tasks import TASKS, Sample, draw, grade
+from dfastllm.tasks import MIXED, Sample, draw, grade
 
 __all__ = ["Outcome", "gradable", "run"]
 
 
 def gradable(n: int, seed: int = 0) -> list[Sample]:
-    """n samples of the test split that have a grader, every gradable task equally often."""
-    names = [name for name in TASKS if draw("test", seed, 0, name).grader is not None]
+    """n samples of the test split that have a grader, every gradable task of the default mix equally often."""
+    names = [name for name in MIXED if draw("test", seed, 0, name).grader is not None]
     return [draw("test", seed, i // len(names), names[i % len(names)]) for i in range(n)]
 
 

@@ -1,6 +1,6 @@
-"""A restricted evaluator for one-expression Python functions: no builtins but a short list, no attributes but string
-and list methods that end quickly, no loops but comprehensions over short lists. It walks the syntax tree; nothing is
-passed to `exec` or `eval`."""
+"""A restricted evaluator for short Python functions: no builtins but a short list, no attributes but string and list
+methods that end quickly, no loops but those over short lists, assignments to plain names, if and return. It walks the
+syntax tree; nothing is passed to `exec` or `eval`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __all__ = ["Refused", "run_function"]
 
 LONGEST = 2000  # characters of source, and items or characters of any value
 LARGEST = 10**12  # magnitude of any integer
+MOST = 10_000  # statements that a call may run
 
 BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -40,7 +41,7 @@ class Refused(Exception):
 
 
 def run_function(source: str, name: str, arguments: Sequence[object]) -> Any:
-    """Call the function `name` that `source` defines (a single `def` with a single `return`). Raises Refused."""
+    """Call the function `name` that `source` defines (a single `def`, which must return). Raises Refused."""
     if len(source) > LONGEST:
         raise Refused("too long")
     try:
@@ -48,16 +49,64 @@ def run_function(source: str, name: str, arguments: Sequence[object]) -> Any:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Refused(str(error)) from error
     match tree.body:
-        case [ast.FunctionDef(name=found, body=[ast.Return(value=ast.expr() as value)]) as node] if found == name:
+        case [ast.FunctionDef(name=found, body=body) as node] if found == name:
             names = [arg.arg for arg in node.args.args]
         case _:
-            raise Refused("not one function with one return")
+            raise Refused("not one function")
     if len(names) != len(arguments):
         raise Refused(f"takes {len(names)} arguments, not {len(arguments)}")
     try:
-        return _value(value, dict(zip(names, arguments, strict=True)))
+        returned = _Frame(dict(zip(names, arguments, strict=True))).run(body)
     except (TypeError, ValueError, ArithmeticError, RecursionError, KeyError, AttributeError) as error:
         raise Refused(str(error)) from error
+    if returned is None:
+        raise Refused("returns nothing")
+    return returned[0]
+
+
+class _Frame:
+    """A call in progress: its variables, and how many statements it may still run."""
+
+    def __init__(self, scope: dict[str, Any]) -> None:
+        self.scope, self.left = scope, MOST
+
+    def run(self, body: Sequence[ast.stmt]) -> tuple[Any] | None:
+        """The value returned, in a tuple, or None where the statements end without a return."""
+        for statement in body:
+            self.left -= 1
+            if self.left < 0:
+                raise Refused("too many statements")
+            returned = self._step(statement)
+            if returned is not None:
+                return returned
+        return None
+
+    def _step(self, statement: ast.stmt) -> tuple[Any] | None:
+        match statement:
+            case ast.Return(value=ast.expr() as value):
+                return (_value(value, self.scope),)
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                self.scope[name] = _value(value, self.scope)
+            case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
+                sum_ = ast.BinOp(left=ast.Name(id=name, ctx=ast.Load()), op=op, right=value)
+                self.scope[name] = _value(sum_, self.scope)
+            case ast.If(test=test, body=then, orelse=otherwise):
+                return self.run(then if _value(test, self.scope) else otherwise)
+            case ast.For(target=ast.Name(id=name), iter=it, body=inner, orelse=[]):
+                return self._loop(name, _value(it, self.scope), inner)
+            case _:
+                raise Refused(type(statement).__name__)
+        return None
+
+    def _loop(self, name: str, items: Any, inner: Sequence[ast.stmt]) -> tuple[Any] | None:
+        if not isinstance(items, list):
+            raise Refused("a loop over what is no list")
+        for item in list(items):
+            self.scope[name] = item
+            returned = self.run(inner)
+            if returned is not None:
+                return returned
+        return None
 
 
 def _bounded(value: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.llm import LLM
-from dfastllm.tasks import SPLITS, TASKS, Split, draw, grade
+from dfastllm.tasks import MIXED, SPLITS, Split, draw, grade
 from dfastllm.train.data import encode
 
 __all__ = ["Result", "evaluate"]
@@ -49,11 +49,12 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     dtype: str | None = None,
 ) -> Result:
-    """Greedy answers to `per_task` samples of each gradable task. model: a name, a directory, or one that is loaded
-    already (`dtype` is not read then, and it stays open). Canvas models: the fixed schedule, low confidence,
-    blocks of 32 (or the model's own), `share` x max_tokens steps over the canvas: 1.0 is one token a step, 0.5 two."""
+    """Greedy answers to `per_task` samples of each of `tasks`, or of each gradable one of the default mix. model: a
+    name, a directory, or one that is loaded already (`dtype` is not read then, and it stays open). Canvas models: the
+    fixed schedule, low confidence, blocks of 32 (or the model's own), `share` x max_tokens steps over the canvas: 1.0
+    is one token a step, 0.5 two."""
     begun = time.monotonic()
-    picked = [task for task in (tasks or TASKS) if task != "prose"]
+    picked = [task for task in (tasks or MIXED) if task != "prose"]
     samples = [draw(split, seed, i, task) for task in picked for i in range(per_task)]
     opened = contextlib.nullcontext(model) if isinstance(model, LLM) else LLM(model, dtype=dtype)
     with opened as llm:
