@@ -36,32 +36,28 @@ _PADDED: Mapping[str, float] = {
     "teacher_attention_mask": 0,
 }
 _FLAGS = ("tool_should_be_used", "required_fields_present")
-_NEEDED = ("input_ids", "labels", "response_start")
 
 
 def collate_kd_batch(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> Batch:
-    """One batch of samples of `KDDataset`; T is its longest row.
+    """One batch of samples of `KDDataset`, or of rows made by hand, whose sequences may be lists; T is its longest row.
 
     input_ids [B, T] int64 (padded by `pad_id`), attention_mask [B, T] int64, labels and ground_truth_labels [B, T]
     int64 (-100), response_start [B] int64, tool_should_be_used and required_fields_present [B] bool,
     teacher_prefix_ids [B, P] int64 (-100), teacher_attention_mask [B, Tt] int64, teacher_topk_ids [B, T, K] int64,
     teacher_topk_logprobs [B, T, K] float32 (-inf), tool_name_mask, json_args_mask and integration_mask [B, T] bool,
     metadata: a list of the rows' dicts. An optional key is absent if no row has it; a row without it is padding, or
-    False. Raises ValidationError for no rows, for a row without input_ids, labels or response_start, and for
-    sequences of a row that are of unequal length.
+    False. A row that does not say where its response begins begins it with its first label. Raises ValidationError for
+    no rows, for a row without input_ids or labels, and for sequences of a row that are of unequal length.
     """
     if not rows:
         raise ValidationError("a batch needs at least one row, got none.", param="rows")
-    for at, row in enumerate(rows):
-        _check(at, row)
+    rows = [_checked(at, row) for at, row in enumerate(rows)]
     out: Batch = {"input_ids": _padded([row["input_ids"] for row in rows], pad_id)}
     present = {name for row in rows for name in row}
     for name, fill in _PADDED.items():
         if name in present:
             out[name] = _padded([row.get(name) for row in rows], fill)
-    if "attention_mask" not in out:
-        out["attention_mask"] = _padded([torch.ones_like(row["input_ids"]) for row in rows], 0)
-    out["response_start"] = torch.tensor([int(row["response_start"]) for row in rows], dtype=torch.int64)
+    out["response_start"] = torch.tensor([_response_start(row) for row in rows], dtype=torch.int64)
     for name in _FLAGS:
         if name in present:
             out[name] = torch.tensor([bool(row.get(name, False)) for row in rows])
@@ -82,18 +78,30 @@ def to_rows(batch: Mapping[str, Any]) -> Batch:
     return out
 
 
-def _check(at: int, row: Mapping[str, Any]) -> None:
-    missing = [name for name in _NEEDED if name not in row]
+def _checked(at: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its sequences as tensors and an attention mask, without what is None."""
+    row = {name: value for name, value in given.items() if value is not None}
+    missing = [name for name in ("input_ids", "labels") if name not in row]
     if missing:
         raise ValidationError(
             f"row {at} of the batch has no {missing[0]}; it has {', '.join(map(str, row)) or 'nothing'}.",
             param=missing[0],
             hint="Rows are samples of KDDataset.",
         )
+    row |= {name: torch.as_tensor(row[name]) for name in ("input_ids", *_PADDED) if name in row}
+    row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
     length = len(row["input_ids"])
     for name in ("attention_mask", *TOKEN_ALIGNED):
         if name in row and len(row[name]) != length:
             raise ValidationError(f"{name} of row {at} has {len(row[name])} entries for {length} tokens.", param=name)
+    return row
+
+
+def _response_start(row: Mapping[str, Any]) -> int:
+    if "response_start" in row:
+        return int(row["response_start"])
+    supervised = torch.nonzero(row["labels"] != -100).flatten().tolist()
+    return supervised[0] if supervised else len(row["labels"])
 
 
 def _padded(values: Sequence[torch.Tensor | None], fill: float) -> torch.Tensor:
