@@ -331,9 +331,12 @@ def test_prompts_that_fit_one_by_one_do_not_preempt_each_other() -> None:
         assert result(events[request.request_id]).tokens == solo(request).tokens
 
 
-def test_the_lowest_rank_is_preempted_first() -> None:
-    """Two share the pages of one and a half: the one of the higher priority goes on, the other begins anew."""
-    config = EngineConfig(kv_tokens=64, page_size=4, max_sequences=3, ageing_steps=0)
+@pytest.mark.parametrize("kv_tokens", [64, 60])
+def test_the_lowest_rank_is_preempted_first(kv_tokens: int) -> None:
+    """Three share the pages of two: the one of the highest priority goes on, the others begin anew, the lowest first.
+    With 16 pages the second asks when pages run out and only the third can be taken; with 15, five for each, the first
+    asks, and both others could be."""
+    config = EngineConfig(kv_tokens=kv_tokens, page_size=4, max_sequences=3, ageing_steps=0)
     engine = Engine(FakeModel(), config=config, choose=either)
     for name, priority in (("first", 0), ("second", 1), ("third", 2)):
         engine.add(long_request(name, priority=priority, tokens=30))
