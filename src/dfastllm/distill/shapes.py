@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dfastllm.distill.data.collate import TOKEN_ALIGNED
+from dfastllm.distill.data.collate import OWN_AXIS, TOKEN_ALIGNED
 from dfastllm.errors import ValidationError
 
 __all__ = [
@@ -47,7 +47,6 @@ SEQUENCE_FILL: Mapping[str, float] = {
     "student_logits": 0.0,
     "logits": 0.0,
 }
-_OWN_AXIS = frozenset({"teacher_prefix_ids", "teacher_attention_mask"})  # dim 1 is not the batch's tokens
 _SUM_TOLERANCE = 1e-6
 
 Batch = Mapping[str, Any]
@@ -181,21 +180,22 @@ def fit_batch_to_shape(batch: Batch, length: int, *, pad_id: int = 0) -> tuple[d
     sizes = batch["attention_mask"].sum(1).long()
     starts = batch["response_start"].long()
     kept = torch.nonzero(sizes - starts + 1 <= length).flatten().tolist()
-    cuts = [max(0, int(sizes[row]) - length) for row in kept]
+    stops = sizes[kept].tolist()
+    parts = [(row, max(0, stop - length), stop) for row, stop in zip(kept, stops, strict=True)]
     fitted = {name: _selected(value, kept, len(sizes)) for name, value in batch.items() if name not in names}
     for name in names:
         fill = pad_id if name == "input_ids" else SEQUENCE_FILL.get(name, 0)
-        fitted[name] = _fitted(batch[name], kept, cuts, length, fill)
-    fitted["response_start"] = fitted["response_start"] - torch.tensor(cuts, dtype=torch.long, device=starts.device)
+        fitted[name] = _fitted(batch[name], parts, length, fill)
+    cuts = torch.tensor([cut for _, cut, _ in parts], dtype=torch.long, device=starts.device)
+    fitted["response_start"] = fitted["response_start"] - cuts
     return {name: fitted[name] for name in batch}, len(sizes) - len(kept)
 
 
-def _fitted(value: torch.Tensor, kept: list[int], cuts: list[int], length: int, fill: float) -> torch.Tensor:
-    """Rows `kept` of a sequence [B, T, ...], each without its first `cuts` tokens, as [len(kept), length, ...]."""
-    out = value.new_full((len(kept), length, *value.shape[2:]), fill)
-    for place, (row, cut) in enumerate(zip(kept, cuts, strict=True)):
-        tokens = value[row, cut : cut + length]
-        out[place, : len(tokens)] = tokens
+def _fitted(value: torch.Tensor, parts: list[tuple[int, int, int]], length: int, fill: float) -> torch.Tensor:
+    """The tokens (row, start, stop) of a sequence [B, T, ...], a row each, as [len(parts), length, ...]."""
+    out = value.new_full((len(parts), length, *value.shape[2:]), fill)
+    for place, (row, start, stop) in enumerate(parts):
+        out[place, : stop - start] = value[row, start:stop]
     return out
 
 
@@ -219,7 +219,7 @@ def _sequences(batch: Batch) -> tuple[list[str], int]:
     tensors = {
         name: value
         for name, value in batch.items()
-        if isinstance(value, torch.Tensor) and value.ndim >= 2 and name not in _OWN_AXIS
+        if isinstance(value, torch.Tensor) and value.ndim >= 2 and name not in OWN_AXIS
     }
     known = [name for name in SEQUENCE_FILL if name in tensors]
     if not known:

@@ -14,7 +14,7 @@ import torch
 
 from dfastllm.errors import ValidationError
 
-__all__ = ["TOKEN_ALIGNED", "collate_kd_batch", "to_rows"]
+__all__ = ["OWN_AXIS", "TOKEN_ALIGNED", "collate_kd_batch", "to_rows"]
 
 Batch = dict[str, Any]
 
@@ -28,7 +28,8 @@ TOKEN_ALIGNED: Mapping[str, float] = {
     "json_args_mask": 0,
     "integration_mask": 0,
 }
-# Further sequences of a row, padded to the longest of the batch, and with what. The last two have their own length.
+OWN_AXIS = frozenset({"teacher_prefix_ids", "teacher_attention_mask"})  # their dim 1 is not the batch's tokens
+# Further sequences of a row, padded to the batch's tokens, or to the longest where they have an axis of their own.
 _PADDED: Mapping[str, float] = {
     "attention_mask": 0,
     **TOKEN_ALIGNED,
@@ -54,9 +55,10 @@ def collate_kd_batch(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> Batc
     rows = [_checked(at, row) for at, row in enumerate(rows)]
     out: Batch = {"input_ids": _padded([row["input_ids"] for row in rows], pad_id)}
     present = {name for row in rows for name in row}
+    width = out["input_ids"].shape[1]
     for name, fill in _PADDED.items():
         if name in present:
-            out[name] = _padded([row.get(name) for row in rows], fill)
+            out[name] = _padded([row.get(name) for row in rows], fill, 0 if name in OWN_AXIS else width)
     out["response_start"] = torch.tensor([_response_start(row) for row in rows], dtype=torch.int64)
     for name in _FLAGS:
         if name in present:
@@ -104,13 +106,14 @@ def _response_start(row: Mapping[str, Any]) -> int:
     return supervised[0] if supervised else len(row["labels"])
 
 
-def _padded(values: Sequence[torch.Tensor | None], fill: float) -> torch.Tensor:
-    """[B, longest, ...] of tensors [n, ...], each at its beginning; None is a row of nothing. Where later dimensions
-    differ (top-k of another k), the largest is taken. One dtype: the first one's."""
+def _padded(values: Sequence[torch.Tensor | None], fill: float, width: int = 0) -> torch.Tensor:
+    """[B, longest, ...] of tensors [n, ...], each at its beginning, at least `width` long; None is a row of nothing.
+    Where later dimensions differ (top-k of another k), the largest is taken. One dtype: the first one's."""
     there = [value for value in values if value is not None]
     tail = [max(sizes) for sizes in zip(*(value.shape[1:] for value in there), strict=True)]
-    out = there[0].new_full((len(values), max(map(len, there)), *tail), fill)
+    out = there[0].new_full((len(values), max(width, *map(len, there)), *tail), fill)
     for at, value in enumerate(values):
         if value is not None:
-            out[(at, *(slice(size) for size in value.shape))] = value
+            place: tuple[int | slice, ...] = (at, *(slice(size) for size in value.shape))
+            out[place] = value
     return out

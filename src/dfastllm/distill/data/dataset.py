@@ -34,6 +34,12 @@ class KDDataset(Dataset[dict[str, Any]]):
     pad_id     the tokenizer's padding id, 0 where it has none: labels and masks say what is padding.
     """
 
+    header: Mapping[str, Any]
+    skips: Skips
+    cut: int
+    dropped: Mapping[str, int]
+    pad_id: int
+
     def __init__(
         self,
         path: str | Path | Sequence[str | Path],
@@ -88,13 +94,13 @@ class KDDataset(Dataset[dict[str, Any]]):
 
     def _begin(self, tokenizer: Tokenizer) -> None:
         self._examples: list[Example] = []
-        self.header: Mapping[str, Any] = {}
+        self.header = {}
         self.skips = Skips()
-        self.pad_id: int = 0 if tokenizer.pad_id is None else tokenizer.pad_id
+        self.pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
 
     def _finish(self, encoder: RowEncoder, what: str) -> None:
         self.cut = encoder.cut
-        self.dropped: Mapping[str, int] = dict(encoder.dropped)
+        self.dropped = dict(encoder.dropped)
         if not self._examples:
             raise DataError(
                 f"{what} has no row that can be used; left out: {self.skips}.",

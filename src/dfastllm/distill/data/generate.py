@@ -70,9 +70,9 @@ def distinct_samples(
         raise ValidationError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.", param="split")
     if tasks and mix:
         raise ValidationError("tasks and mix both say what is drawn.", param="tasks", hint="Give one of them.")
-    for task in tasks:
-        if task not in TASKS:
-            raise ValidationError(f"there is no task {task!r}; there are {', '.join(TASKS)}.", param="tasks")
+    for name in tasks:
+        if name not in TASKS:
+            raise ValidationError(f"there is no task {name!r}; there are {', '.join(TASKS)}.", param="tasks")
     seen: set[str] = set()
     for index in range(_TRIES * n + 1000):
         task = tasks[index % len(tasks)] if tasks else None
