@@ -26,7 +26,22 @@ from dfastllm.models.parts import AttendFunction, softcapped
 from dfastllm.models.program import Attend
 from dfastllm.train.data import Example
 
-__all__ = ["BlockDiffusion", "Causal", "MaskedDiffusion", "Objective", "Rows", "loss", "make_objective"]
+__all__ = [
+    "CANVAS",
+    "BlockDiffusion",
+    "Causal",
+    "Line",
+    "MaskedDiffusion",
+    "Objective",
+    "Rows",
+    "block_rows",
+    "block_span",
+    "canvas_rows",
+    "canvas_size",
+    "loss",
+    "make_objective",
+    "short_attention",
+]
 
 CANVAS = 32  # canvases are multiples of this, as the default block of masked diffusion
 
@@ -141,10 +156,52 @@ def draw_masked(count: int, generator: torch.Generator, power: float = 1.0) -> T
 
 
 @dataclass(frozen=True)
+class Line:
+    """One example of a canvas objective.
+
+    prompt   tokens before the canvas, always shown.
+    clean    [n] int64: the canvas as it shall become.
+    masked   [n] bool: shown as the mask id.
+    asked    [n] bool: positions whose tokens are asked for; all of them masked.
+    weights  [n] float32: what the answer at a position weighs, read where it is asked.
+    """
+
+    prompt: Sequence[int]
+    clean: Tensor
+    masked: Tensor
+    asked: Tensor
+    weights: Tensor
+
+
+def canvas_rows(lines: Sequence[Line], mask: int, pad: int) -> Rows:
+    """The forward pass of masked diffusion: each line is its prompt and its canvas under full attention."""
+    length = max(len(line.prompt) + len(line.clean) for line in lines)
+    shown = [[*line.prompt, *line.clean.masked_fill(line.masked, mask).tolist()] for line in lines]
+    real = torch.tensor([len(line) for line in shown])
+    keys = torch.arange(length)[None, :] < real[:, None]  # [batch, length]
+    return Rows(
+        len(lines),
+        length,
+        _padded(shown, length, pad).flatten(),
+        torch.arange(length).repeat(len(lines)),
+        keys[:, None, None, :].expand(-1, 1, length, -1),
+        torch.cat([line.asked.nonzero()[:, 0] + at * length + len(line.prompt) for at, line in enumerate(lines)]),
+        torch.cat([line.clean[line.asked] for line in lines]),
+        torch.cat([line.weights[line.asked] for line in lines]),
+    )
+
+
+def canvas_size(response: int, slack: int) -> int:
+    """Positions of a canvas for a response of so many tokens: n >= 0 is the tightest multiple of CANVAS and n CANVASes
+    more, -1 the tightest multiple of 8."""
+    return -(-response // 8) * 8 if slack < 0 else (-(-response // CANVAS) + slack) * CANVAS
+
+
+@dataclass(frozen=True)
 class MaskedDiffusion:
     """LLaDA's objective on the response, padded to a canvas with EOS. Examples take turns in `slack`, so that a model
-    knows canvases of several sizes: n >= 0 is the tightest multiple of CANVAS and n CANVASes more, -1 the tightest
-    multiple of 8. power: see `draw_masked`. tail: weight of an EOS after the first, which carries little to learn."""
+    knows canvases of several sizes (see `canvas_size`). power: see `draw_masked`. tail: weight of an EOS after the
+    first, which carries little to learn."""
 
     mask: int
     eos: int
@@ -154,39 +211,59 @@ class MaskedDiffusion:
     tail: float = 0.2
 
     def canvas(self, example: Example) -> int:
-        tight = len(example.response)
-        slack = self.slack[example.index % len(self.slack)]
-        return -(-tight // 8) * 8 if slack < 0 else (-(-tight // CANVAS) + slack) * CANVAS
+        return canvas_size(len(example.response), self.slack[example.index % len(self.slack)])
 
     def cost(self, example: Example) -> int:
         return len(example.prompt) + self.canvas(example)
 
     def rows(self, examples: Sequence[Example], generator: torch.Generator) -> Rows:
-        length = max(map(self.cost, examples))
-        lines, wanted, targets, weights = [], [], [], []
-        for at, e in enumerate(examples):
+        lines = []
+        for e in examples:
             size, tight = self.canvas(e), len(e.response)
             clean = torch.tensor([*e.response, *[self.eos] * (size - tight)])
             weight = torch.ones(size)
             weight[tight:] = self.tail
             masked = draw_masked(size, generator, self.power)
             share = masked.sum() / size
-            weights.append((weight / weight.sum() / share / len(examples))[masked])
-            wanted.append(masked.nonzero()[:, 0] + at * length + len(e.prompt))
-            targets.append(clean[masked])
-            lines.append([*e.prompt, *clean.masked_fill(masked, self.mask).tolist()])
-        real = torch.tensor([len(line) for line in lines])
-        keys = torch.arange(length)[None, :] < real[:, None]  # [batch, length]
-        return Rows(
-            len(lines),
-            length,
-            _padded(lines, length, self.pad).flatten(),
-            torch.arange(length).repeat(len(lines)),
-            keys[:, None, None, :].expand(-1, 1, length, -1),
-            torch.cat(wanted),
-            torch.cat(targets),
-            torch.cat(weights),
-        )
+            lines.append(Line(e.prompt, clean, masked, masked, weight / weight.sum() / share / len(examples)))
+        return canvas_rows(lines, self.mask, self.pad)
+
+
+def block_span(prompt: int, response: int, block: int) -> tuple[int, int, int]:
+    """(rows of the clean copy, first position of the noisy copy, end of the last block) for so many tokens."""
+    stop = -(-(prompt + response) // block) * block
+    return stop - block, prompt // block * block, stop
+
+
+def block_rows(lines: Sequence[Line], block: int, mask: int, pad: int) -> Rows:
+    """The forward pass of block diffusion: for each line the clean sequence (all blocks but the last), then the noisy
+    copies of the blocks that hold canvas tokens. A line's canvas ends with a whole block; prompt tokens of its first
+    block stay clean."""
+    spans = [block_span(len(line.prompt), len(line.clean), block) for line in lines]
+    length = max(clean + stop - first for clean, first, stop in spans)
+    ids = torch.full((len(lines), length), pad)
+    positions = torch.zeros(len(lines), length, dtype=torch.long)
+    allowed = torch.zeros(len(lines), 1, length, length, dtype=torch.bool)
+    wanted = []
+    for at, (line, (clean, first, stop)) in enumerate(zip(lines, spans, strict=True)):
+        used = clean + stop - first
+        whole = torch.cat((torch.tensor(line.prompt, dtype=torch.long), line.clean))
+        noisy = torch.cat((whole[first : len(line.prompt)], line.clean.masked_fill(line.masked, mask)))
+        ids[at, :used] = torch.cat((whole[:clean], noisy))
+        positions[at, :used] = torch.cat((torch.arange(clean), torch.arange(first, stop)))
+        allowed[at, 0, :used, :used] = block_mask(positions[at, :used] // block, torch.arange(used) >= clean)
+        wanted.append(line.asked.nonzero()[:, 0] + at * length + clean + len(line.prompt) - first)
+    allowed |= torch.eye(length, dtype=torch.bool)  # padding rows see themselves: no empty softmax
+    return Rows(
+        len(lines),
+        length,
+        ids.flatten(),
+        positions.flatten(),
+        allowed,
+        torch.cat(wanted),
+        torch.cat([line.clean[line.asked] for line in lines]),
+        torch.cat([line.weights[line.asked] for line in lines]),
+    )
 
 
 @dataclass(frozen=True)
@@ -199,44 +276,19 @@ class BlockDiffusion:
     pad: int
     block: int
 
-    def _spans(self, example: Example) -> tuple[int, int, int]:
-        """(rows of the clean copy, first position of the noisy copy, end of the last block)"""
-        stop = -(-example.length // self.block) * self.block
-        return stop - self.block, len(example.prompt) // self.block * self.block, stop
-
     def cost(self, example: Example) -> int:
-        clean, first, stop = self._spans(example)
+        clean, first, stop = block_span(len(example.prompt), len(example.response), self.block)
         return clean + stop - first
 
     def rows(self, examples: Sequence[Example], generator: torch.Generator) -> Rows:
-        length = max(map(self.cost, examples))
-        ids = torch.full((len(examples), length), self.pad)
-        positions = torch.zeros(len(examples), length, dtype=torch.long)
-        allowed = torch.zeros(len(examples), 1, length, length, dtype=torch.bool)
-        wanted, targets, weights = [], [], []
-        for at, e in enumerate(examples):
-            clean, first, stop = self._spans(e)
-            used = clean + stop - first
-            whole = torch.tensor([*e.prompt, *e.response, *[self.eos] * (stop - e.length)])
-            masked, weight = self._noise(len(e.prompt), first, stop, generator)
-            ids[at, :used] = torch.cat((whole[:clean], whole[first:].masked_fill(masked, self.mask)))
-            positions[at, :used] = torch.cat((torch.arange(clean), torch.arange(first, stop)))
-            noisy = torch.arange(used) >= clean
-            allowed[at, 0, :used, :used] = block_mask(positions[at, :used] // self.block, noisy)
-            wanted.append(masked.nonzero()[:, 0] + at * length + clean)
-            targets.append(whole[first:][masked])
-            weights.append(weight[masked] / (stop - len(e.prompt)) / len(examples))
-        allowed |= torch.eye(length, dtype=torch.bool)  # padding rows see themselves: no empty softmax
-        return Rows(
-            len(examples),
-            length,
-            ids.flatten(),
-            positions.flatten(),
-            allowed,
-            torch.cat(wanted),
-            torch.cat(targets),
-            torch.cat(weights),
-        )
+        lines = []
+        for e in examples:
+            _, first, stop = block_span(len(e.prompt), len(e.response), self.block)
+            size, skip = stop - len(e.prompt), len(e.prompt) - first
+            clean = torch.tensor([*e.response, *[self.eos] * (size - len(e.response))])
+            masked, weight = (t[skip:] for t in self._noise(len(e.prompt), first, stop, generator))
+            lines.append(Line(e.prompt, clean, masked, masked, weight / size / len(examples)))
+        return block_rows(lines, self.block, self.mask, self.pad)
 
     def _noise(self, prompt: int, first: int, stop: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """masked [stop - first] bool and weights [stop - first]: (block's tokens) / (masked ones) in each block. The
