@@ -78,7 +78,7 @@ def test_gradients_are_straight_through(format: str) -> None:
 @pytest.mark.parametrize("format", ["w4", "w4m", "w8", "w8g"])
 def test_clipped_weights_only_come_back(format: str) -> None:
     """By brute force over every weight: those beyond the range keep a gradient that leads inside, and only that."""
-    weight = seeded(N, K, seed=4) ** 3  # heavy tails: the search clips
+    weight = seeded(N, K, seed=4)  # the search clips where that pays
     module, gradient = layer(format, weight=weight), seeded(ROWS, N, seed=3)
     x = seeded(ROWS, K)
     module(x).backward(gradient)
@@ -87,7 +87,7 @@ def test_clipped_weights_only_come_back(format: str) -> None:
     free = (gradient.T @ rows).tolist()
     assert natural.scales is not None
     assert module.weight.grad is not None
-    group, scales = GROUP.get(natural.format, K), natural.scales.float().view(N, -1).tolist()
+    group, scales = GROUP.get(natural.format, K), natural.scales.float().abs().view(N, -1).tolist()
     beyond, found = (weight - natural.dequantise()).tolist(), module.weight.grad.tolist()
     clipped = 0
     for i in range(N):
@@ -96,7 +96,7 @@ def test_clipped_weights_only_come_back(format: str) -> None:
             outward = outside and beyond[i][j] * free[i][j] < 0
             clipped += outside
             assert found[i][j] == pytest.approx(0.0 if outward else free[i][j], abs=1e-5)
-    assert clipped > (0 if format == "w8" else 5)
+    assert clipped > 5
 
 
 def test_zeros_can_be_trained() -> None:

@@ -17,6 +17,7 @@ the codes (the torch twins on another device, or without the native kernels). It
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dfastllm.errors import CheckpointError
 from dfastllm.kernels import linear as kernels
@@ -74,21 +76,35 @@ class Rounded:
         assert natural.scales is not None  # of a quantised form
         n, k = natural.shape
         size = GROUP.get(natural.format, k)
-        step = natural.scales.float().view(n, -1, 1)
+        step = natural.scales.float().abs().view(n, -1, 1)  # negative where the low end holds a positive extreme
         beyond = (weight.detach().float() - natural.dequantise()).view(n, -1, size)
         clipped = (beyond.abs() > step * (0.5 + 2**-9)) & (step > 0)  # a group of zeros has no step, and no range
         outward = clipped & (beyond * gradient.view(n, -1, size) < 0)  # the update is against the gradient
         return gradient.masked_fill(outward.view(n, k), 0.0)
 
 
+@functools.cache
+def _optimizer_steps() -> list[int]:
+    """How many steps the optimizers of this process have made since this was first called: one number. torch counts the
+    changes of a tensor (`_version`), but not those of its fused optimizers."""
+    count = [0]
+
+    def step(*_: object) -> None:
+        count[0] += 1
+
+    register_optimizer_step_post_hook(step)
+    return count
+
+
 class Rounding:
-    """How one parameter is rounded. The result is kept until the parameter changes, which torch counts for every
-    operation in place but those on `.data`."""
+    """How one parameter is rounded. The result is kept until the parameter changes: by an operation in place (not one
+    on `.data`, which nobody counts), or by any optimizer's step."""
 
     def __init__(self, format: Format, *, search: bool, name: str) -> None:
         self.format, self.search, self.name = format, search, name
-        self._of: tuple[Tensor, int, int] | None = None
+        self._of: tuple[Tensor, tuple[int, ...]] | None = None
         self._made: Rounded | None = None
+        _optimizer_steps()  # count from now on
 
     def quantise(self, weight: Tensor) -> QTensor:
         """Any rows [n, k] of the parameter, on its device: the codes of a row follow from that row alone. Raises
@@ -100,9 +116,9 @@ class Rounding:
         if weight.is_inference():  # has no count of its changes
             self.forget()
             return self._round(weight)
-        key = (weight, weight.data_ptr(), weight._version)
-        if self._of is None or self._of[0] is not weight or self._of[1:] != key[1:]:
-            self._of, self._made = key, self._round(weight)
+        state = (weight.data_ptr(), weight._version, *_optimizer_steps())
+        if self._of is None or self._of[0] is not weight or self._of[1] != state:
+            self._of, self._made = (weight, state), self._round(weight)
         return self._made
 
     def _round(self, weight: Tensor) -> Rounded | None:
@@ -203,7 +219,7 @@ class QatEmbedding(nn.Embedding):
             rounded = self.rounding.of(self.weight)
             found = None if rounded is None else rounded.natural.rows(flat).dequantise()
         else:
-            used, place = flat.unique(return_inverse=True)
+            used, place = torch.unique(flat, return_inverse=True)
             weight = self.weight.detach()[used]
             finite = bool(weight.isfinite().all())
             found = self.rounding.quantise(weight).dequantise()[place] if finite and len(used) else None

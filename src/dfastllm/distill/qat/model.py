@@ -74,7 +74,7 @@ class Qat:
             raise CheckpointError(
                 f"the checkpoint's state of quantisation-aware training is unreadable: {state!r:.200}."
             )
-        for name in mine.keys() - {"enabled"}:
+        for name in ("format", "head", "search"):
             if state[name] != mine[name]:
                 raise CheckpointError(
                     f"the checkpoint was trained with {name} {state[name]!r}, now it is {mine[name]!r}.",
@@ -143,8 +143,8 @@ def _replace(model: Decoder, name: str, rounding: Rounding, switch: Switch) -> N
         embed.train(module.training)
         model.embed = embed
         if model.config.tied:
-            model.lm_head = QatHead(embed, factor=factor)  # type: ignore[assignment]
-            model.lm_head.train(module.training)
+            head = QatHead(embed, factor=factor)
+            model.lm_head = head.train(module.training)  # type: ignore[assignment]
         return
     assert isinstance(module, nn.Linear)
     linear = QatLinear(module, rounding, switch, factor=factor if name == "lm_head" else 1.0)
