@@ -19,6 +19,7 @@ from dfastllm.llm import SHIPPED
 from dfastllm.tasks import draw
 from dfastllm.text import Tokenizer
 from tests.distill.data.conftest import Write
+from tests.text.conftest import KINDS
 
 WEATHER = {
     "type": "function",
@@ -161,6 +162,24 @@ def test_characters_of_several_tokens_belong_to_their_span_whole(tokenizer: Toke
     row = {**CALLS, "teacher_text": CALL.replace("Oslo", "漢字 😀")}
     [sample] = dataset(tokenizer, row)
     assert '"漢字 😀"' in text_at(tokenizer, sample, "json_args_mask")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "gemma", "llama2", "metaspace"])
+def test_spans_of_tokenizers_of_every_kind(kind: str) -> None:
+    """SentencePiece's prefix space, byte fallback and Metaspace: the marked tokens are the parts of the call, and no
+    token more than holds a character of them."""
+    one = Tokenizer(KINDS[kind](), special_tokens={"eos_token": "<|endoftext|>"})
+    arguments = '{"a": 1, "b": 2}'
+    text = f'The dog é. <tool_call>{{"name": "add", "arguments": {arguments}}}'  # characters that they all have
+    [sample] = dataset(one, {"prompt": "add", "tools": [{"function": {"name": "add"}}], "teacher_text": text})
+    ids = sample["input_ids"].tolist()
+    for mask, wanted in (("tool_name_mask", "add"), ("json_args_mask", arguments)):
+        places = sample[mask].nonzero().flatten().tolist()
+        assert places == list(range(places[0], places[-1] + 1))
+        assert wanted in one.decode(ids[places[0] : places[-1] + 1])
+        for first, last in ((places[0] + 1, places[-1]), (places[0], places[-1] - 1)):
+            assert wanted not in one.decode(ids[first : last + 1])
+    assert one.decode(ids[sample["response_start"] : -1]) == text
 
 
 def test_top_k_is_aligned_with_the_token_that_it_is_about(tokenizer: Tokenizer) -> None:
