@@ -178,7 +178,15 @@ class StorageError(DFastLLMError):
 
 
 class TrainingError(DFastLLMError):
+    """`names`: the losses, or gradients, that are not finite; () where it is about something else."""
+
     code = "training_failed"
+
+    def __init__(
+        self, message: str, *, names: tuple[str, ...] = (), param: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, hint=hint)
+        self.names = names
 
 
 class GenerationError(DFastLLMError):

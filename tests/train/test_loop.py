@@ -20,9 +20,10 @@ from dfastllm.train import Init, Recipe, load_recipe, run
 from dfastllm.train.checkpoint import latest, prune, read_weights
 from dfastllm.train.data import Example, Stream
 from dfastllm.train.fold import fold_norms
-from dfastllm.train.loop import build_model, rate
 from dfastllm.train.objectives import loss, make_objective
+from dfastllm.train.plan import rate
 from dfastllm.train.recipes import RECIPES
+from dfastllm.train.run import build_model
 
 CURVES = Path(__file__).parents[2] / "benchmarks" / "training"
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 16}

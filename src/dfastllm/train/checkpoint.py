@@ -1,7 +1,8 @@
 """Training checkpoints: safetensors and JSON only, each written whole or not at all.
 
-A checkpoint is a directory `step-N` with weights.safetensors, optimizer.safetensors and state.json. It holds all that a
-run needs to continue bit for bit: random draws are keyed by the step, so there is no generator state.
+A checkpoint is a directory `step-N` with weights.safetensors, optimizer.safetensors, rng.safetensors and state.json. It
+holds all that a run needs to continue bit for bit: the works here key their random draws by the step, and the state of
+the global generators is kept for those that do not.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from dfastllm.errors import CheckpointError
 
-__all__ = ["latest", "prune", "read_checkpoint", "read_weights", "write_checkpoint"]
+__all__ = ["drop_after", "latest", "newest_good", "prune", "read_checkpoint", "read_weights", "write_checkpoint"]
+
+RNG = "rng.safetensors"
 
 
 def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -35,7 +38,7 @@ def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
 def write_checkpoint(
     run: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]
 ) -> Path:
-    """Write run/step-N. `state`: JSON values (data position, recipe, counters)."""
+    """Write run/step-N, or replace it. `state`: JSON values (data position, recipe, counters)."""
     target, temporary = run / f"step-{step}", run / f".step-{step}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -45,23 +48,54 @@ def write_checkpoint(
     save_file(
         {k: v.detach().cpu().contiguous() for k, v in _flat(optimizers).items()}, temporary / "optimizer.safetensors"
     )
+    save_file(_generators(), temporary / RNG)
     (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
-    shutil.rmtree(target, ignore_errors=True)
+    old = run / f".old-{step}.{os.getpid()}"
+    if target.exists():
+        target.rename(old)
     temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _generators() -> dict[str, Tensor]:
+    """States of torch's global generators, uint8."""
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
 
 
 def latest(run: Path) -> Path | None:
     """The checkpoint with the highest step, None when there is none."""
     found = [p for p in run.glob("step-*") if (p / "state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    return max(found, key=_step, default=None)
+
+
+def newest_good(run: Path, good: Callable[[Mapping[str, Any]], bool]) -> Path | None:
+    """The newest checkpoint whose work's state (`state.json`, "work") is good; None when there is none."""
+    found = [p for p in run.glob("step-*") if (p / "state.json").is_file()]
+    for path in sorted(found, key=_step, reverse=True):
+        if good(json.loads((path / "state.json").read_text()).get("work", {})):
+            return path
+    return None
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: a run that went back does not resume from them."""
+    for path in run.glob("step-*"):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def prune(run: Path, keep: int, milestones: Sequence[int]) -> None:
     """Remove all but the newest `keep` checkpoints and the milestones."""
-    found = sorted(run.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    for path in found[:-keep]:
-        if int(path.name.removeprefix("step-")) not in milestones:
+    for path in sorted(run.glob("step-*"), key=_step)[:-keep]:
+        if _step(path) not in milestones:
             shutil.rmtree(path)
 
 
@@ -97,12 +131,14 @@ def read_weights(path: Path, model: nn.Module, layers: Sequence[int | None] = ()
 
 
 def read_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Restore weights and optimizer state in place; returns the state's JSON. Raises CheckpointError."""
+    """Restore weights, optimizer state and the global generators in place; returns the state's JSON. Raises
+    CheckpointError."""
     missing = read_weights(path, model)
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}.", hint="Start this run afresh.")
     try:
         tensors = load_file(path / "optimizer.safetensors")
+        generators = load_file(path / RNG) if (path / RNG).is_file() else {}  # older runs have none
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
     except Exception as error:
         raise CheckpointError(f"cannot read {path}: {error}.") from error
@@ -113,4 +149,8 @@ def read_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[torch.opt
             if int(which) == o:
                 restored.setdefault(int(parameter), {})[key] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
+    if "cpu" in generators:
+        torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators and torch.cuda.is_available():
+        torch.cuda.set_rng_state(generators["cuda"])
     return state

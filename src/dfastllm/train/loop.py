@@ -1,264 +1,275 @@
-"""The training loop: one for every objective. Resumes exactly: a resumed run equals the uninterrupted one bit for bit
-on the same machine, thread count and library versions."""
+"""The training loop: one for every work (recipes, distillation, drafts). It knows steps, rates, gradients, checkpoints
+and the log; what a batch is and what its loss means is the work's business (`train.work`).
+
+Resumes exactly: a resumed run equals the uninterrupted one bit for bit on the same machine, thread count and library
+versions.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from dfastllm import models
-from dfastllm.errors import ValidationError
-from dfastllm.models.decoder import Decoder
-from dfastllm.text.tokenizer import Tokenizer
-from dfastllm.train.checkpoint import latest, prune, read_checkpoint, read_weights, write_checkpoint
-from dfastllm.train.data import Batch, Example, Stream
-from dfastllm.train.fold import fold_norms
-from dfastllm.train.objectives import Objective, loss, make_objective
-from dfastllm.train.recipes import Recipe, load_recipe
-from dfastllm.train.vocab import MAX_LEN, train_tokenizer
+from dfastllm.errors import TrainingError, ValidationError
+from dfastllm.train.checkpoint import (
+    drop_after,
+    latest,
+    newest_good,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
+from dfastllm.train.log import RunLog, Show, progress
+from dfastllm.train.plan import Plan, make_optimizers, rate
+from dfastllm.train.work import Losses, Value, Work
 
-__all__ = ["build_model", "run"]
-
-RUNS = Path("runs")
-VALIDATION_TOKENS = 12_000
+__all__ = ["Loop", "fit", "refuse_earlier"]
 
 
-def run(
-    recipe: str | Path | Recipe,
-    *,
-    out: str | Path | None = None,
-    resume: bool = True,
-    device: str = "cpu",
-    threads: int = 1,
-    steps: int | None = None,
-    runs: str | Path = RUNS,
-    validate_every: int = 250,
-    save_every: int = 250,
-    log_every: int = 25,
-) -> Path:
-    """Train a recipe (a name in RECIPES, a JSON file, or a Recipe) and return the directory of its last checkpoint.
+def fit(work: Work, plan: Plan, home: Path, *, resume: bool = True, stop: int | None = None) -> Path:
+    """Train `work` as `plan` says and return the directory of the last checkpoint.
 
-    Working files go to runs/<name>: checkpoints, log.jsonl, and the tokenizer that all runs share in runs/tokenizer.
-    out: also export a Hugging Face directory there (bfloat16). resume: go on from the newest checkpoint, else start
-    afresh (an old run of that name is then refused, not overwritten). steps: stop early at this step (for warm starts
-    and tests); the schedule stays the recipe's. Raises ValidationError, CheckpointError.
-    """
-    torch.set_num_threads(threads)
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    home = Path(runs) / recipe.name
-    newest = latest(home)
-    if newest is not None and not resume:
-        raise ValidationError(f"{home} holds an earlier run; remove it or resume it.", param="resume")
-    tokenizer = shared_tokenizer(Path(runs))
-    model = build_model(recipe, tokenizer).to(device)
-    optimizers = make_optimizers(model, recipe)
-    objective = make_objective(recipe.objective, model, recipe.slack, recipe.power)
-    state: dict[str, Any] = {"step": 0, "position": [0, 0], "tokens": 0, "samples": 0, "seconds": 0.0}
-    if newest is not None:
-        state = read_checkpoint(newest, model, optimizers)
-    elif recipe.init is not None:
-        warm_start(model, recipe, Path(runs), tokenizer, device, threads)
+    home: where checkpoints and log.jsonl go. resume: go on from the newest checkpoint there; else a home with an
+    earlier run is refused. stop: end at this step; the schedule stays the plan's. The global random generators are
+    seeded, kept in checkpoints and given back at the end. Raises ValidationError, CheckpointError (one that does not
+    fit), TrainingError (a loss or gradient that is not finite)."""
+    if not resume:
+        refuse_earlier(home)
     home.mkdir(parents=True, exist_ok=True)
-    (home / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=1) + "\n")
-    loop = Loop(recipe, model, optimizers, objective, tokenizer, state, home, device)
-    loop.go(min(steps or recipe.steps, recipe.steps), validate_every, save_every, log_every)
+    device = next(work.model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(plan.seed)
+        loop = Loop(work, plan, home)
+        loop.go(plan.steps if stop is None else min(stop, plan.steps))
     done = latest(home)
     assert done is not None  # go() saves at its end
-    if out is not None:
-        export(model, Path(runs) / "tokenizer", Path(out))
     return done
 
 
-def shared_tokenizer(runs: Path) -> Tokenizer:
-    """The tokenizer of all demo models, trained on first use."""
-    path = runs / "tokenizer"
-    if not (path / "tokenizer_config.json").is_file():
-        train_tokenizer(path)
-    return Tokenizer.load(path)
+def refuse_earlier(home: Path) -> None:
+    """Raises ValidationError where an earlier run lies."""
+    if latest(home) is not None:
+        raise ValidationError(f"{home} holds an earlier run; remove it or resume it.", param="resume")
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Decoder:
-    """The recipe's model with random weights (seeded), float32."""
-    config = models.DecoderConfig(
-        vocab_size=tokenizer.vocab_size, max_len=MAX_LEN, qk_norm=recipe.family == "sdar", **recipe.shape
-    )
-    mask = None if models.find_family(recipe.family).kind == "ar" else tokenizer.mask_id
-    ids = models.Ids(eos=tokenizer.eos_ids, mask=mask, bos=tokenizer.bos_id, pad=tokenizer.pad_id)
-    info = models.describe(recipe.family, config, ids, name=recipe.name, block=recipe.block or None)
-    return models.build(config, replace(info, defaults={"temperature": 0.0}), seed=recipe.seed)
-
-
-def warm_start(model: Decoder, recipe: Recipe, runs: Path, tokenizer: Tokenizer, device: str, threads: int) -> None:
-    """Weights from the recipe's init, training that first where its checkpoint is missing. Norms of q and k that the
-    source lacks keep their initial value; those that only the source has are folded into its projections."""
-    assert recipe.init is not None
-    checkpoint = runs / recipe.init.recipe / f"step-{recipe.init.step}"
-    if not (checkpoint / "state.json").is_file():
-        run(recipe.init.recipe, runs=runs, steps=recipe.init.step, device=device, threads=threads)
-    before = load_recipe(recipe.init.recipe)
-    source = build_model(before, tokenizer)
-    if source.config.qk_norm and not model.config.qk_norm:
-        read_weights(checkpoint, source)
-        objective = make_objective(before.objective, source, before.slack, before.power)
-        batch, _ = next(Stream(tokenizer, "train", 0, before.batch_tokens, objective.cost).at((0, 0)))
-        rows = objective.rows(batch.examples, torch.Generator().manual_seed(0))
-        model.load_state_dict(fold_norms(source, rows))
-    else:
-        read_weights(checkpoint, model, recipe.init.layers)
-
-
-def export(model: Decoder, tokenizer: Path, out: Path) -> None:
-    """A Hugging Face directory: config.json, bfloat16 weights, tokenizer files."""
-    copy = models.build(model.config, model.info)
-    copy.load_state_dict(model.state_dict())
-    files = [tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json"]
-    models.save(copy.to(torch.bfloat16), out, files=files)
-
-
-def make_optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW on the embedding, head and norms; on matrices of layers Muon (Jordan et al. 2024), scaled to AdamW's update
-    size (Liu et al. 2025, arXiv 2502.16982), or AdamW too."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    adamw = {"betas": (0.9, 0.98), "weight_decay": recipe.weight_decay, "fused": True}
-    if recipe.optimizer == "adamw":
-        groups = [{"params": rest, "lr": recipe.lr}, {"params": matrices, "lr": recipe.matrix_lr}]
-        found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]  # type: ignore[arg-type]
-    else:
-        found = [
-            torch.optim.AdamW(rest, lr=recipe.lr, **adamw),  # type: ignore[arg-type]
-            torch.optim.Muon(
-                matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-        ]
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return found
-
-
-def rate(recipe: Recipe, step: int) -> float:
-    """Factor on the learning rates at this step (0-based), in (0, 1]."""
-    warm = min(1.0, (step + 1) / max(recipe.warmup, 1))
-    if recipe.schedule == "cosine":
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
-    falling = max(recipe.steps * recipe.decay, 1)
-    return warm * min(1.0, (recipe.steps - step) / falling)
-
-
-@dataclass
 class Loop:
-    """One run in progress. `state` is what a checkpoint keeps: step (done), position in the data, counters."""
+    """One run in progress.
 
-    recipe: Recipe
-    model: Decoder
-    optimizers: Sequence[torch.optim.Optimizer]
-    objective: Objective
-    tokenizer: Tokenizer
-    state: dict[str, Any]
-    home: Path
-    device: str
+    state  what a checkpoint keeps beside tensors: step (done), position in the data, counters, and the work's own.
+    """
 
-    def go(self, stop: int, validate_every: int, save_every: int, log_every: int) -> None:
+    def __init__(self, work: Work, plan: Plan, home: Path) -> None:
+        self.work, self.plan, self.home = work, plan, home
+        self.optimizers = make_optimizers(work.model, plan)
+        self.state: dict[str, Any] = {"step": 0, "position": work.start, "tokens": 0, "samples": 0, "seconds": 0.0}
+        newest = latest(home)
+        if newest is not None:
+            self.state = read_checkpoint(newest, work.model, self.optimizers)
+            work.load_extra_state(self.state.pop("work", {}))
+        self.sums: dict[str, float] = defaultdict(float)  # of losses since the last line
+        self.notes: dict[str, list[float]] = defaultdict(list)  # diagnostics since then; not every batch has each
+        self.lines = 0  # steps since then
+
+    def go(self, stop: int) -> None:
         """Run up to step `stop`; log.jsonl gets a line every `log_every` steps and at every validation."""
-        recipe = self.recipe
-        cost = self.objective.cost
-        stream = Stream(self.tokenizer, "train", recipe.seed, recipe.batch_tokens, cost, recipe.mix)
-        window, number = self.state["position"]
-        batches = stream.at((window, number))
-        begun, before = time.monotonic(), self.state["seconds"]
-        losses: list[float] = []
-        with progress(self.recipe.name, self.recipe.steps) as show:
-            while self.state["step"] < stop:
-                batch, position = next(batches)
-                losses.append(self.step(batch.examples, batch.number))
-                self.state["step"] += 1
-                self.state["position"] = list(position)
-                self.state["samples"] += len(batch.examples)
-                self.state["seconds"] = round(before + time.monotonic() - begun, 1)
-                step = self.state["step"]
-                if step % log_every == 0 or step == stop:
-                    line = {"loss": sum(losses) / len(losses), "lr": rate(self.recipe, step - 1)}
-                    if step % validate_every == 0 or step == stop:
-                        line["validation_loss"] = self.validation_loss()
-                    self.log(line)
-                    show(step, line)
-                    losses = []
-                if step % save_every == 0 or step == stop or step in self.recipe.milestones:
-                    write_checkpoint(self.home, step, self.model, self.optimizers, self.state)
-                    prune(self.home, 2, self.recipe.milestones)
+        log = RunLog(self.home, self.state["step"], tensorboard=self.plan.tensorboard)
+        try:
+            with progress(self.plan.name, self.plan.steps) as show:
+                batches = self.work.batches(self.state["position"])
+                begun, before = time.monotonic(), self.state["seconds"]
+                while self.state["step"] < stop:
+                    step = self.state["step"]
+                    self.work.before_step(step)
+                    good = self._step(batches, step)
+                    if good:
+                        self.state["step"] = step + 1
+                        good = not self.work.after_step(step + 1)
+                    self.state["seconds"] = round(before + time.monotonic() - begun, 1)
+                    for event in self.work.events():
+                        log.event(step + 1, event)
+                    if not good:
+                        self._go_back(log, step)
+                        batches = self.work.batches(self.state["position"])
+                        continue
+                    self._report(log, show, stop)
+                    self._save(stop)
+        finally:
+            log.close()
 
-    def step(self, examples: Sequence[Example], number: int) -> float:
-        """One optimizer step; the loss in nats."""
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + number)
-        rows = self.objective.rows(examples, generator).to(self.device)
+    def one_step(self) -> dict[str, float]:
+        """One optimizer step at the run's position, without log and checkpoint; its losses, grad_norm among them."""
+        if not self._step(self.work.batches(self.state["position"]), self.state["step"]):
+            raise TrainingError("the step was not taken: a loss or gradient is not finite.")
+        self.state["step"] += 1
+        found = dict(self.sums)
+        self._forget()
+        return found
+
+    def _step(self, batches: Iterator[tuple[Any, Any]], step: int) -> bool:
+        """One optimizer step. False: something was not finite, nothing was changed, and the work wants to go back."""
+        window = []
+        for _ in range(self.plan.accumulate):
+            batch, position = next(batches)
+            window.append(batch)
+        factor = rate(self.plan, step) * self.work.rate_factor(step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(self.recipe, self.state["step"])
-        value = loss(self.model, rows, bf16=self.recipe.bf16)
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+                group["lr"] = group["peak"] * factor
+        sums: dict[str, float] = defaultdict(float)
+        notes: list[Mapping[str, float]] = []
+        tokens = samples = 0
+        for batch, shares in zip(window, _shares([self.work.counts(batch) for batch in window]), strict=True):
+            try:
+                found = self.work.losses(batch, step)
+            except TrainingError as error:
+                if not error.names:
+                    raise
+                return self._broken(step, error.names)
+            values = _values(found, shares)
+            if not math.isfinite(values["loss"]):
+                return self._broken(step, _broken_terms(found))
+            _total(found.terms, shares).backward()  # type: ignore[no-untyped-call]
+            for name, value in values.items():
+                sums[name] += value
+            notes.append(found.diagnostics)
+            tokens, samples = tokens + found.tokens, samples + found.samples
+        parameters = list(self.work.model.parameters())
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total.item()
+        if not math.isfinite(norm):  # before clipping, which would spread it to all of them
+            return self._broken(step, self._broken_gradients())
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.clip, total)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.state["tokens"] += rows.batch * rows.length
-        return value.item()
+        for name, value in {**sums, "grad_norm": norm}.items():
+            self.sums[name] += value
+        for name, value in (pair for note in notes for pair in note.items()):
+            self.notes[name].append(value)
+        self.lines += 1
+        self.state["position"] = position
+        self.state["tokens"] += tokens
+        self.state["samples"] += samples
+        return True
 
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """The objective on the first batches of the validation stream, with the same noise every time; nats."""
-        total, count = 0.0, 0
-        for batch in self.validation:
-            generator = torch.Generator().manual_seed(batch.number)
-            rows = self.objective.rows(batch.examples, generator).to(self.device)
-            total += loss(self.model, rows, bf16=self.recipe.bf16).item() * len(batch.examples)
-            count += len(batch.examples)
-        return total / count
+    def _broken_gradients(self) -> tuple[str, ...]:
+        """Names of the first parameters whose gradient is not finite."""
+        wrong = [
+            name
+            for name, p in self.work.model.named_parameters()
+            if p.grad is not None and not bool(p.grad.isfinite().all())
+        ]
+        return tuple(f"the gradient of {name}" for name in wrong[:3])
 
-    @cached_property
-    def validation(self) -> list[Batch]:
-        stream = Stream(self.tokenizer, "validation", 0, self.recipe.batch_tokens, self.objective.cost)
-        enough = max(1, VALIDATION_TOKENS // self.recipe.batch_tokens)
-        return [batch for batch, _ in islice(stream.at((0, 0)), enough)]
+    def _broken(self, step: int, names: tuple[str, ...]) -> bool:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.work.broken(step, names):
+            return False
+        kept = newest_good(self.home, self.work.good)
+        where = "There is no checkpoint yet" if kept is None else f"The last good checkpoint is {kept}"
+        raise TrainingError(
+            f"step {step + 1}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite. {where}.",
+            names=names,
+            hint="Lower the learning rate, clip harder, or look at the batch; the run goes on from its checkpoint.",
+        )
 
-    def log(self, values: dict[str, Any]) -> None:
-        kept = {k: self.state[k] for k in ("step", "tokens", "samples", "seconds")}
-        with (self.home / "log.jsonl").open("a") as file:
-            file.write(json.dumps({**kept, **{k: round(v, 5) for k, v in values.items()}}) + "\n")
+    def _go_back(self, log: RunLog, step: int) -> None:
+        """Weights, optimizer and position of the newest good checkpoint; the work keeps what it has learnt of what went
+        wrong, and that is written down at once, so that a run that is killed now does not try it again."""
+        target = newest_good(self.home, self.work.good)
+        if target is None:
+            raise TrainingError(
+                f"step {step + 1} went wrong, and there is no good checkpoint to go back to.",
+                hint="Save more often (save_every).",
+            )
+        seconds = self.state["seconds"]
+        self.state = read_checkpoint(target, self.work.model, self.optimizers)
+        self.state.pop("work", None)
+        self.state["seconds"] = seconds
+        self._forget()
+        drop_after(self.home, self.state["step"])
+        self._write()
+        log.event(self.state["step"], {"event": "went_back", "from": step + 1})
+
+    def _report(self, log: RunLog, show: Show, stop: int) -> None:
+        step = self.state["step"]
+        validated = step % self.plan.validate_every == 0 or step == stop
+        if step % self.plan.log_every != 0 and not validated:
+            return
+        means: dict[str, Value] = {name: value / self.lines for name, value in self.sums.items()}
+        norm = means.pop("grad_norm")
+        line: dict[str, Value] = {"loss": means.pop("loss"), "lr": rate(self.plan, step - 1)}
+        factor = self.work.rate_factor(step - 1)
+        means |= {name: sum(values) / len(values) for name, values in self.notes.items()}
+        line |= {"grad_norm": norm, **means} | ({"lr_factor": factor} if factor != 1 else {})
+        if validated:
+            line |= self.work.validate(step)
+        log.line(self.state, line)
+        for event in self.work.events():
+            log.event(step, event)
+        show(step, line)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.sums.clear()
+        self.notes.clear()
+        self.lines = 0
+
+    def _save(self, stop: int) -> None:
+        step = self.state["step"]
+        kept = {*self.plan.milestones, *self.work.milestones()}
+        if step % self.plan.save_every == 0 or step == stop or step in kept:
+            self._write()
+            prune(self.home, self.plan.keep, sorted(kept))
+
+    def _write(self) -> None:
+        extra = self.work.extra_state()
+        state = {**self.state, "work": extra} if extra else self.state
+        write_checkpoint(self.home, self.state["step"], self.work.model, self.optimizers, state)
 
 
-@contextmanager
-def progress(name: str, steps: int) -> Iterator[Any]:
-    """show(step, values): a bar on a terminal, a plain line elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+def _shares(counts: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """For every micro-batch, the share of the step that each of its terms has; a term that is missing has 1 / n."""
+    if len(counts) == 1:
+        return [{}]
+    totals: dict[str, float] = defaultdict(float)
+    for count in counts:
+        for name, value in count.items():
+            totals[name] += value
+    even = {"": 1 / len(counts)}
+    return [even | {name: value / max(totals[name], 1.0) for name, value in count.items()} for count in counts]
 
-        def line(step: int, values: dict[str, Any]) -> None:
-            text = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-            print(f"{name} {step}/{steps}  {text}", file=sys.stderr, flush=True)
 
-        yield line
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
-        task = bar.add_task(name, total=steps, note="")
+def _share(shares: Mapping[str, float], name: str) -> float:
+    return shares.get(name, shares.get("", 1.0))
 
-        def move(step: int, values: dict[str, Any]) -> None:
-            bar.update(task, completed=step, note="  ".join(f"{k} {v:.3f}" for k, v in values.items()))
 
-        yield move
+def _total(terms: Mapping[str, Tensor], shares: Mapping[str, float]) -> Tensor:
+    """The sum of the terms, each times its share."""
+    scaled = [term if (share := _share(shares, name)) == 1.0 else term * share for name, term in terms.items()]
+    total = scaled[0]
+    for term in scaled[1:]:
+        total = total + term
+    return total
+
+
+def _broken_terms(found: Losses) -> tuple[str, ...]:
+    wrong = tuple(name for name, term in found.terms.items() if not bool(term.isfinite().all()))
+    return wrong or ("the sum of the losses",)  # of finite terms that overflow together
+
+
+def _values(found: Losses, shares: Mapping[str, float]) -> dict[str, float]:
+    """Numbers for the log: "loss", and each term as "loss.NAME" where there is more than one."""
+    names = list(found.terms)
+    numbers = torch.stack([term.detach().float() for term in found.terms.values()]).tolist()
+    shared = [number * _share(shares, name) for name, number in zip(names, numbers, strict=True)]
+    parts = {f"loss.{name}": number for name, number in zip(names, shared, strict=True)} if len(names) > 1 else {}
+    return {"loss": sum(shared), **parts}
