@@ -13,6 +13,7 @@ from dfastllm import errors
 # class: (HTTP status, machine-readable code, OpenAI type)
 WIRE = {
     "AuthenticationError": (401, "invalid_api_key", "authentication_error"),
+    "BudgetError": (402, "budget_spent", "server_error"),
     "CancelledError": (499, "cancelled", "server_error"),
     "CheckpointError": (500, "bad_checkpoint", "server_error"),
     "ContextLengthError": (400, "context_length_exceeded", "invalid_request_error"),
@@ -30,9 +31,11 @@ WIRE = {
     "RequestNotFoundError": (404, "request_not_found", "invalid_request_error"),
     "SlowRequestError": (408, "request_too_slow", "invalid_request_error"),
     "StorageError": (500, "cannot_write", "server_error"),
+    "TeacherError": (502, "teacher_failed", "server_error"),
     "TimeoutError": (504, "timeout", "server_error"),
     "TokenizerError": (500, "bad_tokenizer", "server_error"),
     "TooManyConnectionsError": (503, "too_many_connections", "server_error"),
+    "TrainingError": (500, "training_failed", "server_error"),
     "UnsupportedError": (400, "unsupported", "invalid_request_error"),
     "ValidationError": (400, "invalid_request", "invalid_request_error"),
 }

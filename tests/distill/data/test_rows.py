@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from dfastllm.distill.data.rows import BadRow, RowFile, check_row, write_rows
 from dfastllm.errors import DataError, StorageError
 from tests.distill.data.conftest import Write
+from tests.kit.source import ROOT, SRC
 
 GOOD = {"prompt": "What is 2 + 2?", "teacher_text": "4"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -189,3 +191,12 @@ def test_any_value_is_a_row_or_has_a_reason(value: Any) -> None:
         row = None
         reason = error.reason
     assert (row.messages and row.teacher_text.strip()) if row else reason
+
+
+def test_every_reason_is_in_the_document() -> None:
+    source = "".join((SRC / "distill" / "data" / name).read_text(encoding="utf-8") for name in ("rows.py", "encode.py"))
+    reasons = set(re.findall(r'BadRow\(\s*"(\w+)"', source))
+    assert len(reasons) > 15
+    page = (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8")
+    fields = {f"bad_{name}" for name in FIELDS} | {"bad_metadata"}  # one line, `bad_FIELD`
+    assert {reason for reason in reasons - fields if f"`{reason}`" not in page} == set()
