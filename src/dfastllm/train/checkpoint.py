@@ -61,7 +61,7 @@ def write_checkpoint(
 def _generators() -> dict[str, Tensor]:
     """States of torch's global generators, uint8."""
     found = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["cuda"] = torch.cuda.get_rng_state()
     return found
 

@@ -63,14 +63,14 @@ def run(
         warm_start(model, recipe, Path(runs), tokenizer, device, threads)
     home.mkdir(parents=True, exist_ok=True)
     (home / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=1) + "\n")
-    every = {"validate_every": validate_every, "save_every": save_every, "log_every": log_every}
+    every: dict[str, Any] = {"validate_every": validate_every, "save_every": save_every, "log_every": log_every}
     done = fit(RecipeWork(recipe, model, tokenizer), plan_of(recipe, **every), home, stop=steps)
     if out is not None:
         export(model, Path(runs) / "tokenizer", Path(out))
     return done
 
 
-def plan_of(recipe: Recipe, **every: int) -> Plan:
+def plan_of(recipe: Recipe, **every: Any) -> Plan:
     """The plan of a recipe; every: validate_every, save_every, log_every."""
     names = ("name", "steps", "lr", "matrix_lr", "optimizer", "weight_decay", "warmup", "schedule", "decay", "clip")
     more = {name: getattr(recipe, name) for name in (*names, "seed", "milestones")}

@@ -67,6 +67,7 @@ class Work(Protocol):
 
     def before_step(self, step: int) -> None:
         """Called before step `step` (0-based) reads its batches: the place to switch something on."""
+        return
 
     def rate_factor(self, step: int) -> float:
         """A factor on the learning rates of this step, beside the schedule's."""
@@ -101,3 +102,4 @@ class Work(Protocol):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """The inverse; called once, when a run resumes (not when the loop goes back)."""
+        return
