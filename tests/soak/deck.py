@@ -37,13 +37,6 @@ class Choice:
     tokens: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def same(self, other: Choice, tolerance: float) -> bool:
-        """Equal, and the log probabilities within `tolerance`: rebuilt K,V may differ in their last bits."""
-        if (self.text, self.finish, self.calls, self.tokens) != (other.text, other.finish, other.calls, other.tokens):
-            return False
-        pairs = zip(self.logprobs, other.logprobs, strict=True)
-        return all(abs(a - b) <= tolerance for a, b in pairs)
-
     def add(self, part: Mapping[str, Any]) -> None:
         """A choice of a whole answer, or of a chunk of a stream."""
         said = part.get("message") or part.get("delta") or {"content": part.get("text")}

@@ -119,8 +119,10 @@ class BlockDiffusion:
         if _from_before(active):
             end = min(base, held + most)
             return self._span(seq, held, end, "keep", active if end == base else None, limit)
-        if base + size - held > max(most, 2 * size):
-            return self._span(seq, held, held + min(most, base - held), "keep", None, limit)
+        first = state.block_step == 0 and start <= max(base, state.layout.start)  # of the model's block
+        if not first or base + size - held > max(most, 2 * size):
+            alone = base - size if first else base
+            return self._span(seq, held, held + min(most, alone - held), "keep", None, limit)
         return self._span(seq, held, base + size, "keep", active, limit)
 
     @staticmethod
