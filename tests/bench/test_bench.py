@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dfastllm.bench.decoders import Point, decoder_grid, parallelism_sweep, plot_points
-from dfastllm.bench.measure import machine, spread, write_record
 from dfastllm.bench.overhead import _Operations, step_overhead
-from dfastllm.bench.workload import Outcome, gradable
+from dfastllm.bench.workload import Outcome
 from dfastllm.decode.registry import CACHES, RULES
+from dfastllm.metrics.records import machine, spread, write_record
+from dfastllm.metrics.workload import gradable
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1))

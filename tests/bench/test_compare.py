@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dfastllm.bench.compare import LEAST_PAIRS, compare, guarded_ratio, judge, take_pairs
-from dfastllm.bench.stats import Ratio, paired_ratio, sign_interval
 from dfastllm.errors import ValidationError
+from dfastllm.metrics.stats import Ratio, paired_ratio, sign_interval
 
 
 def tail(n: int, p: float, least: int) -> float:

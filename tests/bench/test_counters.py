@@ -21,10 +21,10 @@ from dfastllm.bench.counters import (
     load_counters,
     save_counters,
 )
-from dfastllm.bench.workload import gradable
 from dfastllm.core import SamplingParams
 from dfastllm.errors import GenerationError, ValidationError
 from dfastllm.llm import LLM
+from dfastllm.metrics.workload import gradable
 from tests.kit.source import ROOT
 
 BASELINE = ROOT / "benchmarks" / "gates" / "counters.json"

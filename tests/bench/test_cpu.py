@@ -25,9 +25,9 @@ from dfastllm.bench.cpu.report import table, write_results
 from dfastllm.bench.cpu.shapes import SHAPES, find_shape
 from dfastllm.bench.cpu.turns import Turn, peer_burst, take_turns
 from dfastllm.bench.cpu.wire import Peer, PeerError
-from dfastllm.bench.measure import write_record
-from dfastllm.bench.stats import Ratio, paired_ratio, summarise
 from dfastllm.errors import ValidationError
+from dfastllm.metrics.records import write_record
+from dfastllm.metrics.stats import Ratio, paired_ratio, summarise
 
 FAKE = Path(__file__).parents[1] / "kit" / "fake_peer.py"
 positive = st.floats(1e-6, 1e3)

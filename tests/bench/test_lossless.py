@@ -9,8 +9,8 @@ import torch
 
 from dfastllm import assemble
 from dfastllm.bench import lossless
-from dfastllm.bench.measure import spread
 from dfastllm.llm import LLM
+from dfastllm.metrics.records import spread
 from dfastllm.models import tiny
 
 torch.set_num_threads(1)

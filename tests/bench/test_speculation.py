@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dfastllm import assemble
-from dfastllm.bench.measure import write_record
 from dfastllm.bench.speculation import Oracle, break_even, engine_of, oracle, plot, speed, verify_costs
 from dfastllm.core import Request, SamplingParams, SequenceState
+from dfastllm.metrics.records import write_record
 from dfastllm.metrics.speculation import answer, counts
 from dfastllm.models import tiny
 

@@ -13,7 +13,7 @@ from typer.testing import Result
 
 from dfastllm.bench import counters as exact
 from dfastllm.bench.gate_command import COUNTERS
-from dfastllm.bench.gates import SpeedReport, load_report, save_report
+from dfastllm.metrics.gates import SpeedReport, load_report, save_report
 from tests.kit.source import ROOT
 
 Cli = Callable[..., Result]

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dfastllm.bench.cpu.commands import app as cpu
 from dfastllm.bench.cpu.environment import default_cache
-from dfastllm.bench.measure import write_record
+from dfastllm.metrics.records import write_record
 
 app = typer.Typer(add_completion=False, help=__doc__)
 app.add_typer(cpu, name="cpu")

@@ -14,10 +14,10 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from dfastllm.bench.measure import Spread, spread
 from dfastllm.decode.registry import POLICIES
 from dfastllm.engine import Worker
 from dfastllm.llm import load_engine
+from dfastllm.metrics.records import Spread, spread
 from dfastllm.server.app import create_app
 from dfastllm.server.completions import completions
 from dfastllm.server.schemas import CompletionRequest

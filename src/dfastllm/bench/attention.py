@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dfastllm.bench.measure import spread
 from dfastllm.kernels import native
 from dfastllm.kernels.attention import attention
 from dfastllm.kernels.attention_plain import read_keys
 from dfastllm.kernels.kv import KV_TYPES, KvCache
 from dfastllm.kernels.step import BLOCK, Step
+from dfastllm.metrics.records import spread
 
 __all__ = ["CASES", "Case", "calls", "measure_attention"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dfastllm.bench.measure import spread
-from dfastllm.bench.workload import gradable, run
+from dfastllm.bench.workload import run
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.llm import LLM
+from dfastllm.metrics.records import spread
+from dfastllm.metrics.workload import gradable
 
 __all__ = ["batching_gain"]
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dfastllm.bench.stats import Ratio, Summary, paired_ratio, sign_interval, summarise
 from dfastllm.errors import ValidationError
+from dfastllm.metrics.stats import Ratio, Summary, paired_ratio, sign_interval, summarise
 
 __all__ = ["LEAST_PAIRS", "Compared", "Verdict", "compare", "guarded_ratio", "judge", "take_pairs"]
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfastllm.bench.gates import read_json
-from dfastllm.bench.workload import gradable
 from dfastllm.core import Cache, DecodeParams, Request, SamplingParams, StepStats
 from dfastllm.errors import GenerationError, ValidationError
 from dfastllm.llm import load_engine
+from dfastllm.metrics.gates import read_json
+from dfastllm.metrics.workload import gradable
 from dfastllm.text import Tokenizer
 
 __all__ = [

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dfastllm.bench.workload import gradable, run
+from dfastllm.bench.workload import run
 from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.errors import UnsupportedError
 from dfastllm.llm import LLM
+from dfastllm.metrics.workload import gradable
 
 __all__ = ["Point", "decoder_grid", "measure_decoders", "parallelism_sweep", "plot_points"]
 

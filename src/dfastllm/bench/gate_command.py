@@ -74,12 +74,13 @@ def record(
     """Measure a model on this machine and keep the speed as a report: a baseline, or what `check` holds against one."""
     settings = Settings.load({"threads": threads})
     with console(stderr=True).status("loading"):
-        from dfastllm.bench.gates import make_report, save_report
-        from dfastllm.bench.speed import measure_speed, speed_samples
-        from dfastllm.bench.timelines import aggregate
         from dfastllm.core import SamplingParams
         from dfastllm.kernels.extension import set_threads
         from dfastllm.llm import LLM, model_options
+        from dfastllm.metrics.gates import make_report, save_report
+        from dfastllm.metrics.model_speed import measure_speed
+        from dfastllm.metrics.timelines import aggregate
+        from dfastllm.metrics.workload import speed_samples
 
         set_threads(settings.threads)
         llm = LLM(model, **model_options(settings))
@@ -139,9 +140,9 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Hold a measurement against a baseline of the same hardware: TTFT, TPS, TTFA."""
-    from dfastllm.bench.gates import check as hold
-    from dfastllm.bench.gates import same_machine
-    from dfastllm.bench.speed import load_current
+    from dfastllm.bench.reports import load_current
+    from dfastllm.metrics.gates import check as hold
+    from dfastllm.metrics.gates import same_machine
 
     now = load_current(current, configuration)
     recorded = baseline is not None and baseline.exists()

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfastllm.bench.cpu.ceilings import Ceilings
-from dfastllm.bench.measure import spread
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.linear import head_stats, linear, linear_gated, pack, prepare
 from dfastllm.kernels.packed import GROUP, Packed, QTensor
+from dfastllm.metrics.records import spread
 
 __all__ = ["FORMATS", "ROWS", "SHAPES", "Work", "measure", "works"]
 

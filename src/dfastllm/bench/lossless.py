@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dfastllm.bench.measure import Spread, spread
-from dfastllm.bench.workload import gradable, run
+from dfastllm.bench.workload import run
 from dfastllm.core import Branch, DecodeParams, SamplingParams, Span
 from dfastllm.decode.canvas.lookahead import branches_worth
 from dfastllm.decode.canvas.rules import RULES
@@ -25,6 +24,8 @@ from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.llm import LLM
+from dfastllm.metrics.records import Spread, spread
+from dfastllm.metrics.workload import gradable
 from dfastllm.models import PackedDecoder
 
 __all__ = ["Drafted", "StepCost", "fit", "measure_branches", "measure_drafts"]

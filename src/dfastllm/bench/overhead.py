@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfastllm.bench.measure import Spread, spread
 from dfastllm.core import DecodeParams, ModelInfo, Request, SamplingParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.kernels import native
 from dfastllm.kernels.rows import Barred, Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
+from dfastllm.metrics.records import Spread, spread
 
 __all__ = ["NullModel", "NullRunner", "step_overhead"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfastllm.bench.measure import Spread, spread
 from dfastllm.core import Request, SamplingParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.runners.torch import Runnable
+from dfastllm.metrics.records import Spread, spread
 from dfastllm.models import PackedDecoder
 
 __all__ = ["Chat", "Crowd", "Served", "measure_prefix", "play", "workloads"]

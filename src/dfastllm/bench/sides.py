@@ -27,9 +27,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from dfastllm.bench.cpu.wire import Peer, PeerError
-from dfastllm.bench.speed import speed_samples
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.errors import GenerationError, ValidationError
+from dfastllm.metrics.workload import speed_samples
 
 __all__ = ["Asked", "open_side"]
 

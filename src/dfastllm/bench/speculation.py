@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from dfastllm import assemble
-from dfastllm.bench.measure import Spread, spread
 from dfastllm.core import Draft, ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.speculate.canvas import DraftCanvas
 from dfastllm.engine.speculate.model import DraftModel
 from dfastllm.llm import resolve
+from dfastllm.metrics.records import Spread, spread
 from dfastllm.metrics.speculation import answer, counts
 from dfastllm.tasks import MIXED, draw
 

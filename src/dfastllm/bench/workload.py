@@ -1,4 +1,4 @@
-"""What benchmarks run: held-out samples of the task mix, graded, so that no speed is reported without its accuracy."""
+"""Answering samples of the task mix for a benchmark: totals, so that no speed is reported without its accuracy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from dataclasses import dataclass
 
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.llm import LLM, Completion
-from dfastllm.tasks import MIXED, Sample, draw, grade
+from dfastllm.tasks import Sample, grade
 
-__all__ = ["Outcome", "gradable", "run"]
-
-
-def gradable(n: int, seed: int = 0) -> list[Sample]:
-    """n samples of the test split that have a grader, every gradable task of the default mix equally often."""
-    names = [name for name in MIXED if draw("test", seed, 0, name).grader is not None]
-    return [draw("test", seed, i // len(names), names[i % len(names)]) for i in range(n)]
+__all__ = ["Outcome", "run"]
 
 
 @dataclass(frozen=True)

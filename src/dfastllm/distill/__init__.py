@@ -31,14 +31,14 @@ __all__ = [
 # name -> (module, its name there)
 _HOME: dict[str, tuple[str, str]] = {
     "KDDataset": ("distill.data.dataset", "KDDataset"),
-    "aggregate_speed_metrics": ("metrics.speed", "aggregate"),
+    "aggregate_speed_metrics": ("metrics.timelines", "aggregate"),
     "check_qat_stability": ("distill.qat.stability", "check_qat_stability"),
     "collate_kd_batch": ("distill.data.collate", "collate_kd_batch"),
     "combined_kd_loss": ("distill.losses.combined", "combined_kd_loss"),
     "early_tool_call_loss": ("distill.losses.early_tool", "early_tool_call_loss"),
     "evaluate_speed_gates": ("metrics.gates", "evaluate_speed_gates"),
     "fit_batch_to_shape": ("distill.shapes", "fit_batch_to_shape"),
-    "is_valid_tool_json": ("metrics.speed", "is_valid_tool_json"),
+    "is_valid_tool_json": ("metrics.tool_schemas", "is_valid_tool_json"),
     "length_aware_kd_loss": ("distill.losses.length", "length_aware_kd_loss"),
     "load_config": ("distill.config", "load_config"),
     "run_distillation": ("distill.run", "run_distillation"),

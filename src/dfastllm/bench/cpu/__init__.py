@@ -4,6 +4,6 @@ Peers live in environments of their own and run as worker processes; this proces
 measured in turns (ours, peer, ours, peer, ...) at the same number of threads, and the ratio is taken turn by turn.
 """
 
-from dfastllm.bench.stats import Ratio, Summary, paired_ratio, summarise
+from dfastllm.metrics.stats import Ratio, Summary, paired_ratio, summarise
 
 __all__ = ["Ratio", "Summary", "paired_ratio", "summarise"]

@@ -79,8 +79,8 @@ def _record(
     from dfastllm.bench.cpu.records import PAIRS, Plan, named_cases
     from dfastllm.bench.cpu.report import table
     from dfastllm.bench.cpu.shapes import find_shape
-    from dfastllm.bench.measure import write_record
     from dfastllm.kernels.extension import describe
+    from dfastllm.metrics.records import write_record
 
     path = out / f"{peer}-{shape}.json"
     chosen = named_cases(cases)
@@ -209,8 +209,8 @@ def serving(
     from dfastllm.bench.cpu.report import as_json
     from dfastllm.bench.cpu.serving import Served, Traffic, against_vllm
     from dfastllm.bench.cpu.shapes import find_shape
-    from dfastllm.bench.measure import write_record
     from dfastllm.kernels.extension import describe
+    from dfastllm.metrics.records import write_record
     from dfastllm.quant import FORMATS
 
     found, count = find_shape(shape, "qwen2"), _threads(threads)
@@ -273,8 +273,8 @@ def diffusion(
     from dfastllm.bench.cpu.diffusion import FORMATS, Job, end_to_end, side_names, summary
     from dfastllm.bench.cpu.report import as_json
     from dfastllm.bench.cpu.shapes import find_shape
-    from dfastllm.bench.measure import write_record
     from dfastllm.kernels.extension import describe
+    from dfastllm.metrics.records import write_record
 
     found, job, count = find_shape(shape, "llada"), Job(prompt, canvas, block, per_step), _threads(threads)
     weights = formats or list(FORMATS)
@@ -317,8 +317,8 @@ def neutral(
     """Diffusion against autoregression at equal size on the task mix: accuracy, committed tok/s, the plot."""
     from dfastllm.bench.cpu.neutral import contenders, measure_accuracy, measure_speed, open_models, plot, winners
     from dfastllm.bench.cpu.report import as_json
-    from dfastllm.bench.measure import write_record
     from dfastllm.kernels.extension import describe
+    from dfastllm.metrics.records import write_record
 
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the plot needs matplotlib: ./run setup dev, or pip install 'dfastllm[plots]'.")

@@ -10,7 +10,7 @@ from dfastllm.bench.cpu.cases import Case, aim_for
 from dfastllm.bench.cpu.ours import Ours
 from dfastllm.bench.cpu.shapes import Shape
 from dfastllm.bench.cpu.turns import Burst, Turn, take_turns
-from dfastllm.bench.stats import Ratio, Summary, paired_ratio, summarise
+from dfastllm.metrics.stats import Ratio, Summary, paired_ratio, summarise
 
 __all__ = ["Contest", "Done", "Pace", "Row", "finished", "verdict"]
 

@@ -19,11 +19,11 @@ from dfastllm.bench.cpu.compare import verdict
 from dfastllm.bench.cpu.load import Foreign
 from dfastllm.bench.cpu.shapes import Shape
 from dfastllm.bench.cpu.weights import packed
-from dfastllm.bench.stats import paired_ratio, summarise
 from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.kernels.extension import set_threads
 from dfastllm.llm import LLM
+from dfastllm.metrics.stats import paired_ratio, summarise
 from dfastllm.models import build
 
 __all__ = ["AIM", "FORMATS", "Job", "Run", "end_to_end", "summary"]

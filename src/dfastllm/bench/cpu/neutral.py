@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm.bench.cpu.load import Foreign
-from dfastllm.bench.stats import Summary, paired_ratio, summarise
-from dfastllm.bench.workload import gradable, run
+from dfastllm.bench.workload import run
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.engine import EngineConfig
 from dfastllm.llm import LLM, load_engine
+from dfastllm.metrics.stats import Summary, paired_ratio, summarise
+from dfastllm.metrics.workload import gradable
 from dfastllm.tasks import Sample, grade
 
 __all__ = ["AR", "Accuracy", "Contender", "Pass", "contenders", "measure_accuracy", "measure_speed", "plot", "winners"]

@@ -27,10 +27,10 @@ from dfastllm.bench.cpu.ceilings import Ceilings
 from dfastllm.bench.cpu.shapes import Shape
 from dfastllm.bench.cpu.turns import take_turns
 from dfastllm.bench.cpu.wire import PeerError
-from dfastllm.bench.stats import Ratio, Summary, paired_ratio, summarise
 from dfastllm.bench.suite.client import Answer, Call, Client, Features
 from dfastllm.bench.suite.launch import Started, started_server
 from dfastllm.bench.suite.others import OTHERS, other_server
+from dfastllm.metrics.stats import Ratio, Summary, paired_ratio, summarise
 
 __all__ = ["Served", "Traffic", "against_vllm", "ensure_checkpoint", "wave_floor"]
 

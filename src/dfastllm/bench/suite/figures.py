@@ -23,8 +23,8 @@ from dfastllm.bench.suite.schema import (
     Speed,
 )
 from dfastllm.bench.suite.workloads import Prompt
-from dfastllm.bench.tool_schemas import CallFinder
 from dfastllm.errors import ValidationError
+from dfastllm.metrics.tool_schemas import CallFinder
 from dfastllm.text import ToolCall
 
 __all__ = [

@@ -419,8 +419,8 @@ def _utc(at: float) -> str:
 
 
 def _environment(url: str | None) -> Environment:
-    from dfastllm.bench.hardware import hardware, hardware_profile_key
-    from dfastllm.bench.measure import machine
+    from dfastllm.metrics.hardware import hardware, hardware_profile_key
+    from dfastllm.metrics.records import machine
 
     about, profile = machine(), hardware()
     host = urlsplit(url).hostname if url is not None else None

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dfastllm.bench.stats import paired_ratio, sign_interval
 from dfastllm.bench.suite.client import Answer, Call, Client
 from dfastllm.bench.suite.counting import Counters, TokenCounter
 from dfastllm.bench.suite.figures import Measured, figures
@@ -21,6 +20,7 @@ from dfastllm.bench.suite.record import Recorder
 from dfastllm.bench.suite.schema import Comparison, Figures, Round, Speculation
 from dfastllm.bench.suite.watch import Watch
 from dfastllm.bench.suite.workloads import Prompt, PromptSource
+from dfastllm.metrics.stats import paired_ratio, sign_interval
 
 __all__ = ["Progress", "ServerLost", "Settings", "Sweep", "Trial", "ask_all", "compare"]
 

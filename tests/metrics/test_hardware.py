@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dfastllm.bench.hardware import fingerprints, hardware, hardware_profile_key
+from dfastllm.metrics.hardware import fingerprints, hardware, hardware_profile_key
 
 KNOWN: dict[str, Any] = {
     "system": "Linux",

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dfastllm.bench.gates import (
+from dfastllm.errors import ValidationError
+from dfastllm.metrics.gates import (
     SpeedReport,
     check,
     evaluate_speed_gates,
@@ -18,8 +19,7 @@ from dfastllm.bench.gates import (
     same_machine,
     save_report,
 )
-from dfastllm.bench.timelines import aggregate
-from dfastllm.errors import ValidationError
+from dfastllm.metrics.timelines import aggregate
 
 BASE = {"ttft_ms": {"p50": 200.0, "p95": 400.0}, "tps": {"p50": 30.0, "p95": 25.0}}
 
@@ -179,7 +179,7 @@ def test_reports_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_make_report_is_of_this_machine() -> None:
-    from dfastllm.bench.hardware import hardware_profile_key
+    from dfastllm.metrics.hardware import hardware_profile_key
 
     made = make_report({**now(), "n": 7}, model="m")
     assert made.hardware_profile_key == hardware_profile_key()

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from dfastllm.bench.tool_schemas import CallFinder, ToolSchemas, is_valid_tool_json
 from dfastllm.errors import ValidationError
+from dfastllm.metrics.tool_schemas import CallFinder, ToolSchemas, is_valid_tool_json
 from dfastllm.text import ToolCall
 
 WEATHER = {

@@ -1,71 +1,21 @@
-"""Speed metrics (of `metrics.speed` and `timelines`) of a model in this process and of what `dfastllm bench` wrote.
-
-The workload of the speed gates is the held-out task mix: every other request should call a tool, so that TTFA means
-something; the rest are the other graded tasks. Requests are sent one after the other: this is what one reader feels.
-"""
+"""Speed reports of what `dfastllm gate record` and `dfastllm bench` wrote, in the form that the gates take."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfastllm.bench.gates import SpeedReport, load_report, read_json
 from dfastllm.bench.suite.schema import SCHEMA as SUITE
 from dfastllm.bench.suite.schema import ConfigurationResult, Results, Speed, load_results
-from dfastllm.bench.timelines import ToolTimeline, aggregate, measure, record
-from dfastllm.bench.workload import gradable
-from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.errors import ValidationError
-from dfastllm.llm import LLM
+from dfastllm.metrics.gates import SpeedReport, load_report, read_json
 from dfastllm.metrics.speed import Arrival
-from dfastllm.tasks import Sample, draw
+from dfastllm.metrics.timelines import ToolTimeline, aggregate
 
-__all__ = ["load_current", "measure_speed", "speed_samples", "suite_report"]
-
-
-def speed_samples(n: int, seed: int = 0) -> list[Sample]:
-    """n held-out samples, every other one to be answered by a tool call."""
-    calls = _tool_calls(seed)
-    others = iter([s for s in gradable(2 * n, seed) if not s.tools])
-    return [next(calls) if i % 2 == 0 else next(others) for i in range(n)]
-
-
-def _tool_calls(seed: int) -> Iterator[Sample]:
-    index = 0
-    while True:
-        sample = draw("test", seed, index, "tools")
-        index += 1
-        if sample.grader == "tool_call":
-            yield sample
-
-
-def measure_speed(
-    llm: LLM,
-    samples: Sequence[Sample],
-    sampling: SamplingParams | None = None,
-    decode: DecodeParams | None = None,
-    *,
-    warmups: int = 2,
-    clock: Callable[[], float] = time.monotonic,
-) -> list[dict[str, float | None]]:
-    """The figures of each sample, asked one after the other on a loaded model, after `warmups` unmeasured ones. A
-    sample that should be answered by a tool call is held to its own tools' schemas."""
-    sampling = sampling or SamplingParams(temperature=0.0, max_tokens=64)
-
-    def ask(sample: Sample) -> tuple[ToolTimeline, Sequence[Mapping[str, Any]] | None]:
-        prompt = llm.render(sample.messages, sample.tools or None)
-        sent = clock()
-        events = llm.stream(prompt, sampling, decode)
-        timeline = record(
-            events, sent=sent, clock=clock, tokenizer=llm.tokenizer, skip_special=sampling.skip_special_tokens
-        )
-        return timeline, sample.tools if sample.grader == "tool_call" else None
-
-    return measure(ask, samples, warmups=warmups)
+__all__ = ["load_current", "suite_report"]
 
 
 def load_current(path: Path, configuration: str | None = None) -> SpeedReport:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfastllm.bench.measure import machine
+from dfastllm.metrics.records import machine
 
 __all__ = ["fingerprints", "hardware", "hardware_profile_key"]
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfastllm.bench.timelines import ToolTimeline as Timeline
-from dfastllm.bench.timelines import aggregate, measure, record
 from dfastllm.core import CanvasUpdate, Finish, FinishReason, StepEvent, Usage
 from dfastllm.llm import resolve
 from dfastllm.metrics.speed import Arrival, CallPart, percentiles
+from dfastllm.metrics.timelines import ToolTimeline as Timeline
+from dfastllm.metrics.timelines import aggregate, measure, record
 from dfastllm.text import Tokenizer
 
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "required": ["zone"]}}}

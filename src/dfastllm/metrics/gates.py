@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic import ValidationError as SchemaError
 
-from dfastllm.bench.hardware import fingerprints, hardware, hardware_profile_key
 from dfastllm.errors import ValidationError
+from dfastllm.metrics.hardware import fingerprints, hardware, hardware_profile_key
 
 __all__ = [
     "SCHEMA_VERSION",

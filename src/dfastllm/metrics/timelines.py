@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dfastllm.bench.tool_schemas import CallFinder, ToolSchemas
 from dfastllm.core import StepEvent
 from dfastllm.metrics.speed import Arrival, CallPart, Timeline, percentiles
+from dfastllm.metrics.tool_schemas import CallFinder, ToolSchemas
 from dfastllm.text import Detokenizer, Tokenizer, ToolCall
 
 __all__ = ["ToolTimeline", "aggregate", "measure", "record"]
