@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dfastllm.core import TokenLogprob
-from dfastllm.server.tokens import completion_logprobs, token_bytes, token_text
+from dfastllm.server.tokens import chat_logprobs, completion_logprobs
+from dfastllm.text.token_text import token_bytes, token_text
 
 
 class Spelled:
@@ -59,3 +60,15 @@ def test_of_two_tokens_of_one_text_the_likelier_is_shown() -> None:
     assert found.top_logprobs == [{" b": -0.5, "a": -1.0, "c": -3.0}]
     assert list(found.top_logprobs[0]) == [" b", "a", "c"]  # the best first
     assert (found.tokens, found.token_logprobs, found.text_offset) == ([" b"], [-0.5], [7])
+
+
+def test_tokens_are_named_by_their_ids_where_that_is_asked_for() -> None:
+    """As vLLM's return_tokens_as_token_ids: two tokens of one text stay two, and bytes stay the token's."""
+    tokenizer: Any = Spelled(("a", "a"), ("▁b", "b"), ("Ġb", " b"))
+    record = TokenLogprob(2, -0.5, ((2, -0.5), (1, -1.0)))
+    entry = chat_logprobs(tokenizer, [record], as_ids=True).content[0]
+    assert (entry.token, bytes(entry.bytes)) == ("token_id:2", b" b")
+    assert [(top.token, top.logprob) for top in entry.top_logprobs] == [("token_id:2", -0.5), ("token_id:1", -1.0)]
+    found = completion_logprobs(tokenizer, [record], [0], as_ids=True)
+    assert found.tokens == ["token_id:2"]
+    assert found.top_logprobs == [{"token_id:2": -0.5, "token_id:1": -1.0}]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from dfastllm.errors import TokenizerError
 from dfastllm.llm import resolve
-from dfastllm.server.tokens import token_bytes
 from dfastllm.text import Detokenizer, Tokenizer
 from dfastllm.text.detokenizer import TextOffsets
+from dfastllm.text.token_text import token_bytes
 
 COMMON = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dfastllm.core import CanvasUpdate
 from dfastllm.server.replies import CanvasChunk, CanvasEvent, CanvasToken, RevisedToken
-from dfastllm.server.tokens import token_text
+from dfastllm.text.token_text import token_text
 
 if TYPE_CHECKING:
     from dfastllm.text import Tokenizer

@@ -69,7 +69,8 @@ class _Call(Call[CompletionRequest]):
         logprobs = None
         if self.body.logprobs is not None:
             offsets = self.offsets[index].push(result.token_ids)
-            logprobs = completion_logprobs(self.model.tokenizer, result.logprobs, offsets)
+            as_ids = bool(self.body.return_tokens_as_token_ids)
+            logprobs = completion_logprobs(self.model.tokenizer, result.logprobs, offsets, as_ids=as_ids)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, **rest, **self.token_ids(result.token_ids))
 
     def echoed(self, index: int) -> str:

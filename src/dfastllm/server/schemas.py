@@ -127,6 +127,9 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     speculative_config: SpeculativeOptions | None = Field(None, description=SPECULATIVE_HELP)
     return_token_ids: bool | None = Field(None, description="Choices carry token_ids too.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='Log probabilities name tokens by their ids, "token_id:123".'
+    )
     timings: bool | None = Field(
         None,
         description="The dfastllm block (of a stream: a last chunk) also says when the parts of each answer came.",

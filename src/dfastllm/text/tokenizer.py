@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,14 @@ class Tokenizer:
         """The vocabulary's own spelling (not text: spaces and bytes are encoded), None for an id outside it."""
         found: str | None = self.backend.id_to_token(token_id) if token_id >= 0 else None
         return found
+
+    def differing_ids(self, other: Tokenizer, ignoring: Collection[int] = ()) -> list[int]:
+        """Ids that stand for another token there, or for none, ascending."""
+        ours, theirs = (
+            {i: text for text, i in one.backend.get_vocab(with_added_tokens=True).items() if i not in ignoring}
+            for one in (self, other)
+        )
+        return sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
 
     def check_fits(self, vocab_size: int, mask_id: int | None = None) -> None:
         """Raise TokenizerError when this tokenizer cannot belong to a model with `vocab_size` logits and `mask_id`."""

@@ -226,18 +226,14 @@ def check_vocabulary(
             _differ(target, draft, f"{draft.vocab_size} ids against {target.vocab_size}")
         return
     masks = {i for i in (target.mask_id, draft.mask_id) if i is not None}
-    ours, theirs = (
-        {i: text for text, i in t.backend.get_vocab(with_added_tokens=True).items() if i not in masks}
-        for t in (tokenizer, draft_tokenizer)
-    )
-    wrong = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    wrong = tokenizer.differing_ids(draft_tokenizer, masks)
     if wrong:
         first = wrong[0]
         _differ(
             target,
             draft,
-            f"{len(wrong)} ids mean other tokens, the first is {first}: {theirs.get(first)!r} against"
-            f" {ours.get(first)!r}",
+            f"{len(wrong)} ids mean other tokens, the first is {first}: {draft_tokenizer.id_to_token(first)!r} against"
+            f" {tokenizer.id_to_token(first)!r}",
         )
     eos = set(target.eos_ids) ^ set(draft.eos_ids)
     if target.eos_ids and draft.eos_ids and not set(target.eos_ids) & set(draft.eos_ids):
