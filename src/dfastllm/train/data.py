@@ -6,13 +6,16 @@ Does not know objectives: what is masked or shifted is theirs.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dfastllm.tasks import Sample, Split, draw
 from dfastllm.text.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Example", "Stream", "encode"]
+__all__ = ["Batch", "Example", "Stream", "buckets", "encode"]
+
+Item = TypeVar("Item")
 
 WINDOW = 1024  # samples sorted together: buckets are tight, and a batch stays a mix of the tasks
 TURN_SHARE = 0.03  # samples that follow another exchange in one chat
@@ -53,6 +56,21 @@ def encode(tokenizer: Tokenizer, sample: Sample, index: int = 0, before: Sample 
     return Example(tuple(prompt), tuple(response), index)
 
 
+def buckets(items: Iterable[Item], cost: Callable[[Item], int], tokens: int) -> list[tuple[Item, ...]]:
+    """Items, which come with ascending cost, in groups of at most `tokens` rows once all are as long as the last; an
+    item that alone is longer is a group of its own."""
+    found: list[tuple[Item, ...]] = []
+    group: list[Item] = []
+    for item in items:
+        if group and (len(group) + 1) * cost(item) > tokens:
+            found.append(tuple(group))
+            group = []
+        group.append(item)
+    if group:
+        found.append(tuple(group))
+    return found
+
+
 class Stream:
     """Batches of about `tokens` padded tokens, a pure function of (split, seed, position): a resumed run continues
     exactly.
@@ -86,14 +104,7 @@ class Stream:
 
     def _cut(self, window: int) -> list[tuple[Example, ...]]:
         examples = sorted(self._examples(window), key=lambda e: (self.cost(e), e.index))
-        batches: list[tuple[Example, ...]] = []
-        group: list[Example] = []
-        for example in examples:
-            if group and (len(group) + 1) * self.cost(example) > self.tokens:
-                batches.append(tuple(group))
-                group = []
-            group.append(example)
-        batches.append(tuple(group))
+        batches = buckets(examples, self.cost, self.tokens)
         random.Random(f"order/{self.seed}/{window}").shuffle(batches)
         return batches
 

@@ -80,7 +80,8 @@ def test_dropped_layers_are_gone_and_the_others_compute_what_they_did(family: st
     made = make_student(source, tmp_path / "student", keep=KEEP)
     whole, student = load(source, dtype="float32"), load(made.path, dtype="float32")
     raw = json.loads((made.path / "config.json").read_text())
-    assert next(raw[name] for name in ("num_hidden_layers", "n_layers") if name in raw) == len(KEEP)
+    raw = raw.get("text_config", raw)
+    assert next(raw[name] for name in ("num_hidden_layers", "n_layers", "num_layers") if name in raw) == len(KEEP)
     assert len(student.layers) == student.info.layers == len(KEEP)
     names = find_family(family).names
     kept = {names.own(name) for name in tensors(made.path) if name != names.published("lm_head.weight")}

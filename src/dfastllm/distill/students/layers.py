@@ -154,7 +154,7 @@ def make_student(
     path, place = resolve(source), Path(out)
     if sum(choice is not None for choice in (layers, keep, share)) > 1:
         raise ValidationError("give one of layers, keep and share.", param="layers")
-    if place.exists() and place.resolve() == path.resolve():
+    if place.resolve() == path.resolve():
         raise ValidationError(f"{place} is the source; name another directory.", param="out")
     if not force and (place / "config.json").exists():
         raise ValidationError(f"{place} holds a model.", param="out", hint="Give --force to write over it.")
@@ -168,7 +168,11 @@ def make_student(
             chosen = stored_dtype(inventory(path), quant_config(path))
             parts = read_weights(path, family, skeleton(config, info, torch.float32))
         if keep is None:
-            found = most_layers(config, info, share or SHARE) if layers is None else evenly(config.layers, layers)
+            found = (
+                most_layers(config, info, SHARE if share is None else share)
+                if layers is None
+                else evenly(config.layers, layers)
+            )
         else:
             found = tuple(keep)
         model = _filled(config, info, found, parts, chosen if dtype is None else named_dtype(dtype), place.name)
