@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dfastllm import models
 from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.distill.check import check_config
 from dfastllm.distill.config import parse_config
 from dfastllm.distill.run import run_distillation
 from dfastllm.distill.sections import Config
@@ -102,6 +104,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(whole: Path, tmp_path
         assert torch.equal(tensor, weights(tmp_path, 4)[name]), name
     with pytest.raises(ValidationError, match="earlier run"):
         run_distillation(config, tmp_path, resume=False)
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_a_check_tries_the_whole_way_on_a_few_prompts(own_data: bool, tmp_path: Path) -> None:
+    raw = configured(train={"steps": 1000}).model_dump(mode="json")
+    raw["data"]["generate"]["samples"] = 1_000_000
+    if own_data:
+        rows = [{"prompt": f"Number these: apple, river, cloud {i}", "teacher_text": "1. apple"} for i in range(60)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        raw["data"] = {"train": [str(tmp_path / "rows.jsonl")]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    checks = check_config(tmp_path / "run.yaml", threads=1)
+    assert [(check.name, check.passed) for check in checks] == [("configuration", True), ("trajectories", True)]
+    assert f"{17 if own_data else 16} trajectories" in checks[1].found
+    assert "loss.certainty" in checks[1].found
+
+
+def test_a_check_says_what_cannot_be_trained(tmp_path: Path) -> None:
+    raw = configured(model={"student": "demo-ar"}).model_dump(mode="json")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    checks = check_config(tmp_path / "run.yaml", threads=1)
+    assert not checks[1].passed
+    assert "autoregressive" in checks[1].found
 
 
 def work_of(config: Config, first: list[Trajectory], home: Path, model: str = "demo-diffusion") -> TrajectoryWork:

@@ -14,6 +14,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ from dfastllm.train import Losses, Plan, Work, fit
 from dfastllm.train.objectives import short_attention
 from dfastllm.train.work import Value
 
-__all__ = ["Picked", "Prompts", "TrajectoryWork", "distil_trajectories"]
+__all__ = ["Picked", "Prompts", "TrajectoryWork", "distil_trajectories", "small_config"]
 
+TRIED = 16  # prompts of a run that is only tried
 WINDOW = 16  # micro-batches whose trajectories are sorted by length together
 
 
@@ -279,6 +281,28 @@ def distil_trajectories(
     student = save_student(model, start, home / (config.model.name or "student"), config.model.dtype)
     _compare(config, start, student, prompts, home, say)
     return student
+
+
+def small_config(config: Config, home: Path) -> Config:
+    """The same run on the first prompts of its data, one step long and without recordings of its own, for `--check`.
+    home: gets the beginnings of the data files."""
+    settings, made = config.kd.trajectory, config.data.generate
+    assert settings is not None
+    files = []
+    for number, name in enumerate(config.data.train):
+        beginning = home / f"beginning-{number}.jsonl"
+        with Path(name).open(encoding="utf-8") as whole:
+            beginning.write_text("".join(islice(whole, TRIED + 1)), encoding="utf-8")
+        files.append(str(beginning))
+    fewer = None if made is None else made.model_copy(update={"samples": TRIED, "validation": 1})
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"train": tuple(files), "generate": fewer}),
+            "train": config.train.model_copy(update={"steps": 1, "tensorboard": False}),
+            "kd": config.kd.model_copy(update={"trajectory": settings.model_copy(update={"every": 0})}),
+            "eval": config.eval.model_copy(update={"samples": 0, "validation": min(config.eval.validation, 4)}),
+        }
+    )
 
 
 def _first(
