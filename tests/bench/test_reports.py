@@ -94,17 +94,20 @@ def test_calls_whose_token_is_unknown_fail_the_ttfa_gate(tmp_path: Path) -> None
     assert check(got, got)["gates_passed"] is False
 
 
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
 def row(**changes: Any) -> Mapping[str, Any]:
     chunks = [[0.1, 4, 2], [0.2, 4, 2], [0.3, 4, 2]]
     form = {"part": "sweep", "name": "plain", "error": None, "e2el": 0.4, "output_tokens": 6, "chunks": chunks}
-    return {**form, "wants_call": False, "ttfa": None, **changes}
+    return {**form, "wants_call": False, "ttfa": None, "text": "", **changes}
 
 
 def test_single_requests_beside_the_results(tmp_path: Path) -> None:
     path = suite(tmp_path / "test_results.json", ttfa=latency(150, 180))
     rows = [
         row(),
-        row(wants_call=True, ttfa=0.2),
+        row(wants_call=True, ttfa=0.2, text="12345678" + CALL + "and more"),
         row(wants_call=True),
         row(error="timeout"),
         row(part="load"),
@@ -116,6 +119,8 @@ def test_single_requests_beside_the_results(tmp_path: Path) -> None:
     assert got.speed_metrics["ttft_ms"]["p95"] == pytest.approx(100)
     assert got.speed_metrics["tps"]["p50"] == pytest.approx(25)
     assert got.speed_metrics["ttfa_tokens"] == {"p50": 4, "p95": 4}
+    unneeded = (8 + 1) / (8 + len(CALL))  # what came before, and a space inside the arguments
+    assert got.speed_metrics["ttfa_excess_tokens"]["p50"] == pytest.approx(4 * unneeded)
     assert got.speed_metrics["ttfa_ms"]["p50"] == pytest.approx(200)
     assert got.speed_metrics["ttfa_hit_rate"] == 0.5
     assert suite_report(path, "k3").speed_metrics["ttft_ms"]["p50"] == pytest.approx(5000)

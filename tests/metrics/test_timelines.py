@@ -28,24 +28,6 @@ def steady(n: int, first: float, gap: float, text: str = "x") -> Timeline:
     return Timeline(arrivals, first + (n - 1) * gap + 0.5)
 
 
-def test_ttft_measurement() -> None:
-    assert steady(5, 0.2, 0.1).ttft == 0.2
-    # A role chunk, or text of tokens that are yet to be told, is no token.
-    assert Timeline((Arrival(0.1, 0), Arrival(0.2, None), Arrival(0.3, None, "a")), 1.0).ttft == 0.3
-    assert Timeline((), 1.0).ttft == math.inf
-
-
-def test_tps_measurement() -> None:
-    assert steady(5, 0.2, 0.1).tps == pytest.approx(10)
-    assert steady(1, 0.2, 0.1).tps == math.inf
-    block = Timeline((Arrival(0.5, 32), Arrival(1.5, 32)), 1.6)
-    assert block.tps == pytest.approx(63)  # (n - 1) / (t_last - t_first), as the definition says
-    by_usage = Timeline((Arrival(0.5, None, "abc"), Arrival(2.5, None, "def")), 3.0, tokens=9)
-    assert by_usage.tps == pytest.approx(4)
-    assert Timeline((Arrival(0.5, None, "abc"), Arrival(2.5, None, "def")), 3.0).tps is None  # never chunks as tokens
-    assert Timeline((), 1.0).tps is None
-
-
 def test_itl_shares_the_gap_of_tokens_that_arrive_together() -> None:
     timeline = Timeline((Arrival(1.0, 2), Arrival(2.0, 4), Arrival(2.5, 1), Arrival(2.5, 1)), 3.0)
     assert timeline.itl == pytest.approx([0.25] * 4 + [0.25] * 2)
@@ -59,20 +41,6 @@ def test_time_per_block() -> None:
     timeline = Timeline((Arrival(1.0, 32),), 2.5, began=0.25, blocks=(1.0, 2.5))
     assert timeline.block_seconds == [0.75, 1.5]
     assert steady(3, 0.1, 0.1).block_seconds == []
-
-
-def test_ttfa_measurement() -> None:
-    text = "Well. " + CALL + " That was it."
-    arrivals = tuple(Arrival(0.1 * (i + 1), 1, c) for i, c in enumerate(text))
-    timeline = Timeline(arrivals, 99.0)
-    index = text.index("</tool_call>") + len("</tool_call>")
-    assert timeline.ttfa([CLOCK]) == (index, pytest.approx(0.1 * index))
-    assert timeline.ttfa() == timeline.ttfa([CLOCK])
-    assert timeline.ttfa([]) == (math.inf, math.inf)  # no tool: no call is valid
-    assert timeline.metrics([CLOCK])["ttfa_ms"] == pytest.approx(100 * index)
-    assert timeline.metrics()["ttfa_tokens"] is None
-    wrong = Timeline((Arrival(0.1, 5, CALL.replace("zone", "city")),), 1.0)
-    assert wrong.ttfa([CLOCK]) == (math.inf, math.inf)
 
 
 def test_ttfa_of_streamed_call_parts() -> None:
@@ -149,45 +117,6 @@ def rows(name: str, *values: float | None) -> Iterator[dict[str, float | None]]:
         yield {"ttft_ms": 1.0, "tps": 1.0, "ttfa_tokens": None, "ttfa_ms": None, name: value}
 
 
-def test_aggregate_single_metric() -> None:
-    got = aggregate([{"ttft_ms": 100.0, "tps": 50.0, "ttfa_tokens": 10.0, "ttfa_ms": 200.0}])
-    assert got == {
-        "ttft_ms": {"p50": 100.0, "p90": 100.0, "p95": 100.0},
-        "tps": {"p50": 50.0, "p90": 50.0, "p95": 50.0, "p05": 50.0},
-        "ttfa_tokens": {"p50": 10.0, "p95": 10.0},
-        "ttfa_ms": {"p50": 200.0, "p95": 200.0},
-        "ttfa_hit_rate": 1.0,
-        "n": 1,
-    }
-
-
-def test_aggregate_multiple_metrics() -> None:
-    got = aggregate(rows("ttft_ms", 100.0, 150.0, 200.0))
-    assert got["ttft_ms"]["p50"] == 150
-    assert got["ttft_ms"]["p95"] == pytest.approx(195)
-    assert got["n"] == 3
-
-
-def test_aggregate_filters_what_is_not_finite() -> None:
-    got = aggregate(rows("ttfa_tokens", 10.0, math.inf, 20.0))
-    assert got["ttfa_tokens"] == {"p50": 15.0, "p95": pytest.approx(19.5)}
-    assert got["ttfa_hit_rate"] == pytest.approx(2 / 3)
-    assert aggregate(rows("tps", math.nan, 5.0))["tps"]["p50"] == 5
-
-
-def test_aggregate_all_infinite() -> None:
-    got = aggregate(rows("ttfa_tokens", math.inf, math.inf))
-    assert got["ttfa_tokens"] == {"p50": math.inf, "p95": math.inf}
-    assert got["ttfa_hit_rate"] == 0.0
-
-
-def test_aggregate_empty() -> None:
-    got = aggregate([])
-    assert got["ttft_ms"] == {"p50": 0.0, "p90": 0.0, "p95": 0.0}
-    assert got["tps"] == {"p50": 0.0, "p90": 0.0, "p95": 0.0, "p05": 0.0}
-    assert (got["ttfa_hit_rate"], got["n"]) == (0.0, 0)
-
-
 def test_aggregate_without_requests_for_tools() -> None:
     got = aggregate(rows("ttft_ms", 1.0, 2.0))
     assert got["ttfa_tokens"] == {"p50": 0.0, "p95": 0.0}
@@ -220,3 +149,49 @@ def test_itl_needs_every_arrival_to_tell_its_tokens() -> None:
     arrivals = (Arrival(1.0, 1, "a"), Arrival(2.0, None, "b"), Arrival(3.0, 1, "c"))
     assert Timeline(arrivals, 3.0).itl == []
     assert Timeline(arrivals[::2], 3.0).itl == [2.0]
+
+
+def told(*pieces: str, tokens: int | None = 1, **more: Any) -> Timeline:
+    """One arrival a piece."""
+    return Timeline(tuple(Arrival(float(i + 1), tokens, piece) for i, piece in enumerate(pieces)), 99.0, **more)
+
+
+TIGHT = CALL.replace('"zone": ', '"zone":')
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        (TIGHT, TIGHT),
+        (CALL, TIGHT),
+        ("Well, I look. " + CALL, TIGHT),
+        (CALL.replace('{"zone": "UTC"}', '{ "zone" :\n "UTC" }'), TIGHT),
+        ('<tool_call>{"name": "other", "arguments": {}}</tool_call>' + CALL, TIGHT),
+        (' {"name": "clock", "arguments": {"zone": 1}}', '{"name": "clock", "arguments": {"zone":1}}'),
+        ('[TOOL_CALLS]clock[ARGS]{"zone": "\\u00e9"}', '[TOOL_CALLS]clock[ARGS]{"zone":"é"}'),
+    ],
+)
+def test_excess_is_all_but_the_shortest_writing(text: str, needed: str) -> None:
+    """Counted in characters, so that a token is one."""
+    found = told(*text, count=len).first_call([CLOCK])
+    assert (found.tokens, found.excess) == (len(text), len(text) - len(needed))
+
+
+def test_excess_is_estimated_without_a_tokenizer() -> None:
+    """From the share of the characters: half of the text is the call."""
+    talk = "x" * len(CALL)
+    tight = 1 - 1 / (2 * len(CALL))  # a space that the arguments do not need
+    assert told(talk + CALL, tokens=40).first_call([CLOCK]).excess == pytest.approx(40 - 40 * tight / 2, abs=0.5)
+    parts = (CallPart(0, "clock", '{"zone":1}'),)
+    bare = Timeline((Arrival(1.0, 30, "", parts),), 2.0)
+    assert bare.first_call([CLOCK]) == (30, 1.0, 0.0)
+    late = Timeline((Arrival(0.5, 15, "x" * 15), Arrival(1.0, 15, "", parts)), 2.0)
+    assert late.first_call([CLOCK]).excess == 15
+    assert told("no call").first_call([CLOCK]) == (math.inf, math.inf, math.inf)
+    assert told(CALL, tokens=None).first_call([CLOCK]).excess == math.inf  # nothing tells the tokens
+
+
+def test_aggregate_tells_the_excess_where_rows_have_it() -> None:
+    assert "ttfa_excess_tokens" not in aggregate(rows("ttfa_tokens", 10.0))
+    got = aggregate(rows("ttfa_excess_tokens", 0.0, 10.0, math.inf, None))
+    assert got["ttfa_excess_tokens"] == {"p50": 5.0, "p95": pytest.approx(9.5)}

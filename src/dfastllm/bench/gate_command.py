@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,17 +43,10 @@ def console(*, stderr: bool = False) -> Console:
 def _end(verdict: str, as_json: bool, **found: Any) -> None:
     """The verdict in words or as the last line, and the exit code."""
     if as_json:
-        typer.echo(json.dumps(_finite({"verdict": verdict, "exit_code": EXIT[verdict], **found}), allow_nan=False))
+        from dfastllm.metrics.gates import strict_json
+
+        typer.echo(json.dumps(strict_json({"verdict": verdict, "exit_code": EXIT[verdict], **found}), allow_nan=False))
     raise typer.Exit(EXIT[verdict])
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: as in reports it is "Infinity"."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return "Infinity" if isinstance(value, float) and math.isinf(value) else value
 
 
 def _number(value: Any) -> str:
@@ -74,27 +66,15 @@ def record(
     """Measure a model on this machine and keep the speed as a report: a baseline, or what `check` holds against one."""
     settings = Settings.load({"threads": threads})
     with console(stderr=True).status("loading"):
-        from dfastllm.core import SamplingParams
         from dfastllm.kernels.extension import set_threads
         from dfastllm.llm import LLM, model_options
-        from dfastllm.metrics.gates import make_report, save_report
-        from dfastllm.metrics.model_speed import measure_speed
-        from dfastllm.metrics.timelines import aggregate
-        from dfastllm.metrics.workload import speed_samples
+        from dfastllm.metrics.gates import save_report
+        from dfastllm.metrics.model_speed import speed_report
 
         set_threads(settings.threads)
         llm = LLM(model, **model_options(settings))
     with llm, console(stderr=True).status(f"measuring {requests} requests"):
-        samples = speed_samples(requests, seed)
-        rows = measure_speed(llm, samples, SamplingParams(temperature=0.0, max_tokens=max_tokens))
-    workload = {
-        "name": "task mix",
-        "requests": requests,
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "model": llm.info.name,
-    }
-    report = make_report(aggregate(rows), workload=workload)
+        report = speed_report(llm, requests, max_tokens=max_tokens, seed=seed)
     save_report(report, out)
     screen = console(stderr=as_json)
     _show_metrics(report.speed_metrics)
@@ -110,6 +90,7 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
         ("ttft_ms", "TTFT, ms"),
         ("tps", "TPS"),
         ("ttfa_tokens", "TTFA, tokens"),
+        ("ttfa_excess_tokens", "beyond need"),
         ("ttfa_ms", "TTFA, ms"),
     ):
         values = metrics.get(name) or {}
@@ -125,17 +106,16 @@ def check(
     ] = None,
     threshold: Annotated[float, typer.Option(help="Allowed regression; 0.05 is 5 %.")] = 0.05,
     ttfa_limit: Annotated[
-        float | None,
-        typer.Option(
-            help="Most tokens (p95) until the first complete tool call. \\[default: 25, or the baseline's where more]",
-            show_default=False,
-        ),
-    ] = None,
+        float, typer.Option(help="Most tokens (p95) up to the first complete tool call that the call did not need.")
+    ] = 25.0,
     configuration: Annotated[
         str | None, typer.Option(help="Of a test_results.json; default: its baseline configuration.")
     ] = None,
     same_hardware: Annotated[
         bool, typer.Option("--same-hardware", help="A baseline of another machine is an error, not a reason to skip.")
+    ] = False,
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="The two are of different models, such as a student and its baseline.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -149,7 +129,7 @@ def check(
     before = load_current(baseline, configuration) if baseline is not None and recorded else None
     if same_hardware and before is not None:
         same_machine(now, before)
-    found = hold(now, before, regression_threshold=threshold, ttfa_limit=ttfa_limit)
+    found = hold(now, before, regression_threshold=threshold, ttfa_limit=ttfa_limit, other_model=other_model)
     verdict = "skipped" if found["skipped"] else "pass" if found["gates_passed"] else "fail"
     if baseline is not None and not recorded:
         console().print(f"there is no {baseline}: record it with dfastllm gate record --out", markup=False)
@@ -174,8 +154,8 @@ def _show_gates(found: dict[str, Any], verdict: str, threshold: float) -> None:
             table.add_row(label.format(percentile), *values, shown, f"{threshold:.1%} slower", word)
     ttfa = found["ttfa_gate"]
     word = ttfa.get("reason") or ("pass" if ttfa["passed"] else "FAIL")
-    limit = f"{ttfa['threshold']:g} tokens"
-    table.add_row("TTFA p95, tokens", "", _number(ttfa.get("ttfa_tokens_p95")), "", limit, word)
+    label = "TTFA p95, tokens" if ttfa.get("counted") == "ttfa_tokens" else "TTFA p95, tokens beyond need"
+    table.add_row(label, "", _number(ttfa.get("p95")), "", f"{ttfa['threshold']:g} tokens", word)
     screen.print(table)
     for error in found["errors"]:
         screen.print(error, markup=False)

@@ -14,6 +14,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.metrics.gates import SpeedReport, load_report, read_json
 from dfastllm.metrics.speed import Arrival
 from dfastllm.metrics.timelines import ToolTimeline, aggregate
+from dfastllm.metrics.tool_schemas import CallFinder
 
 __all__ = ["load_current", "suite_report"]
 
@@ -108,10 +109,22 @@ def _of_request(row: Mapping[str, Any]) -> dict[str, float | None]:
     found = timeline.metrics()
     if row["wants_call"]:
         at = row["ttfa"]
-        found |= {"ttfa_tokens": math.inf, "ttfa_ms": math.inf}
+        found |= {"ttfa_tokens": math.inf, "ttfa_excess_tokens": math.inf, "ttfa_ms": math.inf}
         if at is not None:
-            found |= {"ttfa_tokens": timeline.tokens_by(at), "ttfa_ms": 1e3 * at}
+            tokens = timeline.tokens_by(at)
+            excess = tokens * _unneeded(row["text"])
+            found |= {"ttfa_tokens": tokens, "ttfa_excess_tokens": excess, "ttfa_ms": 1e3 * at}
     return found
+
+
+def _unneeded(text: str) -> float:
+    """Of the characters up to the end of the first call, the share that the call alone does not need: what stands for
+    the tokens, whose texts a client is not told. 1 for a text without a call."""
+    finder = CallFinder()
+    for read, character in enumerate(text, start=1):
+        if finder.push(character) is not None:
+            return 1 - min(map(len, finder.writings())) / read
+    return 1.0
 
 
 def _of_figures(speed: Speed) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.llm import LLM, Completion
+from dfastllm.metrics.workload import complete
 from dfastllm.tasks import Sample, grade
 
 __all__ = ["Outcome", "run"]
@@ -40,22 +40,8 @@ def run(
     llm: LLM, samples: Sequence[Sample], sampling: SamplingParams, decode: DecodeParams | None, *, together: bool = True
 ) -> tuple[Outcome, list[Completion]]:
     """Answer the samples, all in flight at once or one after the other, and grade them."""
-    prompts = [llm.render(s.messages, s.tools or None) for s in samples]
-    began = time.perf_counter()
-    if together:
-        outputs = llm.generate(prompts, sampling, decode)
-    else:
-        outputs = [llm.generate([prompt], sampling, decode)[0] for prompt in prompts]
-    seconds = time.perf_counter() - began
-    done = [output.outputs[0] for output in outputs]
+    done, seconds = complete(llm, samples, sampling, decode, together=together)
     correct = sum(grade(sample, completion.text) for sample, completion in zip(samples, done, strict=True))
-    return (
-        Outcome(
-            len(samples),
-            correct,
-            sum(c.usage.completion_tokens for c in done),
-            sum(c.usage.forwards for c in done),
-            seconds,
-        ),
-        done,
-    )
+    tokens = sum(completion.usage.completion_tokens for completion in done)
+    forwards = sum(completion.usage.forwards for completion in done)
+    return Outcome(len(samples), correct, tokens, forwards, seconds), done

@@ -1,5 +1,14 @@
 """Speed gates: is a measurement slower than a baseline of the same hardware, and does a tool call come early enough.
 
+When a call comes early enough. The published rule is 25 tokens at the 95th percentile, counted to the end of the call.
+That unit mixes two things: what the model says before it acts, which training can change, and how long the call is
+(the tool's name, the user's own words, the tokenizer), which it cannot: a model whose answer is nothing but a call of
+30 tokens would fail, against itself too. So where a measurement knows the calls it counts the excess (`timelines`): the
+tokens up to the end of the call less those of the same call alone, written as short as its form allows. Where it does
+not, the call's own length counts as 0 and the gate is the published one. The limit is 25 in both. Requests that should
+not call have no such figure and are left out; calls that never came have an infinite one, which percentiles leave out,
+so the share of requests whose call came is held against the baseline's as well.
+
 `evaluate_speed_gates` is the rule on plain numbers. `SpeedReport` is what is kept of a measurement, the same form for a
 report and a baseline; `check` compares two of them. Absolute times of one machine only: where the noise is larger than
 the margin, compare in pairs (`compare`); where a number must not change at all, count (`counters`).
@@ -30,10 +39,11 @@ __all__ = [
     "read_json",
     "same_machine",
     "save_report",
+    "strict_json",
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
-TTFA_LIMIT = 25.0  # tokens, p95
+TTFA_LIMIT = 25.0  # tokens beyond what the call needs, p95
 TOLERANCE = 1e-9  # exactly the threshold passes, whatever the last bit of the division says
 TTFT = ("p50", "p95")
 TPS = ("p50", "p95", "p05")  # p05, the slow tail, where the baseline has it
@@ -122,6 +132,15 @@ def _numbers(value: Any) -> Any:
     return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
+def strict_json(value: Any) -> Any:
+    """A verdict as strict JSON takes it, which has no infinity: as in reports it is "Infinity"."""
+    if isinstance(value, dict):
+        return {name: strict_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(inner) for inner in value]
+    return ("Infinity" if value > 0 else "-Infinity") if isinstance(value, float) and math.isinf(value) else value
+
+
 def same_machine(current: SpeedReport, baseline: SpeedReport) -> None:
     """Raises ValidationError when the two were measured on different hardware."""
     if current.hardware_profile_key != baseline.hardware_profile_key:
@@ -138,18 +157,17 @@ def check(
     baseline: SpeedReport | None,
     *,
     regression_threshold: float = 0.05,
-    ttfa_limit: float | None = None,
+    ttfa_limit: float = TTFA_LIMIT,
+    other_model: bool = False,
 ) -> dict[str, Any]:
-    """`evaluate_speed_gates` of two reports; another hardware profile skips the gates. ttfa_limit None: TTFA_LIMIT, or
-    the baseline's own value where that is more, since the form of a model's calls may be longer than that. Raises
-    ValidationError when they measured different things (fingerprints workload and threads, where both have them)."""
-    if ttfa_limit is None:
-        ttfa_limit = _ttfa_limit(baseline)
+    """`evaluate_speed_gates` of two reports; another hardware profile skips the gates. other_model: the two may be of
+    different models, as a student and what it replaces are. Raises ValidationError when they measured different things
+    (fingerprints workload and threads, where both have them)."""
     if baseline is None:
         return evaluate_speed_gates(current.speed_metrics, None, True, regression_threshold, ttfa_limit)
     match = current.hardware_profile_key == baseline.hardware_profile_key
     for name in SAME if match else ():
-        mine, theirs = current.fingerprints.get(name), baseline.fingerprints.get(name)
+        mine, theirs = (_asked(report.fingerprints.get(name), other_model) for report in (current, baseline))
         if mine is not None and theirs is not None and mine != theirs:
             raise ValidationError(
                 f"current and baseline are not comparable: {name} is {mine!r}, in the baseline {theirs!r}.",
@@ -159,9 +177,11 @@ def check(
     return evaluate_speed_gates(current.speed_metrics, before, match, regression_threshold, ttfa_limit)
 
 
-def _ttfa_limit(baseline: SpeedReport | None) -> float:
-    before = _value(baseline.speed_metrics, "ttfa_tokens", "p95") if baseline is not None else None
-    return TTFA_LIMIT if before is None or math.isinf(before) else max(TTFA_LIMIT, before)
+def _asked(fingerprint: Any, other_model: bool) -> Any:
+    """A fingerprint, without the model that was asked where that may be another."""
+    if other_model and isinstance(fingerprint, Mapping):
+        return {name: value for name, value in fingerprint.items() if name != "model"}
+    return fingerprint
 
 
 def evaluate_speed_gates(
@@ -174,11 +194,13 @@ def evaluate_speed_gates(
     """Compare the aggregates of two measurements (`timelines.aggregate`).
 
     TTFT p50 and p95 may grow by `regression_threshold` of the baseline's, TPS p50, p95 and p05 (where the baseline has
-    it) may fall by it; the p95 of ttfa_tokens may be at most `ttfa_limit`. A value that the current measurement lacks
-    fails its gate. Without a baseline, or with one of other hardware, all gates are skipped and pass.
+    it) may fall by it. The p95 of ttfa_excess_tokens, or of ttfa_tokens in a measurement without those, may be at most
+    `ttfa_limit`, and ttfa_hit_rate may fall by the threshold, where both have it. A value that the current measurement
+    lacks fails its gate. Without a baseline, or with one of other hardware, all gates are skipped and pass.
 
     Returns {gates_passed, skipped, reason, ttft_regression, tps_regression, ttfa_gate, errors}: a regression holds per
-    percentile {passed, regression, current, baseline} or {passed, skipped, reason}; `errors` says in words what failed.
+    percentile {passed, regression, current, baseline} or {passed, skipped, reason}; the TTFA gate {passed, counted (the
+    metric), p95, ttfa_tokens_p95, threshold, hit_rate, hit_rate_baseline}; `errors` says in words what failed.
     Raises ValidationError for a threshold or limit that is negative or no number."""
     if not ttfa_limit >= 0:
         raise ValidationError(f"ttfa_limit must be a number >= 0, got {ttfa_limit}.", param="ttfa_limit")
@@ -197,7 +219,7 @@ def evaluate_speed_gates(
     gates = {
         "ttft_regression": _regressions("ttft_ms", TTFT, current, baseline, regression_threshold, errors),
         "tps_regression": _regressions("tps", TPS, current, baseline, regression_threshold, errors),
-        "ttfa_gate": _ttfa_gate(current, ttfa_limit, errors),
+        "ttfa_gate": _ttfa_gate(current, baseline, ttfa_limit, regression_threshold, errors),
     }
     return {"gates_passed": not errors, "skipped": False, "reason": None, **gates, "errors": errors}
 
@@ -205,7 +227,10 @@ def evaluate_speed_gates(
 def _value(metrics: Mapping[str, Any], name: str, percentile: str) -> float | None:
     """None for what is missing or no number."""
     group = metrics.get(name)
-    value = group.get(percentile) if isinstance(group, Mapping) else None
+    return _number(group.get(percentile)) if isinstance(group, Mapping) else None
+
+
+def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return None
     return float(value)
@@ -245,12 +270,28 @@ def _regressions(
     return found
 
 
-def _ttfa_gate(current: Mapping[str, Any], limit: float, errors: list[str]) -> dict[str, Any]:
-    tokens = _value(current, "ttfa_tokens", "p95")
+def _ttfa_gate(
+    current: Mapping[str, Any], baseline: Mapping[str, Any], limit: float, threshold: float, errors: list[str]
+) -> dict[str, Any]:
     if "ttfa_hit_rate" in current and current["ttfa_hit_rate"] is None and current.get("n"):
         return {"passed": True, "skipped": True, "reason": "no_tool_requests", "threshold": limit}
-    passed = tokens is not None and tokens <= limit
+    counted = "ttfa_excess_tokens" if "ttfa_excess_tokens" in current else "ttfa_tokens"
+    tokens = _value(current, counted, "p95")
+    passed = tokens is not None and tokens <= limit + TOLERANCE
     if not passed:
+        what = "p95 tokens" if counted == "ttfa_tokens" else "p95 tokens beyond what the call needs"
         got = "is missing from the current measurement" if tokens is None else f"is {tokens:.4g}, at most {limit:g}"
-        errors.append(f"TTFA gate failed: p95 tokens {got}")
-    return {"passed": passed, "ttfa_tokens_p95": tokens, "threshold": limit}
+        errors.append(f"TTFA gate failed: {what} {got}")
+    came, before = _number(current.get("ttfa_hit_rate")), _number(baseline.get("ttfa_hit_rate"))
+    if came is not None and before and (before - came) / before > threshold + TOLERANCE:
+        passed = False
+        errors.append(f"TTFA gate failed: the call came in {came:.1%} of the requests, in the baseline {before:.1%}")
+    return {
+        "passed": passed,
+        "counted": counted,
+        "p95": tokens,
+        "ttfa_tokens_p95": _value(current, "ttfa_tokens", "p95"),
+        "threshold": limit,
+        "hit_rate": came,
+        "hit_rate_baseline": before,
+    }

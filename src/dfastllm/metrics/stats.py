@@ -4,14 +4,15 @@ interval of the median that holds for few values too."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dfastllm.errors import ValidationError
 
-__all__ = ["Ratio", "Summary", "paired_ratio", "sign_interval", "summarise"]
+__all__ = ["Ratio", "Summary", "bootstrap_ratio", "paired_ratio", "sign_interval", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Median of paired ratios and a 95 % percentile-bootstrap interval of that median over `n` pairs."""
+    """Median of paired ratios, or ratio of two statistics; its 95 % percentile-bootstrap interval over `n` pairs."""
 
     median: float
     low: float
@@ -66,3 +67,34 @@ def sign_interval(values: Sequence[float], miss: float = 0.025) -> tuple[float, 
     while k < n and (below := below + math.comb(n, k) * 0.5**n) <= miss:
         k += 1
     return (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
+
+
+def bootstrap_ratio(
+    over: Sequence[Sequence[float]],
+    under: Sequence[Sequence[float]],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Ratio:
+    """The ratio of one statistic of two paired lists, and a 95 % percentile-bootstrap interval that resamples whole
+    pairs (Efron 1979), so that what the two have in common cancels.
+
+    over, under: [pairs, values of each]. statistic: [..., pairs, values] -> [...]. The result's median is the ratio of
+    the lists as they are. Raises ValidationError unless there are equally many pairs of both, and for a statistic of
+    `under` that is not above 0."""
+    if len(over) != len(under) or not len(over):
+        raise ValidationError(f"paired lists are equally long, got {len(over)} and {len(under)}.", param="over")
+    first, second = (np.asarray(rows, dtype=np.float64).reshape(len(rows), -1) for rows in (over, under))
+    below = float(statistic(second))
+    if not below > 0:
+        raise ValidationError(f"a ratio needs a statistic above 0 to divide by, got {below}.", param="under")
+    generator = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(0, draws, 100):
+        picks = generator.integers(0, len(first), (100, len(first)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios.append(statistic(first[picks]) / statistic(second[picks]))
+    found = np.concatenate(ratios)
+    low, high = np.quantile(found[~np.isnan(found)], (0.025, 0.975))
+    return Ratio(float(statistic(first)) / below, float(low), float(high), len(first))

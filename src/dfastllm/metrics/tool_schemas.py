@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfastllm.errors import ValidationError
-from dfastllm.text.tools import ToolCall, ToolCallParser
+from dfastllm.text.tools import FORMS, ToolCall, ToolCallParser
 
-__all__ = ["CallFinder", "ToolSchemas", "is_valid_tool_json"]
+__all__ = ["CallFinder", "ToolSchemas", "argument_writings", "is_valid_tool_json"]
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -73,17 +73,59 @@ class CallFinder:
     def __init__(self, tools: Tools | ToolSchemas | None = None) -> None:
         self._schemas = ToolSchemas(tools) if tools is not None and not isinstance(tools, ToolSchemas) else tools
         self._parser = ToolCallParser()
+        self._said = ""
+        self._passed = 0  # characters of it up to the end of the last call that did not fit
         self.found: ToolCall | None = None
 
     def push(self, text: str) -> ToolCall | None:
         """The first call that fits, once the text so far holds it; None before."""
         if self.found is None:
+            self._said += text
             calls = [piece for piece in self._parser.push(text) if isinstance(piece, ToolCall)]
             self.found = next((call for call in calls if self.fits(call)), None)
+            if calls and self.found is None:
+                self._passed = len(self._said)
         return self.found
+
+    def writings(self) -> tuple[str, ...]:
+        """The call that was found, written alone: without the text before it, as it stands and with its arguments in
+        each of their `argument_writings`. () before one is found."""
+        if self.found is None:
+            return ()
+        said, arguments = self._said[self._passed :], self.found.arguments
+        at = said.rfind(arguments)
+        openings = [opening for form in FORMS for opening in form.openings]
+        start = max(said.rfind(opening, 0, len(said) if at < 0 else at) for opening in openings)
+        if start < 0:  # no markup: an answer that is the call's JSON, or a second call behind one opening
+            start = len(said) - len(said.lstrip())
+        if at < start:  # arguments in a form of their own, such as JSON inside a string
+            return (said[start:],)
+        before, after = said[start:at], said[at + len(arguments) :]
+        return tuple(before + written + after for written in argument_writings(arguments))
 
     def fits(self, call: ToolCall) -> bool:
         return call.whole and (self._schemas is None or self._schemas.accepts(call))
+
+
+def argument_writings(arguments: str) -> tuple[str, ...]:
+    """A call's arguments as they stand, in JSON with a space behind colons and commas, and without spaces. Which takes
+    the fewest tokens is the tokenizer's business."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return (arguments,)
+    spaced = json.dumps(value, ensure_ascii=False)
+    tight = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return (arguments, *(text for text in (spaced, tight) if text.isascii() or _is_utf8(text)))
+
+
+def _is_utf8(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell out and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_valid_tool_json(text: str, tools: Tools | None = None) -> bool:

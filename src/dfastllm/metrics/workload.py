@@ -6,11 +6,15 @@ are the other graded tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
+from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.llm import LLM, Completion
 from dfastllm.tasks import MIXED, Sample, draw
+from dfastllm.text import Tokenizer, taught
 
-__all__ = ["gradable", "speed_samples"]
+__all__ = ["call_tokens", "complete", "gradable", "speed_samples"]
 
 
 def gradable(n: int, seed: int = 0) -> list[Sample]:
@@ -33,3 +37,30 @@ def _tool_calls(seed: int) -> Iterator[Sample]:
         index += 1
         if sample.grader == "tool_call":
             yield sample
+
+
+def call_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Special tokens that the tool calls of this tokenizer's models are made of, which must stay in an answer's text
+    for a call to be found in it."""
+    return taught(tokenizer.templates).shown_ids(tokenizer)
+
+
+def complete(
+    llm: LLM,
+    samples: Sequence[Sample],
+    sampling: SamplingParams,
+    decode: DecodeParams | None = None,
+    *,
+    together: bool = True,
+) -> tuple[list[Completion], float]:
+    """The model's answers to the samples, in order, all in flight at once or one after the other, and the seconds that
+    took. Raises what `LLM.generate` raises."""
+    prompts = [llm.render(sample.messages, sample.tools or None) for sample in samples]
+    shown = call_tokens(llm.tokenizer)
+    began = time.perf_counter()
+    if together:
+        outputs = llm.generate(prompts, sampling, decode, shown=shown)
+    else:
+        outputs = [llm.generate([prompt], sampling, decode, shown=shown)[0] for prompt in prompts]
+    seconds = time.perf_counter() - began
+    return [output.outputs[0] for output in outputs], seconds

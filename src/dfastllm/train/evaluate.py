@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dfastllm.core import Cache, DecodeParams, SamplingParams
 from dfastllm.llm import LLM
-from dfastllm.tasks import MIXED, SPLITS, Split, draw, grade
-from dfastllm.train.data import encode
+from dfastllm.metrics.evaluation import evaluate as answered
+from dfastllm.tasks import MIXED, SPLITS, Split, draw
 
 __all__ = ["Result", "evaluate"]
 
@@ -58,33 +58,30 @@ def evaluate(
     samples = [draw(split, seed, i, task) for task in picked for i in range(per_task)]
     opened = contextlib.nullcontext(model) if isinstance(model, LLM) else LLM(model, dtype=dtype)
     with opened as llm:
-        decode = None
+        decode, words = None, "greedy"
         if llm.info.kind != "ar":
             block = llm.info.block or 32
             cache: Cache | None = "none" if llm.info.kind == "diffusion" else None
-            decode = DecodeParams(rule="schedule", steps=int(max_tokens * share), block_length=block, cache=cache)
-        prompts = [encode(llm.tokenizer, sample).prompt for sample in samples]
-        found = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens), decode)
-        name = llm.info.name
-    right: dict[str, list[bool]] = {task: [] for task in picked}
-    wrong = []
-    for sample, output in zip(samples, found, strict=True):
-        right[sample.task].append(grade(sample, output.text))
-        if not right[sample.task][-1]:
-            wrong.append((sample.messages[-1]["content"], output.text, sample.response))
-    usages = [output.outputs[0].usage for output in found]
-    forwards = sum(usage.forwards for usage in usages)
+            steps = int(max_tokens * share)
+            decode = DecodeParams(rule="schedule", steps=steps, block_length=block, cache=cache)
+            words = f"schedule, {steps} steps for {max_tokens} tokens"
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        found = answered(llm, samples, sampling, decode, words=words)
     return Result(
-        model=name,
+        model=found.model,
         split=split,
         per_task=per_task,
-        decode="greedy" if decode is None else f"schedule, {decode.steps} steps for {max_tokens} tokens",
-        accuracy={task: sum(marks) / len(marks) for task, marks in right.items()},
-        total=sum(map(sum, right.values())) / len(samples),
-        forwards=forwards / len(samples),
-        tokens_per_forward=sum(usage.completion_tokens for usage in usages) / forwards,
+        decode=found.decode,
+        accuracy=found.by_task,
+        total=found.exact_match,
+        forwards=sum(row.forwards for row in found.rows) / len(found.rows),
+        tokens_per_forward=found.tokens_per_forward,
         seconds=round(time.monotonic() - begun, 1),
-        wrong=wrong,
+        wrong=[
+            (sample.messages[-1]["content"], row.text, sample.response)
+            for sample, row in zip(samples, found.rows, strict=True)
+            if not row.right
+        ],
     )
 
 
