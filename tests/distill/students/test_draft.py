@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dfastllm.distill.students import acceptance
 from dfastllm.distill.students import draft as command
@@ -37,8 +38,16 @@ def asked_once(target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     prompts = read_prompts([file], 0.25)
     with LLM(target) as llm:
         found, notes = answered(llm, [*prompts.train, *prompts.held], place / "a.jsonl", Asking(0.8, TOKENS, top=6))
+        eos = llm.info.eos_ids[0]
     assert notes == []
-    return prompts, found
+    return prompts, [ending(a, eos) if i % 3 == 0 and not a.ended else a for i, a in enumerate(found)]
+
+
+def ending(answer: Answer, eos: int) -> Answer:
+    """As if it had ended by itself there. A random model hardly ever does."""
+    assert answer.top is not None
+    ids, logprobs = (F.pad(x, (0, 0, 0, 1), value=v) for x, v in zip(answer.top, (0, -torch.inf), strict=True))
+    return replace(answer, ids=(*answer.ids, eos), ended=True, top=(ids, logprobs))
 
 
 def alignment(target: Path, draft: Path, answers: list[Answer], held: int = 4, **options: Any) -> Alignment:

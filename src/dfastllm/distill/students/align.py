@@ -41,6 +41,7 @@ class Alignment(Work):
     temperature  of both distributions; answers that were made greedily have none, so 1 is taken then.
     kind         which divergence.
     tokens       of a batch, padding included.
+    longest      None: the draft's context.
     bf16         matrix products in bfloat16 (autocast).
 
     Raises DataError where no answer is left or the answers lack what the target would tell, ContextLengthError where
@@ -57,11 +58,12 @@ class Alignment(Work):
         temperature: float = 1.0,
         kind: Divergence = "forward",
         tokens: int = 2048,
-        longest: int = 1024,
+        longest: int | None = None,
         seed: int = 0,
         bf16: bool = False,
     ) -> None:
         check_divergence(kind, 0.5)
+        longest = draft.config.max_len if longest is None else longest
         if longest > draft.config.max_len:
             raise ContextLengthError(
                 f"answers of up to {longest} tokens; the draft's context is {draft.config.max_len}.",
@@ -130,7 +132,7 @@ class Alignment(Work):
         with self._autocast():
             hidden, teacher = self._forward(rows, some)
             found = self._terms(self._student(hidden), rows, teacher)
-        known = teacher.present()
+        known = teacher.present(hidden.shape[:1])
         count = len(known)
         terms = {"divergence": found.divergence.sum() / count}
         if not bool(known.all()):
@@ -161,7 +163,7 @@ class Alignment(Work):
                 hidden, teacher = self._forward(rows, some)
                 student = self._student(hidden)
                 found = self._terms(student, rows, teacher)
-                known = teacher.present()
+                known = teacher.present(hidden.shape[:1])
                 sums["validation_loss"] += found.divergence.sum().item()
                 entropy += (found.logsumexp - found.picked[:, 0]).sum().item()
                 for at in range(0, len(known), chunk):

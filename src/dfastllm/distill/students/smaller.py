@@ -49,7 +49,7 @@ __all__ = ["collect_answers", "report", "served", "train_student"]
 TEMPERATURES = (0.0, 0.7)
 HELD_OUT = 0.04
 HELD_MOST = 128  # answers that are measured on
-PATIENCE = 120.0  # s for a server to load its model
+PATIENCE = 600.0  # s for a server to load its model, on a machine that does much else
 
 
 @contextmanager
