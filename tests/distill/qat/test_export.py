@@ -132,7 +132,7 @@ def test_the_whole_student_agrees(format: str, family: str, tied: bool, tmp_path
         float_ = logits(qat.model, ids)[0]
     found = engine_logits(served, ids[0])
     rounding = (shown - float_).abs().mean()
-    assert (found - shown).abs().mean() < 0.1 * rounding
+    assert (found - shown).abs().mean() < 0.03 * rounding
     assert (found - shown).abs().max() < 0.02 * float(shown.abs().max())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfastllm.distill.qat import QatConfig, Recovery, check_qat_stability
+from dfastllm.distill.qat import QatConfig, Recovery, check_qat_stability, should_enable_qat
 from dfastllm.distill.qat.stability import MOST_ROWS
 from dfastllm.errors import CheckpointError
 from tests.kit.qat_students import logits, texts, trained
@@ -121,6 +121,13 @@ def test_delayed_start_and_rate() -> None:
     off = Recovery(QatConfig(start_fraction=0.0), 10)
     assert not off.begin(9)
     assert off.rate_factor(9) == 1.0
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.29, 0.8])
+def test_the_first_try_begins_where_it_should(fraction: float) -> None:
+    config = QatConfig(enabled=True, start_fraction=fraction)
+    found = Recovery(config, 100)
+    assert [found.begin(step) for step in range(100)] == [should_enable_qat(step, 100, config) for step in range(100)]
 
 
 def test_checks_are_due() -> None:
