@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "KDDataset",
     "aggregate_speed_metrics",
+    "certainty_forcing",
     "check_qat_stability",
     "collate_kd_batch",
     "combined_kd_loss",
@@ -32,6 +33,7 @@ __all__ = [
 _HOME: dict[str, tuple[str, str]] = {
     "KDDataset": ("distill.data.dataset", "KDDataset"),
     "aggregate_speed_metrics": ("metrics.timelines", "aggregate"),
+    "certainty_forcing": ("distill.students.certainty", "certainty_forcing"),
     "check_qat_stability": ("distill.qat.stability", "check_qat_stability"),
     "collate_kd_batch": ("distill.data.collate", "collate_kd_batch"),
     "combined_kd_loss": ("distill.losses.combined", "combined_kd_loss"),
