@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dfastllm.core import SamplingParams
+from dfastllm.distill.data.encode import RowEncoder
 from dfastllm.distill.data.rows import RowFile
 from dfastllm.distill.teacher.collect import collect
 from dfastllm.distill.teacher.settings import TeacherSettings
@@ -76,7 +77,11 @@ def test_answers_and_log_probabilities_are_the_engines_own(
             exact = [dict(record.top) | {record.token: record.logprob} for record in wanted.logprobs]
             assert told == [{id: pytest.approx(p, abs=1e-6) for id, p in token.items()} for token in exact]
     assert called >= 3
-    assert len(list(RowFile(out))) == summary.accepted
+    encoder = RowEncoder(tokenizer)
+    examples = [encoder(row) for row in RowFile(out)]  # and a student's data set takes all of it
+    assert len(examples) == summary.accepted
+    assert not encoder.dropped
+    assert all(example.topk is not None for example in examples)
     kept = [path.read_text() for path in [out, *tmp_path.rglob("*.json")]]
     assert len(kept) == COUNT + 1
     assert not any("sk-of-the-server" in text for text in kept)
