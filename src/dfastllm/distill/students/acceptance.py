@@ -28,12 +28,13 @@ from dfastllm.errors import DataError, DFastLLMError, GenerationError
 from dfastllm.kernels import set_threads
 from dfastllm.llm import resolve
 from dfastllm.metrics.speculation import Run, answer, usage_counts
+from dfastllm.options import SpeculativeMethod
 from dfastllm.text import chat_prompt
 
 __all__ = ["Acceptance", "Measuring", "measure_drafts", "table"]
 
 ALL = "all"
-METHOD = "draft_model"
+METHOD: SpeculativeMethod = "draft_model"
 PAGE = 16
 
 

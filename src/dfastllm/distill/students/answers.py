@@ -185,7 +185,7 @@ def _read(path: Path, header: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]
     if not path.exists():
         return {}
     file = RowFile(path, needs_text=False)
-    rows = {row.metadata["key"]: _raw(row) for row in file if "key" in row.metadata}
+    rows: dict[str, Mapping[str, Any]] = {row.metadata["key"]: _raw(row) for row in file if "key" in row.metadata}
     if dict(file.header) != dict(header):
         differing = [k for k in header.keys() | file.header.keys() if header.get(k) != file.header.get(k)]
         said = ", ".join(f"{k} {file.header.get(k)!r} (now {header.get(k)!r})" for k in sorted(differing))

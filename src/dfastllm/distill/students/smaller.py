@@ -102,13 +102,15 @@ def collect_answers(
             prompts = home / f"prompts-{temperature}.jsonl"
             if not prompts.exists():
                 write_rows(prompts, chats(seed, count))
-            settings = TeacherSettings(
-                base_url=root,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_logprobs=0,
-                concurrency=together,
-                deadline=max(1.0, minutes * 60 / len(TEMPERATURES)),
+            settings = TeacherSettings.of(
+                {
+                    "base_url": root,
+                    "max_tokens": max_tokens,
+                    "temperature": temperature,
+                    "top_logprobs": 0,
+                    "concurrency": together,
+                    "deadline": max(1.0, minutes * 60 / len(TEMPERATURES)),
+                }
             )
             out = home / f"answers-{temperature}.jsonl"
             summary = collect(prompts, out, settings, tokenizer, cache=home / "cache", show=False)
