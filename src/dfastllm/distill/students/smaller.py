@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,9 @@ def collect_answers(
                     "temperature": temperature,
                     "top_logprobs": 0,
                     "concurrency": together,
+                    # A slow answer is no failed one here: the server is ours, and asking again would only cost more.
+                    "timeout": 3600.0,
+                    "row_deadline": 7200.0,
                     "deadline": max(1.0, minutes * 60 / len(TEMPERATURES)),
                 }
             )
@@ -271,4 +275,5 @@ def _step(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a run that is told to end ends its server
     raise SystemExit(main())
