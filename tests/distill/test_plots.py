@@ -30,6 +30,7 @@ CHECKS: list[dict[str, Any]] = [
     }
     for step in (90, 100)
 ]
+CHECKS[1]["lr_factor"] = 0.1
 LINES: list[dict[str, Any]] = [*STEPS, *CHECKS, {"step": 64, "event": "qat.on", "status": "on"}]
 SIDE = {"exact_match": 0.95, "false_call_rate": 0.0, "median_tokens": 20.0, "ttfa_tokens": 30.0, "forwards": 20.0}
 RECORD = {
@@ -50,7 +51,9 @@ def test_the_training_picture() -> None:
     assert labels(upper) == ["loss, weighted sum", "kl_div", "length", "validation loss"]
     assert list(upper.get_lines()[1].get_ydata()) == [line["loss.kl_div"] for line in STEPS]
     assert (upper.get_ylabel(), upper.get_yscale()) == ("nats per token, each term times its weight", "log")
-    assert (lower.get_ylabel(), lower.get_xlabel()) == ("learning rate", "optimizer step")
+    assert (lower.get_ylabel(), lower.get_xlabel()) == ("rate / its peak", "optimizer step")
+    rates = dict(zip(lower.get_lines()[0].get_xdata(), lower.get_lines()[0].get_ydata(), strict=True))
+    assert (rates[10], rates[100]) == (1e-3, 1e-4)  # the factor of what is trained rounded is in it
     for axes in (upper, lower):
         assert [text.get_text().strip() for text in axes.texts] == ["QAT on"]
         assert 64 in [line.get_xdata()[0] for line in axes.get_lines()]

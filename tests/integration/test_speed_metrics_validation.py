@@ -39,7 +39,7 @@ def run(home: Path, **sections: Any) -> list[Line]:
 def weights(home: Path) -> bytes:
     newest = latest(home)
     assert newest is not None
-    return (newest / "model.safetensors").read_bytes()
+    return (newest / "weights.safetensors").read_bytes()
 
 
 def test_metrics_are_logged_at_each_validation(tmp_path: Path) -> None:

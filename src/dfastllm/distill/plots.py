@@ -90,8 +90,10 @@ def training_figure(lines: Lines) -> Figure:
     _finish(upper, "Losses", "nats per token, each term times its weight")
     if any(value > 0 for value in _series(lines, "loss")[1]):
         upper.set_yscale("log")
-    _draw(lower, lines, {"lr": "learning rate"})
-    _finish(lower, "", "learning rate", legend=False)
+    rates = [{**line, "lr": line["lr"] * line.get("lr_factor", 1.0)} for line in lines if "lr" in line]
+    _draw(lower, rates, {"lr": "learning rate"})
+    _finish(lower, "", "rate / its peak", legend=False)
+    lower.set_ylim(bottom=0)
     lower.set_xlabel("optimizer step")
     for axes in (upper, lower):
         _switches(axes, lines)
