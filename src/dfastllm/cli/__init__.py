@@ -11,6 +11,7 @@ from dfastllm.bench.command import bench
 from dfastllm.bench.gate_command import app as gate
 from dfastllm.cli.chat import chat
 from dfastllm.cli.check import check
+from dfastllm.cli.distill import distill
 from dfastllm.cli.doctor import doctor
 from dfastllm.cli.generate import generate
 from dfastllm.cli.output import Group
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, serve, bench, train, quantize, check, doctor):
+for _command in (generate, chat, serve, bench, train, distill, quantize, check, doctor):
     app.command()(_command)
 app.add_typer(gate)
 

@@ -60,7 +60,9 @@ class RunLog:
             self._writer.flush()
 
     def event(self, step: int, values: Mapping[str, Value]) -> None:
-        """values: "event" names it."""
+        """values: "event" names it. step: the one that it belongs to, so that a run which resumes before it says it
+        once."""
+        values = {name: value for name, value in values.items() if name != "step"}
         self._append({"step": step, **values})
         if self._writer is not None:
             text = "  ".join(f"{k}: {v}" for k, v in values.items() if k != "event")
