@@ -87,14 +87,15 @@ def training_figure(lines: Lines) -> Figure:
     _draw(upper, lines, {name: name.removeprefix("loss.") for name in parts})
     validation = {"validation_loss": "validation loss", "validation_ce": "validation, cross entropy"}
     _draw(upper, lines, validation, marker="o", style="--")
-    _finish(upper, "Losses", "nats per token, each term times its weight")
+    _finish(upper, "Losses", "nats per token, each term times its weight", legend=False)
     if any(value > 0 for value in _series(lines, "loss")[1]):
-        upper.set_yscale("log")
+        upper.set_yscale("log", nonpositive="mask")  # a term that was 0 leaves a gap
     rates = [{**line, "lr": line["lr"] * line.get("lr_factor", 1.0)} for line in lines if "lr" in line]
     _draw(lower, rates, {"lr": "learning rate"})
     _finish(lower, "", "rate / its peak", legend=False)
     lower.set_ylim(bottom=0)
     lower.set_xlabel("optimizer step")
+    upper.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in (upper, lower):
         _switches(axes, lines)
     return figure
@@ -112,6 +113,7 @@ def validation_figure(lines: Lines) -> Figure | None:
         _draw(one, lines, names, marker="o")
         _finish(one, title, unit)
         one.set_xlabel("optimizer step")
+        one.margins(y=0.1)
         one.set_ylim(bottom=0)
         _switches(one, lines)
     for one in axes[len(panels) :]:
@@ -212,7 +214,8 @@ def _draw(
         steps, values = _series(lines, name)
         if steps:
             only = "o" if len(steps) == 1 else marker  # one point makes no line
-            axes.plot(steps, values, style, linewidth=width, marker=only, markersize=4, label=label)
+            whole = not marker  # a marker on the edge is drawn whole
+            axes.plot(steps, values, style, linewidth=width, marker=only, markersize=4, label=label, clip_on=whole)
 
 
 def _finish(axes: Axes, title: str, unit: str, *, legend: bool = True) -> None:
@@ -224,13 +227,14 @@ def _finish(axes: Axes, title: str, unit: str, *, legend: bool = True) -> None:
 
 
 def _switches(axes: Axes, lines: Lines) -> None:
-    """A line where the log says that something was switched."""
+    """The whole run on the axis of steps, and a line where the log says that something was switched."""
+    axes.set_xlim(0, 1.02 * max(int(line.get("step", 0)) for line in lines))
     for line in lines:
         word = SWITCHES.get(str(line.get("event")))
         if word is not None:
             axes.axvline(line["step"], color="0.4", linestyle=":", linewidth=1.2)
-            place = axes.get_xaxis_transform()
-            axes.text(line["step"], 0.02, f" {word}", transform=place, fontsize=8, color="0.3", va="bottom")
+            how: dict[str, Any] = {"fontsize": 8, "color": "0.3", "rotation": 90, "ha": "right", "va": "bottom"}
+            axes.text(line["step"], 0.03, word, transform=axes.get_xaxis_transform(), **how)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
