@@ -128,8 +128,9 @@ def test_any_head() -> None:
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             plain = of(module(rows), wanted, teacher=given)
-            found = of(Hidden.module(rows, module), wanted, teacher=given, chunk=3)
-        torch.testing.assert_close(found[1:], plain[1:], atol=0.2 if autocast else 1e-5, rtol=0.02)
+            # In bfloat16 the order of sums is seen: one chunk has the plain one's.
+            found = of(Hidden.module(rows, module), wanted, teacher=given, chunk=ROWS if autocast else 3)
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,8 +4,10 @@ log-sum-exp and the logits of some ids. Cross entropies and probabilities of an 
 The pass keeps nothing of size [rows, V]: backward computes each chunk again and writes its derivative straight into
 the gradient. So beyond the inputs and their gradient it takes the memory of one chunk, whatever the number of rows. The
 rows may be logits, or hidden rows with the head that would make logits of them (`Hidden`): then no [rows, V] array
-exists at all (the idea of Cut Cross-Entropy, Wijmans et al. 2024, arXiv 2411.09009, and of Liger Kernel, Hsu et al.
-2024, arXiv 2410.10989, here for divergences too, with any head, in plain torch).
+exists at all, and the head's gradient is held twice, as the sum and as that of a chunk.
+
+The idea is that of Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009) and of Liger Kernel (Hsu et al. 2024,
+arXiv 2410.10989); here it is for divergences too, with any head, in plain torch.
 """
 
 from __future__ import annotations
