@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from dfastllm.train.data import Batch, Stream
 from dfastllm.train.evaluate import evaluate
 from dfastllm.train.loop import fit
 from dfastllm.train.objectives import Rows, make_objective, short_attention
-from dfastllm.train.plan import Plan
+from dfastllm.train.plan import OptimizerName, Plan
 from dfastllm.train.work import Losses, Work
 
 __all__ = ["Figures", "LikeFloat", "Recovered", "recover"]
@@ -110,8 +110,9 @@ def recover(
     format: str = "w4",
     head: str = "",
     steps: int = 300,
-    lr: float = 3e-4,
-    tokens: int = 4096,
+    lr: float = 1e-4,
+    optimizer: str = "muon",
+    tokens: int = 2048,
     samples: int = 400,
     per_task: int = 50,
     seed: int = 0,
@@ -120,10 +121,15 @@ def recover(
 ) -> Recovered:
     """Measure rounding, train, measure again.
 
-    model: a shipped model's name or a Hugging Face directory. tokens: of a batch, padding counted. samples: of the test
-    split, for the divergence; per_task: of each task, for the accuracy. search: whether scales are searched for while
-    training and in what is exported. out: where the trained model's checkpoint is written; None: kept nowhere. Raises
-    as loading, `prepare_qat` and the training loop do.
+    model      a shipped model's name or a Hugging Face directory.
+    optimizer  of the layers' matrices, see `Plan`.
+    tokens     of a batch, padding counted.
+    samples    of the test split, for the divergence.
+    per_task   samples of each task of the test split, for the accuracy.
+    search     whether scales are searched for while training and in what is exported.
+    out        where the trained model's checkpoint is written; None: kept nowhere.
+
+    Raises as loading, `prepare_qat` and the training loop do.
     """
     source = Source(model)
     source.require_tokenizer("the task mix")
@@ -151,6 +157,7 @@ def recover(
             steps,
             lr=lr,
             matrix_lr=lr,
+            optimizer=optimizer,
             weight_decay=0.0,
             warmup=min(20, steps),
             schedule="cosine",
@@ -179,8 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", default="w4", help="w8, w8g, w6, w4m or w4")
     parser.add_argument("--head", default="", help="format of embedding and head; default: as dfastllm quantize")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a batch")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="muon", help="of the layers' matrices")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a batch")
     parser.add_argument("--samples", type=int, default=400, help="held-out samples for the divergence")
     parser.add_argument("--per-task", type=int, default=50, help="held-out samples of each task for the accuracy")
     parser.add_argument("--seed", type=int, default=0)
@@ -196,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         head=args.head,
         steps=args.steps,
         lr=args.lr,
+        optimizer=args.optimizer,
         tokens=args.tokens,
         samples=args.samples,
         per_task=args.per_task,
