@@ -207,13 +207,24 @@ def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Say) -> tuple[
     if asked.given:
         found, notes = given_answers(llm.tokenizer, every)
     else:
-        found, notes = answered(
-            llm, every, asked.out / "answers.jsonl", asked.asking, lambda done, all: say(f"answers: {done} of {all}")
-        )
+        found, notes = answered(llm, every, asked.out / "answers.jsonl", asked.asking, _tenths(say))
     if notes:
         say(f"{len(notes)} prompts were left out; the first: {notes[0]}")
     held = {prompt.key for prompt in prompts.held}
     return [a for a in found if a.key not in held], [a for a in found if a.key in held]
+
+
+def _tenths(say: Say) -> Callable[[int, int], None]:
+    """Tells how many answers there are each time that another tenth is done."""
+    told = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        if done * 10 // total > told:
+            told = done * 10 // total
+            say(f"answers: {done} of {total}")
+
+    return show
 
 
 def export(model: Decoder, origin: str | Path, out: Path) -> Path:
