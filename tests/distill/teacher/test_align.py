@@ -7,6 +7,9 @@ import math
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, normalizers
+from tokenizers.models import BPE
 
 from dfastllm.distill.teacher.align import Student
 from dfastllm.distill.teacher.answer import Answer, read_answer
@@ -159,6 +162,28 @@ def test_half_characters(bytes_tokenizer: Tokenizer) -> None:
         ]
     wrong = [*exact[:1], entry("\ufffd", b"\xaa", -1.0, []), exact[2]]
     assert Student(bytes_tokenizer).topk(read_answer(completion(text, logprobs=wrong)), text) == "tokens_differ"
+
+
+def twins() -> Tokenizer:
+    """A tokenizer of SentencePiece's kind in which several ids stand for the same bytes: byte tokens beside letters,
+    and a token with a space beside the one that texts are cut into."""
+    names = ["<unk>", "<0x41>", "<0x42>", "A", "B", "</s>", " B", "▁B", "▁"]
+    vocabulary = {name: id for id, name in enumerate(names)}
+    model = BPE(vocab=vocabulary, merges=[("▁", "B")], byte_fallback=True, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    return Tokenizer(backend, special_tokens={"eos_token": "</s>"})
+
+
+def test_of_ids_with_the_same_bytes_the_one_that_texts_are_cut_into() -> None:
+    tokenizer = twins()
+    assert tokenizer.encode("A B") == [3, 7]
+    a = entry("A", b"A", -0.5, [("A", b"A", -0.5), ("B", b"B", -1.5)])
+    b = entry(" B", b" B", -0.25, [(" B", b" B", -0.25), ("A", b"A", -2.0), ("</s>", b"</s>", -4.0)])
+    topk = Student(tokenizer).topk(read_answer(completion("A B", logprobs=[a, b])), "A B")
+    assert topk == [[(3, -0.5), (4, -1.5)], [(7, -0.25), (3, -2.0), (5, -4.0)]]
 
 
 def called(arguments: str = '{"city": "Oslo"}', content: str = "", **rest: Any) -> Answer:
