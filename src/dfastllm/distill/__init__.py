@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "KDDataset",
+    "Realignment",
     "aggregate_speed_metrics",
     "certainty_forcing",
     "check_qat_stability",
@@ -23,6 +24,9 @@ __all__ = [
     "is_valid_tool_json",
     "length_aware_kd_loss",
     "load_config",
+    "make_student",
+    "measure_drafts",
+    "realign",
     "run_distillation",
     "sample_enumerated_shape",
     "should_enable_qat",
@@ -32,6 +36,7 @@ __all__ = [
 # name -> (module, its name there)
 _HOME: dict[str, tuple[str, str]] = {
     "KDDataset": ("distill.data.dataset", "KDDataset"),
+    "Realignment": ("distill.students.draft", "Realignment"),
     "aggregate_speed_metrics": ("metrics.timelines", "aggregate"),
     "certainty_forcing": ("distill.students.certainty", "certainty_forcing"),
     "check_qat_stability": ("distill.qat.stability", "check_qat_stability"),
@@ -43,6 +48,9 @@ _HOME: dict[str, tuple[str, str]] = {
     "is_valid_tool_json": ("metrics.tool_schemas", "is_valid_tool_json"),
     "length_aware_kd_loss": ("distill.losses.length", "length_aware_kd_loss"),
     "load_config": ("distill.config", "load_config"),
+    "make_student": ("distill.students.layers", "make_student"),
+    "measure_drafts": ("distill.students.acceptance", "measure_drafts"),
+    "realign": ("distill.students.draft", "realign"),
     "run_distillation": ("distill.run", "run_distillation"),
     "sample_enumerated_shape": ("distill.shapes", "sample_enumerated_shape"),
     "should_enable_qat": ("distill.qat.schedule", "should_enable_qat"),
