@@ -232,6 +232,14 @@ def test_a_window_of_micro_batches_is_one_batch(form: str) -> None:
     torch.testing.assert_close(slopes[0], slopes[1])
 
 
+def test_small_weights_are_means_too() -> None:
+    student, given, teacher = logits(), batch(), logits()
+    mask = torch.rand(B, T)
+    whole = combined_kd_loss(student, teacher, **given, loss_mask=mask)
+    tenth = combined_kd_loss(student, teacher, **given, loss_mask=mask / 100)
+    torch.testing.assert_close(tenth, whole, rtol=1e-6, atol=1e-9)
+
+
 def test_one_count_is_for_whole_responses() -> None:
     student, given, teacher = logits(), batch(), logits()
     own, ten = combined_kd_loss(student, teacher, **given), combined_kd_loss(student, teacher, **given, valid_tokens=10)

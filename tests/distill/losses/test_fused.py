@@ -180,10 +180,10 @@ def test_weights_and_means() -> None:
     assert token_divergence(x, teacher).item() == pytest.approx(each.mean().item())
     weights = torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.0, 0.0]])
     assert token_divergence(x, teacher, weights=weights).item() == pytest.approx((each * weights).sum().item())
-    heat = torch.full((2, 3), 2.0)
-    assert token_divergence(x, teacher, weights=weights, temperature=heat).item() == pytest.approx(
-        token_divergence(x, teacher, weights=weights, temperature=2.0).item()
-    )
+    heat = torch.linspace(0.5, 3, 6)
+    each = row_terms(x, teacher=teacher, temperature=heat).divergence.view(2, 3)
+    found = token_divergence(x, teacher, weights=weights, temperature=heat.view(2, 3))
+    assert found.item() == pytest.approx((each * weights).sum().item())
     with pytest.raises(ValidationError, match=r"weights must be \(2, 3\)"):
         token_divergence(x, teacher, weights=torch.ones(3))
 
