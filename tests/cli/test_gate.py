@@ -105,7 +105,7 @@ def test_record_and_check(cli: Cli, tmp_path: Path) -> None:
     gate = last(again)["ttfa_gate"]
     assert (gate["threshold"], gate["counted"]) == (25, "ttfa_excess_tokens")
     assert gate["ttfa_tokens_p95"] > 25  # the call's own length, which no limit is set for
-    assert "beyond need" in again.stdout
+    assert "TTFA excess p95" in again.stdout
 
 
 def test_check_of_another_model(cli: Cli, tmp_path: Path) -> None:

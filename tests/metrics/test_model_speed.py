@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
-from dfastllm.core import SamplingParams
+from dfastllm.core import SamplingParams, StepEvent
 from dfastllm.llm import LLM
 from dfastllm.metrics.gates import check
-from dfastllm.metrics.model_speed import measure_speed, speed_report
+from dfastllm.metrics.model_speed import measure_speed, speed_report, speed_reports
 from dfastllm.metrics.timelines import aggregate
 from dfastllm.metrics.tool_schemas import is_valid_tool_json
 from dfastllm.metrics.workload import speed_samples
@@ -63,6 +66,51 @@ def test_a_real_model_is_measured(model: str) -> None:
     assert got["ttfa_hit_rate"] == 1.0
     assert 0 < got["ttft_ms"]["p50"] <= got["ttfa_ms"]["p95"]
     assert 5 < got["ttfa_tokens"]["p50"] < 64
+
+
+class Hour:
+    """A machine that is slow while its first requests are answered: whoever is asked then."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.asked = 0
+
+    def delay(self) -> float:
+        self.asked += 1
+        return 0.3 if self.asked <= 12 else 0.0
+
+
+class Beside(Clocked):
+    """A stand-in on a machine that it shares."""
+
+    def __init__(self, hour: Hour, first: float, name: str) -> None:
+        super().__init__(first, 0.01)
+        self.hour = hour
+        self.info = type("Info", (), {"name": name})
+
+    def stream(self, prompt: Any, sampling: Any, decode: Any, **options: Any) -> Iterator[StepEvent]:
+        started, slow = self.now, self.hour.delay()
+        for event in super().stream(prompt, sampling, decode, **options):
+            self.hour.now += self.now - started + slow
+            started, slow = self.now, 0.0
+            yield event
+
+
+def test_models_asked_in_turns_share_a_slow_hour() -> None:
+    """One after the other the first would look slower still; in turns the two are as far apart as they are."""
+    hour = Hour()
+    pair: tuple[Any, Any] = (Beside(hour, 0.2, "old"), Beside(hour, 0.1, "new"))
+    samples = speed_samples(8)
+    for model in pair:
+        model.answer(samples)
+    old, new = speed_reports(*pair, 8, clock=lambda: hour.now)
+    slow = [report.speed_metrics["ttft_ms"] for report in (old, new)]
+    assert slow[0]["p50"] - slow[1]["p50"] == pytest.approx(100.0)
+    assert slow[0]["p95"] - slow[1]["p95"] == pytest.approx(100.0)
+    assert slow[1]["p95"] > 350  # the slow hour is in both
+    assert [report.fingerprints["workload"]["model"] for report in (old, new)] == ["old", "new"]
+    assert check(new, old, other_model=True)["gates_passed"]
+    assert not check(old, new, other_model=True)["gates_passed"]
 
 
 def test_a_demo_model_passes_its_own_gates() -> None:

@@ -90,7 +90,7 @@ def _show_metrics(metrics: dict[str, Any]) -> None:
         ("ttft_ms", "TTFT, ms"),
         ("tps", "TPS"),
         ("ttfa_tokens", "TTFA, tokens"),
-        ("ttfa_excess_tokens", "beyond need"),
+        ("ttfa_excess_tokens", "TTFA excess"),
         ("ttfa_ms", "TTFA, ms"),
     ):
         values = metrics.get(name) or {}
@@ -154,7 +154,7 @@ def _show_gates(found: dict[str, Any], verdict: str, threshold: float) -> None:
             table.add_row(label.format(percentile), *values, shown, f"{threshold:.1%} slower", word)
     ttfa = found["ttfa_gate"]
     word = ttfa.get("reason") or ("pass" if ttfa["passed"] else "FAIL")
-    label = "TTFA p95, tokens" if ttfa.get("counted") == "ttfa_tokens" else "TTFA p95, tokens beyond need"
+    label = "TTFA p95" if ttfa.get("counted") == "ttfa_tokens" else "TTFA excess p95"
     table.add_row(label, "", _number(ttfa.get("p95")), "", f"{ttfa['threshold']:g} tokens", word)
     screen.print(table)
     for error in found["errors"]:

@@ -171,7 +171,7 @@ _COUNTS = (
     ("all_tokens", "tokens in all"),
     ("teacher_median_tokens", "teacher's median"),
     ("ttfa_tokens", "TTFA, tokens"),
-    ("ttfa_excess_tokens", "  beyond need"),
+    ("ttfa_excess_tokens", "TTFA excess, tokens"),
     ("forwards", "forwards an answer"),
     ("tokens_per_forward", "tokens per forward"),
 )

@@ -24,8 +24,9 @@ from dfastllm.distill.qat.run import QatRun
 from dfastllm.distill.sections import Config
 from dfastllm.errors import UnsupportedError
 from dfastllm.llm import LLM
+from dfastllm.metrics.evaluation import Evaluation
 from dfastllm.metrics.gates import SpeedReport, strict_json
-from dfastllm.metrics.model_speed import speed_report
+from dfastllm.metrics.model_speed import speed_reports
 from dfastllm.models.checkpoint import fill, named_dtype, skeleton
 from dfastllm.models.decoder import Decoder
 from dfastllm.train.log import FILE, read_log
@@ -116,22 +117,22 @@ def _losses(home: Path) -> dict[str, float]:
 
 
 def _measure(config: Config, report: Report, start: Path, say: Say) -> None:
-    """Accuracy and speed of the student and of what it began as, through the engine, one after the other."""
+    """Accuracy and speed of the student and of what it began as, through the engine; the speed in turns."""
     samples = test_file(config, report.home) if config.eval.samples else None
     asked = None if samples is None else read_samples(samples, config.eval.samples)
     requests = config.speed.measure * SPEED_TIMES
     most = config.eval.max_tokens
-    evaluations, speeds = [], []
-    for model in (start, report.served):
-        if asked is None and not requests:
-            return
-        say(f"measuring {model}")
-        with ExitStack() as stack:
-            llm = stack.enter_context(LLM(model))
-            if asked is not None:
-                evaluations.append(evaluate_student(llm, asked.samples, max_tokens=most, ids=asked.ids))
-            if requests:
-                speeds.append(speed_report(llm, requests, max_tokens=most))
+    evaluations: list[Evaluation] = []
+    speeds: tuple[SpeedReport, SpeedReport] | None = None
+    if asked is None and not requests:
+        return
+    with ExitStack() as stack:
+        say(f"measuring {start} and {report.served}")
+        both = [stack.enter_context(LLM(model)) for model in (start, report.served)]
+        if asked is not None:
+            evaluations = [evaluate_student(llm, asked.samples, max_tokens=most, ids=asked.ids) for llm in both]
+        if requests:
+            speeds = speed_reports(both[0], both[1], requests, max_tokens=most)
     if asked is not None:
         section = config.eval
         report.comparison = compare_students(
@@ -139,7 +140,7 @@ def _measure(config: Config, report: Report, start: Path, say: Say) -> None:
         )
         kept = json.dumps(strict_json(report.comparison.record()), allow_nan=False)
         (report.home / "comparison.json").write_text(kept + "\n", encoding="utf-8")
-    if requests:
+    if speeds is not None:
         given = config.speed.baseline
         baseline: SpeedReport | Path = speeds[0] if given is None else Path(given)
         report.gates = end_gates(

@@ -51,7 +51,7 @@ PANELS: Sequence[tuple[str, str, Mapping[str, str]]] = (
     (
         "Until the tool call is complete",
         "tokens, median",
-        {"task.ttfa_tokens": "TTFA", "task.ttfa_excess_tokens": "of those beyond need"},
+        {"task.ttfa_tokens": "TTFA", "task.ttfa_excess_tokens": "of those, excess"},
     ),
     ("Time to first token", "ms", {"speed.ttft_ms.p50": "p50", "speed.ttft_ms.p95": "p95"}),
 )

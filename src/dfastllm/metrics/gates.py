@@ -172,6 +172,7 @@ def check(
             raise ValidationError(
                 f"current and baseline are not comparable: {name} is {mine!r}, in the baseline {theirs!r}.",
                 param="baseline",
+                hint="Record both with the same workload and threads; --other-model for a student and its baseline.",
             )
     before = baseline.speed_metrics
     return evaluate_speed_gates(current.speed_metrics, before, match, regression_threshold, ttfa_limit)

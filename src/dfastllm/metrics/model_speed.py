@@ -16,7 +16,10 @@ from dfastllm.metrics.timelines import ToolTimeline, aggregate, measure, record
 from dfastllm.metrics.workload import call_tokens, speed_samples
 from dfastllm.tasks import Sample
 
-__all__ = ["measure_speed", "speed_report"]
+__all__ = ["measure_speed", "speed_report", "speed_reports"]
+
+
+Asked = tuple[ToolTimeline, Sequence[Mapping[str, Any]] | None]
 
 
 def measure_speed(
@@ -30,10 +33,17 @@ def measure_speed(
 ) -> list[dict[str, float | None]]:
     """The figures of each sample, asked one after the other on a loaded model, after `warmups` unmeasured ones. A
     sample that should be answered by a tool call is held to its own tools' schemas."""
+    return measure(_asking(llm, sampling, decode, clock), samples, warmups=warmups)
+
+
+def _asking(
+    llm: LLM, sampling: SamplingParams | None, decode: DecodeParams | None, clock: Callable[[], float]
+) -> Callable[[Sample], Asked]:
+    """What sends one sample and returns its timeline and the tools it should call one of."""
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=64)
     shown = call_tokens(llm.tokenizer)
 
-    def ask(sample: Sample) -> tuple[ToolTimeline, Sequence[Mapping[str, Any]] | None]:
+    def ask(sample: Sample) -> Asked:
         prompt = llm.render(sample.messages, sample.tools or None)
         sent = clock()
         timeline = record(
@@ -46,7 +56,7 @@ def measure_speed(
         )
         return timeline, sample.tools if sample.grader == "tool_call" else None
 
-    return measure(ask, samples, warmups=warmups)
+    return ask
 
 
 def speed_report(
@@ -54,9 +64,45 @@ def speed_report(
 ) -> SpeedReport:
     """The speed of a loaded model on n held-out samples of the task mix (`workload.speed_samples`), greedy, as the
     report that gates compare. Raises ValidationError for n < 1."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    rows = measure_speed(llm, speed_samples(n, seed), sampling, decode)
+    return make_report(aggregate(rows), workload=_workload(llm, n, max_tokens, seed, decode))
+
+
+def speed_reports(
+    first: LLM,
+    second: LLM,
+    n: int,
+    *,
+    max_tokens: int = 64,
+    seed: int = 0,
+    decode: DecodeParams | None = None,
+    warmups: int = 2,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[SpeedReport, SpeedReport]:
+    """`speed_report` of two loaded models that are asked in turns, the order turned round with every sample, so that a
+    slow moment of the machine hits both. What is left is noise of single requests; nothing makes up for it but more of
+    them."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     samples = speed_samples(n, seed)
-    rows = measure_speed(llm, samples, SamplingParams(temperature=0.0, max_tokens=max_tokens), decode)
-    workload = {"name": "task mix", "requests": n, "max_tokens": max_tokens, "seed": seed, "model": llm.info.name}
-    if decode is not None:
-        workload["decode"] = {name: str(getattr(decode, name)) for name in sorted(decode.given)}
-    return make_report(aggregate(rows), workload=workload)
+    asks = [_asking(llm, sampling, decode, clock) for llm in (first, second)]
+    rows: tuple[list[dict[str, float | None]], list[dict[str, float | None]]] = ([], [])
+    for ask in asks:
+        for sample in samples[:warmups]:
+            ask(sample)
+    for i, sample in enumerate(samples):
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            timeline, tools = asks[side](sample)
+            rows[side].append(timeline.metrics(tools))
+    before, after = (
+        make_report(aggregate(found), workload=_workload(llm, n, max_tokens, seed, decode))
+        for llm, found in zip((first, second), rows, strict=True)
+    )
+    return before, after
+
+
+def _workload(llm: LLM, n: int, max_tokens: int, seed: int, decode: DecodeParams | None) -> dict[str, Any]:
+    """The fingerprint of what was asked of a model."""
+    asked: dict[str, Any] = {"name": "task mix", "requests": n, "max_tokens": max_tokens, "seed": seed}
+    given = {name: str(getattr(decode, name)) for name in sorted(decode.given)} if decode is not None else {}
+    return {**asked, "model": llm.info.name, **({"decode": given} if given else {})}
