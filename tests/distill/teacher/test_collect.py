@@ -332,6 +332,14 @@ def test_a_teacher_that_is_down_is_given_up(tmp_path: Path, bytes_tokenizer: Tok
         collect(prompts, out.with_name("b.jsonl"), nobody, bytes_tokenizer, show=False)
 
 
+def test_failures_between_answers_end_nothing(tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
+    def flaky(question: str, attempt: int) -> Step:
+        return echo(question, attempt) if int(question.split()[1][:-1]) % 3 == 2 else fails(503)
+
+    summary, _ = run_of(tmp_path, bytes_tokenizer, flaky, 15, attempts=1, concurrency=1, give_up_after=3)
+    assert (summary.accepted, summary.failed, summary.stopped) == (5, {"http_503": 10}, None)
+
+
 def test_refusals_of_single_questions_end_nothing(tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
     def long(question: str, attempt: int) -> Step:
         return echo(question, attempt) if question == "Question 0?" else fails(400, "too long")

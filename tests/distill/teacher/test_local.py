@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -120,6 +121,10 @@ def test_vocabularies_must_be_equal(bytes_tokenizer: Tokenizer) -> None:
     check_same_vocabulary(bytes_tokenizer, VOCAB, bytes_tokenizer, VOCAB)
     with pytest.raises(UnsupportedError, match="a vocabulary of 260, the student's of 264"):
         check_same_vocabulary(bytes_tokenizer, VOCAB, bytes_tokenizer, 264)
+    renamed = bytes_tokenizer.backend.to_str().replace("<|mask|>", "<|hole|>")
+    roles = {"eos_token": "<|end|>", "mask_token": "<|hole|>"}
+    masked = Tokenizer(tokenizers.Tokenizer.from_str(renamed), special_tokens=roles)
+    check_same_vocabulary(masked, VOCAB, bytes_tokenizer, VOCAB)  # nobody says a mask
     other = byte_tokenizer(special=("<|x|>", "<|y|>"))
     with pytest.raises(UnsupportedError, match=r"2 ids mean other tokens to the teacher, the first is 260: '<\|x\|>'"):
         check_same_vocabulary(other, VOCAB, bytes_tokenizer, VOCAB)
