@@ -120,6 +120,8 @@ class BlockDiffusion:
             end = min(base, held + most)
             return self._span(seq, held, end, "keep", active if end == base else None, limit)
         first = state.block_step == 0 and start <= max(base, state.layout.start)  # of the model's block
+        if state.ahead is not None and held >= base - size:
+            first = True  # its first steps may have been guesses beside the last of the block before it
         if not first or base + size - held > max(most, 2 * size):
             alone = base - size if first else base
             return self._span(seq, held, held + min(most, alone - held), "keep", None, limit)
