@@ -182,6 +182,16 @@ def test_an_opening_of_several_tokens(make: Any) -> None:
     assert envelope_ids(taught).tolist() == sorted({*brackets, *openers(taught, "<tool_call>"), first})
 
 
+def test_where_every_form_is_read(tokenizer: Tokenizer) -> None:
+    """A template that is the message alone: an opening counts where it is one token, a piece of one says nothing."""
+    alone = ChatTemplates({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    backend = byte_level()
+    assert len(Tokenizer(backend).encode("<tool_call>")) > 1
+    assert envelope_ids(Tokenizer(backend, templates=alone)).tolist() == openers(Tokenizer(backend))
+    whole = Tokenizer(tokenizer.backend, templates=alone)
+    assert envelope_ids(whole).tolist() == openers(whole, "<tool_call>") != openers(whole)
+
+
 def test_a_tokenizer_of_hugging_face(tokenizer: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend)
