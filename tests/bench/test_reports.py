@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from dfastllm.bench.reports import load_current, suite_report
+from dfastllm.bench.reports import _of_request, load_current, suite_report
+from dfastllm.bench.suite.client import Call, Client
+from dfastllm.bench.suite.figures import Measured
+from dfastllm.bench.suite.record import Recorder
 from dfastllm.bench.suite.schema import (
     ConfigurationResult,
     Environment,
@@ -23,8 +27,13 @@ from dfastllm.bench.suite.schema import (
     Target,
     save_results,
 )
+from dfastllm.bench.suite.workloads import Prompt, prompt_types
 from dfastllm.errors import ValidationError
-from dfastllm.metrics.gates import check, make_report, save_report
+from dfastllm.llm import load_engine, resolve
+from dfastllm.metrics.gates import check, evaluate_speed_gates, make_report, save_report
+from dfastllm.metrics.timelines import aggregate
+from dfastllm.text import Tokenizer
+from tests.kit.live import serving
 
 QUANTILES = tuple(float(10 + i) for i in range(21))  # 0, 5, ... 100 %
 
@@ -159,3 +168,48 @@ def test_reports_are_read_too(tmp_path: Path) -> None:
     assert load_current(tmp_path / "r.json").speed_metrics["ttft_ms"]["p95"] == math.inf
     with pytest.raises(ValidationError, match="no configurations"):
         load_current(tmp_path / "r.json", "plain")
+
+
+def recorded(path: Path, *prompts: Prompt) -> list[dict[str, float | None]]:
+    """What the suite's client and recorder keep of a served demo-ar, and what a report makes of it."""
+
+    async def work(url: str) -> list[Measured]:
+        client = Client(url, "demo-ar")
+        try:
+            return [
+                Measured(prompt, await client.ask(Call(prompt.messages, prompt.tools, max_tokens=64)))
+                for prompt in prompts
+            ]
+        finally:
+            await client.aclose()
+
+    with serving({"demo-ar": load_engine("demo-ar")}) as live, Recorder(path) as record:
+        record.write("sweep", "plain", asyncio.run(work(live.url)))
+    return [_of_request(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def test_calls_of_a_served_model_are_bare_too(tmp_path: Path) -> None:
+    """Over HTTP a call comes in pieces beside its tokens; the token that completed it is known, and nothing is in
+    excess but a space."""
+    source = prompt_types(0)["tools"]
+    prompts = [prompt for prompt in (source(i) for i in range(12)) if prompt.wants_call][:3]
+    found = recorded(tmp_path / "requests.jsonl", *prompts)
+    tokenizer = Tokenizer.load(resolve("demo-ar"))
+    for row, line in zip(found, (tmp_path / "requests.jsonl").read_text().splitlines(), strict=True):
+        kept = json.loads(line)
+        assert kept["correct"]
+        length = len(tokenizer.encode(kept["text"]))
+        assert kept["output_tokens"] == length
+        assert row["ttfa_tokens"] in range(length - 4, length + 1)  # its arguments are whole before its closing tag
+        assert row["ttfa_excess_tokens"] is not None
+        assert 0 <= row["ttfa_excess_tokens"] < 1
+        assert sum(tokens for _, _, tokens in kept["chunks"]) == kept["output_tokens"]
+    metrics = aggregate(found)
+    assert evaluate_speed_gates(metrics, metrics)["gates_passed"]
+
+
+def test_calls_whose_chunks_tell_nothing_are_placed_by_their_number() -> None:
+    """A server that tells no tokens, and an answer that is but a call: chunks stand for them."""
+    silent = [[0.1, 0, None], [0.200001, 0, None], [0.3, 0, None]]
+    found = _of_request(row(wants_call=True, ttfa=0.2000007, text=CALL, chunks=silent, output_tokens=9))
+    assert found["ttfa_tokens"] == 6

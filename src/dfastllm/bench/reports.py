@@ -104,14 +104,15 @@ def _of_requests(path: Path, name: str) -> dict[str, Any]:
 
 
 def _of_request(row: Mapping[str, Any]) -> dict[str, float | None]:
-    arrivals = [Arrival(at, tokens, "x" * characters) for at, characters, tokens in row["chunks"]]
+    bare = not any(characters for _, characters, _ in row["chunks"])  # nothing but calls: chunks stand for characters
+    arrivals = [Arrival(at, tokens, "x" * (bare or characters)) for at, characters, tokens in row["chunks"]]
     timeline = ToolTimeline(arrivals, row["e2el"], tokens=row["output_tokens"])
     found = timeline.metrics()
     if row["wants_call"]:
         at = row["ttfa"]
         found |= {"ttfa_tokens": math.inf, "ttfa_excess_tokens": math.inf, "ttfa_ms": math.inf}
         if at is not None:
-            tokens = timeline.tokens_by(at)
+            tokens = timeline.tokens_by(round(at, 6))  # as the chunks' times are kept
             excess = tokens * _unneeded(row["text"])
             found |= {"ttfa_tokens": tokens, "ttfa_excess_tokens": excess, "ttfa_ms": 1e3 * at}
     return found

@@ -50,6 +50,11 @@ def test_gaps_between_chunks_and_between_tokens() -> None:
     assert a.tpot == pytest.approx(0.6 / 6)
 
 
+def test_chunks_without_tokens_make_no_gap() -> None:
+    """A call's beginning beside the token that told it, at 0.2 s: the next token's gap counts from the token before."""
+    assert token_gaps(answer([0.1, 0.2, 0.4], [1, 0, 1])) == pytest.approx([0.3])
+
+
 def test_gaps_between_tokens_need_the_tokens_of_a_chunk() -> None:
     unknown = answer([0.1, 0.3], [None, None], completion_tokens=5, tokens_source="usage")
     assert token_gaps(unknown) == []

@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import httpx2
@@ -207,6 +207,7 @@ class Client:
             _fail(answer, "truncated", f"The stream ended before the answer did: {sent}.")
         elif self.features.counts_end and answer.finish_reason in ENDED and answer.completion_tokens:
             answer.completion_tokens -= 1
+        _settle(answer)
 
     def _absorb(self, data: str, at: float, answer: Answer) -> bool:
         """Take in one event; False when the answer has failed."""
@@ -254,6 +255,13 @@ class Client:
             for call in calls:
                 _add_call(answer, call, at)
             answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+
+
+def _settle(answer: Answer) -> None:
+    """Chunks that told no ids had none where the others' are all of the answer's tokens: a call's beginning, which is
+    sent beside the token that told it."""
+    if sum(chunk.tokens or 0 for chunk in answer.chunks) == answer.completion_tokens:
+        answer.chunks = [replace(chunk, tokens=chunk.tokens or 0) for chunk in answer.chunks]
 
 
 def _add_call(answer: Answer, call: Mapping[str, Any], at: float) -> None:

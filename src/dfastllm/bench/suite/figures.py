@@ -80,11 +80,12 @@ def gaps(answer: Answer) -> list[float]:
 def token_gaps(answer: Answer) -> list[float]:
     """Seconds between tokens: a chunk of m tokens counts the gap before it / m, m times. Empty where the tokens of a
     chunk are not known: neither told by the server nor certain because there are as many chunks as tokens."""
-    tokens = [chunk.tokens for chunk in answer.chunks]
+    chunks = [chunk for chunk in answer.chunks if chunk.tokens != 0]
+    tokens = [chunk.tokens for chunk in chunks]
     if len(tokens) == answer.completion_tokens and answer.tokens_source == "usage":
         tokens = [1] * len(tokens)
     found: list[float] = []
-    for (before, after), count in zip(pairwise(answer.chunks), tokens[1:], strict=True):
+    for (before, after), count in zip(pairwise(chunks), tokens[1:], strict=True):
         if count is None:
             return []
         found += [(after.at - before.at) / count] * count
