@@ -81,7 +81,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
             data={"generate": None, "train": [str(train)], "validation": [str(held_out)]},
             train={"steps": 5, "val_every": 5, "save_every": 2},
             kd={"teacher": {"base_url": url, "model": "mock", "top_logprobs": 0}},
-            speed={"length_kd_mode": "survival"},
+            speed={"length_kd_mode": "survival", "measure": 1},
             eval={"samples": 0},
         )
         run_distillation(parse_config(raw), place / "run", threads=1, say=lambda line: None)

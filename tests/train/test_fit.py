@@ -77,8 +77,9 @@ def same(a: Path, b: Path) -> bool:
     return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in files)
 
 
-def test_recipes_train_to_the_bits_of_a_plain_loop(runs: Path) -> None:
+def test_recipes_train_to_the_bits_of_a_plain_loop(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses and weights of a recipe, from nothing but torch and the objective: what the loop must add up to."""
+    monkeypatch.setattr("dfastllm.train.data.WINDOW", 64)
     values: dict[str, Any] = {"steps": 5, "batch_tokens": 600, "warmup": 2, "bf16": False, "optimizer": "muon"}
     recipe = Recipe("plain", "llada", "masked_diffusion", SHAPE, **values)
     done = run(recipe, runs=runs, log_every=1, save_every=5)
