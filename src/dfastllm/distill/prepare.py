@@ -22,6 +22,7 @@ from dfastllm.errors import DataError, ValidationError
 from dfastllm.llm import resolve
 from dfastllm.models.decoder import Decoder
 from dfastllm.text import Tokenizer
+from dfastllm.train.checkpoint import latest
 
 __all__ = ["Files", "Say", "data_files", "random_student", "start_directory", "test_file", "tokenizer_files"]
 
@@ -140,7 +141,9 @@ def _answered(
     for number, file in enumerate(files):
         name = split if len(files) == 1 else f"{split}-{number}"
         out = home / "data" / f"{name}.answers.jsonl"
-        if config.kd.choose is not None:
+        if out.is_file() and latest(home) is not None:
+            pass  # a run goes on with what it began with; a row that failed then is not asked again
+        elif config.kd.choose is not None:
             if not out.is_file():
                 assert config.kd.local_teacher is not None  # the configuration asks for one
                 say(choose_answers(file, out, config.kd.local_teacher, config.kd.choose, seed=config.train.seed))
