@@ -11,7 +11,9 @@ import importlib
 from typing import Any
 
 __all__ = [
+    "DistillWork",
     "KDDataset",
+    "Qat",
     "Realignment",
     "aggregate_speed_metrics",
     "certainty_forcing",
@@ -26,6 +28,7 @@ __all__ = [
     "load_config",
     "make_student",
     "measure_drafts",
+    "prepare_qat",
     "realign",
     "run_distillation",
     "sample_enumerated_shape",
@@ -35,7 +38,9 @@ __all__ = [
 
 # name -> (module, its name there)
 _HOME: dict[str, tuple[str, str]] = {
+    "DistillWork": ("distill.work", "DistillWork"),
     "KDDataset": ("distill.data.dataset", "KDDataset"),
+    "Qat": ("distill.qat.model", "Qat"),
     "Realignment": ("distill.students.draft", "Realignment"),
     "aggregate_speed_metrics": ("metrics.timelines", "aggregate"),
     "certainty_forcing": ("distill.students.certainty", "certainty_forcing"),
@@ -50,6 +55,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "load_config": ("distill.config", "load_config"),
     "make_student": ("distill.students.layers", "make_student"),
     "measure_drafts": ("distill.students.acceptance", "measure_drafts"),
+    "prepare_qat": ("distill.qat.model", "prepare_qat"),
     "realign": ("distill.students.draft", "realign"),
     "run_distillation": ("distill.run", "run_distillation"),
     "sample_enumerated_shape": ("distill.shapes", "sample_enumerated_shape"),
