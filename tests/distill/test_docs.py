@@ -35,7 +35,7 @@ def test_keys_are_there() -> None:
     found = set(KEY.findall(TEXT.split("## The distillation document's names")[0]))
     found |= {key for _, right in right_cells() for key in KEY.findall(right)}
     assert len(found) > 10
-    for key in found - {"speed.json"}:  # a file
+    for key in found - {"speed.json", "train.loop.Loop"}:  # a file, a class
         section, name, *rest = key.split(".")
         assert name in keys(section), key
         if rest:
