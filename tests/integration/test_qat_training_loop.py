@@ -97,7 +97,7 @@ def lines(home: Path) -> list[dict[str, Any]]:
 
 
 def events(home: Path) -> list[tuple[str, int]]:
-    """(event, steps done) of what this room reports."""
+    """(event, steps done with the one that it belongs to) of what this room reports."""
     found = [line for line in lines(home) if str(line.get("event", "")).startswith("qat.")]
     return [(line["event"], line["step"]) for line in found]
 
@@ -134,7 +134,7 @@ def test_qat_with_training_loop(tmp_path: Path) -> None:
         for name, value in whole.model.state_dict().items():
             assert resumed.model.state_dict()[name].equal(value), name
         assert resumed.extra_state() == whole.extra_state()
-    assert events(tmp_path / "whole") == [("qat.on", 10), ("qat.check", 11), ("qat.check", 15), ("qat.check", 20)]
+    assert events(tmp_path / "whole") == [("qat.on", 11), ("qat.check", 11), ("qat.check", 15), ("qat.check", 20)]
     assert whole.qat.qat is not None
     out = whole.qat.qat.export(tmp_path / "out", sorted((tmp_path / "tokenizer").iterdir()))
     prompt = texts(99, count=1)[0].tolist()
@@ -155,7 +155,7 @@ def test_qat_error_recovery(tmp_path: Path) -> None:
     assert once.qat.status == "active"
     assert once.rounded == [10, 11, 12, 16, 17, 18, 19]  # 12 broke; half-way from there to 20
     assert once.qat.rate_factor(19) == pytest.approx(0.05)
-    assert ("qat.failed", 12) in events(tmp_path / "once")
+    assert ("qat.failed", 13) in events(tmp_path / "once")
     assert once.qat.recovery.reason == "not finite at step 12: ce"
     twice = Counting(config(), spoil=(12, 17))
     fit(twice, plan(), tmp_path / "twice")

@@ -116,14 +116,15 @@ def test_conversion_names_a_broken_weight() -> None:
         qat.convert()
 
 
+@pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("format", ["w8", "w8g", "w4"])
-def test_conversion_is_what_was_trained_on(format: str) -> None:
+def test_conversion_is_what_was_trained_on(format: str, search: bool) -> None:
     """The very codes and scales of the last forward pass, which are those that the quantiser makes of the weights."""
-    qat = trained(format)
+    qat = trained(format, search=search)
     logits(qat.model, texts(3))
     for name, weight in qat.convert().items():
         parameter = qat.model.get_parameter(name)
-        wanted = quantise(parameter, qat.roundings[name].format)
+        wanted = quantise(parameter, qat.roundings[name].format, search=search)
         used = qat.roundings[name].of(parameter)
         assert used is not None
         for other in (wanted, used.natural):
@@ -145,7 +146,7 @@ def test_state() -> None:
     for bad in wrong:
         with pytest.raises(CheckpointError, match="unreadable"):
             other.load_state(bad)
-    for name, value in (("format", "w8"), ("head", "float"), ("search", False)):
+    for name, value in (("format", "w8"), ("head", "float"), ("search", True)):
         with pytest.raises(CheckpointError, match=f"trained with {name}"):
             other.load_state({**state, name: value})
 

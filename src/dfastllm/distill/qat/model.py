@@ -2,8 +2,9 @@
 they become at the end.
 
 The modules take the place of the plain ones and keep their parameters, so names, checkpoints and optimizers are the
-same with and without. Norms and biases stay float, as they are served. Embedding and head round as `dfastllm quantize`
-would write them: what is exported is, bit for bit, what that command makes of the trained float weights.
+same with and without. Norms and biases stay float, as they are served; embedding and head round in the formats that
+`dfastllm quantize` gives them. With its search for scales, too, what is exported is bit for bit what that command makes
+of the trained float weights.
 """
 
 from __future__ import annotations

@@ -110,13 +110,13 @@ def recover(
     format: str = "w4",
     head: str = "",
     steps: int = 300,
-    lr: float = 1e-4,
+    lr: float = 1.5e-4,
     optimizer: str = "muon",
     tokens: int = 2048,
     samples: int = 400,
     per_task: int = 50,
     seed: int = 0,
-    search: bool = True,
+    search: bool = False,
     out: Path | None = None,
 ) -> Recovered:
     """Measure rounding, train, measure again.
@@ -186,13 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", default="w4", help="w8, w8g, w6, w4m or w4")
     parser.add_argument("--head", default="", help="format of embedding and head; default: as dfastllm quantize")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=1.5e-4)
     parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="muon", help="of the layers' matrices")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch")
     parser.add_argument("--samples", type=int, default=400, help="held-out samples for the divergence")
     parser.add_argument("--per-task", type=int, default=50, help="held-out samples of each task for the accuracy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="train and export with plain rounding, without the search")
+    parser.add_argument("--search", action="store_true", help="train and export with scales that are searched for")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--out", type=Path, help="write the trained model's checkpoint here")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         samples=args.samples,
         per_task=args.per_task,
         seed=args.seed,
-        search=not args.plain,
+        search=args.search,
         out=args.out,
     )
     print(f"{found.model}, {found.format}, embedding and head {found.head}; accuracy of {found.answers} answers")

@@ -47,7 +47,7 @@ class QatRun:
             self.qat.enable()
         else:
             self.qat.disable()
-        self._events.append({"event": "qat.on" if wanted else "qat.off", "step": step, "status": self.status})
+        self._events.append({"event": "qat.on" if wanted else "qat.off", "status": self.status})
 
     def rate_factor(self, step: int) -> float:
         return self.recovery.rate_factor(step)
@@ -57,7 +57,7 @@ class QatRun:
         if self.qat is None or not self.recovery.due(done):
             return False
         report = check_qat_stability(self.model, batch, forward=self.forward)
-        self._events.append({"event": "qat.check", "step": done, **report})
+        self._events.append({"event": "qat.check", **report})
         return self._act(done, report)
 
     def broken(self, step: int, names: tuple[str, ...]) -> bool:
@@ -76,7 +76,6 @@ class QatRun:
         self._events.append(
             {
                 "event": "qat.failed",
-                "step": done,
                 "status": recovery.status,
                 "failed": recovery.failed,
                 "next_start": recovery.start if recovery.status == "postponed" else -1,
@@ -95,7 +94,8 @@ class QatRun:
         return (start,) if self.qat is not None and start > 0 else ()
 
     def events(self) -> list[Event]:
-        """Since the last call."""
+        """Since the last call: qat.on and qat.off with the status, qat.check with the report, qat.failed with the reason.
+        The log says of which step."""
         found, self._events = self._events, []
         return found
 
