@@ -94,8 +94,8 @@ class QatRun:
         return (start,) if self.qat is not None and start > 0 else ()
 
     def events(self) -> list[Event]:
-        """Since the last call: qat.on and qat.off with the status, qat.check with the report, qat.failed with the reason.
-        The log says of which step."""
+        """Since the last call: qat.on and qat.off with the status, qat.check with the report, qat.failed with the
+        reason. The log says of which step."""
         found, self._events = self._events, []
         return found
 
