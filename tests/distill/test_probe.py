@@ -68,6 +68,9 @@ def test_training_mode_is_given_back_when_it_fails(tokenizer: Tokenizer) -> None
     with pytest.raises(ValidationError), in_engine(model, tokenizer, quantization="w99"):
         pass
     assert model.training
+    with in_engine(model.eval(), tokenizer):
+        pass
+    assert not model.training
 
 
 def test_a_probe_tells_accuracy_and_speed(tokenizer: Tokenizer) -> None:

@@ -159,6 +159,8 @@ def test_drift_by_shape() -> None:
     assert (small.samples, small.accuracy, small.drift) == (2, 0.5, pytest.approx(0.5 - 2 / 3))
     assert (large.samples, large.accuracy, large.drift) == (1, 1.0, pytest.approx(1 / 3))
     assert [one.samples for one in found.by_shape([1]).values()] == [3]  # longer than all: the largest
+    exact = found.by_shape([max(lengths[:2]), lengths[2]])
+    assert [one.samples for one in exact.values()] == [2, 1]  # filled to the last token
     with pytest.raises(ValidationError, match="shapes"):
         found.by_shape([])
 

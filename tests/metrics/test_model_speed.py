@@ -74,6 +74,7 @@ class Hour:
     def __init__(self) -> None:
         self.now = 0.0
         self.asked = 0
+        self.order: list[str] = []
 
     def delay(self) -> float:
         self.asked += 1
@@ -89,6 +90,7 @@ class Beside(Clocked):
         self.info = type("Info", (), {"name": name})
 
     def stream(self, prompt: Any, sampling: Any, decode: Any, **options: Any) -> Iterator[StepEvent]:
+        self.hour.order.append(self.info.name)
         started, slow = self.now, self.hour.delay()
         for event in super().stream(prompt, sampling, decode, **options):
             self.hour.now += self.now - started + slow
@@ -104,6 +106,7 @@ def test_models_asked_in_turns_share_a_slow_hour() -> None:
     for model in pair:
         model.answer(samples)
     old, new = speed_reports(*pair, 8, clock=lambda: hour.now)
+    assert hour.order == ["old"] * 2 + ["new"] * 2 + ["old", "new", "new", "old"] * 4
     slow = [report.speed_metrics["ttft_ms"] for report in (old, new)]
     assert slow[0]["p50"] - slow[1]["p50"] == pytest.approx(100.0)
     assert slow[0]["p95"] - slow[1]["p95"] == pytest.approx(100.0)

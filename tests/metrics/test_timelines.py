@@ -177,6 +177,15 @@ def test_excess_is_all_but_the_shortest_writing(text: str, needed: str) -> None:
     assert (found.tokens, found.excess) == (len(text), len(text) - len(needed))
 
 
+def test_the_second_call_behind_one_opening_does_not_need_the_first() -> None:
+    first, second = (
+        '<tool_call>[{"name": "other", "arguments": {}}, ',
+        '{"name": "clock", "arguments": {"zone":1}}]</tool_call>',
+    )
+    found = told(*first, *second, count=len).first_call([CLOCK])
+    assert found.excess == pytest.approx(len(first), abs=1)  # the brace with which the second was seen to begin
+
+
 def test_excess_is_estimated_without_a_tokenizer() -> None:
     """From the share of the characters: half of the text is the call."""
     talk = "x" * len(CALL)
