@@ -83,8 +83,8 @@ def test_a_run_records_learns_and_exports_a_student_that_answers(whole: Path) ->
     assert recorded["right"] == len(own) >= 5
     assert recorded["tokens_per_forward"] > 1
     assert {one.id for one in own} <= {f"tasks/train/0/{i}" for i in range(8)}  # the prompts of the set, from its start
-    assert steps[-1]["tokens_per_forward"] > 1
-    assert 0 < steps[-1]["exact_match"] <= 1
+    assert steps[-1]["task.tokens_per_forward"] > 1
+    assert 0 < steps[-1]["task.exact_match"] <= 1
     figures = json.loads((whole / "figures.json").read_text())
     assert figures["samples"] == 8
     assert figures["before"]["exact_match"] >= 0.75

@@ -26,6 +26,7 @@ from dfastllm.distill.evaluate import held_out, read_samples
 from dfastllm.distill.finish import save_student
 from dfastllm.distill.losses.fused import Hidden
 from dfastllm.distill.paired import equal_accuracy
+from dfastllm.distill.plots import plot_run
 from dfastllm.distill.prepare import Say, data_files, start_directory
 from dfastllm.distill.probe import in_engine
 from dfastllm.distill.sections import Config
@@ -40,7 +41,7 @@ from dfastllm.distill.students.trajectory import (
     record,
     write_trajectories,
 )
-from dfastllm.errors import DataError, ValidationError
+from dfastllm.errors import DataError, UnsupportedError, ValidationError
 from dfastllm.llm import LLM, resolve
 from dfastllm.models.decoder import Decoder
 from dfastllm.tasks import Sample, Split, draw, shares
@@ -225,9 +226,11 @@ class TrajectoryWork(Work):
 
 
 def measured(llm: LLM, samples: Sequence[Sample], decode: Mapping[str, Any], max_tokens: int) -> dict[str, Value]:
-    """Of answers to held-out samples: exact_match, tokens_per_forward, and the mean forwards and tokens of one."""
+    """Of answers to held-out samples, for the log: task.exact_match, task.tokens_per_forward, and the mean forwards and
+    tokens of one."""
     point = measure(llm, samples, decode, max_tokens)
-    return {name: getattr(point, name) for name in ("exact_match", "tokens_per_forward", "forwards", "tokens")}
+    names = ("exact_match", "tokens_per_forward", "forwards", "tokens")
+    return {f"task.{name}": getattr(point, name) for name in names}
 
 
 def _figures(found: Recording) -> dict[str, Value]:
@@ -259,10 +262,10 @@ def distil_trajectories(
     """The run of a configuration with `kd.trajectory`; returns the student's directory, or None where it was stopped
     before its end.
 
-    home gets data, trajectories.jsonl, run/ (checkpoints, log.jsonl, a recording for each round), the student, and
-    figures.json: accuracy and tokens per forward of the quick decoder on `eval.samples` samples of the test split,
-    before and after. stop: end at this step. Raises ValidationError, DataError, UnsupportedError, CheckpointError,
-    TrainingError."""
+    home gets data, trajectories.jsonl, run/ (checkpoints, log.jsonl, a recording for each round), the student, a picture of
+    the losses, and figures.json: accuracy and tokens per forward of the quick decoder on `eval.samples` samples of the
+    test split, before and after. stop: end at this step. Raises ValidationError, DataError, UnsupportedError,
+    CheckpointError, TrainingError."""
     settings = config.kd.trajectory
     assert settings is not None  # the caller looked
     start = start_directory(config, home)
@@ -280,6 +283,10 @@ def distil_trajectories(
         return None
     student = save_student(model, start, home / (config.model.name or "student"), config.model.dtype)
     _compare(config, start, student, prompts, home, say)
+    try:
+        plot_run(home / "run", home)
+    except UnsupportedError as error:  # without matplotlib
+        say(f"no pictures: {error}")
     return student
 
 
