@@ -4,6 +4,7 @@ each layer goes with its layer, and the directory is one that everything of ours
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +40,7 @@ def source_of(directory: Path, family: str) -> Path:
     overrides: dict[str, Any] = {"layers": 6, **MIXED.get(family, {})}
     moe = find_family(family).shape.get("moe")
     if moe is not None:
-        overrides["moe"] = replace(moe, layers=(False, *[True] * 5))
+        overrides["moe"] = replace(moe, layers=(False, *[True] * 5), experts=4, groups=min(moe.groups, 2))
     return write_tiny(directory, family, **overrides)
 
 
@@ -59,9 +60,21 @@ def test_even_steps(layers: int) -> None:
         assert count == 1 or kept[-1] == layers - 1
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model of each family, made once."""
+    place = tmp_path_factory.mktemp("sources")
+
+    def source(family: str) -> Path:
+        found = place / family
+        return found if found.exists() else source_of(found, family)
+
+    return source
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_layers_are_the_source_to_the_bit(family: str, tmp_path: Path) -> None:
-    source = source_of(tmp_path / "source", family)
+def test_all_layers_are_the_source_to_the_bit(family: str, sources: Callable[[str], Path], tmp_path: Path) -> None:
+    source = sources(family)
     made = make_student(source, tmp_path / "student", layers=6)
     assert made.kept == tuple(range(6))
     assert made.share == 1.0
@@ -75,8 +88,10 @@ def test_all_layers_are_the_source_to_the_bit(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropped_layers_are_gone_and_the_others_compute_what_they_did(family: str, tmp_path: Path) -> None:
-    source = source_of(tmp_path / "source", family)
+def test_dropped_layers_are_gone_and_the_others_compute_what_they_did(
+    family: str, sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = sources(family)
     made = make_student(source, tmp_path / "student", keep=KEEP)
     whole, student = load(source, dtype="float32"), load(made.path, dtype="float32")
     raw = json.loads((made.path / "config.json").read_text())

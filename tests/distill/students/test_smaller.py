@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from dfastllm import assemble
 from dfastllm.bench.cpu.environment import default_cache
 from dfastllm.bench.fidelity import real_model
 from dfastllm.core import SamplingParams
@@ -16,8 +17,10 @@ from dfastllm.distill.students.acceptance import Measuring
 from dfastllm.distill.students.layers import make_student, tokenizer_of
 from dfastllm.distill.students.smaller import collect_answers, main, report, served, train_student
 from dfastllm.errors import DataError, ModelNotFoundError, NotReadyError
+from dfastllm.kernels.packed import QTensor
 from dfastllm.llm import LLM
-from dfastllm.models import Decoder, load
+from dfastllm.models import load
+from dfastllm.models.gguf import open_gguf
 
 MODEL = "demo-draft"
 
@@ -26,18 +29,18 @@ def test_from_a_served_model_to_a_report(tmp_path: Path, capsys: pytest.CaptureF
     home = tmp_path / "home"
     with pytest.raises(DataError, match="step collect"):
         train_student(MODEL, home)
-    ask = {"minutes": 1.0, "count": 40, "max_tokens": 64, "port": 9287}
+    ask = {"minutes": 1.0, "count": 24, "max_tokens": 48, "port": 9287}
     found = collect_answers(MODEL, home, **ask)  # type: ignore[arg-type]
     lines = {name: (home / f"answers-{name}.jsonl").read_text().splitlines() for name in found}
     assert all(len(lines[name]) == found[name] + 1 for name in found), "a header, and a row for each answer"
-    assert found["0.0"] > 12
-    assert found["0.7"] > 12
+    assert found["0.0"] > 6
+    assert found["0.7"] > 6
     assert main(["student", MODEL, str(home), "--layers", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == [0]
-    figures = train_student(MODEL, home, steps=12, lr=2e-3, tokens=1024)
-    assert figures["steps"] == 12
+    figures = train_student(MODEL, home, steps=8, lr=2e-3, tokens=512)
+    assert figures["steps"] == 8
     assert figures["tokens_per_second"] > 0
-    told = report(MODEL, home, prompts=2, how=Measuring(length=2, max_tokens=16, repeats=1))
+    told = report(MODEL, home, prompts=2, how=Measuring(length=2, max_tokens=8, repeats=1))
     assert told == json.loads((home / "report.json").read_text())
     before, after = told["students"]["before"], told["students"]["after"]
     assert told["model"]["validation_loss"] == pytest.approx(0, abs=1e-6)
@@ -49,8 +52,11 @@ def test_from_a_served_model_to_a_report(tmp_path: Path, capsys: pytest.CaptureF
     assert {row["draft"] for row in told["drafts"]} == {"before", "after"}
 
 
-def test_a_server_that_does_not_come_up_says_why() -> None:
-    with pytest.raises(NotReadyError, match="no model 'nowhere'"), served("nowhere", 9288, 1):
+def test_a_server_that_does_not_come_up_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+    words = [sys.executable, "-c", "raise SystemExit('error: no model')"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real(words, **options))
+    with pytest.raises(NotReadyError, match="of nowhere did not come up: error: no model"), served("nowhere", 9288, 1):
         pass
 
 
@@ -68,13 +74,15 @@ def test_the_real_model_gets_students(smollm2: Path, tmp_path: Path) -> None:
     assert made.source == 134_515_008
     assert made.share < 0.5
     student = load(made.path)
-    whole = assemble.dequantised(smollm2, torch.bfloat16).model
-    assert isinstance(whole, Decoder)
-    assert torch.equal(student.embed.weight, whole.embed.weight)
-    assert torch.equal(student.layers[1].attn.q_proj.weight, whole.layers[29].attn.q_proj.weight)
-    ours, theirs = tokenizer_of(made.path), tokenizer_of(smollm2)
+    with open_gguf(smollm2) as gguf:
+        pairs = {"embed.weight": "embed.weight", "layers.1.attn.q_proj.weight": "layers.29.attn.q_proj.weight"}
+        for own, theirs in pairs.items():
+            value, _ = gguf.read(gguf.sources[theirs])
+            assert isinstance(value, QTensor)
+            assert torch.equal(student.get_parameter(own), value.dequantise().to(torch.bfloat16))
+    ours, its = tokenizer_of(made.path), tokenizer_of(smollm2)
     said = [{"role": "user", "content": "Who are you, and what is 12 x 12?"}]
-    assert ours.encode(ours.apply_chat_template(said)) == theirs.encode(theirs.apply_chat_template(said))
-    assert ours.eos_ids == theirs.eos_ids
+    assert ours.encode(ours.apply_chat_template(said)) == its.encode(its.apply_chat_template(said))
+    assert ours.eos_ids == its.eos_ids
     with LLM(made.path) as llm:
         assert llm.chat(said, SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].usage.completion_tokens <= 3
