@@ -150,8 +150,12 @@ def test_a_killed_run_goes_on_to_the_same_bits_with_global_noise(tmp_path: Path)
     fit(Line(noise=0.5), plan(accumulate=2), tmp_path / "b", stop=5)
     log = tmp_path / "b" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 6, "loss": 9.0}\n{"step": 7, "lo')  # of a process that was killed
+    torn = tmp_path / "b" / ".step-8.4711"
+    torn.mkdir()
+    (torn / "weights.safetensors").write_bytes(b"torn")
     b = fit(Line(noise=0.5), plan(accumulate=2), tmp_path / "b")
     assert same(a, b)
+    assert not torn.exists()
     logs = [read_log(home / "log.jsonl") for home in (tmp_path / "a", tmp_path / "b")]
     assert [{**line, "seconds": 0} for line in logs[0]] == [{**line, "seconds": 0} for line in logs[1]]
     assert [line["step"] for line in logs[0]] == list(range(1, 13))

@@ -146,6 +146,7 @@ def _answered(
         elif config.kd.choose is not None:
             if not out.is_file():
                 assert config.kd.local_teacher is not None  # the configuration asks for one
+                say(f"{file.name}: {config.kd.choose.samples} answers of {config.kd.local_teacher} to each prompt")
                 say(choose_answers(file, out, config.kd.local_teacher, config.kd.choose, seed=config.train.seed))
         else:
             summary = collect(file, out, config.kd.teacher or _required(teacher), tokenizer)

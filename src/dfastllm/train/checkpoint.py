@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from dfastllm.errors import CheckpointError
 
-__all__ = ["drop_after", "latest", "newest_good", "prune", "read_checkpoint", "read_weights", "write_checkpoint"]
+__all__ = [
+    "drop_after",
+    "latest",
+    "newest_good",
+    "prune",
+    "read_checkpoint",
+    "read_weights",
+    "sweep",
+    "write_checkpoint",
+]
 
 RNG = "rng.safetensors"
 
@@ -79,6 +88,13 @@ def newest_good(run: Path, good: Callable[[Mapping[str, Any]], bool]) -> Path | 
         if good(json.loads((path / "state.json").read_text()).get("work", {})):
             return path
     return None
+
+
+def sweep(run: Path) -> None:
+    """Remove what a process that was killed while it wrote a checkpoint has left."""
+    for pattern in (".step-*", ".old-*"):
+        for path in run.glob(pattern):
+            shutil.rmtree(path)
 
 
 def drop_after(run: Path, step: int) -> None:

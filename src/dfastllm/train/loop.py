@@ -24,6 +24,7 @@ from dfastllm.train.checkpoint import (
     newest_good,
     prune,
     read_checkpoint,
+    sweep,
     write_checkpoint,
 )
 from dfastllm.train.log import RunLog, Show, progress
@@ -43,6 +44,7 @@ def fit(work: Work, plan: Plan, home: Path, *, resume: bool = True, stop: int | 
     if not resume:
         refuse_earlier(home)
     home.mkdir(parents=True, exist_ok=True)
+    sweep(home)
     device = next(work.model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
