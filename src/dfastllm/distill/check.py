@@ -87,7 +87,7 @@ def check_config(path: str | Path, *, device: str = "cpu", threads: int | None =
     found.append(Check("configuration", True, f"{config.train.steps} steps, files and models are there"))
     with tempfile.TemporaryDirectory() as home:
         parts = _Parts(config, Path(home), device)
-        for name, check in (_CHECKS if config.kd.trajectory is None else _OF_TRAJECTORIES).items():
+        for name, check in _checks(config).items():
             found.append(_tried(name, check, parts))
         if parts.teacher is not None:
             parts.teacher.close()
@@ -273,6 +273,20 @@ def _trajectories(parts: _Parts) -> str:
     return f"{said[-1]}; {losses}, gradient {line['grad_norm']:.3g}; {line['right']:.0%} of the tokens right"
 
 
+def _drafts(parts: _Parts) -> str:
+    """A run of one step on the first prompts: answers, divergence, the measuring of drafts."""
+    from dfastllm.distill.students.draft_run import realign_as, small_config
+
+    small = small_config(parts.config, parts.home)
+    report = realign_as(small, plan_of(small, "check"), parts.home, device=parts.device, say=lambda line: None)
+    assert report is not None  # its one step was made
+    before, rows = report["held_out"]["before"], report["drafts"]
+    return (
+        f"{report['prompts']['train']} answers; divergence {before['validation_loss']:.4g}, best token equal "
+        f"{before['agreement']:.0%}; {rows[0]['per_verify']:.2f} draft tokens accepted in a verifying forward"
+    )
+
+
 def _need(value: Any, made_by: str) -> Any:
     if value is None:
         raise _NotMadeError(f"the check of the {made_by} failed")
@@ -290,6 +304,12 @@ _CHECKS: Mapping[str, Callable[[_Parts], str | None]] = {
     "QAT": _qat,
     "teacher's cost": _cost,
 }
+
+
+def _checks(config: Config) -> Mapping[str, Callable[[_Parts], str | None]]:
+    if config.kd.trajectory is not None:
+        return _OF_TRAJECTORIES
+    return _CHECKS if config.kd.draft is None else {"drafts": _drafts}
 
 
 def show_checks(checks: Sequence[Check], console: Console | None = None) -> None:

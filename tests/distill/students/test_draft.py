@@ -400,6 +400,17 @@ def test_the_whole_as_a_configuration_says(target: Path, draft: Path, prompts: P
     assert report["held_out"]["after"]["validation_loss"] < report["held_out"]["before"]["validation_loss"]
 
 
+def test_a_configuration_is_tried_before_it_runs(target: Path, draft: Path, prompts: Path, tmp_path: Path) -> None:
+    from dfastllm.distill.check import check_config
+
+    checks = check_config(write_config(tmp_path / "c.yaml", target, draft, prompts))
+    assert [(one.name, one.passed) for one in checks] == [("configuration", True), ("drafts", True)]
+    assert "accepted in a verifying forward" in checks[1].found
+    other = check_config(write_config(tmp_path / "d.yaml", target, Path("demo-draft"), prompts))
+    assert not other[1].passed
+    assert "cannot draft" in other[1].found
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm.distill.data.generate import generate
+from dfastllm.distill.data.rows import write_rows
 from dfastllm.distill.sections import Config
 from dfastllm.distill.students.acceptance import Measuring
 from dfastllm.distill.students.answers import Asking
 from dfastllm.distill.students.draft import Realignment, Say, realign
+from dfastllm.distill.teacher.questions import read_questions, row_fields
 from dfastllm.errors import ValidationError
 from dfastllm.train.plan import Plan
 
-__all__ = ["realign_as"]
+__all__ = ["realign_as", "small_config"]
+
+FEW = 32  # prompts of a trial
 
 # What a configuration with kd.draft may say; the rest of it has no meaning there, and is refused.
 READ = {
@@ -89,6 +93,23 @@ def realign_as(
         ),
     )
     return realign(asked, stop=stop, say=say)
+
+
+def small_config(config: Config, home: Path) -> Config:
+    """The same with one step, the first prompts and short answers: to try whether all of it can be done. Raises
+    DataError for files without prompts."""
+    assert config.kd.draft is not None  # what the caller looked at
+    data = config.data
+    if data.generate is not None:
+        data = data.model_copy(update={"generate": data.generate.model_copy(update={"samples": FEW})})
+    else:
+        questions = [one for file in data.train for one in read_questions(file, FEW)[0]][:FEW]
+        write_rows(home / "first.jsonl", [row_fields(one.row) for one in questions], force=True)
+        data = data.model_copy(update={"train": (str(home / "first.jsonl"),)})
+    few = {"max_tokens": min(config.kd.draft.max_tokens, 16), "repeats": 1, "held_out": 0.3}
+    kd = config.kd.model_copy(update={"draft": config.kd.draft.model_copy(update=few)})
+    train = config.train.model_copy(update={"steps": 1, "tensorboard": False})
+    return config.model_copy(update={"data": data, "kd": kd, "train": train})
 
 
 def _prompt_files(config: Config, home: Path) -> tuple[str, ...]:
