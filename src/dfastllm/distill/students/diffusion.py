@@ -262,8 +262,8 @@ def distil_trajectories(
     """The run of a configuration with `kd.trajectory`; returns the student's directory, or None where it was stopped
     before its end.
 
-    home gets data, trajectories.jsonl, run/ (checkpoints, log.jsonl, a recording for each round), the student, a picture
-    of the losses, and figures.json: accuracy and tokens per forward of the quick decoder on `eval.samples` samples of
+    home gets data, trajectories.jsonl, run/ (checkpoints, log.jsonl, a recording for each round), the student, a
+    picture of the losses, and figures.json: accuracy and tokens per forward of the quick decoder on `eval.samples` samples of
     the test split, before and after. stop: end at this step. Raises ValidationError, DataError, UnsupportedError,
     CheckpointError, TrainingError."""
     settings = config.kd.trajectory
