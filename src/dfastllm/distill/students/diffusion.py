@@ -263,9 +263,9 @@ def distil_trajectories(
     before its end.
 
     home gets data, trajectories.jsonl, run/ (checkpoints, log.jsonl, a recording for each round), the student, a
-    picture of the losses, and figures.json: accuracy and tokens per forward of the quick decoder on `eval.samples` samples of
-    the test split, before and after. stop: end at this step. Raises ValidationError, DataError, UnsupportedError,
-    CheckpointError, TrainingError."""
+    picture of the losses, and figures.json: accuracy and tokens per forward of the quick decoder on `eval.samples`
+    samples of the test split, before and after. stop: end at this step. Raises ValidationError, DataError,
+    UnsupportedError, CheckpointError, TrainingError."""
     settings = config.kd.trajectory
     assert settings is not None  # the caller looked
     start = start_directory(config, home)
