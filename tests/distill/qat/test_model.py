@@ -146,7 +146,7 @@ def test_state() -> None:
     for bad in wrong:
         with pytest.raises(CheckpointError, match="unreadable"):
             other.load_state(bad)
-    for name, value in (("format", "w8"), ("head", "float"), ("search", True)):
+    for name, value in (("format", "w8"), ("head", "float"), ("search", False)):
         with pytest.raises(CheckpointError, match=f"trained with {name}"):
             other.load_state({**state, name: value})
 

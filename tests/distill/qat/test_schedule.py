@@ -14,7 +14,7 @@ def test_defaults_are_the_specifications() -> None:
     config = QatConfig()
     assert (config.enabled, config.start_fraction, config.lr_multiplier) == (False, 0.8, 0.1)
     assert (config.weight_bits, config.act_bits, config.format) == (8, 8, "w8g")
-    assert config.search is False
+    assert config.search is True
     assert (config.check_every, config.min_cosine, config.strikes, config.tries) == (100, 0.98, 3, 2)
 
 

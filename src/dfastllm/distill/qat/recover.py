@@ -5,7 +5,8 @@
 The student starts as the float model and is rounded from the first step on; it is trained to give the float model's own
 distribution (forward KL on the rows that the model's objective asks for), on the training split of the task mix. What
 is measured on the test split: the divergence and the agreement of the best token, of the model as it is served; and the
-accuracy of the exported checkpoints, through the engine.
+accuracy of the exported checkpoints, through the engine. A few rows make up a large part of the divergence (ten of
+28,835 a quarter of it, demo-ar in w4), so it wants many samples.
 """
 
 from __future__ import annotations
@@ -110,13 +111,13 @@ def recover(
     format: str = "w4",
     head: str = "",
     steps: int = 300,
-    lr: float = 1.5e-4,
-    optimizer: str = "muon",
+    lr: float = 1e-4,
+    optimizer: str = "adamw",
     tokens: int = 2048,
-    samples: int = 400,
+    samples: int = 1600,
     per_task: int = 50,
     seed: int = 0,
-    search: bool = False,
+    search: bool = True,
     out: Path | None = None,
 ) -> Recovered:
     """Measure rounding, train, measure again.
@@ -186,13 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", default="w4", help="w8, w8g, w6, w4m or w4")
     parser.add_argument("--head", default="", help="format of embedding and head; default: as dfastllm quantize")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=1.5e-4)
-    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="muon", help="of the layers' matrices")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw", help="of the layers' matrices")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch")
-    parser.add_argument("--samples", type=int, default=400, help="held-out samples for the divergence")
+    parser.add_argument("--samples", type=int, default=1600, help="held-out samples for the divergence")
     parser.add_argument("--per-task", type=int, default=50, help="held-out samples of each task for the accuracy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--search", action="store_true", help="train and export with scales that are searched for")
+    parser.add_argument("--plain", action="store_true", help="train and export with plain rounding, without the search")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--out", type=Path, help="write the trained model's checkpoint here")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         samples=args.samples,
         per_task=args.per_task,
         seed=args.seed,
-        search=args.search,
+        search=not args.plain,
         out=args.out,
     )
     print(f"{found.model}, {found.format}, embedding and head {found.head}; accuracy of {found.answers} answers")

@@ -32,8 +32,7 @@ class QatConfig:
     act_bits        8: what the kernels round a layer's inputs to.
     format          of the layers' matrices, as `dfastllm quantize` names it; "": w8g for 8 bits, w4 for 4.
     head            format of embedding and head, "float" keeps them; "": as `dfastllm quantize` does (w8g beside w4).
-    search          False: plain rounding to nearest, whose scales follow the weights smoothly. True: scales by the
-                    search that `dfastllm quantize` does.
+    search          True: scales by the search that `dfastllm quantize` does; False: plain rounding to nearest.
     check_every     steps between stability checks.
     min_cosine      logits that are less alike than this, to those of the same weights unrounded, count as a strike.
     strikes         so many checks in a row below `min_cosine` end a try; a NaN ends it at once.
@@ -47,7 +46,7 @@ class QatConfig:
     act_bits: int = 8
     format: str = ""
     head: str = ""
-    search: bool = False
+    search: bool = True
     check_every: int = 100
     min_cosine: float = 0.98
     strikes: int = 3
