@@ -73,6 +73,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert figures[name]["divergence"] == pytest.approx(
             quality.divergence, rel=0.2
         )  # its activations are simulated
+    assert figures["settings"]["tokens"] == 512
     assert figures["float_"]["accuracy"] == pytest.approx(quality.total_before)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "w4"

@@ -227,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         share = found.share(measure)
         print(f"{measure}: {'plain rounding costs none' if share is None else f'{share:.0%} of the cost recovered'}")
     if args.json:
-        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        settings = {name: value for name, value in vars(args).items() if name not in ("model", "out", "json")}
+        args.json.write_text(json.dumps({**asdict(found), "settings": settings}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
