@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from dfastllm.convert import Options, measure, quantise_model
 from dfastllm.convert.report import divergence, log_probabilities
 from dfastllm.distill.qat import QatConfig, prepare_qat
-from dfastllm.distill.qat.recover import Figures, LikeFloat, Recovered, main
+from dfastllm.distill.qat.recover import Figures, LikeFloat, Recovered, _cost, main
 from dfastllm.llm import resolve
 from dfastllm.models import load
 from dfastllm.text import Tokenizer
@@ -44,15 +45,21 @@ def test_the_loss_is_the_divergence(name: str) -> None:
 
 
 def test_share() -> None:
-    found = Recovered(
-        "m", "w4", "w8g", 1, 10, Figures(0.0, 1.0, 0.9), Figures(0.5, 0.9, 0.7), Figures(0, 0, 0), Figures(0.1, 1, 0.85)
-    )
+    best, worst = Figures(0.0, 0.0, 1.0, 0.9), Figures(0.5, 0.1, 0.9, 0.7)
+    found = Recovered("m", "w4", "w8g", 1, 10, best, worst, worst, Figures(0.1, 0.1, 1.0, 0.85))
     assert found.share("divergence") == pytest.approx(0.8)
     assert found.share("accuracy") == pytest.approx(0.75)
-    none = Recovered(
-        "m", "w4", "w8g", 1, 10, Figures(0.0, 1.0, 0.9), Figures(0.5, 0.9, 0.9), Figures(0, 0, 0), Figures(0.1, 1, 0.8)
-    )
-    assert none.share("accuracy") is None
+    assert Recovered("m", "w4", "w8g", 1, 10, best, best, best, worst).share("accuracy") is None
+
+
+def test_cost() -> None:
+    """Of two rows, by hand: KL 0 and ln 2, so a mean of half that and an error of a standard deviation over root 2."""
+    sure = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).clamp(min=1e-30).log()
+    torn = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).clamp(min=1e-30).log()
+    mean, error, same = _cost([sure[:1], sure[1:]], [torn[:1], torn[1:]])
+    assert mean == pytest.approx(math.log(2) / 2)
+    assert error == pytest.approx(math.log(2) / 2 / math.sqrt(2))
+    assert same == 1.0
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

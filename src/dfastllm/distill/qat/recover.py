@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dfastllm.convert.report import divergence, log_probabilities
+from dfastllm.convert.report import log_probabilities
 from dfastllm.convert.samples import OBJECTIVES, task_examples
 from dfastllm.convert.source import Source
 from dfastllm.distill.qat.model import Qat, prepare_qat
@@ -43,10 +43,16 @@ __all__ = ["Figures", "LikeFloat", "Recovered", "recover"]
 
 @dataclass(frozen=True)
 class Figures:
-    """One model on held-out rows. divergence: KL of it from the float model, nats a token. agreement: share of rows
-    with the same best token. accuracy: share of right answers through the engine."""
+    """One model on held-out rows.
+
+    divergence  KL of it from the float model, nats a token.
+    error       standard error of that, over rows.
+    agreement   share of rows with the same best token.
+    accuracy    share of right answers through the engine.
+    """
 
     divergence: float
+    error: float
     agreement: float
     accuracy: float
 
@@ -105,6 +111,16 @@ def _log_probabilities(model: Decoder, rows: Rows) -> Tensor:
     return model.head(hidden[rows.wanted]).float().log_softmax(-1)
 
 
+def _cost(reference: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float, float]:
+    """(mean KL(reference || found) in nats, its standard error over rows, share of rows with the same best token) of
+    log-probabilities [rows, vocabulary]."""
+    pairs = list(zip(reference, found, strict=True))
+    distance = torch.cat([(p.exp() * (p - q)).sum(-1, dtype=torch.float64) for p, q in pairs])
+    same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in pairs])
+    error = distance.std(correction=0) / len(distance) ** 0.5
+    return distance.mean().item(), error.item(), same.double().mean().item()
+
+
 def recover(
     model: str | Path,
     *,
@@ -145,7 +161,7 @@ def recover(
 
         def figures(qat: Qat, where: Path) -> Figures:
             qat.enable()
-            cost = divergence(reference, log_probabilities(qat.model, examples))
+            cost = _cost(reference, log_probabilities(qat.model, examples))
             return Figures(*cost, evaluate(qat.export(where, files), per_task=per_task, seed=seed + 1).total)
 
         for name, searched in (("plain", False), ("searched", True)):
@@ -171,7 +187,9 @@ def recover(
     before = evaluate(source.directory, per_task=per_task, seed=seed + 1)
     answers = per_task * len(before.accuracy)
     head = qat.options.head_format
-    return Recovered(source.info.name, format, head, steps, answers, float_=Figures(0.0, 1.0, before.total), **found)
+    return Recovered(
+        source.info.name, format, head, steps, answers, float_=Figures(0.0, 0.0, 1.0, before.total), **found
+    )
 
 
 def _prepared(source: Source, format: str, head: str, search: bool) -> Qat:
@@ -214,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out=args.out,
     )
     print(f"{found.model}, {found.format}, embedding and head {found.head}; accuracy of {found.answers} answers")
-    print(f"{'':24}{'KL, nats/token':>16}{'same best token':>17}{'accuracy':>10}")
+    print(f"{'':24}{'KL, nats/token':>20}{'same best token':>17}{'accuracy':>10}")
     lines = {
         "float": found.float_,
         "plain rounding": found.plain,
@@ -222,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"trained {found.steps} steps": found.trained,
     }
     for name, f in lines.items():
-        print(f"{name:24}{f.divergence:16.5f}{f.agreement:17.2%}{f.accuracy:10.2%}")
+        print(f"{name:24}{f.divergence:10.5f} ± {f.error:.5f}{f.agreement:17.2%}{f.accuracy:10.2%}")
     for measure in ("divergence", "accuracy"):
         share = found.share(measure)
         print(f"{measure}: {'plain rounding costs none' if share is None else f'{share:.0%} of the cost recovered'}")
