@@ -6,7 +6,7 @@ The student starts as the float model and is rounded from the first step on; it 
 distribution (forward KL on the rows that the model's objective asks for), on the training split of the task mix. What
 is measured on the test split: the divergence and the agreement of the best token, of the model as it is served; and the
 accuracy of the exported checkpoints, through the engine. A few rows make up a large part of the divergence (ten of
-28,835 a quarter of it, demo-ar in w4), so it wants many samples.
+28,835 a quarter of it, `demo-ar` in w4), so it wants many samples.
 """
 
 from __future__ import annotations
