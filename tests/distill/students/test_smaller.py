@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from dfastllm.core import SamplingParams
 from dfastllm.distill.students.acceptance import Measuring
 from dfastllm.distill.students.layers import make_student, tokenizer_of
 from dfastllm.distill.students.smaller import collect_answers, main, report, served, train_student
-from dfastllm.errors import DataError, ModelNotFoundError, NotReadyError
+from dfastllm.errors import DataError, ModelNotFoundError, NotReadyError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.llm import LLM
 from dfastllm.models import load
@@ -58,6 +59,13 @@ def test_a_server_that_does_not_come_up_says_why(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real(words, **options))
     with pytest.raises(NotReadyError, match="of nowhere did not come up: error: no model"), served("nowhere", 9288, 1):
         pass
+
+
+def test_another_server_is_not_taken_for_ours() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValidationError, match=f"port {port} is in use"), served(MODEL, port, 1):
+            pass
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from dfastllm.distill.students.prompts import read_prompts
 from dfastllm.distill.teacher.collect import collect
 from dfastllm.distill.teacher.settings import TeacherSettings
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.errors import DataError, DFastLLMError, NotReadyError
+from dfastllm.errors import DataError, DFastLLMError, NotReadyError, ValidationError
 from dfastllm.kernels import set_threads
 from dfastllm.llm import resolve
 from dfastllm.metrics.speculation import answer
@@ -56,7 +57,11 @@ PATIENCE = 600.0  # s for a server to load its model, on a machine that does muc
 @contextmanager
 def served(model: str | Path, port: int, threads: int) -> Iterator[str]:
     """`dfastllm serve` of this model in a process of its own until the block ends; gives the root of its API. Raises
-    NotReadyError with what it said where it does not come up."""
+    ValidationError where something listens on the port, NotReadyError with what the server said where it does not come
+    up."""
+    with socket.socket() as probe:  # another server would answer in place of ours
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise ValidationError(f"port {port} is in use.", param="port", hint="Name another with --port.")
     command = [str(Path(sys.executable).with_name("dfastllm")), "serve", str(model), "--port", str(port)]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen([*command, "--threads", str(threads)], stdout=said, stderr=said)
