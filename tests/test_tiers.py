@@ -111,7 +111,7 @@ def reference(family: str, req: Request) -> list[int]:
     req = plain(req)
     info = seen_by(req, net.info)
     policy = policy_for(req, info, scorer(info.vocab_size))
-    result = run(policy, Seen(net, info), req, drop=lambda step: step % 2 == 0)  # every other: some forwards only rebuild
+    result = run(policy, Seen(net, info), req, drop=lambda step: step % 2 == 0)  # a forward between may only rebuild
     return result.output[:-1] if result.finish == "stop" else result.output
 
 
