@@ -13,8 +13,8 @@ from dfastllm.kernels.extension import native
 from dfastllm.llm import load_engine
 
 PROMPT = "Henry ordered 3 of the tunnel at 77 dollars each.\nGive customer, item as JSON."
-# Not here: block diffusion that guesses its next steps (rule free_dave). A block's first step may have run beside the last
-# of the block before it, and after a preemption it runs alone: the tokens are the same, the last bits need not be.
+# Not here: block diffusion that guesses its next steps (rule free_dave). A block's first step may have run beside the
+# last of the block before it, and after a preemption it runs alone: the tokens are the same, the last bits need not be.
 CASES: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("demo-ar", None),
     ("demo-block", {}),
