@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dfastllm.core import SamplingParams, StepEvent
+from dfastllm.errors import ValidationError
 from dfastllm.llm import LLM
 from dfastllm.metrics.gates import check
 from dfastllm.metrics.model_speed import measure_speed, speed_report, speed_reports
@@ -114,6 +115,23 @@ def test_models_asked_in_turns_share_a_slow_hour() -> None:
     assert [report.fingerprints["workload"]["model"] for report in (old, new)] == ["old", "new"]
     assert check(new, old, other_model=True)["gates_passed"]
     assert not check(old, new, other_model=True)["gates_passed"]
+
+
+def test_a_sample_asked_more_than_once_counts_by_its_median() -> None:
+    """One slow moment of many seconds is in no percentile then; sides still take turns at being first."""
+    hour = Hour()
+    pair: tuple[Any, Any] = (Beside(hour, 0.2, "old"), Beside(hour, 0.2, "new"))
+    samples = speed_samples(2)
+    for model in pair:
+        model.answer(samples)
+    waits = iter([0.0] * 6 + [30.0] + [0.0] * 9)  # after the 4 unmeasured: the third request of the first sample
+    hour.delay = lambda: next(waits)  # type: ignore[method-assign]
+    old, new = speed_reports(*pair, 2, rounds=3, clock=lambda: hour.now)
+    assert hour.order[4:] == ["old", "new", "new", "old", "old", "new", "new", "old", "old", "new", "new", "old"]
+    for report in (old, new):
+        assert report.speed_metrics["ttft_ms"]["p95"] == pytest.approx(200.0)
+    with pytest.raises(ValidationError, match="rounds must be at least 1, got 0"):
+        speed_reports(*pair, 2, rounds=0)
 
 
 def test_a_demo_model_passes_its_own_gates() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ __all__ = ["Report", "finish", "save_student", "show"]
 
 WIDTH = 80
 SPEED_TIMES = 5  # requests of the last measurement, as a multiple of a validation's
+ROUNDS = 3  # how often each of them is sent
 
 
 @dataclass
@@ -117,7 +117,9 @@ def _losses(home: Path) -> dict[str, float]:
 
 
 def _measure(config: Config, report: Report, start: Path, say: Say) -> None:
-    """Accuracy and speed of the student and of what it began as, through the engine; the speed in turns."""
+    """Accuracy and speed of the student and of what it began as, through the engine; the speed in turns, and of both in
+    the format that the student is served in: the gates hold what training changed, and what a format costs is a
+    question of its own (`dfastllm bench`)."""
     samples = test_file(config, report.home) if config.eval.samples else None
     asked = None if samples is None else read_samples(samples, config.eval.samples)
     requests = config.speed.measure * SPEED_TIMES
@@ -126,13 +128,16 @@ def _measure(config: Config, report: Report, start: Path, say: Say) -> None:
     speeds: tuple[SpeedReport, SpeedReport] | None = None
     if asked is None and not requests:
         return
-    with ExitStack() as stack:
-        say(f"measuring {start} and {report.served}")
-        both = [stack.enter_context(LLM(model)) for model in (start, report.served)]
+    say(f"measuring {start} and {report.served}")
+    with LLM(report.served) as served:
         if asked is not None:
-            evaluations = [evaluate_student(llm, asked.samples, max_tokens=most, ids=asked.ids) for llm in both]
+            with LLM(start) as before:
+                evaluations = [
+                    evaluate_student(llm, asked.samples, max_tokens=most, ids=asked.ids) for llm in (before, served)
+                ]
         if requests:
-            speeds = speed_reports(both[0], both[1], requests, max_tokens=most)
+            with LLM(start, quantization=None if report.quantised is None else config.quant.format) as before:
+                speeds = speed_reports(before, served, requests, max_tokens=most, rounds=ROUNDS)
     if asked is not None:
         section = config.eval
         report.comparison = compare_students(

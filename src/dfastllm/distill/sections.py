@@ -236,7 +236,7 @@ class SpeedSection(_Section):
                                        tokens of the teacher's answer, or of the call in it.
     measure                            requests measured at a validation and, five times as many, at the end; 0: none.
     baseline                           report of `dfastllm gate record`; None: the student before training, measured
-                                       here.
+                                       here in the format that the student is served in.
     regression_threshold, ttfa_limit   of the gates, see `metrics.gates.check`.
     """
 

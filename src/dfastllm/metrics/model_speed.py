@@ -5,11 +5,13 @@ Requests are sent one after the other: this is what one reader feels.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.errors import ValidationError
 from dfastllm.llm import LLM
 from dfastllm.metrics.gates import SpeedReport, make_report
 from dfastllm.metrics.timelines import ToolTimeline, aggregate, measure, record
@@ -77,12 +79,15 @@ def speed_reports(
     max_tokens: int = 64,
     seed: int = 0,
     decode: DecodeParams | None = None,
+    rounds: int = 1,
     warmups: int = 2,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[SpeedReport, SpeedReport]:
     """`speed_report` of two loaded models that are asked in turns, the order turned round with every sample, so that a
-    slow moment of the machine hits both. What is left is noise of single requests; nothing makes up for it but more of
-    them."""
+    slow moment of the machine hits both. rounds: how often each sample is asked; its figures are the medians, so that a
+    moment that hits one request alone does not make a percentile. Raises ValidationError for rounds < 1."""
+    if rounds < 1:
+        raise ValidationError(f"rounds must be at least 1, got {rounds}.", param="rounds")
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     samples = speed_samples(n, seed)
     asks = [_asking(llm, sampling, decode, clock) for llm in (first, second)]
@@ -91,14 +96,28 @@ def speed_reports(
         for sample in samples[:warmups]:
             ask(sample)
     for i, sample in enumerate(samples):
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
-            timeline, tools = asks[side](sample)
-            rows[side].append(timeline.metrics(tools))
+        found: tuple[list[dict[str, float | None]], list[dict[str, float | None]]] = ([], [])
+        for turn in range(rounds):
+            for side in (0, 1) if (i + turn) % 2 == 0 else (1, 0):
+                timeline, tools = asks[side](sample)
+                found[side].append(timeline.metrics(tools))
+        for side in (0, 1):
+            rows[side].append(_medians(found[side]))
     before, after = (
-        make_report(aggregate(found), workload=_workload(llm, n, max_tokens, seed, decode))
-        for llm, found in zip((first, second), rows, strict=True)
+        make_report(aggregate(figures), workload=_workload(llm, n, max_tokens, seed, decode))
+        for llm, figures in zip((first, second), rows, strict=True)
     )
     return before, after
+
+
+def _medians(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The median of each figure over rows of one sample; None where any row has none."""
+    out: dict[str, float | None] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        known = [value for value in values if value is not None]
+        out[name] = statistics.median(known) if len(known) == len(values) else None
+    return out
 
 
 def _workload(llm: LLM, n: int, max_tokens: int, seed: int, decode: DecodeParams | None) -> dict[str, Any]:
