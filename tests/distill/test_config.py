@@ -162,6 +162,17 @@ def test_what_a_configuration_names_must_be_there(tmp_path: Path) -> None:
             load_config(path)
 
 
+def test_a_model_that_another_configuration_makes_is_named_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text(json.dumps({**LEAST, "model": {"student": "runs/wordy/student"}}))
+    with pytest.raises(ModelNotFoundError, match="no model 'runs/wordy/student'"):
+        load_config(path)
+    (tmp_path / "wordy.yaml").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match="there is no model runs/wordy/student yet") as refused:
+        load_config(path)
+    assert refused.value.hint == f"Make it first: dfastllm distill {tmp_path / 'wordy.yaml'}"
+
+
 def test_changed_keys() -> None:
     before = json.loads(parse_config(LEAST).model_dump_json())
     after = json.loads(parse_config({**with_key("train.lr", 0.5), "kd": {"kl_weight": 0.1}}).model_dump_json())

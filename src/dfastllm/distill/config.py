@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic import ValidationError as SchemaError
 
 from dfastllm.distill.sections import Config
-from dfastllm.errors import ValidationError
+from dfastllm.errors import ModelNotFoundError, ValidationError
 from dfastllm.llm import resolve
 
 __all__ = ["Config", "changed_keys", "load_config", "parse_config"]
@@ -42,7 +42,7 @@ def load_config(path: str | Path, *, files: bool = True) -> Config:
         raise ValidationError(f"{path} is not YAML: {' '.join(str(error).split())}.", param="config") from error
     config = parse_config(raw, str(path))
     if files:
-        _require_files(config)
+        _require_files(config, path)
     return config
 
 
@@ -118,15 +118,24 @@ def _section(keys: tuple[str, ...]) -> type[BaseModel]:
     return found
 
 
-def _require_files(config: Config) -> None:
-    """Raises ValidationError for a data file, and ModelNotFoundError for a model, that is not there."""
+def _require_files(config: Config, file: Path) -> None:
+    """Raises ValidationError for a data file, and ModelNotFoundError for a model, that is not there. file: where the
+    configuration stands; one beside it may be what makes the model."""
     for key, names in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         for name in names:
             if not Path(name).is_file():
                 raise ValidationError(f"{key}: there is no file {name}.", param=key, hint="Paths start here: .")
     for model in (config.model.student, config.kd.local_teacher):
         if model is not None:
-            resolve(model)
+            try:
+                resolve(model)
+            except ModelNotFoundError as error:
+                maker = _maker(model, file)
+                if maker is None:
+                    raise
+                raise ModelNotFoundError(
+                    f"there is no model {model} yet.", param="model", hint=f"Make it first: dfastllm distill {maker}"
+                ) from error
     if config.model.tokenizer is not None and not Path(config.model.tokenizer).is_dir():
         raise ValidationError(
             f"model.tokenizer: there is no directory {config.model.tokenizer}.", param="model.tokenizer"
@@ -150,3 +159,13 @@ def _changes(before: Any, after: Any, where: str) -> Iterator[str]:
             yield from _changes(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
     elif before != after:
         yield where
+
+
+def _maker(model: str, file: Path) -> Path | None:
+    """The configuration beside `file` whose run the model would lie in, as `dfastllm distill` names runs: runs/NAME of
+    NAME.yaml. None: there is none."""
+    parts = Path(model).parts
+    if len(parts) < 3 or parts[-3] != "runs":
+        return None
+    found = file.with_name(f"{parts[-2]}.yaml")
+    return found if found.is_file() and found != file else None
