@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from dfastllm.distill.teacher.budget import Budget, Prices
 from dfastllm.distill.teacher.cache import AnswerCache
 from dfastllm.distill.teacher.client import Counts, Reply, TeacherClient, rough_tokens
 from dfastllm.distill.teacher.clock import SYSTEM, Clock
-from dfastllm.distill.teacher.judge import rejection
+from dfastllm.distill.teacher.judge import KEEPABLE, rejection
 from dfastllm.distill.teacher.ledger import Ledger, head_of, read_answered, rejected_path
 from dfastllm.distill.teacher.progress import progress
 from dfastllm.distill.teacher.questions import Question, read_questions, row_fields
@@ -35,6 +35,7 @@ from dfastllm.errors import (
     RateLimitError,
     StorageError,
     TeacherError,
+    ValidationError,
 )
 from dfastllm.text import Tokenizer, chat_prompt
 
@@ -66,6 +67,7 @@ def collect(
     concurrency: int = 8,
     give_up_after: int = 8,
     deadline: float | None = None,
+    keep: Collection[str] = (),
     show: bool = True,
     clock: Clock = SYSTEM,
 ) -> Summary:
@@ -77,6 +79,8 @@ def collect(
     tokenizer   the student's.
     cache       directory of a server's answers; None: teacher-cache beside `out`.
     concurrency, give_up_after, deadline   of a teacher in this process; a server's are in its settings.
+    keep        reasons of `judge.KEEPABLE` that reject no answer here. A cut answer is written as it is; its row says
+                so in metadata.teacher.finish_reason, and a data set that adds the end of the text must not be made of it.
     show        a progress bar on the terminal, or a line now and then.
 
     A budget that is spent, a deadline and an interruption (Ctrl-C: what is under way is waited for, a second one does
@@ -85,6 +89,10 @@ def collect(
     after `give_up_after` questions in a row without an answer. What was answered before is kept in each case.
     """
     out = Path(out)
+    if wrong := sorted(set(keep) - KEEPABLE):
+        raise ValidationError(
+            f"keep must be among {', '.join(sorted(KEEPABLE))}, got {', '.join(wrong)}.", param="keep"
+        )
     questions, skipped = read_questions(prompts, limit)
     summary = Summary(out, rejected_path(out), len(questions), skipped)
 
@@ -92,13 +100,13 @@ def collect(
         if not teacher.model and (told := head_of(out).get("teacher")):  # the model that the file was begun with
             teacher = teacher.model_copy(update={"model": str(told.get("model", ""))})
         if out.is_file() and {(one.id, one.digest) for one in questions} <= read_answered(out).done:
-            with Ledger(out, _head(teacher.describe(), tokenizer)):  # made so, or refused; no server is needed
+            with Ledger(out, _head(teacher.describe(), tokenizer, keep)):  # made so, or refused; no server is needed
                 summary.had = len(questions)
                 return summary
         kept = AnswerCache(out.parent / "teacher-cache" if cache is None else cache)
-        return asyncio.run(_from_server(questions, out, teacher, kept, tokenizer, summary, show, clock))
+        return asyncio.run(_from_server(questions, out, teacher, kept, tokenizer, summary, show, clock, keep))
 
-    run = _Run(questions, tokenizer, summary, teacher, Budget(), concurrency, give_up_after, deadline, clock)
+    run = _Run(questions, tokenizer, summary, teacher, Budget(), concurrency, give_up_after, deadline, clock, keep)
     return asyncio.run(run.go(out, show))
 
 
@@ -111,21 +119,24 @@ async def _from_server(
     summary: Summary,
     show: bool,
     clock: Clock,
+    keep: Collection[str],
 ) -> Summary:
     prices = Prices(settings.price_prompt, settings.price_completion)
     budget = Budget(settings.budget_tokens, settings.budget_price, prices)
     limits = (settings.concurrency, settings.give_up_after, settings.deadline)
     client = TeacherClient(settings, cache, budget=budget, tokens=prompt_counter(tokenizer), clock=clock)
     async with client:
-        await _Run(questions, tokenizer, summary, client, budget, *limits, clock).go(out, show)
+        await _Run(questions, tokenizer, summary, client, budget, *limits, clock, keep).go(out, show)
     summary.price = prices.of(summary.prompt_tokens, summary.completion_tokens)
     summary.unsettled_tokens, summary.damaged_entries = budget.unsettled, cache.damaged
     return summary
 
 
-def _head(teacher: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _head(teacher: Mapping[str, Any], tokenizer: Tokenizer, keep: Collection[str]) -> dict[str, Any]:
     """Of a file of answers: what they follow from."""
-    told = {"version": VERSION, "kind": "teacher answers"}
+    told: dict[str, Any] = {"version": VERSION, "kind": "teacher answers"}
+    if keep:
+        told["keep"] = sorted(keep)
     return {**told, "teacher": dict(teacher), "tokenizer": fingerprint(tokenizer)}
 
 
@@ -165,6 +176,7 @@ class _Run:
     give_up_after: int
     deadline: float | None
     clock: Clock
+    keep: Collection[str] = ()
     ready: dict[int, tuple[bool, dict[str, Any]] | None] = field(default_factory=dict)
     written: int = 0
     in_a_row: int = 0
@@ -177,7 +189,7 @@ class _Run:
         begun = time.monotonic()
         until = math.inf if self.deadline is None else self.clock.now() + self.deadline
         with (
-            Ledger(out, _head(self.teacher.describe(), self.tokenizer)) as ledger,
+            Ledger(out, _head(self.teacher.describe(), self.tokenizer, self.keep)) as ledger,
             progress(len(self.questions), show) as shown,
         ):
             self.budget.prompt, self.budget.completion = ledger.answered.prompt, ledger.answered.completion
@@ -285,7 +297,7 @@ class _Run:
 
     def _text(self, question: Question, answer: Answer) -> tuple[str, str | None]:
         """The answer in the student's words, and why it is rejected."""
-        reason = rejection(answer, tool_names(question.tools))
+        reason = rejection(answer, tool_names(question.tools), self.keep)
         if reason is not None:
             return answer.content, reason
         text = self.student.text(answer, question.messages, question.tools)
