@@ -8,14 +8,20 @@
     │   ├── DataError              400  a data set that is missing, or has no row that can be used
     │   └── UnsupportedError       400  a known field this model or decoder cannot honour
     ├── AuthenticationError        401
+    ├── ForbiddenError             403  a key that may not do this
     ├── ModelNotFoundError         404
+    │   └── AdapterNotFoundError   404
     ├── RequestNotFoundError       404
+    ├── TenantNotFoundError        404
+    │   └── KeyNotFoundError       404  of a tenant, by its id
     ├── SlowRequestError           408  a request that did not come whole in time
     ├── PayloadTooLargeError       413
     ├── RateLimitError             429  carries retry_after
-    │   └── QueueFullError         429  the waiting queue is at its limit
+    │   ├── QueueFullError         429  the waiting queue is at its limit
+    │   └── AdaptersBusyError      429  every place for an adapter is taken by running requests
     ├── CancelledError             499  the client went away or asked to cancel
     ├── ModelLoadError             500  a checkpoint that cannot be read
+    │   ├── AdapterError           400  a LoRA adapter that cannot be read, or fits another model
     │   ├── CheckpointError        500  missing, extra or mis-shaped tensors, corrupt files
     │   └── TokenizerError         500  missing, unreadable or wrong tokenizer
     ├── StorageError               500  a file that cannot be written
@@ -24,7 +30,8 @@
     ├── TeacherError               502  a teacher that gave no answer, or none that can be used
     │   └── BudgetError            402  the tokens or the money for teacher calls are spent
     ├── NotReadyError              503  still loading, or shutting down
-    │   └── TooManyConnectionsError 503  no place for one more
+    │   ├── TooManyConnectionsError 503  no place for one more
+    │   └── DatabaseError          503  the database of tenants does not answer, or cannot be used
     └── TimeoutError               504
 
 Each has `code` (machine-readable, stable), `status` (HTTP), `param` (the offending field or None) and
@@ -36,6 +43,9 @@ from __future__ import annotations
 import builtins
 
 __all__ = [
+    "AdapterError",
+    "AdapterNotFoundError",
+    "AdaptersBusyError",
     "AuthenticationError",
     "BudgetError",
     "CancelledError",
@@ -43,7 +53,10 @@ __all__ = [
     "ContextLengthError",
     "DFastLLMError",
     "DataError",
+    "DatabaseError",
+    "ForbiddenError",
     "GenerationError",
+    "KeyNotFoundError",
     "MalformedRequestError",
     "MisdirectedRequestError",
     "ModelLoadError",
@@ -56,6 +69,7 @@ __all__ = [
     "SlowRequestError",
     "StorageError",
     "TeacherError",
+    "TenantNotFoundError",
     "TimeoutError",
     "TokenizerError",
     "TooManyConnectionsError",
@@ -114,16 +128,36 @@ class AuthenticationError(DFastLLMError):
     type = "authentication_error"
 
 
+class ForbiddenError(DFastLLMError):
+    status = 403
+    code = "forbidden"
+    type = "permission_error"
+
+
 class ModelNotFoundError(DFastLLMError, LookupError):
     status = 404
     code = "model_not_found"
     type = "invalid_request_error"
 
 
+class AdapterNotFoundError(ModelNotFoundError):
+    code = "adapter_not_found"
+
+
 class RequestNotFoundError(DFastLLMError, LookupError):
     status = 404
     code = "request_not_found"
     type = "invalid_request_error"
+
+
+class TenantNotFoundError(DFastLLMError, LookupError):
+    status = 404
+    code = "tenant_not_found"
+    type = "invalid_request_error"
+
+
+class KeyNotFoundError(TenantNotFoundError):
+    code = "key_not_found"
 
 
 class PayloadTooLargeError(DFastLLMError):
@@ -156,6 +190,10 @@ class QueueFullError(RateLimitError):
     code = "queue_full"
 
 
+class AdaptersBusyError(RateLimitError):
+    code = "adapters_busy"
+
+
 class CancelledError(DFastLLMError):
     status = 499
     code = "cancelled"
@@ -163,6 +201,14 @@ class CancelledError(DFastLLMError):
 
 class ModelLoadError(DFastLLMError):
     code = "model_load_failed"
+
+
+class AdapterError(ModelLoadError):
+    """400, since whoever asks for an adapter names its directory."""
+
+    status = 400
+    code = "bad_adapter"
+    type = "invalid_request_error"
 
 
 class CheckpointError(ModelLoadError):
@@ -218,6 +264,10 @@ class NotReadyError(DFastLLMError):
 
 class TooManyConnectionsError(NotReadyError):
     code = "too_many_connections"
+
+
+class DatabaseError(NotReadyError):
+    code = "database_unavailable"
 
 
 class TimeoutError(DFastLLMError, builtins.TimeoutError):

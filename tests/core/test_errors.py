@@ -12,6 +12,9 @@ from dfastllm import errors
 
 # class: (HTTP status, machine-readable code, OpenAI type)
 WIRE = {
+    "AdapterError": (400, "bad_adapter", "invalid_request_error"),
+    "AdapterNotFoundError": (404, "adapter_not_found", "invalid_request_error"),
+    "AdaptersBusyError": (429, "adapters_busy", "rate_limit_error"),
     "AuthenticationError": (401, "invalid_api_key", "authentication_error"),
     "BudgetError": (402, "budget_spent", "server_error"),
     "CancelledError": (499, "cancelled", "server_error"),
