@@ -11,7 +11,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from dfastllm.core import FinishReason, StepEvent, TokenLogprob
-from dfastllm.server.calls import Call
+from dfastllm.server.calls import Call, Chunk
 from dfastllm.server.jobs import Job, collect, engine_requests, while_connected
 from dfastllm.server.prompts import chat_ids
 from dfastllm.server.replies import (
@@ -32,24 +32,29 @@ from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.tokens import chat_logprobs
 from dfastllm.text import CallBegin, CallReading, CallText, Piece, ToolCall, call_reading
 
-__all__ = ["chat_completions"]
+__all__ = ["chat_call", "chat_completions"]
 
 
 async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
     """Answer a conversation."""
-    serving: Serving = request.app.state.serving
+    understood = chat_call(request.app.state.serving, body, request.state.request_id)
+    return await (await while_connected(request, understood)).answer(request)
+
+
+async def chat_call(serving: Serving, body: ChatRequest, request_id: str) -> Call[ChatRequest]:
+    """The call that a body asks for, over any transport. Raises what is wrong with it, in the body's words."""
     model = serving.model(body.model)
     # With tool_choice none the template does not show the tools, so there is nothing to call.
     tools = body.tools if body.tools and body.tool_choice != "none" else None
     calls = None if tools is None else await asyncio.to_thread(_reading, model, tools)
-    ids = await while_connected(request, chat_ids(model, body, body.messages, tools))
+    ids = await chat_ids(model, body, body.messages, tools)
     if serving.recording is not None:
         serving.recording.see(body.messages, tools)
     id = f"chatcmpl-{uuid.uuid4().hex}"
     shown = calls.taught.shown_ids(model.tokenizer) if calls is not None else ()
     requests = engine_requests(serving, model, id, body, [ids], shown=shown)
-    job = Job(serving, model.name, requests, id=id, request_id=request.state.request_id, calls=calls)
-    return await _Call(body, model, job, calls).answer(request)
+    job = Job(serving, model.name, requests, id=id, request_id=request_id, calls=calls)
+    return _Call(body, model, job, calls)
 
 
 def _reading(model: ServedModel, tools: Sequence[Tool]) -> CallReading:
@@ -90,10 +95,10 @@ class _Call(Call[ChatRequest]):
             rest["prompt_token_ids"] = list(self.job.requests[0].prompt)
         return ChatCompletion(**self.named, choices=choices, **self.took([result.usage for result in ended]), **rest)
 
-    def opening(self, index: int) -> Iterator[str]:
+    def opening(self, index: int) -> Iterator[Chunk]:
         yield self._delta(self.answers[index], Delta(role="assistant", content=""))
 
-    def deltas(self, index: int, event: StepEvent) -> Iterator[str]:
+    def deltas(self, index: int, event: StepEvent) -> Iterator[Chunk]:
         answer = self.answers[index]
         deltas = [delta for piece in answer.see(event) for delta in answer.deltas(piece)]
         tokens: dict[str, Any] = {}
@@ -108,7 +113,7 @@ class _Call(Call[ChatRequest]):
             word = answer.finish_word(event.finish.reason)
             yield self._delta(answer, Delta(), finish_reason=word, stop_reason=event.finish.stop)
 
-    def _delta(self, answer: _Answer, delta: Delta, **rest: Any) -> str:
+    def _delta(self, answer: _Answer, delta: Delta, **rest: Any) -> Chunk:
         choice = ChatChunkChoice(index=answer.index, delta=delta, **{"finish_reason": None, **rest})
         return self.chunk(choice, answer.tokens)
 

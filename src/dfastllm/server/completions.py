@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from dfastllm.core import StepEvent
 from dfastllm.errors import UnsupportedError
 from dfastllm.llm import Completion as Answer
-from dfastllm.server.calls import Call
+from dfastllm.server.calls import Call, Chunk
 from dfastllm.server.jobs import Job, collect, engine_requests, while_connected
 from dfastllm.server.prompts import completion_prompts, encode
 from dfastllm.server.replies import Completion, CompletionChoice, CompletionChunk
@@ -21,20 +21,25 @@ from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.tokens import completion_logprobs
 from dfastllm.text import TextOffsets
 
-__all__ = ["completions"]
+__all__ = ["completion_call", "completions"]
 
 
 async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
     """Complete a prompt, or several."""
-    serving: Serving = request.app.state.serving
+    understood = completion_call(request.app.state.serving, body, request.state.request_id)
+    return await (await while_connected(request, understood)).answer(request)
+
+
+async def completion_call(serving: Serving, body: CompletionRequest, request_id: str) -> Call[CompletionRequest]:
+    """The call that a body asks for, over any transport. Raises what is wrong with it, in the body's words."""
     model = serving.model(body.model)
     if body.suffix and not model.diffuses:
         raise UnsupportedError(f"suffix (infilling) needs a diffusion model; {model.name!r} is not.", param="suffix")
-    prompts, suffix = await while_connected(request, _read(serving, body, model))
+    prompts, suffix = await _read(serving, body, model)
     id = f"cmpl-{uuid.uuid4().hex}"
     requests = engine_requests(serving, model, id, body, [ids for ids, _ in prompts], suffix)
-    job = Job(serving, model.name, requests, id=id, request_id=request.state.request_id)
-    return await _Call(body, model, job, [text for _, text in prompts]).answer(request)
+    job = Job(serving, model.name, requests, id=id, request_id=request_id)
+    return _Call(body, model, job, [text for _, text in prompts])
 
 
 async def _read(
@@ -86,12 +91,12 @@ class _Call(Call[CompletionRequest]):
             choices.append(self.choice(index, self.echoed(index) + result.text, result, **rest))
         return Completion(**self.named, choices=choices, **self.took([result.usage for result in ended]))
 
-    def opening(self, index: int) -> Iterator[str]:
+    def opening(self, index: int) -> Iterator[Chunk]:
         if echo := self.echoed(index):
             choice = CompletionChoice(index=index, text=echo, logprobs=None, finish_reason=None)
             yield self.chunk(choice, self.tokens[index])
 
-    def deltas(self, index: int, event: StepEvent) -> Iterator[str]:
+    def deltas(self, index: int, event: StepEvent) -> Iterator[Chunk]:
         begins = not self.tokens[index] and not self.echoed(index)  # nothing tells yet of a first token
         self.tokens[index] += len(event.token_ids)
         with_tokens = self.body.logprobs is not None or self.body.return_token_ids or begins
