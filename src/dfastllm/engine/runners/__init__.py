@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dfastllm.core import ModelInfo
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from dfastllm.kernels.rows import Rows
     from dfastllm.kernels.step import Step
+    from dfastllm.lora import Adapter
 
 __all__ = ["Runnable", "Runner", "runner_for"]
 
@@ -44,7 +46,14 @@ class Runner(Protocol):
 
     def run(self, step: Step) -> Rows:
         """Run one step: write K,V of the rows with a slot, and give back the wanted rows, in order. Raises
-        ValidationError for a step that does not fit the model or its K,V."""
+        ValidationError for a step that does not fit the model or its K,V, or a number without an adapter."""
+        ...
+
+    def adapters(self, table: Sequence[Adapter | None]) -> None:
+        """Between two steps: from now on number n of `step.adapter` is table[n], None: no row may have the number.
+        table[0] is None: rows without an adapter. What an adapter needs to be computed with is made when it first
+        appears in a table, and dropped when it is in none. Raises UnsupportedError for an adapter of what the runner
+        cannot compute (experts on the native one)."""
         ...
 
 

@@ -1,0 +1,244 @@
+"""adapter_config.json: what of it changes the mathematics, and refusal of what is not computed here.
+
+A field of PEFT's LoraConfig is one of three kinds: read (LoraConfig below), without influence on a trained adapter's
+result (`HARMLESS`), or one that asks for other mathematics. The last are fine at the value that switches them off; any
+other value, and any field that is none of PEFT 0.21's, is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dfastllm.core import value
+from dfastllm.errors import AdapterError
+
+__all__ = ["CONFIG_FILE", "LoraConfig", "read_config"]
+
+CONFIG_FILE = "adapter_config.json"
+MOST_BYTES = 1 << 20  # of the file; rank_pattern of a mixture's every expert takes some 100 kB
+BIASES = ("none", "all", "lora_only")
+
+# Where the weights came from, how they were trained, and which modules were chosen: the tensors tell which these are.
+HARMLESS = frozenset(
+    {
+        "alora_invocation_string",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "target_modules",
+        "target_parameters",
+        "velora_config",
+    }
+)
+# Fields that ask for other mathematics unless they are null, false or empty.
+OTHER_MATHEMATICS = frozenset(
+    {
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "layer_replication",
+        "monteclora_config",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_qalora",
+    }
+)
+# Starts that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) subtract the start from the base.
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "true", "false")
+
+
+@value(frozen=True, slots=True)
+class LoraConfig:
+    """What adapter_config.json says of how the tensors are to be used.
+
+    rank, alpha      of a module without an entry in rank_pattern, alpha_pattern.
+    rank_pattern,    module name, the end of one, or a regular expression for one -> its own.
+    alpha_pattern
+    rank_stabilised  the scale is alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
+    magnitudes       the adapter is DoRA: every linear has a magnitude vector.
+    bias             which biases of the base were trained too.
+    columns_first    the base's layers hold [in, out] (GPT-2); without influence on models of linears [out, in].
+    lora_bias        B has a bias of its own.
+    saved            modules that were trained whole (modules_to_save).
+    tied             the embedding's adapter is the head's too (ensure_weight_tying).
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rank_stabilised: bool = False
+    magnitudes: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    columns_first: bool = False
+    lora_bias: bool = False
+    saved: tuple[str, ...] = ()
+    tied: bool = False
+
+    def rank_of(self, module: str) -> int:
+        """Of a module by its published name."""
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What a module's B A is multiplied by."""
+        rank = self.rank_of(module)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+def read_config(directory: Path) -> LoraConfig:
+    """The adapter_config.json of a directory. Raises AdapterError naming the field, what it holds and what is wanted."""
+    path = directory / CONFIG_FILE
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise AdapterError(f"{path} has {path.stat().st_size} bytes, wanted at most {MOST_BYTES}.")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(
+            f"{CONFIG_FILE} is missing in {directory}.", hint="Give the directory that PEFT's save_pretrained wrote."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path} must hold a JSON object, got {type(raw).__name__}.")
+    return _Fields(raw, path).config()
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that names the module, or the end of its name: PEFT's rule."""
+    for pattern, found in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return found
+    return default
+
+
+class _Fields:
+    """The parsed file with typed reads."""
+
+    def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
+        self.raw = raw
+        self.path = path
+
+    def config(self) -> LoraConfig:
+        kind = self.raw.get("peft_type")
+        if kind != "LORA":
+            raise self._wrong("peft_type", "LORA")
+        self._refuse()
+        bias = self.raw.get("bias") or "none"
+        if bias not in BIASES:
+            raise self._wrong("bias", " or ".join(BIASES))
+        saved = self.raw.get("modules_to_save") or []
+        if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+            raise self._wrong("modules_to_save", "a list of module names")
+        ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+        if any(rank != int(rank) or rank < 1 for rank in ranks.values()):
+            raise self._wrong("rank_pattern", "whole ranks of 1 or more")
+        return LoraConfig(
+            rank=int(self._number("r", 8, whole=True)),
+            alpha=self._number("lora_alpha", 8),
+            rank_pattern={name: int(rank) for name, rank in ranks.items()},
+            alpha_pattern=alphas,
+            rank_stabilised=self._flag("use_rslora"),
+            magnitudes=self._flag("use_dora"),
+            bias=bias,
+            columns_first=self._flag("fan_in_fan_out"),
+            lora_bias=self._flag("lora_bias"),
+            saved=tuple(saved),
+            tied=self._flag("ensure_weight_tying"),
+        )
+
+    def _refuse(self) -> None:
+        """Raises AdapterError for a field of other mathematics that is switched on, or an unknown one."""
+        for name, held in self.raw.items():
+            if name in OTHER_MATHEMATICS and held:
+                raise AdapterError(
+                    f"{self.path}: {name} = {held!r:.80} asks for other mathematics than LoRA, DoRA and rank-stabilised "
+                    "LoRA, which is not computed here.",
+                    param=name,
+                    hint="Merge the adapter into its model, or train it without.",
+                )
+            if name not in KNOWN and held not in (None, False, "", [], {}):
+                raise AdapterError(
+                    f"{self.path}: {name} = {held!r:.80} is unknown and may change what is computed.",
+                    param=name,
+                    hint="Remove it if it does not.",
+                )
+        start = self.raw.get("init_lora_weights")
+        if start not in STARTS and not (isinstance(start, str) and start.lower() in STARTS):
+            raise AdapterError(
+                f"{self.path}: init_lora_weights = {start!r:.40} has changed the base's own weights.",
+                param="init_lora_weights",
+                hint="Save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain adapter of it.",
+            )
+
+    def _wrong(self, name: str, wanted: str) -> AdapterError:
+        return AdapterError(f"{self.path}: {name} must be {wanted}, got {self.raw.get(name)!r:.80}.", param=name)
+
+    def _flag(self, name: str) -> bool:
+        held = self.raw.get(name)
+        if held is not None and not isinstance(held, bool):
+            raise self._wrong(name, "true or false")
+        return bool(held)
+
+    def _number(self, name: str, default: float, *, whole: bool = False) -> float:
+        held = self.raw.get(name, default)
+        if not _is_number(held) or (whole and (held != int(held) or held < 1)):
+            raise self._wrong(name, "a whole number of 1 or more" if whole else "a number")
+        return float(held)
+
+    def _patterns(self, name: str) -> dict[str, float]:
+        held = self.raw.get(name) or {}
+        if not isinstance(held, dict) or not all(_is_number(found) for found in held.values()):
+            raise self._wrong(name, "an object of module names and numbers")
+        for pattern in held:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterError(
+                    f"{self.path}: {name} has {pattern!r}, which is no regular expression: {error}.", param=name
+                ) from error
+        return {pattern: float(found) for pattern, found in held.items()}
+
+
+def _is_number(held: Any) -> bool:
+    return isinstance(held, int | float) and not isinstance(held, bool) and math.isfinite(held)
+
+
+KNOWN = (
+    HARMLESS
+    | OTHER_MATHEMATICS
+    | {
+        "alpha_pattern",
+        "bias",
+        "ensure_weight_tying",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "lora_alpha",
+        "lora_bias",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "use_dora",
+        "use_rslora",
+    }
+)
