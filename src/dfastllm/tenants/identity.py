@@ -24,7 +24,7 @@ SCOPES: dict[str, str] = {
     "usage": "read the usage of its own tenant",
     "admin": "everything under /admin/v1, for every tenant",
 }
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a tenant: a label of metrics, a word of a shell
+NAME = re.compile(r"(?!tn-)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a tenant: a label of metrics, a word of a shell
 LOWEST = -(1 << 31)  # a priority_min that bounds nothing
 MOST_NAMES = 1024  # of an allow-list
 
@@ -57,8 +57,8 @@ class Tenant:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise ValidationError(
-                f"name must be 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit;"
-                f" got {self.name[:80]!r}.",
+                f"name must be 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+                f" and not with 'tn-', which ids do; got {self.name[:80]!r}.",
                 param="name",
             )
         if not (math.isfinite(self.weight) and 0.01 <= self.weight <= 100):

@@ -1,0 +1,148 @@
+"""One database, SQLite by a file or PostgreSQL by URL, opened so that its answers come soon or not at all.
+
+Everything here blocks, for some seconds at most: a database that does not answer raises DatabaseError. Says nothing of
+what is in the tables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dfastllm.errors import DatabaseError, UnsupportedError, ValidationError
+from dfastllm.tenants.tables import prepare, sa
+
+__all__ = ["TIMEOUT", "Database"]
+
+TIMEOUT = 3.0  # seconds: to connect, to wait for a lock, of a statement
+LONG = 120.0  # seconds of a statement that reads many rows
+_LOCK = 0x64666173  # of PostgreSQL's advisory locks: who changes the schema
+_SYNCHRONOUS = ("normal", "full")
+
+
+class Database:
+    """Tables made or upgraded on opening. Thread-safe.
+
+    url: sqlite:///FILE, postgresql://..., or the path of an SQLite file, which is made with mode 0600. A commit to SQLite
+    outlives the process from then on; a power cut may take the last ones, unless the URL ends in `?synchronous=full`,
+    which costs a sync of the disk each.
+
+    Raises ValidationError for another URL, UnsupportedError where a package is missing or the schema is newer,
+    DatabaseError where it does not answer.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = _parse(url)
+        self.file = Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
+        self.name = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
+        self._engine = _sqlite(parsed, self.file) if self.file else _postgres(parsed)
+        with self.writing() as connection:
+            if self.file is None:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+            self.secret = prepare(connection)
+
+    @contextmanager
+    def reading(self, *, long: bool = False) -> Iterator[sa.Connection]:
+        """A connection to read with. long: the statement may take minutes."""
+        with self._answering(), self._engine.begin() as connection:
+            if long and self.file is None:
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(LONG * 1000)}")
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction: committed at the end, rolled back by an exception."""
+        engine = self._engine.execution_options(dfastllm_writes=True)
+        with self._answering(), engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.IntegrityError:
+            raise  # of what was asked, not of the database
+        except sa.exc.SQLAlchemyError as error:
+            reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
+            raise DatabaseError(f"The database of tenants ({self.name}) does not answer: {reason}.") from error
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+
+def _parse(url: str) -> sa.URL:
+    if "://" not in url:
+        return sa.URL.create("sqlite", database=url)
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        raise ValidationError("tenants_db is no URL.", param="tenants_db", hint=_FORMS) from None
+    if parsed.get_backend_name() in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        raise ValidationError(
+            f"tenants_db must be a file or a PostgreSQL database; got {parsed.render_as_string(hide_password=True)!r}.",
+            param="tenants_db",
+            hint=_FORMS,
+        )
+    return parsed
+
+
+_FORMS = "Write a path, sqlite:///PATH, or postgresql://USER:PASSWORD@HOST/NAME."
+
+
+def _sqlite(url: sa.URL, file: Path) -> sa.Engine:
+    synchronous = str(url.query.get("synchronous", "normal")).lower()
+    if set(url.query) - {"synchronous"} or synchronous not in _SYNCHRONOUS:
+        raise ValidationError(
+            f"tenants_db: of an SQLite URL only ?synchronous=normal or full is known; got {dict(url.query)}.",
+            param="tenants_db",
+        )
+    with suppress(FileExistsError):
+        try:
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise ValidationError(
+                f"tenants_db: {file} cannot be made: {error.strerror}.",
+                param="tenants_db",
+                hint="Make its directory first.",
+            ) from None
+    engine = sa.create_engine(url.set(query={}), connect_args={"timeout": TIMEOUT})
+
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours, below; the driver's own is late, and no writer's
+        for pragma in ("journal_mode=WAL", f"synchronous={synchronous}", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        writes = connection.get_execution_options().get("dfastllm_writes")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgres(url: sa.URL) -> sa.Engine:
+    milliseconds = int(TIMEOUT * 1000)
+    limits = {
+        "connect_timeout": str(int(TIMEOUT)),
+        "tcp_user_timeout": str(milliseconds),  # a cut cable, too, is noticed
+        "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds}",
+    }
+    try:
+        return sa.create_engine(
+            url, connect_args=limits, pool_size=4, max_overflow=4, pool_timeout=TIMEOUT, pool_pre_ping=True
+        )
+    except ImportError:
+        raise UnsupportedError(
+            "A PostgreSQL database needs psycopg, which is not installed.",
+            param="tenants_db",
+            hint="pip install 'dfastllm[postgres]'.",
+        ) from None
