@@ -19,7 +19,7 @@ from dfastllm.distill.check import check_config
 from dfastllm.distill.config import parse_config
 from dfastllm.distill.run import run_distillation
 from dfastllm.distill.sections import Config
-from dfastllm.distill.students.curve import Point, curve, measure, quickest_equal
+from dfastllm.distill.students.curve import Pair, Point, again, curve, measure, quickest_equal
 from dfastllm.distill.students.diffusion import Prompts, TrajectoryWork
 from dfastllm.distill.students.trajectory import Trajectory, read_trajectories, write_trajectories
 from dfastllm.errors import DataError, UnsupportedError, ValidationError
@@ -278,6 +278,24 @@ def test_points_are_what_the_engine_counts() -> None:
     assert quick.tokens_per_forward > 3 * slow.tokens_per_forward
     assert (own.forwards, own.exact_match) == (slow.forwards, slow.exact_match)
     assert json.loads(quick.record()["setting"]) == {"factor": 1.0}
+
+
+def test_chosen_pairs_are_measured_on_other_samples() -> None:
+    """Its figures against those of the two settings measured by themselves."""
+    samples = [draw("test", 1, i, task) for task in ("rewrite", "code") for i in range(3)]
+    chosen = Pair('{"factor": 0.25}', '{"factor": 2.0}')
+    with LLM("demo-diffusion") as llm:
+        slow, quick = curve(llm, samples, 32, ({"factor": 0.25}, {"factor": 2.0}))
+        (found,) = again(llm, llm, [chosen], samples, 32)
+    assert (found["before"], found["after"]) == (chosen.before, chosen.after)
+    assert found["points"] == [slow.record(), quick.record()]
+    wanted = quick.tokens_per_forward / slow.tokens_per_forward
+    assert wanted > 1
+    assert found["tokens_per_forward"]["median"] == pytest.approx(wanted)
+    assert found["equality"]["n"] == 6
+    assert slow.by_task == {
+        task: sum(row.right for row in slow.rows if row.task == task) / 3 for task in ("rewrite", "code")
+    }
 
 
 def test_what_is_measured_has_the_tasks_that_are_learnt(tmp_path: Path) -> None:
