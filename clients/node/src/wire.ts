@@ -1,0 +1,841 @@
+// Made by `python -m clients.generate_types` from the server's openapi.json; do not edit.
+
+/** A block became final. */
+export interface BlockDoneEvent {
+  type: "block_done";
+}
+
+export interface CalledFunction {
+  name: string;
+  /** A JSON object as text; empty or left out: no arguments. */
+  arguments?: string | null;
+  /** Taken and ignored: an output field that clients send back. */
+  parsed_arguments?: unknown;
+}
+
+export interface Cancelled {
+  id: string;
+  object: "request";
+  /** Calls of the API that were ended. */
+  cancelled: number;
+}
+
+/** Positions count from the first new token. */
+export interface CanvasToken {
+  position: number;
+  token_id: number;
+  text: string;
+}
+
+export interface ChatChoice {
+  index: number;
+  message: ChatMessage;
+  logprobs: ChatLogprobs | null;
+  finish_reason: "stop" | "length" | "tool_calls";
+  stop_reason?: string | number | null;
+  token_ids?: number[] | null;
+}
+
+export interface ChatChunk {
+  id: string;
+  created: number;
+  model: string;
+  usage?: UsageOut | null;
+  dfastllm?: Figures | null;
+  canvas?: { index: number; events: CanvasEvent[] } | null;
+  obfuscation?: string | null;
+  object: "chat.completion.chunk";
+  choices: ChatChunkChoice[];
+}
+
+export interface ChatChunkChoice {
+  index: number;
+  delta: Delta;
+  logprobs?: ChatLogprobs | null;
+  finish_reason: "stop" | "length" | "tool_calls" | null;
+  stop_reason?: string | number | null;
+  token_ids?: number[] | null;
+}
+
+export interface ChatCompletion {
+  id: string;
+  created: number;
+  model: string;
+  object: "chat.completion";
+  choices: ChatChoice[];
+  usage: UsageOut;
+  dfastllm: Figures;
+  prompt_token_ids?: number[] | null;
+}
+
+export interface ChatLogprobs {
+  content: ChatTokenLogprob[];
+}
+
+export interface ChatMessage {
+  role: "assistant";
+  content: string | null;
+  tool_calls?: ToolCallOut[] | null;
+}
+
+export interface ChatRequest {
+  /** A name that GET /v1/models lists. May be left out where one model is served. */
+  model?: string | null;
+  stream?: boolean | null;
+  stream_options?: StreamOptions | null;
+  /**
+   * Autoregressive: how this request drafts, with the models that the server has for it. What is left out is as
+   * in the server's default (--speculative-config); where it has none, `method` is required and the rest has its
+   * default.
+   */
+  speculative_config?: SpeculativeOptions | null;
+  /** Choices carry token_ids too. */
+  return_token_ids?: boolean | null;
+  /** Log probabilities name tokens by their ids, "token_id:123". */
+  return_tokens_as_token_ids?: boolean | null;
+  /** The dfastllm block (of a stream: a last chunk) also says when the parts of each answer came. */
+  timings?: boolean | null;
+  /** As n; another number is refused. */
+  best_of?: number | null;
+  /** Number of completions of each prompt. Choice i of a seeded call draws with seed + i. Default: 1. */
+  n?: number | null;
+  /** Subtracted once from the logit of every token generated before. Default: 0.0. */
+  presence_penalty?: number | null;
+  /** Subtracted per occurrence from the logit of a token generated before. Default: 0.0. */
+  frequency_penalty?: number | null;
+  /**
+   * Divides positive and multiplies negative logits of tokens seen before, the prompt's too; 1: off. Default:
+   * 1.0.
+   */
+  repetition_penalty?: number | null;
+  /** Randomness of the draw; 0: the best token (greedy). Default: 1.0; for a canvas 0.0. */
+  temperature?: number | null;
+  /** Draw from the smallest set of tokens with this much probability; 1: off, 0: the best token. Default: 1.0. */
+  top_p?: number | null;
+  /** Draw from the k best tokens; 0 or -1: off. Default: 0. */
+  top_k?: number | null;
+  /** Drop tokens less probable than this share of the best one; 0: off. Default: 0.0. */
+  min_p?: number | null;
+  /** Seed of the draws; the same request with the same seed gives the same tokens. Default: drawn anew. */
+  seed?: number | null;
+  /** Text that ends the completion, special tokens that are not shown included; repeatable. */
+  stop?: string | string[] | null;
+  /** Token id that ends the completion; repeatable. */
+  stop_token_ids?: number[] | null;
+  /** Go on after the end-of-text token. Default: false. */
+  ignore_eos?: boolean | null;
+  /**
+   * New tokens at most; for diffusion the length of the canvas, rounded up to whole blocks. What lies beyond it
+   * is not part of the output. A number that does not fit the context is refused. Default: what the context
+   * leaves; for a canvas 128 of it at most, or as many as the steps given to blocks of a given length can fill.
+   */
+  max_tokens?: number | null;
+  /** The newer name of max_tokens. */
+  max_completion_tokens?: number | null;
+  /** No end of the text before this many tokens; at most max_tokens. Default: 0. */
+  min_tokens?: number | null;
+  /** Report the log probability of each token. */
+  logprobs?: boolean | null;
+  /** With logprobs: report this many best ones of each position too. */
+  top_logprobs?: number | null;
+  /** Keep the stop text in the completion. Default: false. */
+  include_stop_str_in_output?: boolean | null;
+  /** Leave special tokens out of the text. Default: true. */
+  skip_special_tokens?: boolean | null;
+  /** Added to that token's logit; ID=BIAS, repeatable. */
+  logit_bias?: Record<string, number> | null;
+  /** Token id that may be generated, and no other; repeatable. Default: all. */
+  allowed_token_ids?: number[] | null;
+  /**
+   * Diffusion: Unmasking rule by name: how positions are chosen. 'ar' on a checkpoint of both modes:
+   * autoregression. Default: factor or threshold where that is given, else schedule.
+   */
+  rule?: string | null;
+  /**
+   * Diffusion: K,V reuse in masked diffusion. A block-diffusion model keeps the exact K,V of its finished blocks
+   * and takes sub_block alone, for the block it writes. Default: dual for masked diffusion (none for a rule that
+   * guesses ahead, and under guidance).
+   */
+  cache?: "none" | "prefix" | "dual" | "windowed" | "delayed" | "sub_block" | null;
+  /** Diffusion: false is cache none; true the default. */
+  use_cache?: boolean | null;
+  /** Diffusion: false is cache prefix, true dual: also what follows the block. */
+  use_dual_cache?: boolean | null;
+  /**
+   * Diffusion: Denoise steps over the whole canvas, at least one a block: a minimum rate. Each block commits its
+   * fair share. Default: 128 for masked diffusion, or more if the canvas has more blocks; else one a token.
+   */
+  steps?: number | null;
+  /**
+   * Diffusion: Canvas tokens per block. Default: 32, wider for fewer steps, the last one shorter where the
+   * context ends; the model's own block for block diffusion; the whole canvas for rule dream.
+   */
+  block_length?: number | null;
+  /** Diffusion: Order of the fixed schedule. Default: low_confidence. */
+  remasking?: "low_confidence" | "random" | "entropy" | "margin" | "sequential" | null;
+  /** Diffusion: Unmask every position at least this sure. Default: the rule's. */
+  threshold?: number | null;
+  /**
+   * Diffusion: Factor of the factor rule, a bar that follows the crowd; overrides threshold. Default: the
+   * rule's.
+   */
+  factor?: number | null;
+  /** Diffusion: Further options of the rule by its own names (docs/decoders.md); NAME=VALUE, repeatable. */
+  rule_options?: Record<string, unknown> | null;
+  /**
+   * Diffusion: Classifier-free guidance of masked diffusion: each step also runs the canvas with the prompt
+   * masked, and reads unguided + (cfg_scale + 1) * (logits - unguided); counts as two forward passes; 0: off.
+   * Cache none. Default: 0.0.
+   */
+  cfg_scale?: number | null;
+  /**
+   * Diffusion: Never draw the end-of-text token, the first of the model's ending tokens (the others still end a
+   * text). Default: false.
+   */
+  logits_eos_inf?: boolean | null;
+  /**
+   * Diffusion: Give candidates that would end the text confidence 0, and others theirs among the tokens that do
+   * not, so that the ends are committed last. For rules that rank by confidence. Default: false.
+   */
+  confidence_eos_eot_inf?: boolean | null;
+  /**
+   * Diffusion: End once an end-of-text token is settled (lossless; a rule that revises ends with its block).
+   * Default: true.
+   */
+  early_stop?: boolean | null;
+  /** Diffusion: A preset of the other fields; a field that is given wins over it. Default: none. */
+  mode?: "standard" | "fast" | "streaming" | "turbo" | null;
+  /** Lower runs first. Default: 0. */
+  priority?: number | null;
+  /**
+   * Seconds from arrival until the request ends with 504, waiting included; the server's limit at most. Default:
+   * none (HTTP: the server's limit).
+   */
+  timeout?: number | null;
+  /**
+   * K,V of a common beginning are shared only among requests of the same salt. Refused by masked-diffusion
+   * models, which share nothing. Default: shared among requests without one.
+   */
+  cache_salt?: string | null;
+  /** Name of the LoRA adapter that the request runs with; see docs/lora.md. Default: none: the model itself. */
+  lora?: string | null;
+  /** Another name of lora. */
+  adapter_id?: string | null;
+  /** No effect. The caller's own name for its user. */
+  user?: string | null;
+  /** No effect. Nothing is stored. */
+  metadata?: Record<string, unknown> | null;
+  /** No effect. Nothing is stored; true is refused. */
+  store?: false | null;
+  /** No effect. The caller's own. */
+  safety_identifier?: string | null;
+  /** No effect. There is one tier. */
+  service_tier?: "auto" | "default" | "flex" | null;
+  /** No effect. Common beginnings are shared anyway; see cache_salt. */
+  prompt_cache_key?: string | null;
+  /** No effect. Shared K,V stay while there is room. */
+  prompt_cache_retention?: string | null;
+  /** No effect. A wish, which no model here knows. */
+  verbosity?: string | null;
+  /** No effect. A wish, which no model here knows; see chat_template_kwargs. */
+  reasoning_effort?: string | null;
+  /** No effect. true is refused. */
+  use_beam_search?: false | null;
+  /** No effect. Of beam search; 1 asks for nothing. */
+  length_penalty?: number | null;
+  /** No effect. The older tool_choice; without functions none is called. */
+  function_call?: "none" | null;
+  /** No effect. An answer of a chat never repeats the prompt; true is refused. */
+  echo?: false | null;
+  /** No effect. The template writes them; true is refused. */
+  add_special_tokens?: false | null;
+  messages: Message[];
+  tools?: Tool[] | null;
+  /** auto when tools are given. required and a named function are refused: not guaranteed yet. */
+  tool_choice?: "none" | "auto" | null;
+  /** false: an answer ends with its first call. Default true: the model decides. */
+  parallel_tool_calls?: boolean | null;
+  response_format?: ResponseFormat | null;
+  /** No effect: text is all there is. */
+  modalities?: "text"[] | null;
+  /** Whether the template opens the assistant's turn. Default true. */
+  add_generation_prompt?: boolean | null;
+  /** Variables of the chat template, such as enable_thinking. They win over the server's own. */
+  chat_template_kwargs?: Record<string, unknown> | null;
+  /**
+   * Whether special tokens that messages and tools spell out become those tokens. Default: as the server was
+   * started (--chat-parse-special), else false: they stay text.
+   */
+  parse_special?: boolean | null;
+  /** true is refused: a turn is always new. */
+  continue_final_message?: false | null;
+}
+
+export interface ChatTokenLogprob {
+  token: string;
+  logprob: number;
+  bytes: number[];
+  top_logprobs: TopLogprob[];
+}
+
+/** Masked positions that got their tokens. */
+export interface CommitEvent {
+  type: "commit";
+  tokens: CanvasToken[];
+}
+
+export interface Completion {
+  id: string;
+  created: number;
+  model: string;
+  object: "text_completion";
+  choices: CompletionChoice[];
+  usage: UsageOut;
+  dfastllm: Figures;
+}
+
+export interface CompletionChoice {
+  index: number;
+  text: string;
+  logprobs: CompletionLogprobs | null;
+  finish_reason: "stop" | "length" | null;
+  stop_reason?: string | number | null;
+  token_ids?: number[] | null;
+  prompt_token_ids?: number[] | null;
+}
+
+export interface CompletionChunk {
+  id: string;
+  created: number;
+  model: string;
+  usage?: UsageOut | null;
+  dfastllm?: Figures | null;
+  canvas?: { index: number; events: CanvasEvent[] } | null;
+  obfuscation?: string | null;
+  object: "text_completion";
+  choices: CompletionChoice[];
+}
+
+export interface CompletionLogprobs {
+  tokens: string[];
+  token_logprobs: number[];
+  top_logprobs: (Record<string, number>)[] | null;
+  text_offset: number[];
+}
+
+export interface CompletionRequest {
+  /** A name that GET /v1/models lists. May be left out where one model is served. */
+  model?: string | null;
+  stream?: boolean | null;
+  stream_options?: StreamOptions | null;
+  /**
+   * Autoregressive: how this request drafts, with the models that the server has for it. What is left out is as
+   * in the server's default (--speculative-config); where it has none, `method` is required and the rest has its
+   * default.
+   */
+  speculative_config?: SpeculativeOptions | null;
+  /** Choices carry token_ids too. */
+  return_token_ids?: boolean | null;
+  /** Log probabilities name tokens by their ids, "token_id:123". */
+  return_tokens_as_token_ids?: boolean | null;
+  /** The dfastllm block (of a stream: a last chunk) also says when the parts of each answer came. */
+  timings?: boolean | null;
+  /** As n; another number is refused. */
+  best_of?: number | null;
+  /** Number of completions of each prompt. Choice i of a seeded call draws with seed + i. Default: 1. */
+  n?: number | null;
+  /** Subtracted once from the logit of every token generated before. Default: 0.0. */
+  presence_penalty?: number | null;
+  /** Subtracted per occurrence from the logit of a token generated before. Default: 0.0. */
+  frequency_penalty?: number | null;
+  /**
+   * Divides positive and multiplies negative logits of tokens seen before, the prompt's too; 1: off. Default:
+   * 1.0.
+   */
+  repetition_penalty?: number | null;
+  /** Randomness of the draw; 0: the best token (greedy). Default: 1.0; for a canvas 0.0. */
+  temperature?: number | null;
+  /** Draw from the smallest set of tokens with this much probability; 1: off, 0: the best token. Default: 1.0. */
+  top_p?: number | null;
+  /** Draw from the k best tokens; 0 or -1: off. Default: 0. */
+  top_k?: number | null;
+  /** Drop tokens less probable than this share of the best one; 0: off. Default: 0.0. */
+  min_p?: number | null;
+  /** Seed of the draws; the same request with the same seed gives the same tokens. Default: drawn anew. */
+  seed?: number | null;
+  /** Text that ends the completion, special tokens that are not shown included; repeatable. */
+  stop?: string | string[] | null;
+  /** Token id that ends the completion; repeatable. */
+  stop_token_ids?: number[] | null;
+  /** Go on after the end-of-text token. Default: false. */
+  ignore_eos?: boolean | null;
+  /**
+   * New tokens at most; for diffusion the length of the canvas, rounded up to whole blocks. What lies beyond it
+   * is not part of the output. A number that does not fit the context is refused. Default: what the context
+   * leaves; for a canvas 128 of it at most, or as many as the steps given to blocks of a given length can fill.
+   */
+  max_tokens?: number | null;
+  /** No end of the text before this many tokens; at most max_tokens. Default: 0. */
+  min_tokens?: number | null;
+  /**
+   * Report the log probability of each token and of this many best ones (command line: needs --json). Default:
+   * none reported.
+   */
+  logprobs?: number | null;
+  /** Keep the stop text in the completion. Default: false. */
+  include_stop_str_in_output?: boolean | null;
+  /** Leave special tokens out of the text. Default: true. */
+  skip_special_tokens?: boolean | null;
+  /** Added to that token's logit; ID=BIAS, repeatable. */
+  logit_bias?: Record<string, number> | null;
+  /** Token id that may be generated, and no other; repeatable. Default: all. */
+  allowed_token_ids?: number[] | null;
+  /**
+   * Diffusion: Unmasking rule by name: how positions are chosen. 'ar' on a checkpoint of both modes:
+   * autoregression. Default: factor or threshold where that is given, else schedule.
+   */
+  rule?: string | null;
+  /**
+   * Diffusion: K,V reuse in masked diffusion. A block-diffusion model keeps the exact K,V of its finished blocks
+   * and takes sub_block alone, for the block it writes. Default: dual for masked diffusion (none for a rule that
+   * guesses ahead, and under guidance).
+   */
+  cache?: "none" | "prefix" | "dual" | "windowed" | "delayed" | "sub_block" | null;
+  /** Diffusion: false is cache none; true the default. */
+  use_cache?: boolean | null;
+  /** Diffusion: false is cache prefix, true dual: also what follows the block. */
+  use_dual_cache?: boolean | null;
+  /**
+   * Diffusion: Denoise steps over the whole canvas, at least one a block: a minimum rate. Each block commits its
+   * fair share. Default: 128 for masked diffusion, or more if the canvas has more blocks; else one a token.
+   */
+  steps?: number | null;
+  /**
+   * Diffusion: Canvas tokens per block. Default: 32, wider for fewer steps, the last one shorter where the
+   * context ends; the model's own block for block diffusion; the whole canvas for rule dream.
+   */
+  block_length?: number | null;
+  /** Diffusion: Order of the fixed schedule. Default: low_confidence. */
+  remasking?: "low_confidence" | "random" | "entropy" | "margin" | "sequential" | null;
+  /** Diffusion: Unmask every position at least this sure. Default: the rule's. */
+  threshold?: number | null;
+  /**
+   * Diffusion: Factor of the factor rule, a bar that follows the crowd; overrides threshold. Default: the
+   * rule's.
+   */
+  factor?: number | null;
+  /** Diffusion: Further options of the rule by its own names (docs/decoders.md); NAME=VALUE, repeatable. */
+  rule_options?: Record<string, unknown> | null;
+  /**
+   * Diffusion: Classifier-free guidance of masked diffusion: each step also runs the canvas with the prompt
+   * masked, and reads unguided + (cfg_scale + 1) * (logits - unguided); counts as two forward passes; 0: off.
+   * Cache none. Default: 0.0.
+   */
+  cfg_scale?: number | null;
+  /**
+   * Diffusion: Never draw the end-of-text token, the first of the model's ending tokens (the others still end a
+   * text). Default: false.
+   */
+  logits_eos_inf?: boolean | null;
+  /**
+   * Diffusion: Give candidates that would end the text confidence 0, and others theirs among the tokens that do
+   * not, so that the ends are committed last. For rules that rank by confidence. Default: false.
+   */
+  confidence_eos_eot_inf?: boolean | null;
+  /**
+   * Diffusion: End once an end-of-text token is settled (lossless; a rule that revises ends with its block).
+   * Default: true.
+   */
+  early_stop?: boolean | null;
+  /** Diffusion: A preset of the other fields; a field that is given wins over it. Default: none. */
+  mode?: "standard" | "fast" | "streaming" | "turbo" | null;
+  /** Lower runs first. Default: 0. */
+  priority?: number | null;
+  /**
+   * Seconds from arrival until the request ends with 504, waiting included; the server's limit at most. Default:
+   * none (HTTP: the server's limit).
+   */
+  timeout?: number | null;
+  /**
+   * K,V of a common beginning are shared only among requests of the same salt. Refused by masked-diffusion
+   * models, which share nothing. Default: shared among requests without one.
+   */
+  cache_salt?: string | null;
+  /** Name of the LoRA adapter that the request runs with; see docs/lora.md. Default: none: the model itself. */
+  lora?: string | null;
+  /** Another name of lora. */
+  adapter_id?: string | null;
+  /** No effect. The caller's own name for its user. */
+  user?: string | null;
+  /** No effect. Nothing is stored. */
+  metadata?: Record<string, unknown> | null;
+  /** No effect. Nothing is stored; true is refused. */
+  store?: false | null;
+  /** No effect. The caller's own. */
+  safety_identifier?: string | null;
+  /** No effect. There is one tier. */
+  service_tier?: "auto" | "default" | "flex" | null;
+  /** No effect. Common beginnings are shared anyway; see cache_salt. */
+  prompt_cache_key?: string | null;
+  /** No effect. Shared K,V stay while there is room. */
+  prompt_cache_retention?: string | null;
+  /** No effect. A wish, which no model here knows. */
+  verbosity?: string | null;
+  /** No effect. A wish, which no model here knows; see chat_template_kwargs. */
+  reasoning_effort?: string | null;
+  /** No effect. true is refused. */
+  use_beam_search?: false | null;
+  /** No effect. Of beam search; 1 asks for nothing. */
+  length_penalty?: number | null;
+  /** Text, token ids, or a list of either. The end-of-text token is not added. */
+  prompt: string | string[] | number[] | number[][];
+  /** Diffusion models: text after the completion (infilling). */
+  suffix?: string | null;
+  /** The prompt precedes the completion. Not together with logprobs. */
+  echo?: boolean | null;
+  /** Whether the tokenizer puts its own special tokens around a text prompt. Default true. */
+  add_special_tokens?: boolean | null;
+  /** Whether special tokens that a text prompt spells out become those tokens. Default true. */
+  parse_special?: boolean | null;
+}
+
+export interface Delta {
+  role?: "assistant" | null;
+  content?: string | null;
+  tool_calls?: (ToolCallOut | ToolCallMore)[] | null;
+}
+
+export interface DetokenizeRequest {
+  model?: string | null;
+  tokens: number[];
+}
+
+export interface ErrorBody {
+  error: ErrorDetails;
+}
+
+export interface ErrorDetails {
+  /** What, got, wanted, and the way out. */
+  message: string;
+  type: string;
+  /** The field of the request. */
+  param: string | null;
+  /** Stable, for programs. */
+  code: string;
+}
+
+/** What the answer took. */
+export interface Figures {
+  /** Forward passes. */
+  nfe: number;
+  tokens_per_forward: number;
+  /**
+   * Against the model's plain algorithm: reference (it is that), exact-fast (the same tokens), exact-
+   * distribution (the same distribution, other tokens for a seed) or approximate.
+   */
+  exactness: string;
+  queue_seconds: number;
+  first_token_seconds: number | null;
+  total_seconds: number;
+  /** Diffusion: tokens of the canvas, of the longest one where there are several. */
+  canvas_length?: number | null;
+  /** Forward passes that verified a draft; speculative requests only. */
+  drafts?: number | null;
+  draft_tokens?: number | null;
+  accepted_tokens?: number | null;
+  /** Entry i: drafts of which at least i + 1 tokens were accepted. */
+  accepted_per_position?: number[] | null;
+  /** 1 + accepted_tokens / drafts. */
+  acceptance_length?: number | null;
+  /** One per choice, when the request has timings: true. */
+  timings?: Timings[] | null;
+}
+
+export interface Function {
+  name: string;
+  description?: string | null;
+  parameters?: Record<string, unknown> | null;
+  /** A hint: arguments are not constrained yet. */
+  strict?: boolean | null;
+}
+
+export interface FunctionCall {
+  name: string;
+  arguments: string;
+}
+
+export interface FunctionMore {
+  arguments: string;
+}
+
+export interface Health {
+  status: "loading" | "ready" | "stopping" | "failed";
+  /** Of a server that is ready. */
+  models?: string[] | null;
+}
+
+/**
+ * One turn. What an assistant's message holds beside content and calls is taken, as clients send back whole
+ * answers.
+ */
+export interface Message {
+  role: "system" | "developer" | "user" | "assistant" | "tool" | "function";
+  content?: string | (TextPart | RefusalPart)[] | null;
+  name?: string | null;
+  /** An empty list counts as none. */
+  tool_calls?: MessageToolCall[] | null;
+  tool_call_id?: string | null;
+  /** The older form of one call in tool_calls. */
+  function_call?: CalledFunction | null;
+  /** The text of an assistant's message without content. */
+  refusal?: string | null;
+  /** Taken and ignored: an output field that clients send back. */
+  annotations?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  audio?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  cache_control?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  finish_reason?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  id?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  parsed?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  provider_specific_fields?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  reasoning?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  reasoning_content?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  reasoning_details?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  status?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  thinking_blocks?: unknown;
+}
+
+export interface MessageToolCall {
+  id: string;
+  type?: "function" | null;
+  function: CalledFunction;
+  /** Taken and ignored: an output field that clients send back. */
+  cache_control?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  index?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  provider_specific_fields?: unknown;
+}
+
+export interface ModelCard {
+  id: string;
+  object: "model";
+  created: number;
+  owned_by: "dfastllm";
+  /** The checkpoint's own name. */
+  root: string;
+  /** Prompt and answer together. */
+  max_model_len: number;
+  family: string;
+  kind: "ar" | "diffusion" | "block";
+}
+
+export interface ModelList {
+  object: "list";
+  data: ModelCard[];
+}
+
+export interface Percentiles {
+  p50: number;
+  p90: number;
+  p95: number;
+  p99: number;
+}
+
+export interface PromptTokensDetails {
+  /** Prompt tokens whose K,V an earlier request had left. */
+  cached_tokens: number;
+}
+
+/** The best guess of masked positions. */
+export interface ProvisionalEvent {
+  type: "provisional";
+  tokens: CanvasToken[];
+}
+
+/** Of an assistant's message: it stands for its text. */
+export interface RefusalPart {
+  type: "refusal";
+  refusal: string;
+  /** Taken and ignored: an output field that clients send back. */
+  annotations?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  cache_control?: unknown;
+}
+
+export interface ResponseFormat {
+  /** json_object and json_schema are refused: output is not constrained yet. */
+  type: "text";
+}
+
+/** Committed positions that changed. */
+export interface ReviseEvent {
+  type: "revise";
+  tokens: RevisedToken[];
+}
+
+/** null: the position is masked again. */
+export interface RevisedToken {
+  position: number;
+  token_id: number | null;
+  text: string | null;
+}
+
+export interface SpeculativeOptions {
+  /**
+   * none: no drafts. ngram: prompt lookup. suffix: a suffix tree over the text and past outputs. draft_model: a
+   * smaller autoregressive model. diffusion: a masked model drafts a block in one forward. self: the model's own
+   * bidirectional mode drafts for its causal one. Default: none (HTTP: the server's).
+   */
+  method?: "none" | "ngram" | "suffix" | "draft_model" | "diffusion" | "self" | null;
+  /** Most tokens drafted per step. Default: 5. */
+  num_speculative_tokens?: number | null;
+  /** Shortest n-gram that is looked up. Default: 2. */
+  prompt_lookup_min?: number | null;
+  /**
+   * Longest n-gram that is looked up; at least prompt_lookup_min. Where only one of them is given, the other's
+   * default gives way. Default: 5.
+   */
+  prompt_lookup_max?: number | null;
+  /** coupled: the tokens of plain decoding at any temperature. rejection: their distribution. Default: coupled. */
+  acceptance?: "coupled" | "rejection" | null;
+  /**
+   * The length follows the measured acceptance and cost, down to no drafts; false: always
+   * num_speculative_tokens. Default: true.
+   */
+  adaptive?: boolean | null;
+  /** Longest pattern of the suffix tree. Default: 24. */
+  suffix_decoding_max_tree_depth?: number | null;
+  /** Past outputs that the suffix tree keeps; 0: the request's own text only. Default: 1000. */
+  suffix_decoding_max_cached_requests?: number | null;
+  /** Tokens drafted per matched token. Default: 2.0. */
+  suffix_decoding_max_spec_factor?: number | null;
+  /** Least frequency of a drafted continuation. Default: 0.1. */
+  suffix_decoding_min_token_prob?: number | null;
+}
+
+/** step: from 1. length: tokens of the canvas. masked: of them still masked. */
+export interface StatsEvent {
+  type: "stats";
+  step: number;
+  length: number;
+  masked: number;
+}
+
+export interface StreamOptions {
+  /** A last chunk with empty choices carries the usage. */
+  include_usage?: boolean | null;
+  /** Every chunk with a choice carries the usage of that choice so far. */
+  continuous_usage_stats?: boolean | null;
+  /** Every chunk is filled up to a multiple of 64 bytes by `obfuscation`. Default false. */
+  include_obfuscation?: boolean | null;
+  /** Diffusion: Further chunks with empty choices carry the typed events of each denoising step in `canvas`. */
+  canvas_events?: boolean | null;
+}
+
+export interface Text {
+  prompt: string;
+}
+
+export interface TextPart {
+  type: "text";
+  text: string;
+  /** Taken and ignored: an output field that clients send back. */
+  annotations?: unknown;
+  /** Taken and ignored: an output field that clients send back. */
+  cache_control?: unknown;
+}
+
+/** When the parts of one choice's answer came, in seconds. */
+export interface Timings {
+  /** (n - 1) / (last - first token); null when all came at once. */
+  tokens_per_second: number | null;
+  /** (end - first token) / (n - 1). */
+  time_per_output_token_seconds: number | null;
+  /** Tokens that came together share the gap. */
+  inter_token_seconds: Percentiles | null;
+  /** Each finished block of a canvas; the first with the prompt. */
+  block_seconds: number[];
+  /** Tokens until the first complete call of one of the tools. */
+  first_tool_call_tokens: number | null;
+  first_tool_call_seconds: number | null;
+}
+
+/** A prompt or messages. `model` may be left out where one model is served. */
+export interface TokenizeRequest {
+  model?: string | null;
+  prompt?: string | null;
+  messages?: Message[] | null;
+  tools?: Tool[] | null;
+  /** Of a prompt's text. Default true. */
+  add_special_tokens?: boolean | null;
+  /** As in a completion of the prompt, or in a chat of the messages. */
+  parse_special?: boolean | null;
+  /** Whether the template opens the assistant's turn. Default true. */
+  add_generation_prompt?: boolean | null;
+  /** Variables of the chat template, such as enable_thinking. They win over the server's own. */
+  chat_template_kwargs?: Record<string, unknown> | null;
+  return_token_strs?: boolean | null;
+}
+
+export interface Tokens {
+  count: number;
+  max_model_len: number;
+  tokens: number[];
+  /** The vocabulary's own spelling, on request; null for an id that has none. */
+  token_strs?: (string | null)[] | null;
+}
+
+export interface Tool {
+  type: "function";
+  function: Function;
+  /** Taken and ignored: an output field that clients send back. */
+  cache_control?: unknown;
+}
+
+/** More of the arguments of a call that began earlier in the stream. */
+export interface ToolCallMore {
+  index: number;
+  function: FunctionMore;
+}
+
+/** A call; in a stream its beginning, with an index, and arguments that are still empty. */
+export interface ToolCallOut {
+  index?: number | null;
+  id: string;
+  type: "function";
+  function: FunctionCall;
+}
+
+export interface TopLogprob {
+  token: string;
+  logprob: number;
+  bytes: number[];
+}
+
+export interface UsageOut {
+  prompt_tokens: number;
+  /** Every generated token of the answers; an end of text that ended one is not part of it. */
+  completion_tokens: number;
+  total_tokens: number;
+  /** Not in the usage so far of a chunk. */
+  prompt_tokens_details?: PromptTokensDetails | null;
+}
+
+export interface Versions {
+  version: string;
+  torch: string;
+  python: string;
+}
+
+export type CanvasEvent = BlockDoneEvent | CommitEvent | ProvisionalEvent | ReviseEvent | StatsEvent;
