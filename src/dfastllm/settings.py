@@ -99,6 +99,27 @@ class Settings:
         group="server",
         secret=True,
     )
+    tenants_db: str | None = _field(
+        None,
+        "Database of tenants, their keys, limits and usage: an SQLite file, or postgresql://USER:PASSWORD@HOST/NAME."
+        " Then every request needs a key of `dfastllm keys create`; see docs/tenants.md.",
+        group="server",
+        secret=True,
+    )
+    usage_journal: str | None = _field(
+        None,
+        "File that keeps the usage while that database does not answer; default: beside an SQLite file, else below"
+        " ~/.local/state/dfastllm.",
+        group="server",
+    )
+    usage_retention_days: int = _field(
+        400,
+        "After so many days the usage of a request is removed from that database; 0 keeps it for ever.",
+        group="server",
+        minimum=0,
+        maximum=36500,
+        unit="days",
+    )
     allowed_origins: tuple[str, ...] = _field(
         (), "Web origins that browsers may call from (CORS); none by default, '*' for any.", group="server"
     )

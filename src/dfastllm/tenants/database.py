@@ -26,9 +26,9 @@ _SYNCHRONOUS = ("normal", "full")
 class Database:
     """Tables made or upgraded on opening. Thread-safe.
 
-    url: sqlite:///FILE, postgresql://..., or the path of an SQLite file, which is made with mode 0600. A commit to SQLite
-    outlives the process from then on; a power cut may take the last ones, unless the URL ends in `?synchronous=full`,
-    which costs a sync of the disk each.
+    url: sqlite:///FILE, postgresql://..., or the path of an SQLite file, which is made with mode 0600. A commit of
+    SQLite outlives the process; a power cut may take the last ones, unless the URL ends in `?synchronous=full`, which
+    costs a sync of the disk each.
 
     Raises ValidationError for another URL, UnsupportedError where a package is missing or the schema is newer,
     DatabaseError where it does not answer.

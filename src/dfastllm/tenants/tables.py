@@ -13,6 +13,8 @@ from dfastllm.errors import UnsupportedError
 
 try:
     import sqlalchemy as sa
+    from sqlalchemy.dialects import postgresql
+    from sqlalchemy.dialects import sqlite as sqlite_dialect
 except ImportError:
     raise UnsupportedError(
         "A database of tenants needs SQLAlchemy, which is not installed.",
@@ -20,7 +22,7 @@ except ImportError:
         hint="pip install 'dfastllm[tenants]', or 'dfastllm[postgres]' for PostgreSQL.",
     ) from None
 
-__all__ = ["AUDIT", "KEYS", "META", "PIPELINES", "TENANTS", "UPGRADES", "USAGE", "prepare", "sa"]
+__all__ = ["AUDIT", "KEYS", "META", "PIPELINES", "TENANTS", "UPGRADES", "USAGE", "prepare", "sa", "upsert"]
 
 _TABLES = sa.MetaData()
 _Names = sa.Text  # a JSON list, NULL for all
@@ -125,3 +127,11 @@ def prepare(connection: sa.Connection) -> str:
     if found < newest:
         connection.execute(META.update().where(META.c.name == "version").values(value=str(newest)))
     return str(connection.execute(sa.select(META.c.value).where(META.c.name == "secret")).scalar_one())
+
+
+def upsert(*, sqlite: bool) -> sa.Insert:
+    """Write rows of USAGE, each in place of an older version of it. sqlite: or PostgreSQL."""
+    insert = sqlite_dialect.insert(USAGE) if sqlite else postgresql.insert(USAGE)
+    changing = {name: insert.excluded[name] for name in ("completion_tokens", "version", "status", "seconds")}
+    newer = USAGE.c.version < insert.excluded.version
+    return insert.on_conflict_do_update(index_elements=[USAGE.c.id], set_=changing, where=newer)
