@@ -67,6 +67,7 @@ OTHER: dict[str, Any] = {
     "priority": 3,
     "timeout": 5.0,
     "cache_salt": "a tenant's",
+    "lora": "an-adapter",
 }
 ROWS = pytest.mark.parametrize("row", OPTIONS, ids=lambda row: row.name)
 

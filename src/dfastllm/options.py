@@ -608,6 +608,15 @@ class RequestOptions:
         default_help="shared among requests without one",
         flag=False,
     )
+    lora: str = option(
+        "",
+        "Name of the LoRA adapter that the request runs with; see docs/lora.md.",
+        low=1,
+        high=256,
+        default_help="none: the model itself",
+        wire=(Wire("lora"), Wire("adapter_id", help="Another name of lora.")),
+        flag=False,
+    )
 
     def __post_init__(self) -> None:
         for name, row in REQUEST.items():

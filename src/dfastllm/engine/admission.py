@@ -21,6 +21,7 @@ from dfastllm.options import DecodeParams, kind_defaults, resolved
 
 if TYPE_CHECKING:
     from dfastllm.decode.policy import Policy
+    from dfastllm.engine.adapters import Adapters, Lease
     from dfastllm.engine.speculate.drafting import Drafting
 
 __all__ = ["Admission", "Terms", "admit"]
@@ -40,6 +41,7 @@ class Terms:
     text: bool
     choose: Callable[[Request, ModelInfo], Policy]
     drafting: Drafting
+    adapters: Adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Admission:
     """A request that can be run: its options complete (`request`), its decoder and its state before the first step.
 
     positions  most tokens its sequence will have, prompt and suffix included.
+    lease      its hold on the adapter that it asked for, None for none. Ends with the request, or when nobody has the
+               admission any more.
     """
 
     request: Request
@@ -54,10 +58,12 @@ class Admission:
     state: SequenceState
     tier: Tier
     positions: int
+    lease: Lease | None = None
 
 
 def admit(request: Request, terms: Terms) -> Admission:
-    """Raises ValidationError, UnsupportedError or ContextLengthError naming the field. Thread-safe: reads only."""
+    """Raises ValidationError, UnsupportedError or ContextLengthError naming the field; of an adapter what
+    `Adapters.lease` raises. Thread-safe: reads only, and holds the adapter, which may have to be read from disk."""
     if request.sampling.n != 1:
         raise ValidationError("n > 1 is several requests: submit one per choice.", param="n")
     if request.sampling.stop and not terms.text:
@@ -88,7 +94,10 @@ def admit(request: Request, terms: Terms) -> Admission:
     tokens, state = policy.begin(request, model, compiled)
     seed = request.sampling.seed
     sequence = SequenceState(request, model, tokens, secrets.randbits(63) if seed is None else seed, policy=state)
-    return Admission(request, policy, sequence, compiled.tier, compiled.positions)
+    lease = (
+        terms.adapters.lease(request.lora) if request.lora else None
+    )  # last: a request that is refused reads no file
+    return Admission(request, policy, sequence, compiled.tier, compiled.positions, lease)
 
 
 NOTHING = DecodeParams()

@@ -27,9 +27,13 @@ Ints = NDArray[np.int64]
 Items = Sequence[tuple[Span, PageTable, int]]  # a span, its sequence's pages, its kv_len
 
 
-def pack(items: Items, block_size: int = BLOCK) -> Step:
+def pack(items: Items, block_size: int = BLOCK, adapters: Sequence[int] = ()) -> Step:
     """The step of these spans, at least one, each followed by its branches. The tables must already hold the pages that
-    `span.stored` needs. block_size: of the runner; divides the page size."""
+    `span.stored` needs. block_size: of the runner; divides the page size. adapters: the number of each span's adapter,
+    which all its rows and those of its branches carry; none: they have none."""
+    numbers: list[int] = []
+    if any(adapters):
+        numbers = [n for n, (span, *_) in zip(adapters, items, strict=True) for _ in range(1 + len(span.branches))]
     if [1 for span, _, _ in items if span.branches]:
         items = [part for item in items for part in _unfolded(item)]
     page_size = items[0][1].pool.page_size
@@ -53,6 +57,8 @@ def pack(items: Items, block_size: int = BLOCK) -> Step:
         block_size=block_size,
     )
     put(f.tokens, step.ids)
+    if numbers:
+        step.adapter[:] = np.repeat(numbers, counts)
     rows = np.arange(len(f.tokens))
     positions = rows + shift.repeat(counts)
     for i in f.shadowed:

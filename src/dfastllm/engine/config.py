@@ -23,6 +23,8 @@ class EngineConfig:
                        bits would depend on its neighbours (measured: LOG.md). 1: no padding.
     max_len            positions a sequence may have; None: the model's own limit.
     prefix_caching     requests share the K,V of a common beginning, where the model's can be shared (see `prefix`).
+    max_loras          LoRA adapters in memory at once; lora_memory: bytes that they may take together.
+    max_lora_rank      largest rank of one.
     """
 
     max_batch_rows: int = 2048
@@ -35,6 +37,9 @@ class EngineConfig:
     min_rows: int | None = None
     max_len: int | None = None
     prefix_caching: bool = True
+    max_loras: int = 64
+    lora_memory: int = 1 << 30
+    max_lora_rank: int = 512
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from dfastllm.core import (
     StepStats,
 )
 from dfastllm.decode.registry import policy_for
+from dfastllm.engine.adapters import Adapters
 from dfastllm.engine.admission import Admission, Terms, admit
 from dfastllm.engine.batch import pack
 from dfastllm.engine.config import EngineConfig
@@ -34,6 +36,7 @@ from dfastllm.engine.sequence import Live
 from dfastllm.engine.speculate.drafting import Drafting
 from dfastllm.errors import DFastLLMError, GenerationError, QueueFullError, TimeoutError, ValidationError
 from dfastllm.kernels import torch_team
+from dfastllm.lora import Adapter, read_adapter
 from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -87,8 +90,14 @@ class Engine:
         limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
         self.drafting = Drafting(self.info, drafters or {}, speculative, limit)
         capacity = self.pages.count * self.pages.page_size
+        self.adapters = Adapters(self._read_adapter, self.config.max_loras, self.config.lora_memory)
         self.terms = Terms(
-            dataclasses.replace(self.info, max_len=self.max_len), capacity, tokenizer is not None, choose, self.drafting
+            dataclasses.replace(self.info, max_len=self.max_len),
+            capacity,
+            tokenizer is not None,
+            choose,
+            self.drafting,
+            self.adapters,
         )
         self._added = 0
         self._deadline = math.inf  # the earliest of all requests
@@ -104,6 +113,17 @@ class Engine:
             return None
         limit = min(self.config.prefill_chunk, self.config.max_batch_rows)
         return PrefixCache(self.pages, self.info, limit, cut_free=self.runner.cut_free)
+
+    def _read_adapter(self, path: Path) -> Adapter:
+        """The adapter in a directory, for this model; on the thread of whoever asks for it. Raises AdapterError."""
+        from dfastllm.models import adapter_base
+
+        config = self.config
+        adapter = read_adapter(
+            path, adapter_base(self.model), max_rank=config.max_lora_rank, max_bytes=config.lora_memory
+        )
+        self.runner.check_adapter(adapter)
+        return adapter
 
     @property
     def own_threads(self) -> bool:
@@ -121,8 +141,7 @@ class Engine:
         self._subscribers.append(fn)
 
     def admit(self, request: Request) -> Admission:
-        """The request understood: what `add` takes. Raises ValidationError, UnsupportedError or ContextLengthError.
-        Thread-safe: reads only."""
+        """The request understood: what `add` takes. Raises what `admission.admit` raises. Thread-safe: reads only."""
         return admit(request, self.terms)
 
     def add(self, asked: Request | Admission) -> None:
@@ -132,7 +151,7 @@ class Engine:
         request, state = admission.request, admission.state
         if self.scheduler.find(request.request_id) is not None:
             raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
-        self.check_room()
+        self.check_room(request)
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(
@@ -143,17 +162,18 @@ class Engine:
                 shown=request.shown,
             )
         table = PageTable(self.pages)
-        live = Live(state, admission.policy, table, detokenizer, admission.tier, self.steps, self._added)
+        lease = admission.lease
+        live = Live(state, admission.policy, table, detokenizer, admission.tier, self.steps, self._added, lease=lease)
         if self.prefix is not None:
-            live.trail = self.prefix.trail(request.cache_salt, state.model.kind)
+            live.trail = self.prefix.trail(request.salt, state.model.kind, lease.hash if lease else b"")
         self._added += 1
         self._deadline = min(self._deadline, _deadline(request))
         self.scheduler.add(live)
         self.drafting.admit(live)
 
-    def check_room(self) -> None:
-        """Raises QueueFullError when the waiting queue is at its limit. Thread-safe."""
-        if len(self.scheduler.waiting) >= self.config.max_waiting:
+    def check_room(self, request: Request) -> None:
+        """Raises QueueFullError when the waiting queue is at its limit for the request's tenant. Thread-safe."""
+        if self.scheduler.full(request.tenant, request.share):
             raise QueueFullError(f"{self.config.max_waiting} requests are waiting already.", hint="Try again later.")
 
     def abandon(self, error: DFastLLMError) -> list[StepEvent]:
@@ -182,10 +202,14 @@ class Engine:
     def _remove(self, live: Live) -> None:
         self.scheduler.remove(live)
         self.drafting.release(live)
+        if live.lease is not None:
+            live.lease.release()
 
     def step(self) -> list[StepEvent]:
         """One turn of the loop: draft, plan and schedule, run, absorb, commit, emit. At most one event per request."""
         began = time.monotonic()
+        if (table := self.adapters.table()) is not None:  # between two steps: a step sees one table
+            self.runner.adapters(table)
         self._expire(began)
         preempted = self.scheduler.preempted
         self.scheduler.admit(self.steps)
@@ -228,7 +252,9 @@ class Engine:
             return None, 0.0
         try:
             items = [(span, live.table, live.state.kv_len) for live, span in chosen]
-            rows = self.runner.run(pack(items, self.runner.block_size))
+            numbers = [live.lease.number if live.lease is not None else 0 for live, _ in chosen]
+            rows = self.runner.run(pack(items, self.runner.block_size, numbers))
+            self.scheduler.charge(chosen, self.steps)
         except Exception:
             log.exception("forward pass failed")
             rows = None

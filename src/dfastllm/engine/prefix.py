@@ -1,7 +1,8 @@
 """Prefix sharing: pages of K,V that one sequence made serve every later one that begins with the same tokens.
 
 A full page gets a key: a hash chained over everything its K,V depend on, which is the tokens from position 0 to its
-end (block-causal models: to the end of its block), the tenant's salt, how the model attends and how long a page is.
+end (block-causal models: to the end of its block), the tenant's salt, the content of the adapter that made them, how
+the model attends and how long a page is.
 `kv.Pages` keeps content and key of free pages until it needs them; a request that begins with the same tokens holds
 those pages too and starts with their positions in place. (Automatic prefix caching of vLLM v1; Kwon et al. 2023.)
 
@@ -46,7 +47,7 @@ def refusal(kind: Kind) -> str | None:
 class Trail:
     """What prefix sharing knows of one sequence.
 
-    root      hash of the salt and of how K,V are made; parent of the first page's key. tip: the last hash made.
+    root      hash of the salt, the adapter and how K,V are made; parent of the first page's key. tip: the last made.
     keys      of the full pages of its settled tokens, as far as they were asked for.
     goal      positions that it may find in shared pages, at most: a later chunk is not looked up.
     held      positions whose pages others made or may share: never written again.
@@ -87,10 +88,10 @@ class PrefixCache:
         self._coming: set[bytes] = set()
         self._told = (0, 0)
 
-    def trail(self, salt: str, kind: Kind) -> Trail:
-        """The trail of a new sequence that decodes on the model as one of this kind. Another salt, and another kind of
-        attention, give other keys throughout."""
-        about = ("dfastllm", kind, self.block, self.pages.page_size, salt)
+    def trail(self, salt: str, kind: Kind, adapter: bytes = b"") -> Trail:
+        """The trail of a new sequence that decodes on the model as one of this kind. Another salt, another kind of
+        attention and another adapter (the hash of its content, empty for none) give other keys throughout."""
+        about = ("dfastllm", kind, self.block, self.pages.page_size, salt, *((adapter,) if adapter else ()))
         root = hashlib.blake2b(repr(about).encode(), digest_size=32).digest()
         return Trail(root, root)
 

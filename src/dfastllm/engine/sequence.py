@@ -20,6 +20,7 @@ from dfastllm.core import (
     Usage,
 )
 from dfastllm.decode.policy import Policy
+from dfastllm.engine.adapters import Lease
 from dfastllm.engine.pages import PageTable
 from dfastllm.engine.prefix import Trail
 from dfastllm.errors import DFastLLMError
@@ -37,6 +38,7 @@ class Live:
     ended      the end token or stop string already emitted up to; later tokens are not output.
     enqueued   engine step at which it began to wait (for ageing); ran: engine step that last ran it.
     rank       the priority it was admitted with, ageing included; protects it from preemption by what it overtook.
+    lease      its hold on the adapter that it was admitted with, until it leaves the engine; None: it has none.
     """
 
     state: SequenceState
@@ -60,6 +62,7 @@ class Live:
     draft_tokens: int = 0
     accepted: list[int] = field(default_factory=list)  # [i]: drafts of which at least i + 1 tokens stood
     trail: Trail | None = None  # where prefixes are shared
+    lease: Lease | None = None
 
     def __post_init__(self) -> None:
         self.shown = self.state.canvas_start
