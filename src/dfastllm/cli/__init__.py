@@ -14,9 +14,11 @@ from dfastllm.cli.check import check
 from dfastllm.cli.distill import distill
 from dfastllm.cli.doctor import doctor
 from dfastllm.cli.generate import generate
+from dfastllm.cli.keys import app as keys
 from dfastllm.cli.output import Group
 from dfastllm.cli.quantize import quantize
 from dfastllm.cli.serve import serve
+from dfastllm.cli.tenants import app as tenants
 from dfastllm.cli.train import train
 
 __all__ = ["app", "main"]
@@ -31,7 +33,8 @@ app = typer.Typer(
 )
 for _command in (generate, chat, serve, bench, train, distill, quantize, check, doctor):
     app.command()(_command)
-app.add_typer(gate)
+for _group in (gate, tenants, keys):
+    app.add_typer(_group)
 
 
 def _version(wanted: bool) -> None:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dfastllm.errors import CancelledError, DFastLLMError, ModelNotFoundError, ValidationError
+from dfastllm.errors import (
+    CancelledError,
+    DFastLLMError,
+    ModelNotFoundError,
+    TenantNotFoundError,
+    ValidationError,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +48,7 @@ def warn(message: str) -> None:
 
 def exit_code(error: BaseException) -> int:
     """2: the input was wrong and another call may succeed; 1: it failed."""
-    return 2 if isinstance(error, (ValidationError, ModelNotFoundError)) else 1
+    return 2 if isinstance(error, (ValidationError, ModelNotFoundError, TenantNotFoundError)) else 1
 
 
 class Group(typer.core.TyperGroup):

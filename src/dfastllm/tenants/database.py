@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm.errors import DatabaseError, UnsupportedError, ValidationError
-from dfastllm.tenants.tables import prepare, sa
+from dfastllm.tenants.tables import no_database, prepare, sa
 
 __all__ = ["TIMEOUT", "Database"]
 
@@ -30,19 +30,23 @@ class Database:
     SQLite outlives the process; a power cut may take the last ones, unless the URL ends in `?synchronous=full`, which
     costs a sync of the disk each.
 
-    Raises ValidationError for another URL, UnsupportedError where a package is missing or the schema is newer,
+    create: whether to make the tables where there are none.
+
+    Raises ValidationError for another URL and where there are none, UnsupportedError where a package is missing or the schema is newer,
     DatabaseError where it does not answer.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = False) -> None:
         parsed = _parse(url)
         self.file = Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
         self.name = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
+        if self.file is not None and not create and not self.file.exists():
+            raise no_database()
         self._engine = _sqlite(parsed, self.file) if self.file else _postgres(parsed)
         with self.writing() as connection:
             if self.file is None:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-            self.secret = prepare(connection)
+            self.secret = prepare(connection, create=create)
 
     @contextmanager
     def reading(self, *, long: bool = False) -> Iterator[sa.Connection]:

@@ -52,11 +52,11 @@ class AuditRow:
 class Store:
     """One database of tenants. Thread-safe.
 
-    url: see `database.Database`, whose errors it raises. A tenant is named by its id or its name.
+    url, create: see `database.Database`, whose errors it raises. A tenant is named by its id or its name.
     """
 
-    def __init__(self, url: str) -> None:
-        self.database = Database(url)
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        self.database = Database(url, create=create)
         self._proofs = Proofs(self._find)
 
     @property
@@ -129,7 +129,7 @@ class Store:
             owner = _tenant(connection, tenant)
             given = _listed({"scopes": ("generate",), **fields}, _KEY)
             key, text = _insert_key(connection, owner.id, given)
-            _write_audit(connection, actor, "key.create", key.id, _changes({"tenant": owner.name, **fields}))
+            _write_audit(connection, actor, "key.create", key.id, _changes({"tenant": owner.name, **_some(fields)}))
         return key, text
 
     def rotate_key(self, key_id: str, *, actor: str, grace: float = 0.0) -> tuple[Key, str]:
@@ -243,6 +243,10 @@ def _listed(fields: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
 def _changes(fields: Mapping[str, Any]) -> str:
     plain = {name: sorted(v) if isinstance(v, set | frozenset) else v for name, v in fields.items()}
     return json.dumps(plain, ensure_ascii=False, default=list)[:_DETAIL]
+
+
+def _some(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
 def _text(names: Iterable[str] | None) -> str | None:

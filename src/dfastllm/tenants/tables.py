@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 
-from dfastllm.errors import UnsupportedError
+from dfastllm.errors import UnsupportedError, ValidationError
 
 try:
     import sqlalchemy as sa
@@ -22,7 +22,19 @@ except ImportError:
         hint="pip install 'dfastllm[tenants]', or 'dfastllm[postgres]' for PostgreSQL.",
     ) from None
 
-__all__ = ["AUDIT", "KEYS", "META", "PIPELINES", "TENANTS", "UPGRADES", "USAGE", "prepare", "sa", "upsert"]
+__all__ = [
+    "AUDIT",
+    "KEYS",
+    "META",
+    "PIPELINES",
+    "TENANTS",
+    "UPGRADES",
+    "USAGE",
+    "no_database",
+    "prepare",
+    "sa",
+    "upsert",
+]
 
 _TABLES = sa.MetaData()
 _Names = sa.Text  # a JSON list, NULL for all
@@ -105,13 +117,15 @@ USAGE = sa.Table(
 UPGRADES: Sequence[Callable[[sa.Connection], None]] = ()
 
 
-def prepare(connection: sa.Connection) -> str:
-    """Make the tables, or bring those of an older version to this one, in the transaction of `connection`, which must
+def prepare(connection: sa.Connection, *, create: bool) -> str:
+    """Make the tables where there are none (create), or bring those of an older version to this one, in the transaction of `connection`, which must
     hold the database's only lock for writing. Returns the database's own secret.
 
-    Raises UnsupportedError for a database of a newer version."""
+    Raises ValidationError where there are none, and UnsupportedError for a database of a newer version."""
     newest = 1 + len(UPGRADES)
     if not sa.inspect(connection).has_table(META.name):
+        if not create:
+            raise no_database()
         _TABLES.create_all(connection)
         first = {"version": str(newest), "secret": secrets.token_hex(32)}
         connection.execute(META.insert(), [{"name": name, "value": value} for name, value in first.items()])
@@ -127,6 +141,15 @@ def prepare(connection: sa.Connection) -> str:
     if found < newest:
         connection.execute(META.update().where(META.c.name == "version").values(value=str(newest)))
     return str(connection.execute(sa.select(META.c.value).where(META.c.name == "secret")).scalar_one())
+
+
+def no_database() -> ValidationError:
+    """For a database that nobody made: mostly a misspelt name."""
+    return ValidationError(
+        "tenants_db: there is no database of tenants by that name.",
+        param="tenants_db",
+        hint="`dfastllm tenants create NAME` makes it with its first tenant.",
+    )
 
 
 def upsert(*, sqlite: bool) -> sa.Insert:

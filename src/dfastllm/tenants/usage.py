@@ -14,7 +14,7 @@ from dfastllm.tenants.tables import TENANTS, USAGE, sa
 __all__ = ["BY", "Used", "moment", "used"]
 
 BY = ("tenant", "model", "adapter", "key")
-_AGO = re.compile(r"(\d{1,6})([smhdw])")
+_SPAN = re.compile(r"(\d{1,6})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -38,11 +38,11 @@ class Used:
     seconds: float
 
 
-def moment(text: str, now: float, param: str) -> float:
-    """Seconds since 1970 of "30m", "24h", "7d" (ago), or of an ISO date or time, UTC where it names no zone. Raises
-    ValidationError."""
-    if ago := _AGO.fullmatch(text):
-        return now - int(ago[1]) * _SECONDS[ago[2]]
+def moment(text: str, now: float, param: str, *, ahead: bool = False) -> float:
+    """Seconds since 1970 of "30m", "24h", "7d" (ago, or ahead), or of an ISO date or time, UTC where it names no zone.
+    Raises ValidationError."""
+    if span := _SPAN.fullmatch(text):
+        return now + (1 if ahead else -1) * int(span[1]) * _SECONDS[span[2]]
     try:
         read = datetime.fromisoformat(text)
     except ValueError:
