@@ -95,6 +95,8 @@ class AnswerReader:
         choice = chunk["choices"][0]
         delta = choice.get("delta", {})
         ids = tuple(choice.get("token_ids") or ())
+        if "role" in delta and not (delta.get("content") or ids or choice.get("finish_reason")):
+            return None  # it only says that the assistant speaks
         return self._piece(
             text=choice["text"] if "text" in choice else delta.get("content") or "",
             tokens=len(ids),
