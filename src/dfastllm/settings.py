@@ -148,6 +148,28 @@ class Settings:
         group="server",
         minimum=1,
     )
+    websocket_connections: int = _field(
+        512,
+        "Most WebSockets at a time, of those connections; one more takes the place of one without a key, or gets 503.",
+        group="server",
+        minimum=1,
+    )
+    websocket_calls: int = _field(
+        64,
+        "Most calls that run at once on a WebSocket; one more is refused with RATE_LIMIT_EXCEEDED.",
+        group="server",
+        minimum=1,
+    )
+    websocket_auth_timeout: float = _field(
+        10.0, "Time for the key on a WebSocket whose head has none.", group="server", minimum=0.001, unit="s"
+    )
+    websocket_ping_interval: float = _field(
+        20.0,
+        "Time between two pings of a WebSocket, and for the answer to one; then it ends.",
+        group="server",
+        minimum=0.001,
+        unit="s",
+    )
     header_timeout: float = _field(
         10.0, "Time for a request's head; then it ends with 408.", group="server", minimum=0.001, unit="s"
     )

@@ -23,7 +23,7 @@ from dfastllm.errors import ValidationError
 from dfastllm.metrics import Metrics
 from dfastllm.server import listening
 from dfastllm.server.app import create_app
-from dfastllm.server.connections import QUIET, Tally
+from dfastllm.server.cuts import QUIET, Tally
 from dfastllm.server.hosts import Hosts, host_of
 from dfastllm.server.listening import connections_allowed, listen, listen_unix
 from dfastllm.server.run import Server

@@ -42,6 +42,7 @@ class Metrics:
         self._declare_engine()
         self._declare_requests()
         self._declare_http()
+        self._declare_websockets()
 
     def _gauge(self, name: str, help: str) -> Gauge:
         return Gauge(name, help, ["model_name"], namespace="dfastllm", registry=self.registry)
@@ -131,6 +132,29 @@ class Metrics:
         self.connections = Gauge("http_connections", "Open connections.", namespace="dfastllm", registry=self.registry)
         self.ended = self._counter("http_connections_ended", "Connections that the server ended, by why.", "reason")
 
+    def _declare_websockets(self) -> None:
+        self.websockets = Gauge(
+            "websocket_connections", "Open WebSockets.", namespace="dfastllm", registry=self.registry
+        )
+        self.websocket_closes = self._counter(
+            "websocket_connections_closed", "WebSockets that the server closed, by close code.", "code"
+        )
+        self.websocket_frames = self._counter("websocket_frames", "Frames: received or sent.", "direction")
+        self.websocket_calls = self._counter(
+            "websocket_calls",
+            "Calls by how they ended; function none: frames that began no call.",
+            "function",
+            "status",
+        )
+        self.websocket_time = self._histogram(
+            "websocket_call_duration_seconds", "A call's frame to its last one.", SECONDS, "function"
+        )
+
+    def websocket_call(self, function: str, status: str, seconds: float) -> None:
+        """A call ended. function, status: of closed sets."""
+        self.websocket_calls.labels(function, status).inc()
+        self.websocket_time.labels(function).observe(seconds)
+
     def watch(self, engine: Subscribable, name: str, kind: Kind) -> None:
         """Count what this engine does, under the model's name in the API."""
         for gauge in (self.running, self.waiting, self.kv_usage):
@@ -219,7 +243,7 @@ class Metrics:
         self.connections.set_function(count)
 
     def connection_ended(self, reason: str) -> None:
-        """The server ended a connection, or took none in. reason: of a closed set (server.connections.Reason)."""
+        """The server ended a connection, or took none in. reason: of a closed set (server.cuts.Reason)."""
         self.ended.labels(reason).inc()
 
     def render(self, accept: str) -> tuple[bytes, str]:

@@ -11,14 +11,14 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from dfastllm.errors import DFastLLMError
 from dfastllm.metrics import Metrics
 from dfastllm.server import routes
 from dfastllm.server.chat import chat_completions
 from dfastllm.server.completions import completions
-from dfastllm.server.middleware import ApiKey, BodyLimit, Head, Trace
+from dfastllm.server.middleware import ApiKey, BodyLimit, Head, OneKey, Trace
 from dfastllm.server.openapi import description, responses, stream
 from dfastllm.server.reading import Route
 from dfastllm.server.refusals import http_refusal, known_refusal
@@ -37,6 +37,7 @@ from dfastllm.server.replies import (
     Versions,
 )
 from dfastllm.server.serving import Serving
+from dfastllm.server.ws.session import Front
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def _routes() -> list[BaseRoute]:
         _route("GET", "/health/ready", routes.ready, Health),
         _route("GET", "/version", routes.version_info, Versions),
         _route("GET", "/metrics", routes.metrics, content=_METRICS),
+        WebSocketRoute(Front.path, Front()),
         *(
             Route(path, endpoint, methods=["GET"], include_in_schema=False)
             for path, endpoint in (("/", routes.home), ("/docs", routes.docs), ("/openapi.json", routes.openapi))
@@ -92,7 +94,7 @@ def _routes() -> list[BaseRoute]:
     ]
 
 
-def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: Metrics, key: OneKey | None) -> list[Middleware]:
     """Outermost first. Cross-origin answers come before the key: a browser's preflight carries none."""
     layers = [Middleware(Head), Middleware(Trace, observe=metrics.answered)]
     if settings.allowed_origins:
@@ -105,8 +107,8 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
                 expose_headers=["X-Request-ID", "Retry-After"],
             )
         )
-    if settings.api_key is not None:
-        layers.append(Middleware(ApiKey, key=settings.api_key))
+    if key is not None:
+        layers.append(Middleware(ApiKey, key=key))
     layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
     return layers
 
@@ -131,12 +133,14 @@ def create_app(
     settings = settings or Settings()
     metrics = Metrics()
     serving = Serving(settings, metrics)
+    key = None if settings.api_key is None else OneKey(settings.api_key)
+    serving.identify = None if key is None else key.identify
     app = _App(
         title="dfastllm",
         version=version("dfastllm"),
         description="Diffusion and autoregressive language models behind the OpenAI API.",
         routes=_routes(),
-        middleware=_middleware(settings, metrics),
+        middleware=_middleware(settings, metrics, key),
         exception_handlers={
             DFastLLMError: known_refusal,
             HTTPException: http_refusal,

@@ -49,33 +49,34 @@ _BRACKETS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # 1 and -1
 _OTHERS = bytes(byte for byte in range(256) if byte not in b"[{]}")
 
 
-def read_json(data: bytes, values: int = VALUES) -> Any:
-    """The value that JSON bytes (UTF-8) hold. values: the most numbers, texts, lists and objects it may have.
+def read_json(data: bytes, values: int = VALUES, what: str = "body") -> Any:
+    """The value that JSON bytes (UTF-8) hold. values: the most numbers, texts, lists and objects it may have. what:
+    what the bytes are, for errors.
 
     Raises PayloadTooLargeError for more values, texts or lists and objects than are taken, and ValidationError for what
     is nested too deep and for what is no JSON."""
-    _check(data, values)
+    _check(data, values, what)
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValidationError(f"The body is not UTF-8: byte {error.start} is {data[error.start]:#04x}.") from None
+        raise ValidationError(f"The {what} is not UTF-8: byte {error.start} is {data[error.start]:#04x}.") from None
     except json.JSONDecodeError as error:
-        raise ValidationError(f"The body is not valid JSON: {error.msg} at character {error.pos}.") from None
+        raise ValidationError(f"The {what} is not valid JSON: {error.msg} at character {error.pos}.") from None
     except ValueError:  # Python reads no whole number of more than 4,300 digits
-        raise ValidationError("The body is not valid JSON: a number has too many digits.") from None
+        raise ValidationError(f"The {what} is not valid JSON: a number has too many digits.") from None
 
 
-def _check(data: bytes, most: int) -> None:
+def _check(data: bytes, most: int, what: str) -> None:
     """Refuse what holds too much."""
     values, texts, nested, depth = counted(data)
     if texts > TEXTS:
-        raise _too_much("texts, names of fields included,", texts, TEXTS)
+        raise _too_much(what, "texts, names of fields included,", texts, TEXTS)
     if nested > TEXTS:
-        raise _too_much("lists and objects", nested, TEXTS)
+        raise _too_much(what, "lists and objects", nested, TEXTS)
     if values > most:
-        raise _too_much("values", values, most)
+        raise _too_much(what, "values", values, most)
     if depth > DEPTH:
-        raise ValidationError(f"Lists and objects of the body lie {depth} deep; {DEPTH} is the most.")
+        raise ValidationError(f"Lists and objects of the {what} lie {depth} deep; {DEPTH} is the most.")
 
 
 def counted(data: bytes) -> tuple[int, int, int, int]:
@@ -100,8 +101,8 @@ def counted(data: bytes) -> tuple[int, int, int, int]:
     return values, texts, nested, max(accumulate(steps), default=0)
 
 
-def _too_much(what: str, got: int, most: int) -> PayloadTooLargeError:
-    return PayloadTooLargeError(f"The body holds {got:,} {what} and at most {most:,} are taken.")
+def _too_much(what: str, items: str, got: int, most: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(f"The {what} holds {got:,} {items} and at most {most:,} are taken.")
 
 
 @dataclass(frozen=True)

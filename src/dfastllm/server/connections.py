@@ -16,7 +16,6 @@ import contextlib
 import http
 import logging
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -34,27 +33,23 @@ from dfastllm.errors import (
     NotReadyError,
     SlowRequestError,
 )
-from dfastllm.metrics import Metrics
+from dfastllm.server.cuts import LEAST_RATE, Reason, Tally, WriteClock
 from dfastllm.server.hosts import Hosts
 from dfastllm.server.refusals import error_response
+from dfastllm.server.ws.connection import WebSocketConnection
 from dfastllm.settings import Settings
 
-__all__ = ["Connection", "Limits", "Reason", "Tally", "refusal"]
+__all__ = ["Connection", "Limits", "refusal"]
 
-Reason = Literal["capacity", "files", "host", "malformed", "shutdown", "slow_reader", "slow_request"]
-
-LEAST_RATE = 8192  # bytes a second: a body that comes faster, and an answer that is read faster, has the time it takes
 MOST_HEAD = 65536  # bytes of a head
 LINGER = 5.0  # s after its last byte that a client which still sends has to read the last answer
 LINGER_MOST = 30.0  # s that it has in all
 NEW = 1.0  # s in which a connection that has sent nothing is not the one that makes room for another
-QUIET = 60.0  # s between two log lines of one reason
 # What is done about a half-closed connection, in turns: whether something is written, and the seconds until the next.
 PROBES = ((False, 0.05), (True, 0.05), (False, 0.25), (False, 3.0))
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 COMMENT = b":\n\n"  # of an event stream
 
-log = logging.getLogger("dfastllm.server")
 # uvicorn tells of each bad request on its own, so a client could fill the disk; `Tally` tells of them by the minute.
 _quiet = logging.getLogger("dfastllm.server.http")
 _quiet.setLevel(logging.ERROR)
@@ -71,6 +66,7 @@ class Limits:
     body_timeout: float
     write_timeout: float
     keep_alive_timeout: float
+    max_body_bytes: int
     hosts: Hosts
 
     @classmethod
@@ -80,29 +76,9 @@ class Limits:
             settings.body_timeout,
             settings.write_timeout,
             settings.keep_alive_timeout,
+            settings.max_body_bytes,
             Hosts(settings),
         )
-
-
-class Tally:
-    """Counts connections that the server ended, by reason, and tells of them at most once a minute for each."""
-
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        self.metrics = metrics
-        self.clock = clock
-        self._told: dict[Reason, float] = {}
-        self._untold: dict[Reason, int] = {}
-
-    def note(self, reason: Reason, detail: str) -> None:
-        """One more. detail: for the log, about this one."""
-        self.metrics.connection_ended(reason)
-        now = self.clock()
-        if now - self._told.get(reason, -QUIET) < QUIET:
-            self._untold[reason] = self._untold.get(reason, 0) + 1
-            return
-        self._told[reason] = now
-        before = self._untold.pop(reason, 0)
-        log.warning("connection ended (%s): %s%s", reason, detail, f"; {before} more before" if before else "")
 
 
 def refusal(error: DFastLLMError) -> bytes:
@@ -213,7 +189,7 @@ class Connection(H11Protocol):
         self._deaf = False  # what comes is thrown away: the last answer is written
         self._half_closed = False
         self._clock: asyncio.TimerHandle | None = None  # of reading, of a half-closed client, of lingering
-        self._write_clock: asyncio.TimerHandle | None = None
+        self._write_clock: WriteClock
 
     # What a client may do to make room for others.
 
@@ -241,6 +217,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # type: ignore[override]
         self.raw = cast(asyncio.Transport, transport)
+        self._write_clock = WriteClock(self.raw, self.limits.write_timeout, self.drop)
         super().connection_made(self.raw)
         self.transport = cast(asyncio.Transport, _Transport(self.raw, self._close))
         self._watch()
@@ -271,13 +248,11 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_clock = self._after(self.limits.write_timeout, self._check_reader, self._unsent())
+        self._write_clock.start()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._write_clock is not None:
-            self._write_clock.cancel()
-            self._write_clock = None
+        self._write_clock.stop()
 
     # uvicorn's side.
 
@@ -301,9 +276,22 @@ class Connection(H11Protocol):
             super().shutdown()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over, with what has come behind the request."""
         self._stop_clocks()
-        self.transport = self.raw
-        super().handle_websocket_upgrade(event)
+        self.connections.discard(self)
+        line = b" ".join((event.method, event.target, b"HTTP/1.1"))
+        head = b"\r\n".join([line, *(name + b": " + value for name, value in self.headers), b"", b""])
+        upgraded = WebSocketConnection(
+            self.config,
+            self.server_state,
+            self.app_state,
+            max_bytes=self.limits.max_body_bytes,
+            write_timeout=self.limits.write_timeout,
+            tally=self.tally,
+        )
+        upgraded.connection_made(self.raw)
+        self.raw.set_protocol(upgraded)
+        upgraded.data_received(head + self.conn.trailing_data[0])
 
     # Deadlines of reading.
 
@@ -345,19 +333,6 @@ class Connection(H11Protocol):
                 else None,
             )
             self._refuse(error, "slow_request")
-
-    # Deadlines of writing.
-
-    def _unsent(self) -> int:
-        return self.raw.get_write_buffer_size()
-
-    def _check_reader(self, before: int) -> None:
-        """Writing was paused a while ago with `before` bytes unsent: end it unless the client reads."""
-        unsent = self._unsent()
-        if before - unsent < LEAST_RATE * self.limits.write_timeout:
-            self.drop("slow_reader", f"{unsent} bytes of an answer were not read in {self.limits.write_timeout:g} s")
-        else:
-            self._write_clock = self._after(self.limits.write_timeout, self._check_reader, unsent)
 
     # Ends.
 
@@ -427,6 +402,4 @@ class Connection(H11Protocol):
 
     def _stop_clocks(self) -> None:
         self._stop_reading_clock()
-        if self._write_clock is not None:
-            self._write_clock.cancel()
-            self._write_clock = None
+        self._write_clock.stop()

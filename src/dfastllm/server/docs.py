@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-__all__ = ["docs_page"]
+__all__ = ["docs_page", "type_expression"]
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2563eb; }
@@ -66,21 +66,21 @@ def _fields(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
     for name, field in resolved.get("properties", {}).items():
         need = " <b>required</b>" if name in required else ""
         rows.append(
-            f"<tr><td><code>{escape(name)}</code>{need}</td><td><code>{escape(_type(field))}</code></td>"
+            f"<tr><td><code>{escape(name)}</code>{need}</td><td><code>{escape(type_expression(field))}</code></td>"
             f"<td>{escape(field.get('description', ''))}</td></tr>"
         )
     return f"<table><tr><th>field</th><th>type</th><th>meaning</th></tr>{''.join(rows)}</table>"
 
 
-def _type(field: Mapping[str, Any]) -> str:
+def type_expression(field: Mapping[str, Any]) -> str:
     """A JSON schema as a short type expression; null, which only means "not given", is left out."""
     if "$ref" in field:
         return str(field["$ref"].rpartition("/")[2])
     if "anyOf" in field:
-        return " | ".join(dict.fromkeys(t for t in map(_type, field["anyOf"]) if t != "null"))
+        return " | ".join(dict.fromkeys(t for t in map(type_expression, field["anyOf"]) if t != "null"))
     if "const" in field:
         return repr(field["const"])
     if "enum" in field:
         return " | ".join(map(repr, field["enum"]))
     kind = str(field.get("type", "any"))
-    return f"list[{_type(field['items'])}]" if kind == "array" and "items" in field else kind
+    return f"list[{type_expression(field['items'])}]" if kind == "array" and "items" in field else kind

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dfastllm.errors import TooManyConnectionsError, ValidationError
-from dfastllm.server.connections import Connection, Tally, refusal
+from dfastllm.server.connections import Connection, refusal
+from dfastllm.server.cuts import Tally
 
 __all__ = ["Acceptor", "address_of", "connections_allowed", "listen", "listen_unix", "raise_file_limit"]
 

@@ -1,8 +1,9 @@
-"""What happens to every HTTP request before a route sees it. Plain ASGI, so that streams and disconnects pass through.
+"""What happens to every request before a route sees it. Plain ASGI, so that streams and disconnects pass through.
 
 `Head` answers HEAD as GET without the body. `Trace` gives each request its id, times it, and turns an unexpected
 exception into a logged 500. `BodyLimit` reads the body (chunked or not) up to a limit. `ApiKey` lets in who carries the
-key.
+key. A WebSocket is a request until it is accepted or refused: it has no body, and its id, its key and its time are
+looked at as any other's.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dfastllm.errors import AuthenticationError, GenerationError, PayloadTooLargeError
 from dfastllm.server.refusals import error_response
+from dfastllm.tenants import OWNER, Identity
 
-__all__ = ["ApiKey", "BodyLimit", "Head", "Trace"]
+__all__ = ["ApiKey", "BodyLimit", "Head", "OneKey", "Trace"]
 
 log = logging.getLogger("dfastllm.server")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ANSWERS = {"http.response.start": 0, "websocket.accept": 101, "websocket.http.response.start": 0}
 
 Observe = Callable[[str, str, int, float], None]  # method, route template, status, seconds
 
@@ -60,26 +63,36 @@ class Trace:
         self.observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        method = scope.get("method", "GET")  # a WebSocket is asked for by GET
         status = 0
         began = time.perf_counter()
 
+        def observe() -> None:
+            template = getattr(scope.get("route"), "path", "unmatched")
+            self.observe(method, template, status or 499, time.perf_counter() - began)
+
         async def tagged(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] in _ANSWERS:
+                status = message.get("status", _ANSWERS[message["type"]])
+                message.setdefault("headers", [])
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            elif message["type"] == "websocket.close" and not status:
+                status = 403  # what a server makes of it
             await send(message)
+            if message["type"] == "websocket.accept":
+                observe()
 
         try:
             await self.app(scope, receive, tagged)
         except Exception:
-            log.exception("request %s failed: %.20r %.200r", request_id, scope["method"], scope["path"])
+            log.exception("request %s failed: %.20r %.200r", request_id, method, scope["path"])
             if status:
                 raise  # too late for an answer: the server closes the connection
             failure = GenerationError(
@@ -87,8 +100,8 @@ class Trace:
             )
             await error_response(failure)(scope, receive, tagged)
         finally:
-            template = getattr(scope.get("route"), "path", "unmatched")
-            self.observe(scope["method"], template, status or 499, time.perf_counter() - began)
+            if status != 101:
+                observe()
 
 
 class BodyLimit:
@@ -131,30 +144,55 @@ class BodyLimit:
         await response(scope, receive, send)
 
 
+class OneKey:
+    """The server's one API key. Compares digests in constant time, so neither the key's length nor its beginning can be
+    guessed from timing."""
+
+    def __init__(self, key: str) -> None:
+        self.digest = hashlib.sha256(key.encode()).digest()
+
+    async def identify(self, text: str) -> Identity:
+        """Who carries this key. Raises AuthenticationError."""
+        if not hmac.compare_digest(hashlib.sha256(text.encode("utf-8", "replace")).digest(), self.digest):
+            raise AuthenticationError("The API key is wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
+        return OWNER
+
+
 class ApiKey:
-    """Asks for `Authorization: Bearer KEY` on everything but health, metrics and documentation. Compares digests in
-    constant time, so neither the key's length nor its beginning can be guessed from timing."""
+    """Asks for `Authorization: Bearer KEY` on everything but health, metrics and documentation, and says in the scope's
+    state whose it is: `identity`, and `credential`, the key itself. A WebSocket may come without: its identity is None,
+    and what it may do is prove one."""
 
     OPEN = ("/health", "/metrics", "/docs", "/openapi.json", "/version")
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, key: OneKey) -> None:
         self.app = app
-        self.digest = hashlib.sha256(key.encode()).digest()
+        self.key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self.open(scope["path"]):
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
-            if not hmac.compare_digest(digest, self.digest) or scheme.lower() != "bearer":
-                refusal = AuthenticationError(
-                    "No API key was given." if not given else "The API key is wrong.",
-                    hint="Send it as 'Authorization: Bearer KEY'.",
-                )
-                await error_response(refusal)(scope, receive, send)
-                return
+        if scope["type"] in ("http", "websocket") and not (scope["type"] == "http" and self.open(scope["path"])):
+            state = scope.setdefault("state", {})
+            try:
+                state["credential"] = bearer_key(scope)
+                state["identity"] = await self.key.identify(state["credential"])
+            except AuthenticationError as refusal:
+                if scope["type"] == "http" or "authorization" in Headers(scope=scope):
+                    await error_response(refusal)(scope, receive, send)
+                    return
+                state["credential"] = state["identity"] = None
         await self.app(scope, receive, send)
 
     @classmethod
     def open(cls, path: str) -> bool:
         """Whether a path needs no key."""
         return path == "/" or any(path == open_path or path.startswith(open_path + "/") for open_path in cls.OPEN)
+
+
+def bearer_key(scope: Scope) -> str:
+    """The key that a request's head carries. Raises AuthenticationError where there is none."""
+    scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+    if not given.strip():
+        raise AuthenticationError("No API key was given.", hint="Send it as 'Authorization: Bearer KEY'.")
+    if scheme.lower() != "bearer":
+        raise AuthenticationError("The API key is wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
+    return given.strip().encode("latin-1", "replace").decode("utf-8", "replace")

@@ -21,7 +21,7 @@ from dfastllm.server.readers import SHORT
 from dfastllm.server.refusals import no_body, refused_body
 from dfastllm.server.serving import Serving
 
-__all__ = ["Route", "read_body"]
+__all__ = ["Route", "read_body", "validated"]
 
 B = TypeVar("B", bound=Body)
 
@@ -56,7 +56,11 @@ def read_body(kind: type[B], data: bytes, content_type: str, values: int) -> B:
     """The body as `kind`. Raises PayloadTooLargeError, or ValidationError naming the field."""
     if not data or not _is_json(content_type):
         raise no_body(content_type if data else None)
-    given = read_json(data, values)
+    return validated(kind, read_json(data, values))
+
+
+def validated(kind: type[B], given: Any) -> B:
+    """A value of JSON as `kind`. Raises ValidationError naming the field."""
     try:
         return kind.model_validate(given)
     except pydantic.ValidationError as error:

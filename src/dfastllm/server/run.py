@@ -24,8 +24,10 @@ import uvicorn
 
 from dfastllm.errors import DFastLLMError, GenerationError, ModelLoadError, ValidationError
 from dfastllm.server.app import create_app
-from dfastllm.server.connections import Connection, Limits, Tally
+from dfastllm.server.connections import Connection, Limits
+from dfastllm.server.cuts import Tally
 from dfastllm.server.listening import Acceptor, address_of, connections_allowed, listen, listen_unix, raise_file_limit
+from dfastllm.server.ws.connection import WebSocketConnection
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -100,7 +102,10 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                ws="none",
+                ws=WebSocketConnection,
+                ws_ping_interval=settings.websocket_ping_interval,
+                ws_ping_timeout=settings.websocket_ping_interval,
+                ws_per_message_deflate=False,  # a few bytes would become megabytes, and sizes tell of secrets
                 server_header=False,
                 timeout_graceful_shutdown=max(1, round(self.grace)) + 5,
             )

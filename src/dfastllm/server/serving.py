@@ -6,7 +6,7 @@ Holds no HTTP and runs no model: `engine.Worker` steps the engines in its own th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -17,6 +17,7 @@ from dfastllm.metrics import Metrics
 from dfastllm.server.readers import Readers
 from dfastllm.server.recording import Recording
 from dfastllm.settings import Settings
+from dfastllm.tenants import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +76,8 @@ class Serving:
         self._traced: dict[str, set[Running]] = {}  # by X-Request-ID, which clients make
         self._shared: set[str] = set()  # those that two of them sent while one was running
         self.draining = False
+        self.identify: Callable[[str], Awaitable[Identity]] | None = None  # who carries a key; None: there are no keys
+        self.started = time.monotonic()
 
     def open(self, worker: Worker, engines: Mapping[str, Engine]) -> None:
         """Serve these engines, whose worker has been started. Safe from another thread: one assignment makes ready."""

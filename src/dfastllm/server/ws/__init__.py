@@ -4,3 +4,5 @@
 which `metadata` tells. What a call may hold, how long it may take and what it may be refused for is the HTTP API's: a
 call of `generate` becomes the body of a completion or of a chat.
 """
+
+__all__: list[str] = []

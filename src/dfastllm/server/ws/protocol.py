@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SkipValidation
 
 from dfastllm.errors import DFastLLMError, NotReadyError, RateLimitError
-from dfastllm.server.body import Body
+from dfastllm.server.body import Body, printable
 from dfastllm.server.replies import (
     CanvasEvent,
     ChatChoice,
@@ -164,7 +164,7 @@ class CanvasData(Out):
 
     type: Literal["canvas"] = "canvas"
     choice: int
-    events: list[CanvasEvent]
+    events: SkipValidation[list[CanvasEvent]]
 
 
 class GenerateResult(Out):
@@ -240,7 +240,7 @@ class Streaming(Out):
     id: str
     status: Literal["streaming"]
     data: SkipValidation[TokenData | CanvasData]
-    obfuscation: str | None = Field(None, description="With stream_options.include_obfuscation.")
+    obfuscation: str | None = None  # with stream_options.include_obfuscation
 
 
 class Complete(Out):
@@ -251,7 +251,7 @@ class Complete(Out):
 
 class Failed(Out):
     id: str | None = Field(
-        description="null: it is about a frame that no call can be told of (not readable, an id that is missing or in use)."
+        description="null: it is about a frame that no call can be told of: not readable, or its id missing or in use."
     )
     status: Literal["error"]
     error: ErrorInfo
@@ -280,12 +280,12 @@ SERVER_FRAMES: tuple[type[Out], ...] = (
 def error_info(error: DFastLLMError, code: Code | None = None) -> ErrorInfo:
     """The error object of an error of our tree. code: where the status does not say it."""
     details = ErrorOrigin(status=error.status, code=error.code, type=error.type, param=error.param)
-    info = ErrorInfo(code=code or _code(error.status), message=error.message, details=details)
+    again: dict[str, Any] = {}
     if isinstance(error, RateLimitError):
-        info.retry_after = error.retry_after
+        again["retry_after"] = error.retry_after
     elif isinstance(error, NotReadyError):
-        info.retry_after = 1.0
-    return info
+        again["retry_after"] = 1.0
+    return ErrorInfo(code=code or _code(error.status), message=printable(error.message), details=details, **again)
 
 
 def _code(status: int) -> Code:
