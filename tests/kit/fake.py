@@ -34,6 +34,7 @@ class FakeModel:
         self.nan_on: int | None = None  # a token id whose rows give NaN logits
         self.forwards = 0
         self.heights: list[int] = []  # rows of each forward
+        self.salts: torch.Tensor | None = None  # int64 [rows] of the next forward: what its adapter adds to each row
         fields: dict[str, Any] = {
             "name": "fake",
             "family": "fake",
@@ -55,6 +56,10 @@ class FakeModel:
         if self.fail_on is not None and (ids == self.fail_on).any():
             raise RuntimeError("told to fail")
         state = _mix(ids * 1024 + positions, 7)
+        if self.salts is not None and self.salts.any():
+            salts = torch.zeros_like(ids)  # rows after them are padding
+            salts[: len(self.salts)] = self.salts
+            state = torch.where(salts == 0, state, _mix(state + salts, 13))
         for layer in range(self.info.layers):
             v = torch.stack([positions == 0, state % 1009, torch.zeros_like(ids), torch.zeros_like(ids)], -1)
             v = v.double().unsqueeze(1)

@@ -94,9 +94,8 @@ def admit(request: Request, terms: Terms) -> Admission:
     tokens, state = policy.begin(request, model, compiled)
     seed = request.sampling.seed
     sequence = SequenceState(request, model, tokens, secrets.randbits(63) if seed is None else seed, policy=state)
-    lease = (
-        terms.adapters.lease(request.lora) if request.lora else None
-    )  # last: a request that is refused reads no file
+    # Last, so that a request that is refused reads no file.
+    lease = terms.adapters.lease(request.lora) if request.lora else None
     return Admission(request, policy, sequence, compiled.tier, compiled.positions, lease)
 
 
