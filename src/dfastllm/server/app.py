@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, WebSocketRoute
 
 from dfastllm.errors import DFastLLMError
 from dfastllm.metrics import Metrics
-from dfastllm.server import routes
+from dfastllm.server import admin, routes
 from dfastllm.server.chat import chat_completions
 from dfastllm.server.completions import completions
 from dfastllm.server.middleware import ApiKey, BodyLimit, Head, OneKey, Trace
@@ -70,8 +70,27 @@ def _route(
     return Route(path, endpoint, methods=[method], response_model=None, response_class=Response, responses=declared)
 
 
-def _routes() -> list[BaseRoute]:
+def _admin_routes() -> list[BaseRoute]:
+    """Of a server with a database of tenants."""
+    a, made, asked = admin, (400, 403, 404, 413, 503), (400, 403, 404, 503)
     return [
+        _route("GET", "/v1/usage", a.own_usage, a.UsageList, (400, 403, 503)),
+        _route("GET", "/admin/v1/tenants", a.tenants, a.TenantList, (403, 503)),
+        _route("POST", "/admin/v1/tenants", a.create_tenant, a.TenantCard, made),
+        _route("GET", "/admin/v1/tenants/{tenant}", a.tenant_card, a.TenantCard, asked),
+        _route("POST", "/admin/v1/tenants/{tenant}", a.set_tenant, a.TenantCard, made),
+        _route("GET", "/admin/v1/keys", a.keys, a.KeyList, asked),
+        _route("POST", "/admin/v1/keys", a.create_key, a.NewKeyCard, made),
+        _route("POST", "/admin/v1/keys/{key}/rotate", a.rotate_key, a.NewKeyCard, made),
+        _route("DELETE", "/admin/v1/keys/{key}", a.disable_key, a.KeyCard, asked),
+        _route("GET", "/admin/v1/usage", a.usage, a.UsageList, asked),
+        _route("GET", "/admin/v1/audit", a.audit, a.AuditList, asked),
+    ]
+
+
+def _routes(settings: Settings) -> list[BaseRoute]:
+    return [
+        *(() if settings.tenants_db is None else _admin_routes()),
         _route("POST", "/v1/completions", completions, Completion, _GENERATING, content=stream(CompletionChunk)),
         _route(
             "POST", "/v1/chat/completions", chat_completions, ChatCompletion, _GENERATING, content=stream(ChatChunk)
@@ -139,7 +158,7 @@ def create_app(
         title="dfastllm",
         version=version("dfastllm"),
         description="Diffusion and autoregressive language models behind the OpenAI API.",
-        routes=_routes(),
+        routes=_routes(settings),
         middleware=_middleware(settings, metrics, key),
         exception_handlers={
             DFastLLMError: known_refusal,

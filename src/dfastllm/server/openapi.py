@@ -20,6 +20,7 @@ __all__ = ["REFUSALS", "description", "responses", "stream"]
 REFUSALS: Mapping[int, str] = {
     400: "The request cannot be honoured; `param` names the field.",
     401: "No API key, or a wrong one.",
+    403: "This key may not do that.",
     404: "There is no such model, or no such request.",
     413: "The body is longer than the server takes.",
     429: "Too much at once: come back after Retry-After.",

@@ -27,7 +27,7 @@ B = TypeVar("B", bound=Body)
 
 
 class Route(APIRoute):
-    """An endpoint (body, request) whose body is read by `read_body`, or one without a body."""
+    """An endpoint (body, request, parts of the path) whose body is read by `read_body`, or one without a body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         if self.body_field is None:
@@ -46,7 +46,7 @@ class Route(APIRoute):
                     len(data), read_body, kind, data, content_type, serving.settings.max_body_values
                 )
                 body = await while_connected(request, reading)
-            response: Response = await endpoint(body, request)
+            response: Response = await endpoint(body, request, **request.path_params)
             return response
 
         return handler

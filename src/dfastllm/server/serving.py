@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dfastllm.engine import Engine, Worker
+    from dfastllm.tenants.store import Store
     from dfastllm.text import Tokenizer
 
 __all__ = ["Phase", "Running", "ServedModel", "Serving"]
@@ -77,6 +78,7 @@ class Serving:
         self._shared: set[str] = set()  # those that two of them sent while one was running
         self.draining = False
         self.identify: Callable[[str], Awaitable[Identity]] | None = None  # who carries a key; None: there are no keys
+        self.tenants: Store | None = None  # None: there is no database of tenants
         self.started = time.monotonic()
 
     def open(self, worker: Worker, engines: Mapping[str, Engine]) -> None:

@@ -32,8 +32,8 @@ class Database:
 
     create: whether to make the tables where there are none.
 
-    Raises ValidationError for another URL and where there are none, UnsupportedError where a package is missing or the schema is newer,
-    DatabaseError where it does not answer.
+    Raises ValidationError for another URL and where there are none, UnsupportedError where a package is missing or the
+    schema is newer, DatabaseError where it does not answer.
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:

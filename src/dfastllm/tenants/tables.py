@@ -118,8 +118,8 @@ UPGRADES: Sequence[Callable[[sa.Connection], None]] = ()
 
 
 def prepare(connection: sa.Connection, *, create: bool) -> str:
-    """Make the tables where there are none (create), or bring those of an older version to this one, in the transaction of `connection`, which must
-    hold the database's only lock for writing. Returns the database's own secret.
+    """Make the tables where there are none (create), or bring those of an older version to this one, in the transaction
+    of `connection`, which must hold the database's only lock for writing. Returns the database's own secret.
 
     Raises ValidationError where there are none, and UnsupportedError for a database of a newer version."""
     newest = 1 + len(UPGRADES)
