@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,7 @@ class Database:
         parsed = _parse(url)
         self.file = Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
         self.name = str(self.file) if self.file else parsed.render_as_string(hide_password=True)
-        if self.file is not None and not create and not self.file.exists():
-            raise no_database()
-        self._engine = _sqlite(parsed, self.file) if self.file else _postgres(parsed)
+        self._engine = _sqlite(parsed, self.file, create) if self.file else _postgres(parsed)
         with self.writing() as connection:
             if self.file is None:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
@@ -99,18 +97,18 @@ def _parse(url: str) -> sa.URL:
 _FORMS = "Write a path, sqlite:///PATH, or postgresql://USER:PASSWORD@HOST/NAME."
 
 
-def _sqlite(url: sa.URL, file: Path) -> sa.Engine:
+def _sqlite(url: sa.URL, file: Path, create: bool) -> sa.Engine:
     synchronous = str(url.query.get("synchronous", "normal")).lower()
     if set(url.query) - {"synchronous"} or synchronous not in _SYNCHRONOUS:
         raise ValidationError(
             f"tenants_db: of an SQLite URL only ?synchronous=normal or full is known; got {dict(url.query)}.",
             param="tenants_db",
         )
-    with suppress(FileExistsError):
+    if not file.exists():
+        if not create:
+            raise no_database()
         try:
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        except FileExistsError:
-            raise
+            os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
             raise ValidationError(
                 f"tenants_db: {file} cannot be made: {error.strerror}.",
