@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -343,12 +343,20 @@ class Engine:
             prefix_queries=queries,
             prefix_hits=hits,
             finished=tuple([e.finish for e in events if e.finish is not None]),
+            running_loras=_loras(self.scheduler.running),
+            waiting_loras=_loras(self.scheduler.waiting),
+            max_loras=self.config.max_loras,
         )
         for fn in self._subscribers:
             try:
                 fn(stats)
             except Exception:  # the step is done, and its events are owed to their readers
                 log.exception("a subscriber of the step's counters failed")
+
+
+def _loras(lives: Iterable[Live]) -> tuple[str, ...]:
+    """The names of their adapters, each once."""
+    return tuple(dict.fromkeys([live.lease.name for live in lives if live.lease is not None]))
 
 
 def _deadline(request: Request) -> float:

@@ -4,14 +4,21 @@ tensors.
 Order: lower priority value first; every `ageing_steps` steps waited count as one level, so nothing starves. Within a
 level the sequence that ran longest ago goes first, then the older one. Preemption takes the pages of the lowest-ranked
 running sequence; its tokens and policy state stay, and its policy rebuilds the K,V when its turn comes again.
+
+Where several tenants have requests (`fairness`), that is the order among those of one tenant. Among tenants, after the
+priorities (which age only by steps in which the tenant had nothing that ran), the one goes first that holds least, or
+had least: for places, pages and rows alike. A tenant within its share gets a place although there is none: the tenant
+most above its share gives one up. And one that waits for a first token while others had much more has the step to
+itself. Nobody stands back for longer than `ageing_steps` steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dfastllm.core import Span
 from dfastllm.engine.config import EngineConfig
+from dfastllm.engine.fairness import Fairness
 from dfastllm.engine.pages import Pages
 from dfastllm.engine.prefix import PrefixCache
 from dfastllm.engine.sequence import Live
@@ -31,12 +38,14 @@ class Scheduler:
         self.waiting: list[Live] = []
         self.running: list[Live] = []
         self.preempted = 0  # total
+        self.fairness = Fairness(2 * config.max_batch_rows, config.max_sequences, pages.count)
         self._chunk = min(config.prefill_chunk, config.max_batch_rows)
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
 
     def add(self, live: Live) -> None:
+        self.fairness.join(live.request.tenant, live.request.share)
         self.waiting.append(live)
 
     def remove(self, live: Live) -> None:
@@ -44,6 +53,26 @@ class Scheduler:
         (self.running if live.held else self.waiting).remove(live)
         live.held = False
         live.table.free()
+        self.fairness.leave(live.request.tenant)
+
+    def full(self, tenant: str, share: float) -> bool:
+        """Whether no more requests of this tenant may wait: the queue is at its limit, and the tenant has its share of
+        it, so that nobody is turned away because of what others have waiting. Thread-safe."""
+        most = self.config.max_waiting
+        if len(self.waiting) < most:
+            return False
+        waiting = [s.request for s in [*self.waiting]]
+        weights = {r.tenant: r.share for r in waiting} | {tenant: share}
+        return sum(r.tenant == tenant for r in waiting) >= most * share / sum(weights.values())
+
+    def charge(self, chosen: Iterable[tuple[Live, Span]], step: int) -> None:
+        """These spans ran: their tenants have had their rows."""
+        rows: dict[tuple[str, float], int] = {}
+        for live, span in chosen:
+            tenant = (live.request.tenant, live.request.share)
+            rows[tenant] = rows.get(tenant, 0) + span.rows
+        for (name, share), count in rows.items():
+            self.fairness.charge(name, share, count, step)
 
     def level(self, live: Live, step: int) -> int:
         """Effective priority of a waiting or starved sequence: its own less one per `ageing_steps` steps waited."""
@@ -53,26 +82,87 @@ class Scheduler:
 
     def admit(self, step: int) -> None:
         """Give waiting sequences their places, as far as there are places and pages."""
-        for live in sorted(self.waiting, key=lambda s: (self.level(s, step), s.order)):
+        queue = sorted(self.waiting, key=lambda s: (self.level(s, step), s.order))
+        if not self.fairness.alone:
+            self._admit_in_turn(queue, step)
+            return
+        for live in queue:
             if not self._admit(live, step):
                 break  # strictly in order: a small request must not overtake a large one for ever
+
+    def _admit_in_turn(self, queue: Iterable[Live], step: int) -> None:
+        """As `admit`, tenant by tenant. queue: who waits, in the order that holds within a tenant."""
+        queues: dict[str, list[Live]] = {}
+        for live in queue:
+            queues.setdefault(live.request.tenant, []).append(live)
+        for lives in queues.values():
+            lives.reverse()
+
+        def key(tenant: str) -> tuple[int, float, float, int]:
+            return (self._urgency(queues[tenant][-1], step), *self.fairness.turn(tenant), queues[tenant][-1].order)
+
+        while queues:
+            self._count()
+            tenant = min(queues, key=key)
+            if not self._admit(queues[tenant].pop(), step):
+                break
+            if not queues[tenant]:
+                del queues[tenant]
+
+    def _urgency(self, live: Live, step: int) -> int:
+        """The priority that a waiting sequence has against other tenants: steps count as waited since its tenant last
+        ran, so that a flood does not age past everyone while it is served."""
+        waited = step - max(live.enqueued, self.fairness.ran(live.request.tenant))
+        return live.request.priority - (waited // self.config.ageing_steps if self.config.ageing_steps else 0)
+
+    def _count(self) -> None:
+        """Tell `fairness` who holds what: places, and the pages of the known lengths, whether yet filled or not."""
+        need = self.pages.pages_for
+        self.fairness.hold(
+            (s.request.tenant, max(len(s.table.pages), need(len(s.state.tokens)))) for s in self.running
+        )
 
     def schedule(self, step: int) -> list[tuple[Live, Span]]:
         """The batch of this step: each chosen sequence with its planned span, pages already allocated."""
         chosen: list[tuple[Live, Span]] = []
-        rows = self.config.max_batch_rows
         if self.prefix is not None:
             self.prefix.begin_step()
+        if not self.fairness.alone:
+            first, rest = self._by_tenant(step)
+            self._fill(first, chosen)
+            if not chosen:  # the one that the others stand back for can do nothing now
+                self._fill(rest, chosen)
+            return chosen
         ageing = self.config.ageing_steps or _NEVER
         queue = [  # by `level`, written out: a call per sequence and step costs more than the rest of this
             (s.rank - (step - (s.ran if s.ran > s.enqueued else s.enqueued)) // ageing, s.ran, s.order, s)
             for s in self.running
         ]
         queue.sort()  # `order` is unique
-        for _, _, _, live in queue:
+        self._fill([live for _, _, _, live in queue], chosen)
+        return chosen
+
+    def _fill(self, queue: Iterable[Live], chosen: list[tuple[Live, Span]]) -> None:
+        """Put sequences into the batch, in this order, as far as the row budget goes."""
+        rows = self.config.max_batch_rows
+        for live in queue:
             if live.held and rows > 0:  # an earlier one may have preempted it
                 rows -= self._place(live, rows, chosen)
-        return chosen
+
+    def _by_tenant(self, step: int) -> tuple[list[Live], list[Live]]:
+        """The running sequences of several tenants in their order: those that may run, and those that stand back for a
+        tenant that waits for a first token."""
+        fairness, ageing = self.fairness, self.config.ageing_steps or _NEVER
+        time = {tenant: fairness.time(tenant) for tenant in {s.request.tenant for s in self.running}}
+        hasty = {s.request.tenant for s in self.running if s.first_token is None}
+        back = {tenant for tenant in time if any(fairness.before(other, tenant) for other in hasty)}
+        queue = []
+        for s in self.running:
+            starved = (step - max(s.ran, s.enqueued)) // ageing
+            queue.append((s.request.priority - starved, time[s.request.tenant], s.ran, s.order, starved, s))
+        queue.sort(key=lambda entry: entry[:4])
+        first = [s for *_, starved, s in queue if starved or s.request.tenant not in back]
+        return first, [s for *_, starved, s in queue if not starved and s.request.tenant in back]
 
     def _place(self, live: Live, rows: int, chosen: list[tuple[Live, Span]]) -> int:
         """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""
@@ -98,20 +188,25 @@ class Scheduler:
 
     def _make_room(self, live: Live, positions: int, chosen: list[tuple[Live, Span]]) -> bool:
         """Free pages for `live` by preempting running sequences of lower rank that are not in the batch yet."""
+        fairness = self.fairness
+        part: Callable[[str], float] = (lambda tenant: 0.0) if fairness.alone else fairness.part
         while live.table.missing(positions) > self.pages.free:
+            if not fairness.alone:
+                self._count()
             busy = {id(s) for s, _ in chosen}
             victims = [s for s in self.running if s is not live and id(s) not in busy and s.table.pages]
             if not victims:
                 return False
-            victim = max(victims, key=lambda s: (s.rank, s.order))
-            if (victim.rank, victim.order) < (live.rank, live.order):
+            key = {id(s): (part(s.request.tenant), s.rank, s.order) for s in (live, *victims)}
+            victim = max(victims, key=lambda s: key[id(s)])
+            if key[id(victim)] < key[id(live)]:
                 return False  # everyone else is ahead of it: it waits. The first of all can always take what it needs.
             self._preempt(victim)
         return True
 
     def _admit(self, live: Live, step: int) -> bool:
-        """Give a waiting sequence a place. Needs a free place, or one held by a sequence of strictly lower priority,
-        and pages for its whole known length beside what the running ones still lack of theirs."""
+        """Give a waiting sequence a place. Needs a free place, or one of a sequence that gives way (`_giving_way`), and
+        pages for its whole known length beside what the running ones still lack of theirs."""
         rank = self.level(live, step)
         shared = self.prefix.match(live) if self.prefix is not None else []
         needed = self.pages.pages_for(len(live.state.tokens)) - len(shared)
@@ -119,7 +214,7 @@ class Scheduler:
             len(self.running) >= self.config.max_sequences
             or needed + self.pages.unheld(shared) > self.pages.free - self._promised()
         ):
-            victims = [s for s in self.running if s.rank > live.request.priority]
+            victims = self._giving_way(live, needed)
             if not victims:
                 return False
             self._preempt(max(victims, key=lambda s: (s.rank, s.order)))
@@ -130,6 +225,18 @@ class Scheduler:
         live.held, live.rank = True, rank
         live.ran = step - 1  # level with those that ran last step, so the older of them go first
         return True
+
+    def _giving_way(self, live: Live, pages: int) -> list[Live]:
+        """The sequences of which the lowest-ranked gives its place and pages to a waiting one that needs so many pages:
+        those of strictly lower priority, or, for a tenant within its share, those of the tenant most above its own."""
+        lower = [s for s in self.running if s.rank > live.request.priority]
+        if lower or self.fairness.alone:
+            return lower
+        self._count()
+        tenant = self.fairness.above({s.request.tenant for s in self.running})
+        if tenant is None or not self.fairness.may_displace(live.request.tenant, 1, pages):
+            return []
+        return [s for s in self.running if s.request.tenant == tenant]
 
     def _promised(self) -> int:
         """Pages the running sequences will still want for the tokens they already have."""

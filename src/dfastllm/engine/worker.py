@@ -158,7 +158,7 @@ class Worker:
             raise ModelNotFoundError(f"no model {model!r} is served here; there are: {known}.", param="model")
         if self._stopping or not self.is_alive:
             raise self._gone()
-        engine.check_room()
+        engine.check_room(asked.request if isinstance(asked, Admission) else asked)
         admission = asked if isinstance(asked, Admission) else engine.admit(asked)
         stream = Stream(admission.request, self._ask_cancel)
         if not self._post(lambda: self._add(engine, admission, stream)):
