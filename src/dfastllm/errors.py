@@ -6,12 +6,14 @@
     │   ├── MisdirectedRequestError 421  sent to a name that is not this server's
     │   ├── ContextLengthError     400  prompt (plus canvas) longer than the model's context
     │   ├── DataError              400  a data set that is missing, or has no row that can be used
+    │   ├── SandboxError           400  a module of a pipeline that failed, or wanted more than it may have
     │   └── UnsupportedError       400  a known field this model or decoder cannot honour
     ├── AuthenticationError        401
     ├── ForbiddenError             403  a key that may not do this
     ├── ModelNotFoundError         404
     │   └── AdapterNotFoundError   404
     ├── RequestNotFoundError       404
+    ├── PipelineNotFoundError      404
     ├── TenantNotFoundError        404
     │   └── KeyNotFoundError       404  of a tenant, by its id
     ├── SlowRequestError           408  a request that did not come whole in time
@@ -63,9 +65,11 @@ __all__ = [
     "ModelNotFoundError",
     "NotReadyError",
     "PayloadTooLargeError",
+    "PipelineNotFoundError",
     "QueueFullError",
     "RateLimitError",
     "RequestNotFoundError",
+    "SandboxError",
     "SlowRequestError",
     "StorageError",
     "TeacherError",
@@ -122,6 +126,10 @@ class UnsupportedError(ValidationError):
     code = "unsupported"
 
 
+class SandboxError(ValidationError):
+    code = "module_failed"
+
+
 class AuthenticationError(DFastLLMError):
     status = 401
     code = "invalid_api_key"
@@ -147,6 +155,12 @@ class AdapterNotFoundError(ModelNotFoundError):
 class RequestNotFoundError(DFastLLMError, LookupError):
     status = 404
     code = "request_not_found"
+    type = "invalid_request_error"
+
+
+class PipelineNotFoundError(DFastLLMError, LookupError):
+    status = 404
+    code = "pipeline_not_found"
     type = "invalid_request_error"
 
 
