@@ -234,7 +234,8 @@ class Connection(H11Protocol):
         self._used = True
         self._bytes += len(data)
         super().data_received(data)
-        self._watch()
+        if self.raw.get_protocol() is self:  # an upgrade has handed the connection over, which has no clock of ours
+            self._watch()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """True keeps the connection open for the answer of a request that came whole."""
