@@ -1,5 +1,12 @@
 // Made by `python -m clients.generate_types` from the server's openapi.json; do not edit.
 
+export interface AdapterGone {
+  id: string;
+  object: "model";
+  parent: string;
+  deleted: true;
+}
+
 /** A block became final. */
 export interface BlockDoneEvent {
   type: "block_done";
@@ -217,8 +224,11 @@ export interface ChatRequest {
    * models, which share nothing. Default: shared among requests without one.
    */
   cache_salt?: string | null;
-  /** Name of the LoRA adapter that the request runs with; see docs/lora.md. Default: none: the model itself. */
-  lora?: string | null;
+  /**
+   * Name of the LoRA adapter that the request runs with, also [{id: NAME, scale: 1}]. Default: the one that
+   * `model` names, else none.
+   */
+  lora?: string | LoraChoice[] | null;
   /** Another name of lora. */
   adapter_id?: string | null;
   /** No effect. The caller's own name for its user. */
@@ -461,8 +471,11 @@ export interface CompletionRequest {
    * models, which share nothing. Default: shared among requests without one.
    */
   cache_salt?: string | null;
-  /** Name of the LoRA adapter that the request runs with; see docs/lora.md. Default: none: the model itself. */
-  lora?: string | null;
+  /**
+   * Name of the LoRA adapter that the request runs with, also [{id: NAME, scale: 1}]. Default: the one that
+   * `model` names, else none.
+   */
+  lora?: string | LoraChoice[] | null;
   /** Another name of lora. */
   adapter_id?: string | null;
   /** No effect. The caller's own name for its user. */
@@ -574,6 +587,26 @@ export interface Health {
   models?: string[] | null;
 }
 
+/** The body of /v1/load_lora_adapter, vLLM's. */
+export interface LoadLoraRequest {
+  /** The name that requests will choose it by; without a colon. */
+  lora_name: string;
+  /** A PEFT directory below the server's --lora-root; a relative path begins there. */
+  lora_path: string;
+  /** The model that it is for. May be left out where one is served. */
+  model?: string | null;
+  /** Also where an adapter of that name is loaded: requests that run go on with the one they have. */
+  load_inplace?: boolean | null;
+}
+
+/** An adapter of a request in llama-server's form. */
+export interface LoraChoice {
+  /** Its name; numbers are not taken. */
+  id: string;
+  /** 1; another number is refused. */
+  scale?: number | null;
+}
+
 /**
  * One turn. What an assistant's message holds beside content and calls is taken, as clients send back whole
  * answers.
@@ -632,8 +665,10 @@ export interface ModelCard {
   object: "model";
   created: number;
   owned_by: "dfastllm";
-  /** The checkpoint's own name. */
+  /** The checkpoint's own name; of an adapter its directory. */
   root: string;
+  /** Of an adapter: the model that it changes. */
+  parent?: string | null;
   /** Prompt and answer together. */
   max_model_len: number;
   family: string;
@@ -645,11 +680,74 @@ export interface ModelList {
   data: ModelCard[];
 }
 
+/** A WebAssembly module; one of the two. */
+export interface ModuleBody {
+  /** WebAssembly's text form. */
+  wat?: string | null;
+  /** Its binary form, as base64. */
+  wasm?: string | null;
+}
+
 export interface Percentiles {
   p50: number;
   p90: number;
   p95: number;
   p99: number;
+}
+
+/** Steps that are run in the order in which they need each other; those that need nothing of each other at once. */
+export interface PipelineBody {
+  name: string;
+  description?: string | null;
+  modules?: Record<string, ModuleBody> | null;
+  steps: StepBody[];
+  /** A template; left out, the text of the last step that ran. */
+  output?: string | null;
+}
+
+export interface PipelineCard {
+  name: string;
+  object: "pipeline";
+  description: string;
+  /** Their ids, in an order in which they may be run. */
+  steps: string[];
+  /** That its steps name. */
+  models: string[];
+  modules: string[];
+}
+
+export interface PipelineDeleted {
+  name: string;
+  deleted: true;
+}
+
+export interface PipelineDetail {
+  name: string;
+  object: "pipeline";
+  description: string;
+  /** Their ids, in an order in which they may be run. */
+  steps: string[];
+  /** That its steps name. */
+  models: string[];
+  modules: string[];
+  /** The pipeline as it was sent. */
+  document: Record<string, unknown>;
+}
+
+export interface PipelineList {
+  object: "list";
+  data: PipelineCard[];
+}
+
+/** The end of a run. */
+export interface PipelineResult {
+  type: "done";
+  id: string;
+  pipeline: string;
+  output: string;
+  steps: StepResult[];
+  usage: UsageOut;
+  time_ms: number;
 }
 
 export interface PromptTokensDetails {
@@ -691,6 +789,13 @@ export interface RevisedToken {
   text: string | null;
 }
 
+export interface RunBody {
+  /** What templates call `input`: a text, or an object of values. */
+  input: string | Record<string, unknown>;
+  /** Events as they come, server-sent. */
+  stream?: boolean | null;
+}
+
 export interface SpeculativeOptions {
   /**
    * none: no drafts. ngram: prompt lookup. suffix: a suffix tree over the text and past outputs. draft_model: a
@@ -730,6 +835,67 @@ export interface StatsEvent {
   step: number;
   length: number;
   masked: number;
+}
+
+/** One step: a model or a module, what it is given, and when it is run. */
+export interface StepBody {
+  id: string;
+  /** Of /v1/models; left out, the only one that is served. */
+  model?: string | null;
+  /** In place of a model: one of the pipeline's modules. */
+  module?: string | null;
+  /** A LoRA adapter of the model. */
+  adapter?: string | null;
+  /** A template: the prompt of a model, the text for a module. */
+  input?: string | null;
+  /** In place of input: a conversation, each content a template. */
+  messages?: StepMessage[] | null;
+  /** Fields of /v1/completions or /v1/chat/completions: max_tokens, temperature, stop, ... */
+  options?: Record<string, unknown> | null;
+  /** The name of its text for later steps; its id. */
+  output?: string | null;
+  /** An expression; where it is false the step is left out, its text ''. */
+  when?: string | null;
+}
+
+export interface StepDone {
+  type: "step_done";
+  step: string;
+  result: StepResult;
+}
+
+export interface StepMessage {
+  role: "system" | "user" | "assistant";
+  /** A template. */
+  content: string;
+}
+
+/** One step of a run. usage: of a step with a model. */
+export interface StepResult {
+  id: string;
+  status: "done" | "skipped";
+  text: string;
+  model?: string | null;
+  finish_reason?: string | null;
+  usage?: UsageOut | null;
+  time_ms: number;
+}
+
+export interface StepSkipped {
+  type: "step_skipped";
+  step: string;
+}
+
+export interface StepStarted {
+  type: "step_started";
+  step: string;
+}
+
+/** New text of a step with a model. */
+export interface StepText {
+  type: "step_text";
+  step: string;
+  text: string;
 }
 
 export interface StreamOptions {
@@ -821,6 +987,16 @@ export interface TopLogprob {
   token: string;
   logprob: number;
   bytes: number[];
+}
+
+/** The body of /v1/unload_lora_adapter, vLLM's. */
+export interface UnloadLoraRequest {
+  /** Also MODEL:ADAPTER. */
+  lora_name: string;
+  /** Where several models have an adapter of that name. */
+  model?: string | null;
+  /** No effect: adapters are known by their names. */
+  lora_int_id?: number | null;
 }
 
 export interface UsageOut {
