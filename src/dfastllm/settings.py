@@ -200,6 +200,11 @@ class Settings:
     shutdown_timeout: float = _field(
         10.0, "How long a stopping server lets running requests finish.", group="server", minimum=0.0, unit="s"
     )
+    pipelines: tuple[str, ...] = _field(
+        (),
+        "Files of pipelines, YAML or JSON, that every tenant may run; see docs/pipelines.md.",
+        group="server",
+    )
     record_prompts: str | None = _field(
         None,
         "File to which the messages and tools of every chat request are appended, a JSON object a line, to train a"
@@ -305,6 +310,23 @@ class Settings:
         group="model",
         alone=True,
     )
+    lora_modules: tuple[str, ...] = _field(
+        (),
+        "LoRA adapter to serve, NAME=PATH: a PEFT directory or a shipped adapter's name; where several models are"
+        " served MODEL:NAME=PATH; repeatable. Requests choose it by `model` or `lora`. See docs/lora.md.",
+        group="model",
+    )
+    enable_lora: bool = _field(
+        False,
+        "With --lora-root: adapters may be loaded and unloaded at run time (POST /v1/load_lora_adapter), and are loaded"
+        " again when the server starts anew.",
+        group="model",
+    )
+    lora_root: str | None = _field(
+        None,
+        "Directory below which adapters that are loaded at run time must lie; which they are is kept in a file there.",
+        group="model",
+    )
     max_model_len: int | None = _field(
         None,
         "Longest prompt plus output; default, and at most: the model's context. A model with longrope (Phi-3.5, "
@@ -377,6 +399,26 @@ class Settings:
         " whose K,V of a prompt depend on the response.",
         group="engine",
         engine="prefix_caching",
+    )
+
+    max_loras: int = _field(
+        64,
+        "Most LoRA adapters in memory; the least recently used one that no request runs on gives way, and is read again"
+        " when it is asked for.",
+        group="engine",
+        minimum=1,
+        engine="max_loras",
+    )
+    lora_memory: int = _field(
+        1 << 30,
+        "Memory of all LoRA adapters together.",
+        group="engine",
+        minimum=1,
+        unit="bytes",
+        engine="lora_memory",
+    )
+    max_lora_rank: int = _field(
+        512, "Largest rank of a LoRA adapter.", group="engine", minimum=1, engine="max_lora_rank"
     )
 
     def __post_init__(self) -> None:

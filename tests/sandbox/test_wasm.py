@@ -1,4 +1,4 @@
-"""Modules turn text into text, and can do nothing else: no imports, no more fuel, memory, time or text than they may."""
+"""Modules turn text into text and do nothing else: no imports, no more fuel, memory, time or text than allowed."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ A module exports three things and imports nothing:
 |---|---|---|
 | memory | memory | where both texts lie |
 | alloc | (size: i32) -> i32 | where so many bytes may be written |
-| run | (at: i32, size: i32) -> i64 | the UTF-8 text there becomes another: its place in the upper, its size in the lower 32 bits |
+| run | (at: i32, size: i32) -> i64 | makes another text of the UTF-8 text there; gives its place in the upper, |
+| | | its size in the lower 32 bits |
 
 Each run has an instance of its own: nothing that one run leaves behind is seen by another. It ends when its fuel (about
 an instruction each) or its time is spent, and cannot have more memory than its limit. Threads, and the parts of

@@ -20,9 +20,13 @@ from dfastllm.server.chat import chat_completions
 from dfastllm.server.completions import completions
 from dfastllm.server.middleware import ApiKey, BodyLimit, Head, OneKey, Trace
 from dfastllm.server.openapi import description, responses, stream
+from dfastllm.server.pipelines import routes as pipelines
+from dfastllm.server.pipelines import schema
+from dfastllm.server.pipelines.kept import Pipelines
 from dfastllm.server.reading import Route
 from dfastllm.server.refusals import http_refusal, known_refusal
 from dfastllm.server.replies import (
+    AdapterGone,
     Cancelled,
     ChatChunk,
     ChatCompletion,
@@ -48,7 +52,8 @@ __all__ = ["create_app"]
 
 _GENERATING = (400, 404, 413, 429, 499, 500, 503, 504)
 _READING = (400, 404, 413, 503)
-_EVENTS = (ChatChunk, CompletionChunk)
+_LOADING = (400, 403, 404, 413, 500, 503)
+_EVENTS: tuple[type[Out], ...] = (ChatChunk, CompletionChunk, *schema.EVENTS)
 _METRICS = {
     "text/plain": {"schema": {"type": "string"}},
     "application/openmetrics-text": {"schema": {"type": "string"}},
@@ -88,6 +93,18 @@ def _admin_routes() -> list[BaseRoute]:
     ]
 
 
+def _pipeline_routes() -> list[BaseRoute]:
+    p, t, one, known = pipelines, schema, "/v1/pipelines/{name}", (403, 404, 503)
+    told = stream(*t.EVENTS)
+    return [
+        _route("POST", "/v1/pipelines", p.save_pipeline, t.PipelineCard, (400, 403, 413, 503)),
+        _route("GET", "/v1/pipelines", p.list_pipelines, t.PipelineList, (403, 503)),
+        _route("GET", one, p.show_pipeline, t.PipelineDetail, known),
+        _route("DELETE", one, p.delete_pipeline, t.PipelineDeleted, (400, *known)),
+        _route("POST", one + "/run", p.run_route, t.PipelineResult, (403, *_GENERATING), content=told),
+    ]
+
+
 def _routes(settings: Settings) -> list[BaseRoute]:
     return [
         *(() if settings.tenants_db is None else _admin_routes()),
@@ -97,7 +114,10 @@ def _routes(settings: Settings) -> list[BaseRoute]:
         ),
         _route("GET", "/v1/models", routes.models, ModelList, (503,)),
         _route("GET", "/v1/models/{model_id:path}", routes.model_card, ModelCard, (404, 503)),
+        _route("POST", "/v1/load_lora_adapter", routes.load_lora_adapter, ModelCard, _LOADING),
+        _route("POST", "/v1/unload_lora_adapter", routes.unload_lora_adapter, AdapterGone, _LOADING),
         _route("DELETE", "/v1/requests/{request_id}", routes.cancel_request, Cancelled, (404,)),
+        *_pipeline_routes(),
         _route("POST", "/tokenize", routes.tokenize, Tokens, _READING),
         _route("POST", "/detokenize", routes.detokenize, Text, _READING),
         _route("GET", "/health", routes.health, Health),
@@ -152,6 +172,7 @@ def create_app(
     settings = settings or Settings()
     metrics = Metrics()
     serving = Serving(settings, metrics)
+    serving.pipelines = Pipelines(settings.pipelines, lambda: serving.tenants)
     key = None if settings.api_key is None else OneKey(settings.api_key)
     serving.identify = None if key is None else key.identify
     app = _App(

@@ -88,8 +88,8 @@ def _declare_tolerance(schema: dict[str, Any], cls: type[Body]) -> None:
 
 class Body(BaseModel):
     """An object of a request. replayed: names that are dropped whatever they hold. kind: the one value of `type`, where
-    other kinds carry other fields, so that the kind is refused rather than its fields. examples: for the documentation,
-    and tried by its tests."""
+    other kinds carry other fields, so that the kind is refused rather than its fields. yaml: may be sent as YAML too.
+    examples: for the documentation, and tried by its tests."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -100,6 +100,7 @@ class Body(BaseModel):
     )
     replayed: ClassVar[frozenset[str]] = frozenset()
     kind: ClassVar[str | None] = None
+    yaml: ClassVar[bool] = False
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     @model_validator(mode="before")

@@ -37,8 +37,11 @@ MOST: Mapping[str, int] = {
     "messages": 2048,
     "metadata": 16,
     "modalities": 16,
+    "modules": 8,
+    "options": 64,
     "parameters": 256,
     "rule_options": 64,
+    "steps": 32,
     "stop": 64,  # OpenAI takes 4; other servers and their clients more
     "stop_token_ids": 1024,
     "tool_calls": 128,

@@ -48,9 +48,9 @@ def responses(reply: type[Out] | None, refusals: tuple[int, ...], **more: Any) -
     return declared
 
 
-def stream(chunk: type[Out]) -> dict[str, Any]:
+def stream(*chunks: type[Out]) -> dict[str, Any]:
     """The content of a 200 that may be a stream of such chunks."""
-    data = {"anyOf": [{"$ref": _REF.format(model=model.__name__)} for model in (chunk, ErrorBody)]}
+    data = {"anyOf": [{"$ref": _REF.format(model=model.__name__)} for model in (*chunks, ErrorBody)]}
     item = {"data": {**_TEXT, "contentMediaType": "application/json", "contentSchema": data}}
     return {
         "text/event-stream": {

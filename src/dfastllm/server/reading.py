@@ -20,6 +20,7 @@ from dfastllm.server.jobs import while_connected
 from dfastllm.server.readers import SHORT
 from dfastllm.server.refusals import no_body, refused_body
 from dfastllm.server.serving import Serving
+from dfastllm.server.yaml_text import read_yaml
 
 __all__ = ["Route", "read_body", "validated"]
 
@@ -54,6 +55,8 @@ class Route(APIRoute):
 
 def read_body(kind: type[B], data: bytes, content_type: str, values: int) -> B:
     """The body as `kind`. Raises PayloadTooLargeError, or ValidationError naming the field."""
+    if data and kind.yaml and _is_yaml(content_type):
+        return validated(kind, read_yaml(data))
     if not data or not _is_json(content_type):
         raise no_body(content_type if data else None)
     return validated(kind, read_json(data, values))
@@ -66,6 +69,10 @@ def validated(kind: type[B], given: Any) -> B:
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
     raise refused_body(problems)  # outside: what it names may be large, and an error keeps the one it stands in for
+
+
+def _is_yaml(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() in ("application/yaml", "application/x-yaml", "text/yaml")
 
 
 def _is_json(content_type: str) -> bool:

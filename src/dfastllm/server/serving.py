@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from dfastllm.core import ModelInfo, SpeculativeParams
@@ -16,6 +16,7 @@ from dfastllm.errors import DFastLLMError, ModelNotFoundError, NotReadyError, Re
 from dfastllm.metrics import Metrics
 from dfastllm.server.readers import Readers
 from dfastllm.server.recording import Recording
+from dfastllm.server.shelf import Shelf
 from dfastllm.settings import Settings
 from dfastllm.tenants import Identity
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dfastllm.engine import Engine, Worker
+    from dfastllm.server.pipelines.kept import Pipelines
     from dfastllm.tenants.store import Store
     from dfastllm.text import Tokenizer
 
@@ -45,7 +47,8 @@ class Running(Protocol):
 @dataclass(frozen=True)
 class ServedModel:
     """One name of the API. `context` is the most positions a sequence may have: prompt, suffix and output;
-    `readers` where its texts are tokenised; `speculative` what a request drafts by that says nothing."""
+    `readers` where its texts are tokenised; `speculative` what a request drafts by that says nothing; `lora` the
+    adapter that a name stands for beside the model, "" for none."""
 
     name: str
     info: ModelInfo
@@ -54,6 +57,7 @@ class ServedModel:
     readers: Readers
     speculative: SpeculativeParams | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    lora: str = ""
 
     @property
     def diffuses(self) -> bool:
@@ -73,11 +77,13 @@ class Serving:
         self.recording = None if file is None else Recording(file, settings.record_prompts_bytes)
         self.worker: Worker | None = None
         self.models: Mapping[str, ServedModel] = {}
+        self.shelf = Shelf(settings)
         self.jobs: dict[str, Running] = {}  # by response id, which we made: no two are equal
         self._traced: dict[str, set[Running]] = {}  # by X-Request-ID, which clients make
         self._shared: set[str] = set()  # those that two of them sent while one was running
         self.draining = False
         self.identify: Callable[[str], Awaitable[Identity]] | None = None  # who carries a key; None: there are no keys
+        self.pipelines: Pipelines  # made by `app`, which knows how requests are read
         self.tenants: Store | None = None  # None: there is no database of tenants
         self.started = time.monotonic()
 
@@ -91,6 +97,7 @@ class Serving:
                 name, engine.info, engine.tokenizer, engine.max_len, self.readers, engine.drafting.default
             )
             self.metrics.watch(engine, name, engine.info.kind)
+        self.shelf.open(engines)
         self.worker = worker
         self.models = models
 
@@ -117,11 +124,13 @@ class Serving:
         return self.worker
 
     def model(self, name: str | None) -> ServedModel:
-        """The model of that name, or the only one for None. Raises ModelNotFoundError, and ValidationError when none is
-        named and several are served."""
+        """The model of that name, or the only one for None; for the name of an adapter, or MODEL:ADAPTER, its model
+        with `lora`. Raises ModelNotFoundError, and ValidationError when none is named and several are served."""
         self.require_ready()
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
+        if name is not None and name not in self.models and (found := self.shelf.find(name)) is not None:
+            return replace(self.models[found[0]], lora=found[1])
         if name is None or name not in self.models:
             known = ", ".join(sorted(self.models))
             if name is None:

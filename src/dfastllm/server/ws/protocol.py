@@ -13,6 +13,7 @@ from pydantic import Field, SkipValidation
 
 from dfastllm.errors import DFastLLMError, NotReadyError, RateLimitError
 from dfastllm.server.body import Body, printable
+from dfastllm.server.pipelines.schema import PipelineResult, StepDone, StepSkipped, StepStarted, StepText
 from dfastllm.server.replies import (
     CanvasEvent,
     ChatChoice,
@@ -239,14 +240,14 @@ class ErrorInfo(Out):
 class Streaming(Out):
     id: str
     status: Literal["streaming"]
-    data: SkipValidation[TokenData | CanvasData]
+    data: SkipValidation[TokenData | CanvasData | StepStarted | StepText | StepDone | StepSkipped]
     obfuscation: str | None = None  # with stream_options.include_obfuscation
 
 
 class Complete(Out):
     id: str
     status: Literal["complete"]
-    data: SkipValidation[GenerateResult | HealthResult | MetadataResult | CancelResult]
+    data: SkipValidation[GenerateResult | PipelineResult | HealthResult | MetadataResult | CancelResult]
 
 
 class Failed(Out):

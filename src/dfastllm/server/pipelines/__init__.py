@@ -1,0 +1,12 @@
+"""Pipelines: steps of models and WebAssembly modules, kept on a running server and run by name.
+
+| module | what |
+|---|---|
+| schema | the form of a pipeline and of what a run tells |
+| templates | Jinja in a sandbox |
+| pipeline | a pipeline understood: names, order, options, modules |
+| run | a run of one |
+| asking | how a step becomes a request like any other |
+| kept | where pipelines are kept |
+| routes | HTTP |
+"""
