@@ -17,6 +17,7 @@ from dfastllm.errors import DFastLLMError, PayloadTooLargeError, ValidationError
 from dfastllm.server import bounds
 from dfastllm.server.body import Body
 from dfastllm.server.bounds import DEPTH, MOST, VALUES, read_json
+from dfastllm.server.pipelines.schema import PipelineBody
 from dfastllm.server.reading import read_body
 from dfastllm.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dfastllm.text import Tokenizer
@@ -129,6 +130,13 @@ def _longer(name: str, extra: int) -> dict[str, Any]:
         "allowed_token_ids": [1] * count,
     }
     value = fields.get(name, {str(i): 1 for i in range(count)})
+    step: dict[str, Any] = {"id": "a", "input": "x"}
+    if name == "steps":
+        return {"name": "p", "steps": [step] * count}
+    if name == "modules":
+        return {"name": "p", "steps": [step], "modules": {str(i): {"wat": "x"} for i in range(count)}}
+    if name == "options":
+        return {"name": "p", "steps": [step | {"options": value}]}
     body: dict[str, Any] = {"messages": [said]}
     if name == "parameters":
         return body | {"tools": [{"type": "function", "function": {"name": "f", "parameters": value}}]}
@@ -141,8 +149,10 @@ def _longer(name: str, extra: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MOST)
 def test_the_most_items_of_each_field(name: str) -> None:
+    kind: type[Body] = PipelineBody if name in ("modules", "options", "steps") else ChatRequest
+
     def read(extra: int) -> Body:
-        return read_body(ChatRequest, json.dumps(_longer(name, extra)).encode(), "application/json", 1 << 20)
+        return read_body(kind, json.dumps(_longer(name, extra)).encode(), "application/json", 1 << 20)
 
     read(0)
     with pytest.raises(ValidationError, match=rf"has {MOST[name] + 1:,} items; {MOST[name]:,} are taken") as raised:

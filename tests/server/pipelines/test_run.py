@@ -175,7 +175,10 @@ def test_a_client_that_goes_frees_what_runs(live: Live) -> None:
     for stream in (False, True):
         with live.connect() as socket:
             body = json.dumps({"input": "x", "stream": stream}).encode()
-            head = f"POST /v1/pipelines/p/run HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = (
+                "POST /v1/pipelines/p/run HTTP/1.1\r\nhost: localhost\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
             socket.sendall(head.encode() + body)
             wait(lambda: len(engine.scheduler) > 0)
         wait(lambda: len(engine.scheduler) == 0)
