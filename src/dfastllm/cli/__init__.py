@@ -19,6 +19,7 @@ from dfastllm.cli.output import Group
 from dfastllm.cli.quantize import quantize
 from dfastllm.cli.serve import serve
 from dfastllm.cli.tenants import app as tenants
+from dfastllm.cli.top import top
 from dfastllm.cli.train import train
 
 __all__ = ["app", "main"]
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, serve, bench, train, distill, quantize, check, doctor):
+for _command in (generate, chat, serve, top, bench, train, distill, quantize, check, doctor):
     app.command()(_command)
 for _group in (gate, tenants, keys):
     app.add_typer(_group)

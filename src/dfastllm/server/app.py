@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, WebSocketRoute
 
 from dfastllm.errors import DFastLLMError
 from dfastllm.metrics import Metrics
-from dfastllm.server import admin, routes
+from dfastllm.server import admin, routes, view
 from dfastllm.server.chat import chat_completions
 from dfastllm.server.completions import completions
 from dfastllm.server.middleware import ApiKey, BodyLimit, Head, OneKey, Trace
@@ -106,6 +106,12 @@ def _pipeline_routes() -> list[BaseRoute]:
 
 
 def _routes(settings: Settings) -> list[BaseRoute]:
+    pages: list[tuple[str, Callable[..., Any]]] = [
+        ("/", routes.home),
+        ("/docs", routes.docs),
+        ("/openapi.json", routes.openapi),
+        (Front.path, routes.upgrade),
+    ]
     return [
         *(() if settings.tenants_db is None else _admin_routes()),
         _route("POST", "/v1/completions", completions, Completion, _GENERATING, content=stream(CompletionChunk)),
@@ -118,6 +124,7 @@ def _routes(settings: Settings) -> list[BaseRoute]:
         _route("POST", "/v1/unload_lora_adapter", routes.unload_lora_adapter, AdapterGone, _LOADING),
         _route("DELETE", "/v1/requests/{request_id}", routes.cancel_request, Cancelled, (404,)),
         *_pipeline_routes(),
+        _route("GET", "/admin/v1/view", view.view, view.View, (403,)),
         _route("POST", "/tokenize", routes.tokenize, Tokens, _READING),
         _route("POST", "/detokenize", routes.detokenize, Text, _READING),
         _route("GET", "/health", routes.health, Health),
@@ -126,10 +133,7 @@ def _routes(settings: Settings) -> list[BaseRoute]:
         _route("GET", "/version", routes.version_info, Versions),
         _route("GET", "/metrics", routes.metrics, content=_METRICS),
         WebSocketRoute(Front.path, Front()),
-        *(
-            Route(path, endpoint, methods=["GET"], include_in_schema=False)
-            for path, endpoint in (("/", routes.home), ("/docs", routes.docs), ("/openapi.json", routes.openapi))
-        ),
+        *(Route(path, endpoint, methods=["GET"], include_in_schema=False) for path, endpoint in pages),
     ]
 
 

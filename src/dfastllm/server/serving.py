@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from dfastllm.core import ModelInfo, SpeculativeParams
 from dfastllm.errors import DFastLLMError, ModelNotFoundError, NotReadyError, RequestNotFoundError, ValidationError
 from dfastllm.metrics import Metrics
+from dfastllm.metrics.activity import Activity
 from dfastllm.server.readers import Readers
 from dfastllm.server.recording import Recording
 from dfastllm.server.shelf import Shelf
@@ -77,6 +78,7 @@ class Serving:
         self.recording = None if file is None else Recording(file, settings.record_prompts_bytes)
         self.worker: Worker | None = None
         self.models: Mapping[str, ServedModel] = {}
+        self.activity: dict[str, Activity] = {}  # of the engines, by model
         self.shelf = Shelf(settings)
         self.jobs: dict[str, Running] = {}  # by response id, which we made: no two are equal
         self._traced: dict[str, set[Running]] = {}  # by X-Request-ID, which clients make
@@ -97,6 +99,8 @@ class Serving:
                 name, engine.info, engine.tokenizer, engine.max_len, self.readers, engine.drafting.default
             )
             self.metrics.watch(engine, name, engine.info.kind)
+            self.activity[name] = Activity()
+            engine.subscribe(self.activity[name].see)
         self.shelf.open(engines)
         self.worker = worker
         self.models = models

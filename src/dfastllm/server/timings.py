@@ -27,21 +27,21 @@ class RequestTimings:
         self._parser = calls.parser() if calls is not None else None
         self._arrivals: list[Arrival] = []
         self._blocks: list[float] = []
-        self._tokens = 0
+        self.tokens = 0  # so far
         self.timeline: Timeline | None = None
         self.first_call: tuple[int, float] | None = None  # tokens so far, seconds
 
     def see(self, event: StepEvent, now: float) -> None:
         at = now - self._sent
         if event.token_ids:
-            self._tokens += len(event.token_ids)
+            self.tokens += len(event.token_ids)
             self._arrivals.append(Arrival(at, len(event.token_ids)))
         if self._calls is not None and self._parser is not None and self.first_call is None:
             pieces = self._parser.push(event.text)
             if event.finish is not None:
                 pieces += self._parser.flush()
             if any(isinstance(piece, ToolCall) and self._calls.fits(piece) for piece in pieces):
-                self.first_call = (self._tokens, at)
+                self.first_call = (self.tokens, at)
         if event.canvas is not None and event.canvas.block_done:
             self._blocks.append(at)
         if event.finish is not None:
