@@ -10,3 +10,5 @@
 | kept | where pipelines are kept |
 | routes | HTTP |
 """
+
+__all__: list[str] = []
