@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_adapter.h"
 #include "bind_step.h"
 #include "forward.h"
 #include "gil.h"
@@ -84,6 +85,7 @@ struct BoundLinear {
 struct BoundForward : Forward {
   using Forward::Forward;
   std::vector<AnyArray> held;
+  std::vector<nb::object> adapters;  // what the table points to
 
   Linear take(const BoundLinear& linear) {
     held.insert(held.end(), linear.held.begin(), linear.held.end());
@@ -156,16 +158,26 @@ void bind_forward(nb::module_& m) {
           [](BoundForward& self, const MaybeArray& norm, float eps) { self.add(Normalise{self.take(norm, eps)}); },
           nb::arg("norm").none(), nb::arg("eps"))
       .def("sum", [](BoundForward& self, float factor) { self.add(Sum{factor}); })
+      .def("set_adapters",
+           // table: Adapter or None by number, None first.
+           [](BoundForward& self, std::vector<nb::object> table) {
+             std::vector<const Adapter*> at;
+             for (const nb::object& one : table) at.push_back(one.is_none() ? nullptr : nb::cast<const BoundAdapter*>(one));
+             self.set_adapters(std::move(at));
+             self.adapters = std::move(table);
+           })
       .def(
           "run",
-          // out: float32 [wanted, hidden].
-          [](BoundForward& self, const BoundStep& bound, const BoundKv& cache, const BoundKv& own, AnyArray out) {
+          // out: float32 [wanted, hidden]. halt: int64 [2], see kernels/halt.py; false: the run was given up.
+          [](BoundForward& self, const BoundStep& bound, const BoundKv& cache, const BoundKv& own, AnyArray out, const MaybeArray& halt) {
             const Step& step = bound.step;
             require_kv(step, cache, own);
             self.require(step, cache);
             float* const to = array_of<float>(out, "out", "float32", {step.wanted, self.hidden()});
+            const int64_t* const words = halt ? array_of<int64_t>(*halt, "halt", "int64", {2}) : nullptr;
             dfk::Unlocked unlocked;
-            self.run(step, cache, own.layer(0), to);
-          })
+            return self.run(step, cache, own.layer(0), to, words);
+          },
+          nb::arg("step"), nb::arg("cache"), nb::arg("own"), nb::arg("out"), nb::arg("halt").none() = nb::none())
       .def_prop_ro("bytes_held", &BoundForward::bytes_held);
 }

@@ -22,11 +22,18 @@ void Forward::require(const Step& step, const KvMemory& cache) const {
   if (d_.layers.empty() || std::none_of(d_.layers.back().begin(), d_.layers.back().end(), mixes)) {
     throw std::invalid_argument("the last layer has no attention.");
   }
-  if (step.adapted) throw std::invalid_argument("the step asks for adapters, which this forward has none of.");
+  if (!step.adapted) return;
+  for (int64_t row = 0; row < step.rows; ++row) {
+    const size_t number = static_cast<size_t>(step.adapter[row]);
+    if (number > 0 && (number >= table_.size() || table_[number] == nullptr)) {
+      throw std::invalid_argument("the step asks for adapter " + std::to_string(number) + ", which this forward has none of.");
+    }
+  }
 }
 
 size_t Forward::bytes_held() const {
-  size_t total = x_.size() + wide_.size() + mixed_.size() + h_.size() + tail_.size() + next_.size();
+  size_t total = x_.size() + wide_.size() + mixed_.size() + h_.size() + tail_.size() + next_.size() + pairs_.size();
+  total += low_rank_.bytes_held();
   for (const Buffer& b : acts_) total += b.size();
   for (const std::vector<Buffer>* side : {&cos_, &sin_}) {
     for (const Buffer& b : *side) total += b.size();
@@ -52,6 +59,21 @@ void gather(const float* x, int64_t width, const int32_t* index, int64_t count, 
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(out + i * width, x + index[i] * width, static_cast<size_t>(width) * sizeof(float));
   }
+}
+
+// Gate and up, 32 channels of each in turn [rows][n] -> activation(gate) * up [rows][width].
+void gate_rows(const float* both, int64_t n, Activation activation, int64_t rows, int64_t width, float* out) {
+  const auto gate_mul = linear_ops().gate_mul[static_cast<int>(activation)];
+  constexpr int64_t half = kPanel / 2;
+  const int64_t panels = n / kPanel, step = 1 + 128 / panels;  // rows that are worth a task
+  parallel((rows + step - 1) / step, [&](int64_t task, int) {
+    for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const float* const gate = both + r * n + p * kPanel;
+        gate_mul(gate, gate + half, out + r * width + p * half, std::min(half, width - p * half));
+      }
+    }
+  });
 }
 
 // f(first, last) for stretches of `count` values, on the pool.
@@ -80,7 +102,7 @@ void Forward::begin_layer() {
 void Forward::add(Op op) {
   if (d_.layers.empty()) throw std::invalid_argument("an op before the first layer.");
   if (gated_ && !std::holds_alternative<Project>(op)) throw std::invalid_argument("only a linear may follow a gate.");
-  if (const auto* project = std::get_if<Project>(&op)) {
+  if (auto* project = std::get_if<Project>(&op)) {
     require_norm(project->norm, width_);
     int64_t n = 0;
     for (const Linear& linear : project->linears) {
@@ -91,15 +113,19 @@ void Forward::add(Op op) {
     if (gated_ && (project->norm.weight != nullptr || project->linears.size() != 1)) {
       throw std::invalid_argument("a linear after a gate is one matrix without a norm.");
     }
+    project->site = static_cast<int64_t>(sites_.size());
+    sites_.push_back({width_, n});
     width_ = n;
     widest_ = std::max(widest_, n);
     gated_ = false;
-  } else if (const auto* gated = std::get_if<Gated>(&op)) {
+  } else if (auto* gated = std::get_if<Gated>(&op)) {
     require_norm(gated->norm, width_);
     require_width("a gate", gated->linear.k, width_);
     if (gated->linear.n != (gated->width + kPanel / 2 - 1) / (kPanel / 2) * kPanel) {
       throw std::invalid_argument("gate and up must alternate by 32 channels.");
     }
+    gated->site = static_cast<int64_t>(sites_.size());
+    sites_.push_back({width_, gated->linear.n});
     width_ = gated->width;
     gated_ = true;
   } else if (const auto* mix = std::get_if<Mix>(&op)) {
@@ -167,6 +193,7 @@ struct Forward::Pass {
   const float* h = nullptr;
   int64_t width = 0;
   const Acts* ready = nullptr;
+  const float* gated = nullptr;  // what `ready` was prepared of, where the Project that follows is adapted
   KvLayer cache{}, own{};
 
   void begin() {
@@ -178,7 +205,9 @@ struct Forward::Pass {
   void operator()(const Project& op) {
     int64_t n = 0, column = 0;
     for (const Linear& w : op.linears) n += w.n;
-    float* const out = op.onto_stream ? x : f.wide_.floats(0);
+    const bool adapted = f.adapted_.touches(op.site), straight = op.onto_stream && !adapted;
+    float* const out = straight ? x : f.wide_.floats(0);
+    if (adapted) take_inputs(op.site, ready != nullptr ? gated : h, op.norm);
     bool done[4] = {};
     for (const Linear& w : op.linears) {
       const ActKind kind = act_kind(w.format);
@@ -187,21 +216,47 @@ struct Forward::Pass {
                        : made           ? f.at_[static_cast<int>(kind)]
                                         : f.prepared(kind, h, width, rows, width, op.norm);
       made = true;
-      linear(w, in, out + column, n, op.onto_stream);
+      linear(w, in, out + column, n, straight);
       column += w.n;
     }
     ready = nullptr;
+    if (adapted) f.low_rank_.apply(out, n);
+    if (adapted && op.onto_stream) {  // the sum that `linear` makes, which rounds the same
+      in_pieces(rows * n, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) x[i] += out[i];
+      });
+    }
     if (op.onto_stream) return begin();
     h = out;
     width = n;
   }
 
   void operator()(const Gated& op) {
+    const bool adapted = f.adapted_.touches(op.site);
+    if (adapted) take_inputs(op.site, h, op.norm);
     const Acts& in = f.prepared(act_kind(op.linear.format), h, width, rows, width, op.norm);
     f.next_at_ = acts_at(f.next_.bytes(acts_bytes(op.kind, rows, op.width)), op.kind, rows, op.width);
-    linear_gated(op.linear, in, op.activation, f.h_.floats(static_cast<size_t>(rows * op.width)), f.next_at_);
+    float* const product = f.h_.floats(static_cast<size_t>(rows * op.width));
+    if (adapted || f.adapted_.touches(op.site + 1)) {
+      // The steps of linear_gated one by one, on the same numbers: other rows' bits stay.
+      const int64_t n = op.linear.n;
+      float* const both = f.pairs_.floats(static_cast<size_t>(rows * n));
+      linear(op.linear, in, both, n, false);
+      if (adapted) f.low_rank_.apply(both, n);
+      gate_rows(both, n, op.activation, rows, op.width, product);
+      prepare(product, op.width, nullptr, 0.0f, f.next_at_);
+      gated = product;
+    } else {
+      linear_gated(op.linear, in, op.activation, product, f.next_at_);
+    }
     ready = &f.next_at_;
     width = op.width;
+  }
+
+  // Takes the inputs of a site's adapted rows, before anything overwrites them.
+  void take_inputs(int64_t site, const float* from, const Norm& norm) {
+    f.adapted_.fill(site, f.low_rank_);
+    f.low_rank_.gather(from, width, width, norm.weight, norm.eps);
   }
 
   void operator()(const Mix& op) {
@@ -276,14 +331,63 @@ struct Forward::Pass {
     x = some;
     h = some + wanted * hidden;
     rows = wanted;
+    if (!step.adapted) return;
+    std::vector<int32_t> numbers(static_cast<size_t>(wanted));
+    for (int64_t i = 0; i < wanted; ++i) numbers[static_cast<size_t>(i)] = step.adapter[step.want[i]];
+    f.adapted_.set(f.table_, numbers.data(), wanted);
+  }
+
+  // The embedding's rows, as their adapters have them.
+  void embed() {
+    for (const AdaptedRows::Group& g : f.adapted_.groups()) {
+      if (!g.adapter->embeds()) continue;
+      const int32_t* const which = f.adapted_.rows() + g.first;
+      parallel(g.count, [&](int64_t i, int) {
+        adapt_embedding(*g.adapter, step.ids[which[i]], f.d_.hidden, x + which[i] * f.d_.hidden);
+      });
+    }
   }
 };
 
-void Forward::run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out) {
+void Forward::require_site(const Adapter& adapter, int64_t site) const {
+  for (const Delta& d : adapter.sites[static_cast<size_t>(site)]) {
+    const Site& at = sites_[static_cast<size_t>(site)];
+    bool fits = d.k == at.k || d.rank == 0;
+    for (const Place& p : d.places) {
+      const int64_t last = p.column + (p.count - 1) / 32 * p.stride + (p.count - 1) % 32;
+      fits = fits && p.first >= 0 && p.count > 0 && p.first + p.count <= d.n && p.column >= 0 && p.stride >= 32 && last < at.n;
+    }
+    if (!fits) {
+      throw std::invalid_argument("an adapter's matrix [" + std::to_string(d.n) + ", " + std::to_string(d.k) +
+                                  "] does not fit the linear that it is for.");
+    }
+  }
+}
+
+void Forward::set_adapters(std::vector<const Adapter*> table) {
+  if (table.empty() || table[0] != nullptr) throw std::invalid_argument("adapter 0 stands for none.");
+  for (const Adapter* adapter : table) {
+    if (adapter == nullptr) continue;
+    if (adapter->sites.size() != sites_.size()) throw std::invalid_argument("an adapter of another model's linears.");
+    for (size_t site = 0; site < sites_.size(); ++site) require_site(*adapter, static_cast<int64_t>(site));
+    if (adapter->embed_full.rows > d_.embed.n) throw std::invalid_argument("an adapter with more embedding rows than the model.");
+    for (const Delta& d : adapter->embed) {
+      if (d.n != d_.hidden) throw std::invalid_argument("an adapter of an embedding of another width.");
+    }
+  }
+  table_ = std::move(table);
+}
+
+bool Forward::run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out, const int64_t* halt) {
   const int64_t hidden = d_.hidden;
   Pass pass{*this, step, x_.floats(static_cast<size_t>(step.rows * hidden)), step.rows};
   ids_.assign(step.ids, step.ids + step.rows);
   weight_rows(d_.embed, ids_.data(), step.rows, pass.x);
+  adapted_.clear();
+  if (step.adapted) {
+    adapted_.set(table_, step.adapter, step.rows);
+    pass.embed();
+  }
   if (d_.embed_factor != 1.0f) {
     in_pieces(step.rows * hidden, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) pass.x[i] *= d_.embed_factor;
@@ -297,16 +401,18 @@ void Forward::run(const Step& step, const KvMemory& cache, const KvLayer& own, f
   const auto mixes = [](const Op& op) { return std::holds_alternative<Mix>(op); };
   const Op* const last_mix = &*std::find_if(last.rbegin(), last.rend(), mixes);
   for (size_t i = 0; i < d_.layers.size(); ++i) {
+    if (halt != nullptr && __atomic_load_n(halt, __ATOMIC_RELAXED) == halt[1]) return false;
     pass.cache = cache.layer(static_cast<int64_t>(i));
     pass.begin();
     for (const Op& op : d_.layers[i]) {
       std::visit(pass, op);
       if (&op != last_mix) continue;
-      if (step.wanted == 0) return;
+      if (step.wanted == 0) return true;
       pass.keep_wanted();
     }
   }
   prepare(pass.x, hidden, d_.norm.weight, d_.norm.eps, Acts{ActKind::f32, pass.rows, hidden, hidden, out, nullptr, nullptr});
+  return true;
 }
 
 }  // namespace dfk

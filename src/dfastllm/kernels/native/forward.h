@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "adapter.h"
 #include "attention.h"
 #include "linear.h"
 #include "scratch.h"
@@ -28,6 +29,7 @@ struct Project {
   std::vector<Linear> linears;
   Norm norm;
   bool onto_stream;
+  int64_t site = -1;  // its number among the Projects and Gateds of all layers
 };
 
 // h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the Project that follows.
@@ -37,6 +39,7 @@ struct Gated {
   Activation activation;
   int64_t width;
   ActKind kind;
+  int64_t site = -1;  // the Project that follows has the next
 };
 
 // h = (q, k, v) <- attention, K and V being stored.
@@ -83,10 +86,15 @@ class Forward {
   void begin_layer();
   void add(Op op);
 
-  // out [wanted][hidden] float, after the final norm. `own` is the K,V of one layer, used by all in turn.
-  void run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out);
+  // out [wanted][hidden] float, after the final norm. `own` is the K,V of one layer, used by all in turn. halt [2] or
+  // null: once another thread makes both alike, the run ends before its next layer, and false comes back.
+  bool run(const Step& step, const KvMemory& cache, const KvLayer& own, float* out, const int64_t* halt);
 
-  // Throws std::invalid_argument unless the step's ids are the model's and K,V of this shape are.
+  // From now on a row's number n stands for table[n]; null: no row may have it. Throws std::invalid_argument for an adapter
+  // of other sites or widths.
+  void set_adapters(std::vector<const Adapter*> table);
+
+  // Throws std::invalid_argument unless the step's ids and adapters are the model's and K,V of this shape are.
   void require(const Step& step, const KvMemory& cache) const;
 
   int64_t hidden() const { return d_.hidden; }
@@ -103,6 +111,7 @@ class Forward {
   const Acts& prepared(ActKind kind, const float* x, int64_t ldx, int64_t rows, int64_t k, const Norm& norm);
   void fill_angles(const Step& step);
   const Window& window_of(const Step& step, int64_t size);
+  void require_site(const Adapter& adapter, int64_t site) const;
 
   Decoder d_;
   int64_t width_ = 0;      // while it is made: of the branch
@@ -115,6 +124,14 @@ class Forward {
   Acts next_at_{};
   std::vector<Window> windows_;
   std::vector<int64_t> ids_;
+  struct Site {
+    int64_t k, n;  // widths of its inputs and outputs
+  };
+  std::vector<Site> sites_;
+  std::vector<const Adapter*> table_;
+  AdaptedRows adapted_;    // of the step
+  LowRank low_rank_;
+  Buffer pairs_;           // gate and up, where adapters change them before the activation
 };
 
 }  // namespace dfk

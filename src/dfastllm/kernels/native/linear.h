@@ -49,6 +49,8 @@ size_t acts_bytes(ActKind kind, int64_t rows, int64_t k);
 Acts acts_at(void* memory, ActKind kind, int64_t rows, int64_t k);
 
 struct HeadPart;  // linear_head.h
+struct Spread;    // low_rank.h
+enum class Element : int;
 
 // One panel of output channels for rows [row0, row0 + rows) of acts -> tile [rows][64] float, scales applied, no bias.
 // scratch: kTileScratch bytes of the thread, 64-byte aligned.
@@ -70,6 +72,12 @@ struct LinearOps {
   // The head's statistics (linear_head_rows.h).
   void (*head_rows)(const float* tile, int64_t rows, int32_t first_id, bool check, bool entropy, HeadPart* parts,
                     float* maxima);
+  // out[row][j] = scale * (x[row] . a[j]), x [rows][ldx], a [count][k], out [rows][ldo].
+  void (*dots)(Element type, const void* a, int64_t k, int64_t count, const float* x, int64_t ldx, int64_t rows, float scale,
+               float* out, int64_t ldo);
+  // `count` elements, `stride` apart, as floats.
+  void (*widen)(Element type, const void* from, int64_t count, int64_t stride, float* out);
+  void (*spread)(const Spread& work);  // the second half of a low-rank product, into the rows of a linear
 };
 
 constexpr size_t kTileScratch = 64 * 1024;

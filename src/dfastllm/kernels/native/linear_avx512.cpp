@@ -11,6 +11,7 @@
 
 #include "linear.h"
 #include "linear_head.h"
+#include "low_rank.h"
 
 namespace dfk {
 namespace avx512 {

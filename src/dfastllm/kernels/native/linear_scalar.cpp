@@ -5,6 +5,7 @@
 
 #include "linear.h"
 #include "linear_head.h"
+#include "low_rank.h"
 
 namespace dfk {
 namespace scalar {

@@ -1,8 +1,6 @@
 // Tiles in portable C++; see linear_tiles.h. 32 inputs of the panel at a time are unpacked to signed 16-bit codes
 // [32][64], which compilers turn into widening vector multiplications; all rows of the call then pass over them.
 
-#include "linear_natural.h"
-
 // Bytes of 32 inputs of a panel.
 constexpr int64_t group_bytes(Format f) { return f == Format::w4g ? 1024 : f == Format::w6g ? 1536 : 2048; }
 

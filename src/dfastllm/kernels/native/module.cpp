@@ -8,6 +8,7 @@
 
 namespace nb = nanobind;
 
+void bind_adapter(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_forward(nb::module_& m);
@@ -20,6 +21,7 @@ NB_MODULE(_native, m) {
   m.def("isa_reason", &dfk::isa_reason);
   m.def("threads", &dfk::thread_count);
   m.def("set_threads", &dfk::set_thread_count, nb::call_guard<dfk::Unlocked>());
+  bind_adapter(m);
   bind_linear(m);
   bind_attention(m);
   bind_forward(m);

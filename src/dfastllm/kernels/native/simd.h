@@ -1,6 +1,6 @@
 // Sixteen floats or ints at a time, on whatever registers the translation unit is compiled for: one of 512 bits, two of
 // 256, or an array that the compiler vectorises for its baseline. Include it INSIDE the unit's own namespace, after
-// <immintrin.h> (x86), <cmath>, <cstdint> and <cstring>: what it defines must not be shared between instruction sets.
+// <immintrin.h> (x86), <cmath>, <cstdint>, <cstring> and linear_natural.h: what it defines must not be shared between instruction sets.
 //
 // Every operation is exact or rounds once, so code written on these types gives the same bits on every instruction set,
 // but for fma() and what uses it (exp): it rounds once where the hardware has it, else twice.
@@ -49,6 +49,14 @@ inline float highest(Floats16 a) {
   const __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
   const __m128 d = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+// bfloat16 and float16 bits as floats.
+inline Floats16 load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Floats16 load_half(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 // The low byte / half of each to memory.
 inline void store8(int8_t* p, Ints16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
@@ -115,6 +123,15 @@ inline float highest(Floats16 x) {
   const __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
   const __m128 d = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+inline __m256 bf16_8(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Floats16 load_bf16(const uint16_t* p) { return {bf16_8(p), bf16_8(p + 8)}; }
+inline Floats16 load_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
 inline __m256i halves(Ints16 x) {  // 16 ints in [-32768, 32767], in order
   return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
@@ -195,6 +212,10 @@ template <class V> inline auto highest(V x) {
   for (int i = 1; i < 16; ++i) best = best > x.v[i] ? best : x.v[i];
   return best;
 }
+inline Floats16 load_bf16(const uint16_t* p) {
+  return floats(each<Ints16>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16); }));
+}
+inline Floats16 load_half(const uint16_t* p) { return each<Floats16>([&](int i) { return half_to_float(p[i]); }); }
 inline void store8(int8_t* p, Ints16 a) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]); }
 inline void store16(uint16_t* p, Ints16 a) { for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.v[i]); }
 
