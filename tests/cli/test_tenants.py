@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,23 @@ def test_no_database_is_made_by_a_misspelt_name(cli: Any, tmp_path: Path, monkey
     assert refused.exit_code == 2
     assert "there is no database of tenants by that name" in refused.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "url", "message"),
+    [
+        ("sqlalchemy", "x.db", "needs SQLAlchemy, which is not installed. pip install 'dfastllm[tenants]'"),
+        ("argon2", "x.db", "need argon2-cffi, which is not installed. pip install 'dfastllm[tenants]'"),
+        (
+            "psycopg",
+            "postgresql://me@127.0.0.1:1/x",
+            "needs psycopg, which is not installed. pip install 'dfastllm[postgres]'",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_is_named(tmp_path: Path, package: str, url: str, message: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from dfastllm.cli import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "tenants", "create", "acme", "--tenants-db", url]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert ran.returncode == 2
+    assert message in ran.stderr

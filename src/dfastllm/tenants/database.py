@@ -146,5 +146,5 @@ def _postgres(url: sa.URL) -> sa.Engine:
         raise UnsupportedError(
             "A PostgreSQL database needs psycopg, which is not installed.",
             param="tenants_db",
-            hint="pip install 'dfastllm[postgres]'.",
+            hint="pip install 'dfastllm[postgres]', or ./run setup postgres in a clone.",
         ) from None

@@ -20,7 +20,7 @@ except ImportError:
     raise UnsupportedError(
         "Keys of tenants need argon2-cffi, which is not installed.",
         param="tenants_db",
-        hint="pip install 'dfastllm[tenants]'.",
+        hint="pip install 'dfastllm[tenants]', or ./run setup tenants in a clone.",
     ) from None
 
 __all__ = ["hashed", "new_key", "proves", "split"]

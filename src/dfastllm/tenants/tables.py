@@ -19,7 +19,7 @@ except ImportError:
     raise UnsupportedError(
         "A database of tenants needs SQLAlchemy, which is not installed.",
         param="tenants_db",
-        hint="pip install 'dfastllm[tenants]', or 'dfastllm[postgres]' for PostgreSQL.",
+        hint="pip install 'dfastllm[tenants]', or ./run setup tenants in a clone.",
     ) from None
 
 __all__ = [
