@@ -255,6 +255,7 @@ class Session:
                 await self._refuse(Refused(None, error))
             else:
                 self._start(incoming, arrived)
+            await asyncio.sleep(0)  # a client may send thousands of frames in one piece: others have their turn between
 
     def _check(self, incoming: Incoming) -> None:
         """Whether the call may begin. Raises Refused."""
