@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,13 @@ from dfastllm.decode.draft import Drafter
 from dfastllm.decode.policy import Policy
 from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
+from dfastllm.engine.adapters import Named
+from dfastllm.engine.admission import Admission
 from dfastllm.engine.speculate.canvas import DraftCanvas
 from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
 from dfastllm.errors import (
+    AdapterNotFoundError,
+    AdaptersBusyError,
     ContextLengthError,
     ModelLoadError,
     ModelNotFoundError,
@@ -59,6 +64,8 @@ __all__ = [
     "model_kind",
     "model_options",
     "resolve",
+    "resolve_adapter",
+    "shipped_adapters",
     "shipped_models",
 ]
 
@@ -88,6 +95,25 @@ def resolve(model: str | Path) -> Path:
         f"no model {str(model)!r}: it is neither a directory nor a GGUF file nor a shipped model"
         f" ({', '.join(shipped_models())}).",
         param="model",
+    )
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the LoRA adapters that come with the package."""
+    return sorted(p.parent.name for p in SHIPPED.glob("adapters/*/adapter_config.json"))
+
+
+def resolve_adapter(adapter: str | Path) -> Path:
+    """Where a LoRA adapter lies: a shipped one's name or a directory. Raises AdapterNotFoundError naming what there
+    is."""
+    if str(adapter) in shipped_adapters():
+        return SHIPPED / "adapters" / str(adapter)
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    raise AdapterNotFoundError(
+        f"no adapter {str(adapter)!r}: it is neither a directory nor a shipped adapter"
+        f" ({', '.join(shipped_adapters()) or 'there are none'}).",
+        param="lora",
     )
 
 
@@ -225,7 +251,7 @@ def _drafters(
         method = each.params.method
         if method in drafters:
             raise ValidationError(f"speculative_config names two models for {method}.", param="speculative_config")
-        loaded = assemble.load(resolve(each.model), device=device)
+        loaded = assemble.load(resolve(each.model), device=device, drafting=each.params.method == "draft_model")
         check_vocabulary(target.model.info, target.tokenizer, loaded.model.info, loaded.tokenizer)
         kind = DraftModel if method == "draft_model" else DraftCanvas
         drafters[method] = kind(loaded.model, config, device=device)
@@ -275,7 +301,8 @@ class LLM:
 
     model: a shipped model's name or a Hugging Face directory. device: cpu, cuda, cuda:N or mps. engine: limits, or a
     ready engine (then no other argument is read). speculative: see `load_engine`; a request may choose among what is
-    loaded with `SpeculativeParams` of its own. Text prompts are
+    loaded with `SpeculativeParams` of its own. lora_modules: LoRA adapters by the names that requests choose them by,
+    shipped ones or PEFT directories; more by `load_adapter`. Text prompts are
     encoded with the tokenizer's own special tokens; token ids are taken as they are. What a request does not say is
     taken from the model's generation_config.json, else from the table of options (docs/options.md). Each call raises
     ValidationError, UnsupportedError or ContextLengthError for what cannot be honoured, TimeoutError or GenerationError
@@ -298,6 +325,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
         chat_parse_special: bool = False,
+        lora_modules: Mapping[str, str | Path] | None = None,
     ) -> None:
         if not isinstance(engine, Engine):
             engine = load_engine(
@@ -317,6 +345,8 @@ class LLM:
             )
         self.engine = engine
         self.info = self.engine.info
+        for lora, path in (lora_modules or {}).items():
+            self.load_adapter(lora, path)
         self.worker = Worker({self.info.name: self.engine}).start()
 
     @property
@@ -333,6 +363,20 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def adapters(self) -> list[Named]:
+        """The adapters that requests can choose, by name."""
+        return self.engine.adapters.named()
+
+    def load_adapter(self, name: str, adapter: str | Path, *, replace: bool = False) -> Named:
+        """Load a LoRA adapter, a shipped one or a PEFT directory, under a name. replace: in place of one of that name;
+        requests that run go on with the one they have. Raises AdapterNotFoundError, AdapterError, ValidationError."""
+        return self.engine.adapters.load(name, resolve_adapter(adapter), replace=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run on it end as they would have. Raises AdapterNotFoundError."""
+        self.engine.adapters.unload(name)
 
     def encode(self, prompt: Prompt, *, add_special: bool = True, parse_special: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt. parse_special False: special tokens that a text spells out stay text."""
@@ -353,9 +397,10 @@ class LLM:
         cache_salt: str = "",
         speculative: SpeculativeParams | None = None,
         shown: Sequence[int] = (),
+        lora: str = "",
     ) -> Stream:
-        """Queue one sequence (n must be 1) and return its stream of events. cache_salt, speculative,
-        shown: see `core.Request`."""
+        """Queue one sequence (n must be 1) and return its stream of events. cache_salt, speculative, shown, lora: see
+        `core.Request`. Where requests hold all the adapters that may be in memory, it waits for one of them to end."""
         request = Request(
             request_id or uuid.uuid4().hex,
             self.encode(prompt),
@@ -367,8 +412,21 @@ class LLM:
             cache_salt=cache_salt,
             speculative=speculative,
             shown=tuple(shown),
+            lora=lora,
         )
-        return self.worker.submit(self.info.name, request)
+        return self.worker.submit(self.info.name, self._admitted(request) if lora else request)
+
+    def _admitted(self, request: Request) -> Admission:
+        """Raises what `Engine.admit` raises; AdaptersBusyError only where the request's time is over or nothing runs
+        that could end."""
+        while True:
+            try:
+                return self.engine.admit(request)
+            except AdaptersBusyError:
+                late = request.timeout is not None and time.monotonic() > request.arrival + request.timeout
+                if late or not self.worker.is_alive:
+                    raise
+            time.sleep(0.01)
 
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, decode: DecodeParams | None = None, **options: Any
@@ -392,21 +450,23 @@ class LLM:
         cache_salt: str = "",
         speculative: SpeculativeParams | None = None,
         shown: Sequence[int] = (),
+        lora: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
-        """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling and decode:
-        one for all or one per prompt. shown: see `core.Request`. If any request fails the others are cancelled and its
-        error is raised."""
+        """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling, decode and
+        lora: one for all or one per prompt. shown, lora: see `core.Request`. If any request fails the others are
+        cancelled and its error is raised."""
         batch = [self.encode(prompt) for prompt in _as_batch(prompts)]
         samplings = _per_prompt(SamplingParams() if sampling is None else sampling, len(batch), "sampling")
         samplings = [_of(one, SamplingParams, "sampling") for one in samplings]
         decodes = _per_prompt(decode, len(batch), "decode")
+        loras = [lora] * len(batch) if isinstance(lora, str) else _per_prompt(lora, len(batch), "lora")
         tails = list(suffixes) if suffixes is not None else [()] * len(batch)
         if len(tails) != len(batch):
             raise ValidationError(
                 f"suffixes: got {len(tails)}, wanted one per prompt ({len(batch)}).", param="suffixes"
             )
         jobs = [
-            (i, prompt, single, decodes[i], tails[i])
+            (i, prompt, single, decodes[i], tails[i], loras[i])
             for i, prompt in enumerate(batch)
             for single in split_choices(samplings[i])
         ]
@@ -420,12 +480,12 @@ class LLM:
         ]
 
     def _run(
-        self, jobs: Sequence[tuple[int, Any, Any, Any, Any]], results: list[list[Completion]], **options: Any
+        self, jobs: Sequence[tuple[int, Any, Any, Any, Any, str]], results: list[list[Completion]], **options: Any
     ) -> None:
         streams: list[Stream] = []
         try:
-            for _, prompt, sampling, decode, suffix in jobs:
-                streams.append(self.submit(prompt, sampling, decode, suffix=suffix, **options))
+            for _, prompt, sampling, decode, suffix, lora in jobs:
+                streams.append(self.submit(prompt, sampling, decode, suffix=suffix, lora=lora, **options))
             for (i, *_), stream in zip(jobs, streams, strict=True):
                 results[i].append(collect(stream, index=len(results[i])))
         finally:
@@ -470,6 +530,7 @@ class LLM:
         timeout: float | None = None,
         cache_salt: str = "",
         speculative: SpeculativeParams | None = None,
+        lora: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """The assistant's next message of a conversation, or of each of several: one RequestOutput each, as vLLM's.
         messages: OpenAI form (role, content, tool_calls, ...), or a list of such lists. tools: OpenAI's; `parse_calls`
@@ -479,6 +540,7 @@ class LLM:
         prompts = [self.render(talk, tools, **how) for talk in talks]
         shown = self._reading(tools).taught.shown_ids(self.tokenizer) if tools else ()
         options: dict[str, Any] = {"timeout": timeout, "cache_salt": cache_salt, "speculative": speculative}
+        options["lora"] = lora
         return self.generate(prompts, sampling, decode, shown=shown, **options)
 
     def parse_calls(self, text: str, tools: Sequence[Mapping[str, Any]]) -> ParsedMessage:

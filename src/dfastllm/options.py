@@ -614,7 +614,15 @@ class RequestOptions:
         low=1,
         high=256,
         default_help="none: the model itself",
-        wire=(Wire("lora"), Wire("adapter_id", help="Another name of lora.")),
+        wire=(
+            Wire(
+                "lora",
+                annotation=str | list[dict[str, Any]],
+                help="Name of the LoRA adapter that the request runs with, also [{id: NAME, scale: 1}]. Default: the"
+                " one that `model` names, else none.",
+            ),
+            Wire("adapter_id", help="Another name of lora."),
+        ),
         flag=False,
     )
 

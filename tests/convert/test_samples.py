@@ -15,7 +15,7 @@ from torch import nn
 
 from dfastllm.convert import Options, layers, quantise_model
 from dfastllm.convert.layers import walk
-from dfastllm.convert.samples import file_examples, rows_of, task_examples
+from dfastllm.convert.samples import rows_of, task_examples
 from dfastllm.convert.source import Source
 from dfastllm.errors import (
     ModelLoadError,
@@ -28,6 +28,7 @@ from dfastllm.models.checkpoint import skeleton
 from dfastllm.quant.calibrate import InputStatistics
 from dfastllm.text import Tokenizer
 from dfastllm.train.objectives import loss
+from dfastllm.train.texts import file_examples
 from tests.kit.convert_models import write_tiny
 
 
@@ -47,12 +48,12 @@ def test_files_to_calibrate_on(llama: Path, tmp_path: Path) -> None:
         )
         + "\n\n"
     )
-    pieces = file_examples(tokenizer, plain, 100)
+    pieces = file_examples(tokenizer, plain, 100, "text")
     assert sum(e.length for e in pieces) == len("A short line.\n") * 60
     assert bytes(t for e in pieces[:1] for t in (*e.prompt, *e.response)) is not None
     assert tokenizer.decode([*pieces[0].prompt, *pieces[0].response]).startswith("A short line.\nA short")
-    assert len(file_examples(tokenizer, plain, 2)) == 2
-    found = file_examples(tokenizer, lines, 10)
+    assert len(file_examples(tokenizer, plain, 2, "text")) == 2
+    found = file_examples(tokenizer, lines, 10, "text")
     assert [tokenizer.decode(list(e.response[:-1])) for e in found[1:]] == ["answer", "yes"]
     assert tokenizer.decode(list(found[2].prompt)) == "[user]hello[assistant]"
     for file in (plain, lines):
@@ -130,7 +131,7 @@ def test_plain_text_is_cut_into_a_quarter_and_the_rest(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(resolve("demo-ar"))
     text = "The dog went home and the cat did not. " * 40
     (tmp_path / "x.txt").write_text(text)
-    found = file_examples(tokenizer, tmp_path / "x.txt", 100)
+    found = file_examples(tokenizer, tmp_path / "x.txt", 100, "text")
     assert [token for one in found for token in (*one.prompt, *one.response)] == tokenizer.encode(text)
     assert [len(one.prompt) + len(one.response) for one in found[:-1]] == [128] * (len(found) - 1)
     assert [len(one.prompt) for one in found[:-1]] == [32] * (len(found) - 1)

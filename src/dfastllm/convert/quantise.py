@@ -23,7 +23,7 @@ from dfastllm.convert.report import (
     mean_loss,
     weight_report,
 )
-from dfastllm.convert.samples import file_examples, rows_of, task_examples
+from dfastllm.convert.samples import rows_of, task_examples
 from dfastllm.convert.simulate import simulate
 from dfastllm.convert.source import Source
 from dfastllm.errors import ValidationError
@@ -38,6 +38,7 @@ from dfastllm.quant.partial import place, storing
 from dfastllm.quant.stream import Planned, SafetensorsWriter
 from dfastllm.text import Tokenizer
 from dfastllm.train.data import Example
+from dfastllm.train.texts import file_examples
 
 __all__ = ["CALIBRATIONS", "Calibration", "Options", "Progress", "measure", "quantise_model", "quantised"]
 
@@ -217,7 +218,7 @@ def _examples(source: Source, options: Options) -> list[Example]:
     source.require_tokenizer("calibration")
     tokenizer = Tokenizer.load(source.directory)
     if options.text is not None:
-        return file_examples(tokenizer, options.text, options.samples)
+        return file_examples(tokenizer, options.text, options.samples, "calibration_file")
     return task_examples(tokenizer, "train", options.samples, options.seed)
 
 

@@ -68,10 +68,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
+    """lora: the name of the adapter that it ran with, "" for none."""
+
     reason: FinishReason
     usage: Usage
     stop: str | int | None = None  # the stop string or token id that ended it
     error: DFastLLMError | None = None
+    lora: str = ""
 
 
 @value(frozen=True, slots=True)
@@ -113,3 +116,6 @@ class StepStats:
     prefix_queries: int = 0  # tokens of requests that got their first place, looked up in the shared K,V
     prefix_hits: int = 0  # those found there
     finished: tuple[Finish, ...] = field(default_factory=tuple)
+    running_loras: tuple[str, ...] = ()  # names of the adapters of running requests, each once
+    waiting_loras: tuple[str, ...] = ()  # and of those that wait
+    max_loras: int = 0  # adapters that may be in memory

@@ -34,8 +34,10 @@ from dfastllm.engine.runners import Runnable, runner_for
 from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
 from dfastllm.engine.speculate.drafting import Drafting
+from dfastllm.engine.underway import Underway
 from dfastllm.errors import DFastLLMError, GenerationError, QueueFullError, TimeoutError, ValidationError
 from dfastllm.kernels import torch_team
+from dfastllm.kernels.halt import Interrupted
 from dfastllm.lora import Adapter, read_adapter
 from dfastllm.text import Detokenizer
 
@@ -84,6 +86,7 @@ class Engine:
         self.runner = runner_for(model, slots, dtype or model.dtype, device, min_rows, self.config.page_size)
         self.prefix = self._prefix_cache()
         self.scheduler = Scheduler(self.config, self.pages, self.prefix)
+        self.underway = Underway(self.scheduler, self.runner.halt)
         self.max_len = min(self.config.max_len or self.info.max_len, self.info.max_len)
         self.steps = 0
         self.choose = choose
@@ -215,16 +218,17 @@ class Engine:
         self.scheduler.admit(self.steps)
         with torch.inference_mode():
             draft_seconds = self.drafting.draft(self.scheduler.running)
-        chosen = self.scheduler.schedule(self.steps)
+        chosen: Chosen = self.scheduler.schedule(self.steps)
         with torch.inference_mode():
-            rows, seconds = self._run(chosen)
+            chosen, rows, seconds = self._run(chosen)
             with torch_team(sum([span.wanted for _, span in chosen]) * self.info.vocab_size):
                 commits = self._absorb(chosen, rows)
         canvases = self._commit(chosen, commits)
         if self.prefix is not None:
             self.prefix.record(chosen)
         events = self._emit(chosen, commits, canvases)
-        self.drafting.observe(chosen, commits, time.monotonic() - began - draft_seconds)
+        if chosen:  # nothing else says what a step costs
+            self.drafting.observe(chosen, commits, time.monotonic() - began - draft_seconds)
         self.steps += 1
         preempted = self.scheduler.preempted - preempted
         self._report(began, seconds, draft_seconds, chosen, commits, events, preempted)
@@ -241,24 +245,30 @@ class Engine:
             else:
                 self._deadline = min(self._deadline, deadline)
 
-    def _run(self, chosen: Chosen) -> tuple[Rows | None, float]:
-        """Its wanted rows, or None when the forward failed (then every request in it fails, and no other)."""
-        now = time.monotonic()
-        for live, span in chosen:
-            live.ran = self.steps
-            live.state.forwards += span.passes
-            live.first_scheduled = live.first_scheduled or now
+    def _run(self, chosen: Chosen) -> tuple[Chosen, Rows | None, float]:
+        """What ran, its wanted rows and the seconds. Rows are None when the forward failed: then every request in it
+        fails, and no other. Nothing ran when it was given up for a newcomer."""
         if not chosen:
-            return None, 0.0
+            return chosen, None, 0.0
+        now = time.monotonic()
+        self.underway.begins(chosen)
         try:
             items = [(span, live.table, live.state.kv_len) for live, span in chosen]
             numbers = [live.lease.number if live.lease is not None else 0 for live, _ in chosen]
             rows = self.runner.run(pack(items, self.runner.block_size, numbers))
             self.scheduler.charge(chosen, self.steps)
+        except Interrupted:
+            self.underway.interrupted()
+            return (), None, time.monotonic() - now
         except Exception:
             log.exception("forward pass failed")
             rows = None
-        return rows, time.monotonic() - now
+        self.underway.ended()
+        for live, span in chosen:
+            live.ran = self.steps
+            live.state.forwards += span.passes
+            live.first_scheduled = live.first_scheduled or now
+        return chosen, rows, time.monotonic() - now
 
     def _absorb(self, chosen: Chosen, rows: Rows | None) -> list[Commit | Exception]:
         """One commit, or the error that ends the request, per chosen sequence: one `absorb` call per policy."""

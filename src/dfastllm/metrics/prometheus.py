@@ -23,6 +23,8 @@ SECONDS = (
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
 METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
+LORA = ("model_name", "lora_name")
+MOST_LORAS = 256  # names of adapters that have series of their own; further ones share "other"
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 25.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0, 512.0, 1024.0, 4096.0)
 RATIOS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
@@ -83,6 +85,19 @@ class Metrics:
         )
         self.canvas = self._counter("diffusion_num_canvas_positions", "Canvas positions whose logits were computed.")
         self.committed = self._counter("diffusion_num_committed_tokens", "Canvas positions that were fixed.")
+        about = ("model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        self.lora_info = Gauge(
+            "lora_requests_info",
+            "When the running requests' LoRA adapters were last as its labels say; one series a model.",
+            about,
+            namespace="dfastllm",
+            registry=self.registry,
+        )
+        self.lora_requests = self._counter("lora_requests", "Requests of a LoRA adapter that ended.", *LORA)
+        self.lora_prompt_tokens = self._counter("lora_prompt_tokens", "Prompt tokens of those requests.", *LORA)
+        self.lora_tokens = self._counter("lora_generation_tokens", "Output tokens of those requests.", *LORA)
+        self._loras: dict[str, tuple[str, ...]] = {}  # of each model, the labels that lora_requests_info has now
+        self._lora_names: set[str] = set()
 
     def _declare_requests(self) -> None:
         self.success = self._counter(
@@ -179,12 +194,34 @@ class Metrics:
             self.draft_time.labels(name).observe(stats.draft_seconds)
         for drafted, accepted in stats.drafts:
             self._draft(name, drafted, accepted)
+        self._lora_step(name, stats)
         if kind != "ar":
             self.denoising.labels(name).inc(stats.sequences)
             self.canvas.labels(name).inc(stats.wanted)
             self.committed.labels(name).inc(stats.committed)
         for finish in stats.finished:
             self._finished(name, finish)
+
+    def _lora_step(self, name: str, stats: StepStats) -> None:
+        """Which adapters run now. A model that has had none has no series."""
+        running, waiting = (",".join(sorted(names)) for names in (stats.running_loras, stats.waiting_loras))
+        before = self._loras.get(name)
+        if before is None and not running and not waiting:
+            return
+        now = (name, str(stats.max_loras), running, waiting)
+        if before is not None and before != now:
+            self.lora_info.remove(*before)
+        self._loras[name] = now
+        self.lora_info.labels(*now).set_to_current_time()
+
+    def _lora_finished(self, name: str, finish: Finish) -> None:
+        lora = finish.lora
+        if len(self._lora_names) < MOST_LORAS:
+            self._lora_names.add(lora)
+        lora = lora if lora in self._lora_names else "other"
+        self.lora_requests.labels(name, lora).inc()
+        self.lora_prompt_tokens.labels(name, lora).inc(finish.usage.prompt_tokens)
+        self.lora_tokens.labels(name, lora).inc(finish.usage.completion_tokens)
 
     def _draft(self, name: str, drafted: int, accepted: int) -> None:
         self.drafts.labels(name).inc()
@@ -198,6 +235,8 @@ class Metrics:
         self.prompt_tokens.labels(name).inc(usage.prompt_tokens)
         self.generation_tokens.labels(name).inc(usage.completion_tokens)
         self.nfe.labels(name).inc(usage.forwards)
+        if finish.lora:
+            self._lora_finished(name, finish)
         if finish.reason not in (FinishReason.STOP, FinishReason.LENGTH):
             self.failure.labels(name, finish.reason.value).inc()
             return

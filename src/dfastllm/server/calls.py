@@ -40,7 +40,7 @@ class Call(ABC, Generic[Body]):
         self.model = model
         self.job = job
         self.choices = choices
-        self.named: dict[str, Any] = {"id": job.id, "created": int(time.time()), "model": model.name}
+        self.named: dict[str, Any] = {"id": job.id, "created": int(time.time()), "model": body.model or model.name}
         self._null_usage: dict[str, Any] = {"usage": None} if body.streams("include_usage") else {}
         self._usage_so_far = body.streams("continuous_usage_stats")
         self._pad = body.streams("include_obfuscation")

@@ -34,7 +34,8 @@ from dfastllm.server.timings import RequestTimings
 from dfastllm.text import CallReading
 
 if TYPE_CHECKING:
-    from dfastllm.engine import Stream
+    from dfastllm.engine import Stream, Worker
+    from dfastllm.engine.admission import Admission
 
 __all__ = [
     "Events",
@@ -98,7 +99,7 @@ class Job:
         with self.serving.tracked(self):
             try:
                 for request in self.requests:
-                    self.streams.append(worker.submit(self.model, request))
+                    self.streams.append(worker.submit(self.model, await self._admitted(worker, request)))
                 merged = _merge(self.streams) if len(self.streams) > 1 else _single(self.streams[0])
                 async with aclosing(merged):
                     async for index, event in merged:
@@ -113,6 +114,13 @@ class Job:
                 raise self.failure or error from None
             finally:
                 self.cancel()  # harmless for what has ended
+
+    async def _admitted(self, worker: Worker, request: Request) -> Request | Admission:
+        """The request as it is, or admitted on a thread where its adapter must be read from disk first."""
+        engine = worker.engines[self.model]
+        if not request.lora or engine.adapters.in_memory(request.lora):
+            return request
+        return await asyncio.to_thread(engine.admit, request)
 
     async def timed_events(self) -> Events:
         """`events`, with what came when reported to the metrics and kept in `timings`."""
@@ -235,7 +243,7 @@ def engine_requests(
     """One engine request per prompt and choice. Choice i of a seeded call draws with seed + i, so that choice 0 is what
     the same call gives with n = 1. Raises ValidationError for options that cannot be and for too many sequences."""
     sampling, decode, speculative = sampling_params(body), decode_params(body, model), speculative_params(body, model)
-    options = request_options(body)
+    options = request_options(body, model)
     limit, most = serving.settings.request_timeout, serving.settings.max_prompts
     if len(prompts) * sampling.n > most:
         raise ValidationError(

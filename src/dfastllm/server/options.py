@@ -13,7 +13,7 @@ from typing import Any
 
 from dfastllm.core import DecodeParams, SamplingParams, SpeculativeParams
 from dfastllm.core import speculative_params as parse_speculative
-from dfastllm.errors import DFastLLMError, ValidationError
+from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
 from dfastllm.options import GROUPS, SPECULATIVE_WIRE, Front, Group, Option, RequestOptions, wire_fields
 from dfastllm.server.schemas import ChatRequest, GenerationRequest
 from dfastllm.server.serving import ServedModel
@@ -63,9 +63,33 @@ def speculative_params(body: GenerationRequest, model: ServedModel) -> Speculati
         raise ValidationError(f"{where}.{error.message}", param=f"{where}.{error.param}") from None
 
 
-def request_options(body: GenerationRequest) -> RequestOptions:
+def request_options(body: GenerationRequest, model: ServedModel) -> RequestOptions:
     """What the body says of the request itself. Raises ValidationError naming the field."""
-    return RequestOptions(**_given(body, "request"))
+    given = {option.name: value for _, option, value in _sent(body, "request")}
+    named = {name: _adapter(value, name) for name, option, value in _sent(body, "request") if option.name == "lora"}
+    if model.lora:
+        named = {"model": model.lora, **named}
+    if len(set(named.values())) > 1:
+        raise ValidationError(
+            " and ".join(f"{field} names the adapter {name!r:.80}" for field, name in named.items()) + "; send one.",
+            param=[*named][-1],
+        )
+    return RequestOptions(**{**given, "lora": next(iter(named.values()), "")})
+
+
+def _adapter(value: Any, field: str) -> str:
+    """The name in a field that may hold a list of adapters with scales, as llama-server has it. Raises
+    UnsupportedError for what is more than one whole adapter."""
+    if isinstance(value, str):
+        return value
+    if len(value) != 1 or value[0].scale not in (None, 1):
+        got = f"{len(value)} adapters" if len(value) != 1 else f"scale {value[0].scale}"
+        raise UnsupportedError(
+            f"{field} takes one adapter at scale 1, got {got}: adapters are not mixed or scaled here.",
+            param=field,
+            hint="Merge them into one by PEFT's add_weighted_adapter.",
+        )
+    return str(value[0].id)
 
 
 def on_the_wire(error: DFastLLMError, body: GenerationRequest) -> DFastLLMError:

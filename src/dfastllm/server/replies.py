@@ -331,10 +331,18 @@ class ModelCard(Out):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["dfastllm"] = "dfastllm"
-    root: str = Field(description="The checkpoint's own name.")
+    root: str = Field(description="The checkpoint's own name; of an adapter its directory.")
+    parent: str | None = Field(default=None, description="Of an adapter: the model that it changes.")
     max_model_len: int = Field(description="Prompt and answer together.")
     family: str
     kind: Literal["ar", "diffusion", "block"]
+
+
+class AdapterGone(Out):
+    id: str
+    object: Literal["model"] = "model"
+    parent: str
+    deleted: Literal[True] = True
 
 
 class ModelList(Out):

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from dfastllm.errors import ValidationError
+from dfastllm.errors import MalformedRequestError, ValidationError
 from dfastllm.server.docs import docs_page
 from dfastllm.server.jobs import while_connected
 from dfastllm.server.prompts import chat_ids, encode
-from dfastllm.server.replies import Cancelled, Health, ModelCard, ModelList, Out, Text, Tokens, Versions, dump
-from dfastllm.server.schemas import DetokenizeRequest, TokenizeRequest
+from dfastllm.server.refusals import error_response
+from dfastllm.server.replies import (
+    AdapterGone,
+    Cancelled,
+    Health,
+    ModelCard,
+    ModelList,
+    Out,
+    Text,
+    Tokens,
+    Versions,
+    dump,
+)
+from dfastllm.server.schemas import DetokenizeRequest, LoadLoraRequest, TokenizeRequest, UnloadLoraRequest
 from dfastllm.server.serving import Phase, ServedModel, Serving
+from dfastllm.tenants import ANYONE, Identity
+
+if TYPE_CHECKING:
+    from dfastllm.engine.adapters import Named
 
 __all__ = [
     "cancel_request",
@@ -24,12 +42,15 @@ __all__ = [
     "health",
     "home",
     "live",
+    "load_lora_adapter",
     "metrics",
     "model_card",
     "models",
     "openapi",
     "ready",
     "tokenize",
+    "unload_lora_adapter",
+    "upgrade",
     "version_info",
 ]
 
@@ -54,16 +75,60 @@ def _card(model: ServedModel) -> ModelCard:
     )
 
 
+def _adapter_card(name: str, model: ServedModel, named: Named) -> ModelCard:
+    card = _card(model)
+    return card.model_copy(update={"id": name, "created": named.created, "root": str(named.path), "parent": model.name})
+
+
 async def models(request: Request) -> Response:
-    """Every model that is served."""
+    """Every model that is served, and then every LoRA adapter of one."""
     serving = _serving(request)
     serving.require_ready()
-    return _reply(ModelList(data=[_card(model) for model in serving.models.values()]))
+    cards = [_card(model) for model in serving.models.values()]
+    adapters = [_adapter_card(name, serving.models[model], named) for name, model, named in serving.shelf.named()]
+    return _reply(ModelList(data=[*cards, *adapters]))
 
 
 async def model_card(model_id: str, request: Request) -> Response:
-    """One model."""
-    return _reply(_card(_serving(request).model(model_id)))
+    """One model, or one adapter."""
+    serving = _serving(request)
+    model = serving.model(model_id)
+    if not model.lora:
+        return _reply(_card(model))
+    named = next(each for _, of, each in serving.shelf.named() if (of, each.name) == (model.name, model.lora))
+    return _reply(_adapter_card(model_id, model, named))
+
+
+async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> Response:
+    """Load a LoRA adapter while the server runs."""
+    serving, actor = _changing_adapters(request)
+    how = {"replace": bool(body.load_inplace)}
+    load = asyncio.to_thread(serving.shelf.load, body.lora_name, body.lora_path, body.model, **how)
+    model, named = await load
+    await _audit(serving, actor, "adapter.load", body.lora_name, {"model": model, "hash": named.hash.hex()})
+    return _reply(_adapter_card(body.lora_name, serving.models[model], named))
+
+
+async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> Response:
+    """Forget a LoRA adapter; requests that run on it end as they would have."""
+    serving, actor = _changing_adapters(request)
+    model = await asyncio.to_thread(serving.shelf.unload, body.lora_name, body.model)
+    await _audit(serving, actor, "adapter.unload", body.lora_name, {"model": model})
+    return _reply(AdapterGone(id=body.lora_name, parent=model))
+
+
+def _changing_adapters(request: Request) -> tuple[Serving, str]:
+    """The server's, and the actor's name for the audit log. Raises ForbiddenError without the scope `adapters`."""
+    serving = _serving(request)
+    serving.require_ready()
+    identity: Identity = getattr(request.state, "identity", None) or ANYONE
+    identity.require("adapters")
+    return serving, f"key:{identity.key.id}"
+
+
+async def _audit(serving: Serving, actor: str, action: str, target: str, detail: Mapping[str, str]) -> None:
+    if serving.tenants is not None:
+        await asyncio.to_thread(serving.tenants.audit, actor, action, target, detail)
 
 
 async def live(request: Request) -> Response:
@@ -139,6 +204,16 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         )
     text = await serving.readers.run(len(body.tokens), model.tokenizer.decode, body.tokens, skip_special=False)
     return _reply(Text(prompt=text))
+
+
+async def upgrade() -> Response:
+    """What /ws says to who asks without an upgrade."""
+    error = MalformedRequestError("/ws speaks WebSocket.", hint="See docs/websocket.md.")
+    error.status = 426
+    response = error_response(error)
+    response.headers["Upgrade"] = "websocket"
+    response.headers["Connection"] = "Upgrade"
+    return response
 
 
 async def home() -> RedirectResponse:

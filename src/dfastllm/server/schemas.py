@@ -23,10 +23,13 @@ __all__ = [
     "CompletionRequest",
     "DetokenizeRequest",
     "GenerationRequest",
+    "LoadLoraRequest",
+    "LoraChoice",
     "Message",
     "StreamOptions",
     "TokenizeRequest",
     "Tool",
+    "UnloadLoraRequest",
 ]
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -48,6 +51,18 @@ _PARSE_SPECIAL_IN_CHAT: Any = Field(
 )
 _MODEL = "demo-diffusion"  # of the examples
 _CACHE_CONTROL = frozenset({"cache_control"})
+
+
+class LoraChoice(Body):
+    """An adapter of a request in llama-server's form."""
+
+    id: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="Its name; numbers are not taken.")
+    scale: float | None = Field(None, description="1; another number is refused.")
+
+
+_BOUNDED[str | list[dict[str, Any]]] = (
+    Annotated[str, Field(min_length=1, max_length=256)] | Annotated[list[LoraChoice], Field(max_length=64)]
+)
 
 
 def _option_field(row: WireField) -> tuple[Any, Any]:
@@ -364,3 +379,31 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: TokenIds
+
+
+class LoadLoraRequest(Body):
+    """The body of /v1/load_lora_adapter, vLLM's."""
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"lora_name": "capitals", "lora_path": "capitals"},)
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)] = Field(
+        description="The name that requests will choose it by; without a colon."
+    )
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description="A PEFT directory below the server's --lora-root; a relative path begins there."
+    )
+    model: str | None = Field(None, description="The model that it is for. May be left out where one is served.")
+    load_inplace: bool | None = Field(
+        None,
+        description="Also where an adapter of that name is loaded: requests that run go on with the one they have.",
+    )
+
+
+class UnloadLoraRequest(Body):
+    """The body of /v1/unload_lora_adapter, vLLM's."""
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"lora_name": "capitals"},)
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="Also MODEL:ADAPTER.")
+    model: str | None = Field(None, description="Where several models have an adapter of that name.")
+    lora_int_id: Int | None = Field(None, description="No effect: adapters are known by their names.")

@@ -76,7 +76,7 @@ class Stream:
     exactly.
 
     cost: rows an example will take in the forward pass (an objective adds its canvas); sorts and fills the buckets.
-    mix: see `draw`.
+    mix: see `draw`. style: what becomes of each sample before it is learnt; of an earlier exchange too.
     """
 
     def __init__(
@@ -87,7 +87,9 @@ class Stream:
         tokens: int,
         cost: Callable[[Example], int] = lambda example: example.length,
         mix: Mapping[str, float] | None = None,
+        style: Callable[[Sample], Sample] | None = None,
     ) -> None:
+        self.style = style
         self.tokenizer, self.split, self.seed, self.tokens, self.cost = tokenizer, split, seed, tokens, cost
         self.mix = mix
 
@@ -99,6 +101,8 @@ class Stream:
             earlier = draw(self.split, self.seed, rng.randrange(10**9)) if rng.random() < TURN_SHARE else None
             if earlier is not None and (earlier.tools or sample.tools):
                 earlier = None
+            if self.style is not None:
+                sample, earlier = self.style(sample), None if earlier is None else self.style(earlier)
             found.append(encode(self.tokenizer, sample, index, earlier))
         return found
 

@@ -28,6 +28,7 @@ from dfastllm.train.data import Example
 
 __all__ = [
     "CANVAS",
+    "OBJECTIVES",
     "BlockDiffusion",
     "Causal",
     "Line",
@@ -43,6 +44,7 @@ __all__ = [
     "short_attention",
 ]
 
+OBJECTIVES = {"ar": "causal", "diffusion": "masked_diffusion", "block": "block_diffusion"}  # by kind of model
 CANVAS = 32  # canvases are multiples of this, as the default block of masked diffusion
 
 
