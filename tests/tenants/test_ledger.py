@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import sqlalchemy as sa
 from dfastllm.errors import StorageError
 from dfastllm.settings import Settings
 from dfastllm.tenants import ANYONE
+from dfastllm.tenants import database as databases
 from dfastllm.tenants import ledger as ledgers
 from dfastllm.tenants.database import Database
 from dfastllm.tenants.journal import Journal
@@ -189,6 +191,36 @@ def test_a_database_that_answers_now_and_then(url: str, tmp_path: Path) -> None:
         until(lambda: ledger.health().up)
         assert ledger.health().owed == 0
     assert tokens(database) == {n: sum(p) for n, p in parts.items()}
+    database.close()
+
+
+def test_an_older_form_of_a_row_changes_nothing(store: Store, tmp_path: Path) -> None:
+    """What a journal from before a crash would write again."""
+    with opened(store.database, tmp_path / "j") as ledger:
+        entry = ledger.open("one", ANYONE, "m", "", 1)
+        forms = []
+        for count in (3, 5, 9):
+            entry.tokens, entry.version = count, entry.version + 1
+            forms.append(entry.row())
+        for form in (forms[1], forms[0], forms[1], forms[2], forms[0], forms[2]):
+            ledger._commit([form])
+    assert tokens(store.database) == {"one": 9}
+
+
+def test_a_database_that_hangs_holds_a_request_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(databases, "TIMEOUT", 0.3)
+    database = Database(str(tmp_path / "x.db"), create=True)
+    other = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
+    with opened(database, tmp_path / "j") as ledger:
+        other.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        asyncio.run(serve(ledger, "one", [1] * 100))
+        assert time.monotonic() - began < 15, "each addition waiting for it would take 30 seconds"
+        assert not ledger.health().up
+        other.execute("COMMIT")
+        until(lambda: ledger.health().up)
+    assert tokens(database) == {"one": 100}
+    other.close()
     database.close()
 
 

@@ -363,6 +363,14 @@ def test_what_no_database_can_be(tmp_path: Path) -> None:
     assert "me:***@127.0.0.1" in str(down.value)
 
 
+def test_a_file_that_others_may_open_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Database(str(tmp_path / "x.db"), create=True).close()
+    assert caplog.text == ""
+    (tmp_path / "x.db").chmod(0o640)
+    Database(str(tmp_path / "x.db")).close()
+    assert "chmod 600" in caplog.text
+
+
 def test_sqlite_as_it_is_opened(tmp_path: Path) -> None:
     for query, synchronous in (("", 1), ("?synchronous=full", 2)):
         database = Database(f"sqlite:///{tmp_path}/x.db{query}", create=True)

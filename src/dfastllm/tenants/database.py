@@ -6,6 +6,7 @@ what is in the tables.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dfastllm.tenants.tables import no_database, prepare, sa
 
 __all__ = ["TIMEOUT", "Database"]
 
+log = logging.getLogger("dfastllm.tenants")
 TIMEOUT = 3.0  # seconds: to connect, to wait for a lock, of a statement
 LONG = 120.0  # seconds of a statement that reads many rows
 _LOCK = 0x64666173  # of PostgreSQL's advisory locks: who changes the schema
@@ -115,6 +117,8 @@ def _sqlite(url: sa.URL, file: Path, create: bool) -> sa.Engine:
                 param="tenants_db",
                 hint="Make its directory first.",
             ) from None
+    if file.stat().st_mode & 0o077:
+        log.warning("others of this machine may open %s, which holds hashes of keys: chmod 600 it", file)
     engine = sa.create_engine(url.set(query={}), connect_args={"timeout": TIMEOUT})
 
     @sa.event.listens_for(engine, "connect")
