@@ -30,10 +30,11 @@ _SCALARS |= {"boolean": ("boolean", "bool"), "null": ("null", "None")}
 
 
 def description() -> Schema:
-    """The schemas of openapi.json by name."""
+    """The schemas of openapi.json by name, of a server with every route it may have."""
     from dfastllm.server.app import create_app
+    from dfastllm.settings import Settings
 
-    schemas: Schema = create_app().openapi()["components"]["schemas"]
+    schemas: Schema = create_app(settings=Settings(tenants_db="sqlite://")).openapi()["components"]["schemas"]
     return schemas
 
 

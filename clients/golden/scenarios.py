@@ -115,7 +115,7 @@ def _shown(result: Any) -> Any:
         names = ("text", "tokens_generated", "prompt_tokens", "finish_reason", "model")
         return {name: result[name] for name in names}
     if isinstance(result, PipelineResult):
-        return {"output": result.output}
+        return {"output": result.output, "tokens_generated": result.tokens_generated}
     if isinstance(result, HealthStatus):
         return {"status": result.status, "models": list(result.models)}
     if isinstance(result, RuntimeMetadata):

@@ -13,7 +13,7 @@ import { AnswerReader, PipelineReader, health, ofAnswer, openapiMetadata } from 
 import type { GenerationResult, HealthStatus, PipelineEvent, PipelineResult, RuntimeMetadata, TokenData } from "./results.js";
 import { EventReader } from "./sse.js";
 import { End } from "./stream.js";
-import type { ModelCard } from "./wire.js";
+import type { ModelCard, UsageList } from "./wire.js";
 
 export interface ClientOptions extends CommonOptions {
   /** Of the server, with or without /v1. Default http://127.0.0.1:8000. */
@@ -61,9 +61,10 @@ export class Client extends Calls {
 
   /** Of a server that loads or stops too: only one that cannot be reached rejects. */
   async health(): Promise<HealthStatus> {
-    const version = (await this.request("GET", "/version")) as { version: string };
-    const answer = await this.limited("", (limit) => this.#json("GET", "/health", { refusals: true }, limit));
-    return health(answer as Json, version.version);
+    const sending = { refusals: true, repeat: true };
+    const answer = await this.limited("", (limit) => this.#json("GET", "/health", sending, limit));
+    const { version } = (await this.request("GET", "/version")) as { version: string };
+    return health(answer as Json, version);
   }
 
   /** The operations of the server's openapi.json. */
@@ -86,18 +87,27 @@ export class Client extends Calls {
     }
   }
 
-  /** Let the server load a LoRA adapter from a directory of its own (under its lora_root). */
-  async loadAdapter(name: string, path: string): Promise<void> {
-    await this.request("POST", "/v1/load_lora_adapter", { lora_name: name, lora_path: path });
+  /**
+   * Let the server load a LoRA adapter from a directory of its own, under its --lora-root; how it is listed then. model:
+   * that it is for, where several are served. replace: also where one of that name is loaded.
+   */
+  async loadAdapter(
+    name: string,
+    path: string,
+    { model, replace }: { model?: string; replace?: boolean } = {},
+  ): Promise<ModelCard & Json> {
+    const body = { lora_name: name, lora_path: path, model, load_inplace: replace };
+    return (await this.request("POST", "/v1/load_lora_adapter", body)) as ModelCard & Json;
   }
 
-  async unloadAdapter(name: string): Promise<void> {
-    await this.request("POST", "/v1/unload_lora_adapter", { lora_name: name });
+  /** Forget an adapter; calls that run on it end as they would have. */
+  async unloadAdapter(name: string, { model }: { model?: string } = {}): Promise<void> {
+    await this.request("POST", "/v1/unload_lora_adapter", { lora_name: name, model });
   }
 
-  /** What the ledger holds of this key's tenant. filters: the query of GET /v1/usage. */
-  async usage(filters: Record<string, unknown> = {}): Promise<Json> {
-    return (await this.request("GET", "/v1/usage", undefined, { query: filters })) as Json;
+  /** What the tenant of this key used. since and until: "24h", a date; by: "model", "adapter", "key". */
+  async usage(filters: { since?: string; until?: string; by?: readonly string[] } = {}): Promise<UsageList> {
+    return (await this.request("GET", "/v1/usage", undefined, { query: filters })) as UsageList;
   }
 
   /** Prometheus metrics, as text. */
@@ -140,8 +150,9 @@ export class Client extends Calls {
   protected async *steps(name: string, input: unknown, limit: Limit): Parts<PipelineEvent, PipelineResult> {
     const reader = new PipelineReader(limit.requestId);
     const path = `/v1/pipelines/${encodeURIComponent(name)}/run`;
-    for await (const event of this.#events(path, { input, stream: true }, limit)) yield reader.event(event);
-    yield new End(reader.ended());
+    for await (const event of this.#events(path, { input, stream: true }, limit)) {
+      yield event["type"] === "done" ? new End(reader.ended(event)) : reader.event(event);
+    }
   }
 
   /** The events of a stream. Only its opening is tried again: what began is never sent twice. */
@@ -182,8 +193,11 @@ export class Client extends Calls {
   }
 
   async #send(method: string, path: string, sending: Sending, limit: Limit): Promise<Response> {
-    const query = Object.entries(sending.query ?? {}).filter(([, value]) => value !== undefined && value !== null);
-    const search = new URLSearchParams(query.map(([name, value]) => [name, String(value)])).toString();
+    const query = Object.entries(sending.query ?? {}).flatMap(([name, value]) => {
+      const values: unknown[] = value === undefined || value === null ? [] : Array.isArray(value) ? value : [value];
+      return values.map((one) => [name, String(one)]);
+    });
+    const search = new URLSearchParams(query).toString();
     const headers: Record<string, string> = { ...this.#headers, "x-request-id": limit.requestId };
     if (sending.body !== undefined) headers["content-type"] = "application/json";
     let answer: Response;

@@ -18,6 +18,7 @@ import type {
   Completion,
   CompletionChoice,
   Figures,
+  StepResult,
   ToolCallMore,
   ToolCallOut,
   UsageOut,
@@ -243,25 +244,25 @@ function kind(schema: Schema): string {
 
 /** Events of a pipeline's run, and at its end the result. */
 export class PipelineReader {
-  #last: Json = {};
-
   constructor(readonly requestId: string) {}
 
   /** One event. Throws ClientError for an error in it. */
   event(data: Json): PipelineEvent {
     if (typeof data["error"] === "object" && data["error"] !== null) throw ofEvent(data, this.requestId);
-    this.#last = data;
-    return {
-      type: String(data["type"] ?? "event"),
-      step: data["step"] as string | undefined,
-      text: String(data["text"] ?? ""),
-      data,
-    };
+    return { type: String(data["type"]), step: String(data["step"]), text: String(data["text"] ?? ""), data };
   }
 
-  /** data: of a `complete` frame; over HTTP the last event is the result. */
-  ended(data: Json = this.#last): PipelineResult {
-    const steps = (data["steps"] as Json[] | undefined) ?? [];
-    return { output: data["output"], steps, requestId: this.requestId, raw: data };
+  /** data: of the event `done`, or of a `complete` frame. */
+  ended(data: Json): PipelineResult {
+    const { usage } = data as { usage: UsageOut };
+    return {
+      output: String(data["output"]),
+      steps: data["steps"] as StepResult[],
+      tokensGenerated: usage.completion_tokens,
+      promptTokens: usage.prompt_tokens,
+      timeMs: Number(data["time_ms"]),
+      requestId: this.requestId,
+      raw: data,
+    };
   }
 }

@@ -1,5 +1,5 @@
 /** What calls give back. Realm's names (`tokens_generated`, `is_final`, …) read the same values. */
-import type { CanvasEvent, ToolCallMore, ToolCallOut } from "./wire.js";
+import type { CanvasEvent, StepResult, ToolCallMore, ToolCallOut } from "./wire.js";
 
 /** A whole answer. */
 export class GenerationResult {
@@ -137,18 +137,25 @@ export interface RuntimeMetadata {
   functions: readonly FunctionMetadata[];
 }
 
-/** type: what happened, in the server's words. step: of which step. data: the whole event. */
+/** type: "step_started", "step_text" (with new `text`), "step_done" or "step_skipped". step: its id. */
 export interface PipelineEvent {
   type: string;
-  step: string | undefined;
+  step: string;
   text: string;
+  /** The whole event. */
   data: Record<string, unknown>;
 }
 
-/** output: of the pipeline. steps: what each step did. raw: the server's own words. */
+/** A run of a pipeline. */
 export interface PipelineResult {
-  output: unknown;
-  steps: readonly Record<string, unknown>[];
+  /** Its text. */
+  output: string;
+  /** What each step did. */
+  steps: readonly StepResult[];
+  /** Tokens of all steps. */
+  tokensGenerated: number;
+  promptTokens: number;
+  timeMs: number;
   requestId: string;
   raw: Record<string, unknown>;
 }

@@ -141,7 +141,7 @@ export class WebSocketClient extends Calls {
   protected async *steps(name: string, input: unknown, limit: Limit): Parts<PipelineEvent, PipelineResult> {
     limit.start();
     const reader = new PipelineReader(limit.requestId);
-    for await (const { status, data } of this.#frames("pipeline", { pipeline: name, input, stream: true }, limit)) {
+    for await (const { status, data } of this.#frames("pipeline", { name, input, stream: true }, limit)) {
       yield status === "complete" ? new End(reader.ended(data)) : reader.event(data);
     }
   }

@@ -7,9 +7,69 @@ export interface AdapterGone {
   deleted: true;
 }
 
+export interface AdapterView {
+  name: string;
+  model: string;
+  rank: number;
+  bytes: number;
+  in_memory: boolean;
+  /** Requests that hold it. */
+  running: number;
+}
+
+export interface AuditLine {
+  /** Seconds since 1970. */
+  at: number;
+  /** key:ID, or cli:USER. */
+  actor: string;
+  action: string;
+  /** Id of what was changed. */
+  target: string;
+  /** What was set, as JSON. */
+  detail: string;
+}
+
+export interface AuditList {
+  object: "list";
+  /** Newest first. */
+  data: AuditLine[];
+}
+
+/** The last frame; the connection closes with 1008. */
+export interface AuthFailed {
+  type: "auth_failed";
+  error: string;
+}
+
+/** The answer to `auth_required`. */
+export interface AuthFrame {
+  type: "auth";
+  api_key: string;
+}
+
+/** The first frame where the server has keys and the request's head carried none. */
+export interface AuthRequired {
+  type: "auth_required";
+}
+
+export interface AuthSuccess {
+  type: "auth_success";
+  tenant_id: string;
+}
+
 /** A block became final. */
 export interface BlockDoneEvent {
   type: "block_done";
+}
+
+/** A call. Its id is the client's; no two calls that run on a connection have the same. */
+export interface CallFrame {
+  id: string;
+  function: string;
+  /** As `metadata` lists them for the function. */
+  params?: Record<string, unknown> | null;
+  /** May be left out: the tenant comes from the key. Another one than the key's is refused. */
+  tenant_id?: string | null;
 }
 
 export interface CalledFunction {
@@ -20,11 +80,23 @@ export interface CalledFunction {
   parsed_arguments?: unknown;
 }
 
+export interface CancelResult {
+  /** Of the call that was ended; its own last frame has been sent. */
+  id: string;
+  cancelled: boolean;
+}
+
+/** The call was ended by `cancel` or by DELETE /v1/requests/{id}. */
 export interface Cancelled {
   id: string;
-  object: "request";
-  /** Calls of the API that were ended. */
-  cancelled: number;
+  status: "cancelled";
+}
+
+/** The typed events of one denoising step, with stream_options.canvas_events. */
+export interface CanvasData {
+  type: "canvas";
+  choice: number;
+  events: CanvasEvent[];
 }
 
 /** Positions count from the first new token. */
@@ -294,6 +366,12 @@ export interface CommitEvent {
   tokens: CanvasToken[];
 }
 
+export interface Complete {
+  id: string;
+  status: "complete";
+  data: GenerateResult | PipelineResult | HealthResult | MetadataResult | CancelResult;
+}
+
 export interface Completion {
   id: string;
   created: number;
@@ -512,6 +590,14 @@ export interface CompletionRequest {
   parse_special?: boolean | null;
 }
 
+/** Calls are taken from now on. */
+export interface Connected {
+  status: "connected";
+  /** Of the server. */
+  version: string;
+  tenant_id: string;
+}
+
 export interface Delta {
   role?: "assistant" | null;
   content?: string | null;
@@ -535,6 +621,32 @@ export interface ErrorDetails {
   param: string | null;
   /** Stable, for programs. */
   code: string;
+}
+
+export interface ErrorInfo {
+  code: "UNAUTHORIZED" | "RATE_LIMIT_EXCEEDED" | "INVALID_PARAMS" | "DISPATCH_ERROR" | "INTERNAL_ERROR";
+  /** What, got, wanted, and the way out. */
+  message: string;
+  details?: ErrorOrigin | null;
+  /** Seconds. */
+  retry_after?: number | null;
+}
+
+/** The error as HTTP would tell it. */
+export interface ErrorOrigin {
+  status: number;
+  /** Stable, for programs. */
+  code: string;
+  type: string;
+  /** The param, or the field of the frame. */
+  param: string | null;
+}
+
+export interface Failed {
+  /** null: it is about a frame that no call can be told of: not readable, or its id missing or in use. */
+  id: string | null;
+  status: "error";
+  error: ErrorInfo;
 }
 
 /** What the answer took. */
@@ -577,14 +689,75 @@ export interface FunctionCall {
   arguments: string;
 }
 
+export interface FunctionInfo {
+  name: string;
+  description: string;
+  params: ParamInfo[];
+  /** The type of `data` of the `complete` frame, among openapi.json's schemas. */
+  returns: string;
+  /** Whether `streaming` frames may come before. */
+  streaming: boolean;
+}
+
 export interface FunctionMore {
   arguments: string;
+}
+
+/** The end of `generate`, streamed or not. */
+export interface GenerateResult {
+  /** Of the response; DELETE /v1/requests/{id} knows it while it runs. */
+  id: string;
+  model: string;
+  /** The whole text of the first choice. */
+  text: string;
+  /** Of the first choice. */
+  finish_reason: "stop" | "length" | "tool_calls";
+  /** Of all choices; usage.completion_tokens. */
+  tokens_generated: number;
+  prompt_tokens: number;
+  /** From the frame's arrival at the server to this one. */
+  time_ms: number;
+  /** Not of a streamed call: the choices as over HTTP, with logprobs, tool calls and token ids. */
+  choices?: CompletionChoice[] | ChatChoice[] | null;
+  usage: UsageOut;
+  dfastllm: Figures;
 }
 
 export interface Health {
   status: "loading" | "ready" | "stopping" | "failed";
   /** Of a server that is ready. */
   models?: string[] | null;
+}
+
+export interface HealthResult {
+  status: "loading" | "ready" | "stopping" | "failed";
+  version: string;
+  uptime_seconds: number;
+  /** Those that are served and that this key may use. */
+  models: string[];
+}
+
+export interface KeyCard {
+  object: "key";
+  /** The middle part of the key's text. */
+  id: string;
+  tenant_id: string;
+  scopes: ("generate" | "adapters" | "pipelines" | "metrics" | "usage" | "admin")[];
+  /** null: those of its tenant. */
+  models: string[] | null;
+  /** null: those of its tenant. */
+  adapters: string[] | null;
+  /** Seconds since 1970. */
+  created: number;
+  /** Seconds since 1970; null: never. */
+  expires: number | null;
+  disabled: boolean;
+  note: string;
+}
+
+export interface KeyList {
+  object: "list";
+  data: KeyCard[];
 }
 
 /** The body of /v1/load_lora_adapter, vLLM's. */
@@ -660,6 +833,11 @@ export interface MessageToolCall {
   provider_specific_fields?: unknown;
 }
 
+export interface MetadataResult {
+  version: string;
+  functions: FunctionInfo[];
+}
+
 export interface ModelCard {
   id: string;
   object: "model";
@@ -680,12 +858,96 @@ export interface ModelList {
   data: ModelCard[];
 }
 
+export interface ModelView {
+  name: string;
+  kind: string;
+  /** Requests with a place in the batch. */
+  running: number;
+  waiting: number;
+  /** Tokens decided, of the last seconds. */
+  tokens_per_second: number;
+  steps_per_second: number;
+  /** Tokens decided for each sequence of a step. */
+  tokens_per_forward: number | null;
+  /** Pages of K,V in use, those of shared beginnings included. */
+  pages: number;
+  pages_total: number;
+  /** Part of the prompt tokens looked up that were found in shared K,V. */
+  prefix_hits: number | null;
+  /** Part of the drafted tokens that stood. */
+  accepted: number | null;
+}
+
 /** A WebAssembly module; one of the two. */
 export interface ModuleBody {
   /** WebAssembly's text form. */
   wat?: string | null;
   /** Its binary form, as base64. */
   wasm?: string | null;
+}
+
+export interface NewKey {
+  /** Name or id. */
+  tenant: string;
+  /** What it may do. Default: generate. */
+  scopes?: ("generate" | "adapters" | "pipelines" | "metrics" | "usage" | "admin")[] | null;
+  /** Models it may use. Default: those of its tenant. */
+  models?: string[] | null;
+  /** LoRA adapters it may use. Default: those of its tenant. */
+  adapters?: string[] | null;
+  /** Seconds since 1970. Default: never. */
+  expires?: number | null;
+  /** What it is for. */
+  note?: string | null;
+}
+
+export interface NewKeyCard {
+  object: "key";
+  /** The middle part of the key's text. */
+  id: string;
+  tenant_id: string;
+  scopes: ("generate" | "adapters" | "pipelines" | "metrics" | "usage" | "admin")[];
+  /** null: those of its tenant. */
+  models: string[] | null;
+  /** null: those of its tenant. */
+  adapters: string[] | null;
+  /** Seconds since 1970. */
+  created: number;
+  /** Seconds since 1970; null: never. */
+  expires: number | null;
+  disabled: boolean;
+  note: string;
+  /** The key itself, in this answer only. */
+  key: string;
+}
+
+export interface NewTenant {
+  /** Share of the engine against other tenants: 2 gets twice what 1 gets. Default 1. */
+  weight?: number | null;
+  /** Requests in any 60 seconds. */
+  requests_per_minute?: number | "none" | null;
+  /** Tokens, prompts included, in any 60 seconds. */
+  tokens_per_minute?: number | "none" | null;
+  /** Requests at once. */
+  max_concurrent?: number | "none" | null;
+  /** Lowest number that a request's priority may have; lower runs first. Default 0. */
+  priority_min?: number | null;
+  /** Models it may use. Default: all. */
+  models?: string[] | "all" | null;
+  /** LoRA adapters it may use. Default: all. */
+  adapters?: string[] | "all" | null;
+  /** Letters, digits, '.', '_' and '-'; unique. */
+  name: string;
+}
+
+export interface ParamInfo {
+  name: string;
+  /** A short type expression: string, integer, list[string], a | b. */
+  type: string;
+  description: string;
+  required: boolean;
+  /** What it is where it is not given; null: the model's own, or nothing. */
+  default: unknown;
 }
 
 export interface Percentiles {
@@ -771,6 +1033,19 @@ export interface RefusalPart {
   cache_control?: unknown;
 }
 
+export interface RequestView {
+  /** DELETE /v1/requests/{id} ends it. */
+  id: string;
+  model: string;
+  tenant: string;
+  adapter: string;
+  /** Since it came. */
+  seconds: number;
+  prompt_tokens: number;
+  /** Output tokens so far. */
+  tokens: number;
+}
+
 export interface ResponseFormat {
   /** json_object and json_schema are refused: output is not constrained yet. */
   type: "text";
@@ -787,6 +1062,11 @@ export interface RevisedToken {
   position: number;
   token_id: number | null;
   text: string | null;
+}
+
+export interface RotateKey {
+  /** Seconds that the old key goes on. Default 0. */
+  grace?: number | null;
 }
 
 export interface RunBody {
@@ -909,6 +1189,64 @@ export interface StreamOptions {
   canvas_events?: boolean | null;
 }
 
+export interface Streaming {
+  id: string;
+  status: "streaming";
+  data: TokenData | CanvasData | StepStarted | StepText | StepDone | StepSkipped;
+  obfuscation?: string | null;
+}
+
+export interface TenantCard {
+  object: "tenant";
+  id: string;
+  name: string;
+  weight: number;
+  /** null: no limit, here and below. */
+  requests_per_minute: number | null;
+  tokens_per_minute: number | null;
+  max_concurrent: number | null;
+  priority_min: number;
+  /** null: all. */
+  models: string[] | null;
+  /** null: all. */
+  adapters: string[] | null;
+  disabled: boolean;
+}
+
+export interface TenantChange {
+  /** Share of the engine against other tenants: 2 gets twice what 1 gets. Default 1. */
+  weight?: number | null;
+  /** Requests in any 60 seconds. */
+  requests_per_minute?: number | "none" | null;
+  /** Tokens, prompts included, in any 60 seconds. */
+  tokens_per_minute?: number | "none" | null;
+  /** Requests at once. */
+  max_concurrent?: number | "none" | null;
+  /** Lowest number that a request's priority may have; lower runs first. Default 0. */
+  priority_min?: number | null;
+  /** Models it may use. Default: all. */
+  models?: string[] | "all" | null;
+  /** LoRA adapters it may use. Default: all. */
+  adapters?: string[] | "all" | null;
+  /** Its new name. */
+  name?: string | null;
+  /** Whether all its keys are refused. */
+  disabled?: boolean | null;
+}
+
+export interface TenantList {
+  object: "list";
+  data: TenantCard[];
+}
+
+export interface TenantView {
+  name: string;
+  /** That wait or run. */
+  requests: number;
+  /** Output tokens of these so far. */
+  tokens: number;
+}
+
 export interface Text {
   prompt: string;
 }
@@ -935,6 +1273,34 @@ export interface Timings {
   /** Tokens until the first complete call of one of the tools. */
   first_tool_call_tokens: number | null;
   first_tool_call_seconds: number | null;
+}
+
+/** A part of one choice's answer as it grows. */
+export interface TokenData {
+  type: "token";
+  /** Which answer it belongs to, from 0; n of them were asked for. */
+  choice: number;
+  /** New text; may be empty, as in the last part of an answer. */
+  text: string;
+  /** The same as text: Realm's name for it. Not always one token. */
+  token: string;
+  /** Tokens of this choice that came before; from 0. */
+  index: number;
+  /** Tokens that came with this part. */
+  tokens: number;
+  /** The last part of this choice. */
+  is_final: boolean;
+  /** Where log probabilities were asked for and one token came. */
+  logprob?: number | null;
+  /** As in a chunk over HTTP. */
+  logprobs?: CompletionLogprobs | ChatLogprobs | null;
+  /** With return_token_ids. */
+  token_ids?: number[] | null;
+  /** Pieces of calls, as over HTTP. */
+  tool_calls?: (ToolCallOut | ToolCallMore)[] | null;
+  /** Of the last part. */
+  finish_reason?: "stop" | "length" | "tool_calls" | null;
+  stop_reason?: string | number | null;
 }
 
 /** A prompt or messages. `model` may be left out where one model is served. */
@@ -999,6 +1365,33 @@ export interface UnloadLoraRequest {
   lora_int_id?: number | null;
 }
 
+export interface UsageLine {
+  /** Where the sums are by tenant, as the others are. */
+  tenant?: string | null;
+  model?: string | null;
+  /** "" for none. */
+  adapter?: string | null;
+  key?: string | null;
+  /** All; those that still run, or ended with their server, are in no other count. */
+  requests: number;
+  ok: number;
+  cancelled: number;
+  failed: number;
+  prompt_tokens: number;
+  completion_tokens: number;
+  /** From beginning to end, summed up. */
+  seconds: number;
+}
+
+export interface UsageList {
+  object: "list";
+  /** Seconds since 1970; null: from the beginning. */
+  since: number | null;
+  /** Seconds since 1970; null: up to now. */
+  until: number | null;
+  data: UsageLine[];
+}
+
 export interface UsageOut {
   prompt_tokens: number;
   /** Every generated token of the answers; an end of text that ended one is not part of it. */
@@ -1012,6 +1405,18 @@ export interface Versions {
   version: string;
   torch: string;
   python: string;
+}
+
+export interface View {
+  version: string;
+  phase: string;
+  uptime_seconds: number;
+  models: ModelView[];
+  adapters: AdapterView[];
+  tenants: TenantView[];
+  /** The oldest 100. */
+  requests: RequestView[];
+  requests_total: number;
 }
 
 export type CanvasEvent = BlockDoneEvent | CommitEvent | ProvisionalEvent | ReviseEvent | StatsEvent;

@@ -98,15 +98,21 @@ class AsyncClient(AsyncCalls):
             return False
         return True
 
-    async def load_adapter(self, name: str, path: str) -> None:
-        """Let the server load a LoRA adapter from a directory of its own (under its lora_root)."""
-        await self.request("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+    async def load_adapter(
+        self, name: str, path: str, *, model: str | None = None, replace: bool = False
+    ) -> Mapping[str, Any]:
+        """Let the server load a LoRA adapter from a directory of its own, under its --lora-root; how it is listed then.
+        model: that it is for, where several are served. replace: also where one of that name is loaded."""
+        body = {"lora_name": name, "lora_path": path, "model": model, "load_inplace": replace or None}
+        card: Mapping[str, Any] = await self.request("POST", "/v1/load_lora_adapter", body)
+        return card
 
-    async def unload_adapter(self, name: str) -> None:
-        await self.request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+    async def unload_adapter(self, name: str, *, model: str | None = None) -> None:
+        """Forget an adapter; calls that run on it end as they would have."""
+        await self.request("POST", "/v1/unload_lora_adapter", {"lora_name": name, "model": model})
 
     async def usage(self, **filters: Any) -> Mapping[str, Any]:
-        """What the ledger holds of this key's tenant. filters: the query of GET /v1/usage."""
+        """What the tenant of this key used. filters: since, until ("24h", a date), by (["model", "adapter", "key"])."""
         given = {name: value for name, value in filters.items() if value is not None}
         answer: Mapping[str, Any] = await self.request("GET", "/v1/usage", params=given)
         return answer
@@ -195,8 +201,8 @@ class AsyncClient(AsyncCalls):
         reader = PipelineReader(id)
         async with aclosing(self._events(path, body, id, limit)) as events:
             async for event in events:
-                yield reader.event(event)
-        yield End(reader.ended())
+                ends = event.get("type") == "done"
+                yield End(reader.ended(event)) if ends else reader.event(event)
 
     async def _events(
         self, path: str, body: Mapping[str, Any], id: str, limit: float | None

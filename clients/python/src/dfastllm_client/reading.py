@@ -267,20 +267,21 @@ class PipelineReader:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self._last: Mapping[str, Any] = {}
 
     def event(self, data: Mapping[str, Any]) -> PipelineEvent:
         """One event. Raises ClientError for an error in it."""
         if isinstance(data.get("error"), dict):
             raise _error_in_stream(data, self.request_id)
-        self._last = data
-        return PipelineEvent(
-            type=str(data.get("type", "event")), step=data.get("step"), text=data.get("text") or "", data=data
-        )
+        return PipelineEvent(type=data["type"], step=data["step"], text=data.get("text") or "", data=data)
 
-    def ended(self, data: Mapping[str, Any] | None = None) -> PipelineResult:
-        """data: of a `complete` frame; over HTTP the last event is the result."""
-        data = self._last if data is None else data
+    def ended(self, data: Mapping[str, Any]) -> PipelineResult:
+        """data: of the event `done`, or of a `complete` frame."""
         return PipelineResult(
-            output=data.get("output"), steps=tuple(data.get("steps") or ()), request_id=self.request_id, raw=data
+            output=data["output"],
+            steps=tuple(data["steps"]),
+            tokens_generated=data["usage"]["completion_tokens"],
+            prompt_tokens=data["usage"]["prompt_tokens"],
+            time_ms=data["time_ms"],
+            request_id=self.request_id,
+            raw=data,
         )

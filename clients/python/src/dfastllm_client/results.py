@@ -121,19 +121,29 @@ class RuntimeMetadata(Record):
 
 @dataclass(frozen=True)
 class PipelineEvent(Record):
-    """type: what happened, in the server's words. step: of which step. data: the whole event."""
+    """type: "step_started", "step_text" (with new `text`), "step_done" or "step_skipped". step: its id. data: the whole
+    event."""
 
     type: str
-    step: str | None
+    step: str
     text: str
     data: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class PipelineResult(Record):
-    """output: of the pipeline, by name. steps: what each step did. raw: the server's own words."""
+    """A run of a pipeline.
 
-    output: Any
-    steps: Sequence[Mapping[str, Any]] = ()
+    output: its text.
+    steps: what each step did: id, status ("done" or "skipped"), text, model, usage, time_ms.
+    tokens_generated, prompt_tokens: of all steps.
+    raw: the server's own words.
+    """
+
+    output: str
+    steps: Sequence[Mapping[str, Any]]
+    tokens_generated: int
+    prompt_tokens: int
+    time_ms: float
     request_id: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -158,15 +158,18 @@ class Client(_Calls):
         """The models and adapters that this key may use; an adapter's `parent` is its base."""
         return self._loop.run(self._client.models())
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """Let the server load a LoRA adapter from a directory of its own (under its lora_root)."""
-        self._loop.run(self._client.load_adapter(name, path))
+    def load_adapter(
+        self, name: str, path: str, *, model: str | None = None, replace: bool = False
+    ) -> Mapping[str, Any]:
+        """As AsyncClient.load_adapter."""
+        return self._loop.run(self._client.load_adapter(name, path, model=model, replace=replace))
 
-    def unload_adapter(self, name: str) -> None:
-        self._loop.run(self._client.unload_adapter(name))
+    def unload_adapter(self, name: str, *, model: str | None = None) -> None:
+        """Forget an adapter; calls that run on it end as they would have."""
+        self._loop.run(self._client.unload_adapter(name, model=model))
 
     def usage(self, **filters: Any) -> Mapping[str, Any]:
-        """What the ledger holds of this key's tenant."""
+        """As AsyncClient.usage."""
         return self._loop.run(self._client.usage(**filters))
 
     def metrics(self) -> str:

@@ -269,7 +269,7 @@ class AsyncWebSocketClient(AsyncCalls):
         self, name: str, input: Any, id: str, limit: float | None
     ) -> AsyncGenerator[PipelineEvent | End[PipelineResult], None]:
         reader = PipelineReader(id)
-        call = {"pipeline": name, "input": input, "stream": True}
+        call = {"name": name, "input": input, "stream": True}
         async with aclosing(self._frames("pipeline", call, id, limit)) as frames:
             async for frame in frames:
                 ends = frame["status"] == "complete"
