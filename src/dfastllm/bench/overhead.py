@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfastllm.core import DecodeParams, ModelInfo, Request, SamplingParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.kernels import native
+from dfastllm.kernels.halt import Halt
 from dfastllm.kernels.rows import Barred, Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
 from dfastllm.metrics.records import Spread, spread
@@ -90,6 +91,7 @@ class NullRunner:
     def __init__(self, vocab: int) -> None:
         random = np.random.default_rng(0)
         best, norm = random.normal(size=(2, TABLE)).astype(np.float32)
+        self.halt = Halt()
         self._vocab = vocab
         self._table = RowStats(random.integers(2, vocab, TABLE), best, np.ones(TABLE, dtype=np.bool_), norm + 5)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 __all__ = ["Fairness"]
 
 HASTE = 0.5  # part of `burst`: whoever lags more, and waits for a first token, has the steps to itself
-FORGET = 64  # accounts beyond those in use that are kept before it is looked for ones to drop
+FORGET = 1024  # accounts of tenants without requests that are kept
 
 
 @dataclass(slots=True)
@@ -119,8 +119,11 @@ class Fairness:
     def may_displace(self, tenant: str, places: int, pages: int) -> bool:
         """Whether the tenant is within its share even with so many more: then whoever is above its own gives way. Who
         had to give way comes back by this rule only when it is within its share, so no two displace each other in turn.
-        """
-        return self._held(self._accounts[tenant], places, pages) <= self.share(tenant)
+        A tenant without requests is."""
+        account = self._accounts.get(tenant)
+        if account is None or not account.requests:
+            return True
+        return self._held(account, places, pages) <= self.share(tenant)
 
     def above(self, tenants: Iterable[str]) -> str | None:
         """Of these the one most above its share, None when none is."""
@@ -145,9 +148,11 @@ class Fairness:
         return account
 
     def _forget(self) -> None:
-        """Drop accounts that say no more than a new one would, once there are many."""
-        if len(self._accounts) < 2 * self._active + FORGET:
+        """Once there are many accounts that nobody uses, drop half of them: those that say least, with the earliest
+        times. Their tenants are new when they return."""
+        idle = len(self._accounts) - self._active
+        if idle < max(self._active, FORGET):
             return
-        for name, account in list(self._accounts.items()):
-            if not account.requests and account.time <= self._floor:
-                del self._accounts[name]
+        unused = [(account.time, name) for name, account in self._accounts.items() if not account.requests]
+        for _, name in sorted(unused)[: idle // 2]:
+            del self._accounts[name]

@@ -65,6 +65,11 @@ class Scheduler:
         weights = {r.tenant: r.share for r in waiting} | {tenant: share}
         return sum(r.tenant == tenant for r in waiting) >= most * share / sum(weights.values())
 
+    def welcome(self, tenant: str) -> bool:
+        """Whether one more request of this tenant would get a place at once, as far as that can be said without its
+        pages. Thread-safe."""
+        return len(self.running) < self.config.max_sequences or self.fairness.may_displace(tenant, 1, 0)
+
     def charge(self, chosen: Iterable[tuple[Live, Span]], step: int) -> None:
         """These spans ran: their tenants have had their rows."""
         rows: dict[tuple[str, float], int] = {}
@@ -118,9 +123,7 @@ class Scheduler:
     def _count(self) -> None:
         """Tell `fairness` who holds what: places, and the pages of the known lengths, whether yet filled or not."""
         need = self.pages.pages_for
-        self.fairness.hold(
-            (s.request.tenant, max(len(s.table.pages), need(len(s.state.tokens)))) for s in self.running
-        )
+        self.fairness.hold((s.request.tenant, max(len(s.table.pages), need(len(s.state.tokens)))) for s in self.running)
 
     def schedule(self, step: int) -> list[tuple[Live, Span]]:
         """The batch of this step: each chosen sequence with its planned span, pages already allocated."""

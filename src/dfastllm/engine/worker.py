@@ -163,6 +163,7 @@ class Worker:
         stream = Stream(admission.request, self._ask_cancel)
         if not self._post(lambda: self._add(engine, admission, stream)):
             raise self._gone()
+        engine.underway.give_way(admission)
         return stream
 
     def _failed(self) -> GenerationError:

@@ -19,12 +19,13 @@ from dfastllm.errors import ValidationError
 from dfastllm.kernels import attention, linear
 from dfastllm.kernels.activations import Acts, HeadStats, act_kind
 from dfastllm.kernels.extension import native
+from dfastllm.kernels.halt import Halt, Interrupted
 from dfastllm.kernels.kv import KV_TYPES, KvCache
 from dfastllm.kernels.packed import Packed
 from dfastllm.kernels.step import Step
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.parts import inverse_frequencies
-from dfastllm.models.program import Activation, Attend, Program
+from dfastllm.models.program import Activation, Attend, Linear, Program
 
 __all__ = ["Gated", "Mix", "Normalise", "PackedDecoder", "PackedOp", "Project", "ScaledNorm", "Sum", "Weights"]
 
@@ -52,9 +53,10 @@ class ScaledNorm:
 @dataclass(frozen=True, eq=False)
 class Project:
     """h <- norm(h) W^T of matrices side by side (several where their formats differ). onto_stream: x += it, and the
-    next branch begins."""
+    next branch begins. source: the program's linear that it is."""
 
     weights: tuple[Weights, ...]
+    source: Linear
     norm: ScaledNorm | None = None
     onto_stream: bool = False
 
@@ -62,9 +64,10 @@ class Project:
 @dataclass(frozen=True, eq=False)
 class Gated:
     """h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the linear that follows. The
-    matrix holds 32 channels of gate and the same 32 of up in turn."""
+    matrix holds 32 channels of gate and the same 32 of up in turn. source: the program's linear that it is."""
 
     weights: Weights
+    source: Linear
     activation: Activation
     width: int
     kind: str
@@ -104,7 +107,8 @@ class PackedDecoder:
     """A model ready to serve on the CPU. Made by `pack.pack_decoder`.
 
     head is None when it is tied to the embedding: `embed` is then used for both. norm: the final one, times the
-    program's logits_factor. dtype: what the floating-point weights were stored in, and so the default of the K,V pages.
+    program's logits_factor. shortlist: the tokens that the head has, int64 [n] ascending, where it has not all of them
+    (see `models.shortlist`); its logits have as many columns. dtype: what the floating-point weights were stored in, and so the default of the K,V pages.
     notes: what was converted at load, for people.
     """
 
@@ -118,6 +122,7 @@ class PackedDecoder:
     head: Packed | None = None
     notes: list[str] = field(default_factory=list)
     seed: int | None = None  # of random weights
+    shortlist: Tensor | None = None
     _native: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,23 +157,26 @@ class PackedDecoder:
         matrices = [self.embed, *([self.head] if self.head else []), *(w.packed for w in self._linears())]
         return {f: sum(m.format == f for m in matrices) for f in sorted({m.format for m in matrices})}
 
-    def forward(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
+    def forward(self, step: Step, cache: KvCache, own: KvCache, halt: Halt | None = None) -> Tensor:
         """Hidden float32 [wanted, hidden] after the final norm. Writes the K,V of `step.slot` into `cache` (all layers)
         and those of `step.own_slot` into `own` (one layer, used by each in turn). Raises ValidationError for a step
-        that does not fit."""
+        that does not fit, Interrupted where `halt` was asked to give it up."""
         if native() is None:
-            return self._run_plain(step, cache, own)
+            return self._run_plain(step, cache, own, halt)
         if cache.type not in self._native:
             self._native[cache.type] = self._compile(cache)
         out = torch.empty(len(step.want), self.config.hidden_size)
         try:
-            self._native[cache.type].run(step.native(), cache.native(), own.native(), out.numpy())
+            words = None if halt is None else halt.words
+            done = self._native[cache.type].run(step.native(), cache.native(), own.native(), out.numpy(), words)
         except ValueError as error:
             raise ValidationError(str(error), param="step") from error
+        if not done:
+            raise Interrupted
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden float32 [rows, hidden] of `forward` -> float32 [rows, vocab]."""
+        """hidden float32 [rows, hidden] of `forward` -> float32 [rows, tokens of the head]."""
         head = self.head_weights
         return linear.softcap(linear.linear(self._head_in(hidden), head), self.program.logits_softcap)
 
@@ -179,7 +187,7 @@ class PackedDecoder:
     def _head_in(self, hidden: Tensor) -> Acts:
         return linear.prepare(hidden, act_kind(self.head_weights.format))
 
-    def _run_plain(self, step: Step, cache: KvCache, own: KvCache) -> Tensor:
+    def _run_plain(self, step: Step, cache: KvCache, own: KvCache, halt: Halt | None) -> Tensor:
         step.check_ids(self.embed.n)
         x = linear.weight_rows(self.embed, torch.from_numpy(step.ids).long()) * self.program.embed_factor
         positions, want = torch.from_numpy(step.positions).float(), torch.from_numpy(step.want).long()
@@ -189,6 +197,8 @@ class PackedDecoder:
             tables.append((angles.cos() * factor, angles.sin() * factor))
         nowhere = torch.empty(len(step), 0)
         for i, layer in enumerate(self.layers):
+            if halt is not None and halt.asked:
+                raise Interrupted
             h: Tensor | Acts = x
             for op in layer:
                 match op:

@@ -21,6 +21,7 @@ from dfastllm.models import PackedDecoder
 if TYPE_CHECKING:
     import torch as pytorch  # under its own name it would hide the module of this room
 
+    from dfastllm.kernels.halt import Halt
     from dfastllm.kernels.rows import Rows
     from dfastllm.kernels.step import Step
     from dfastllm.lora import Adapter
@@ -35,6 +36,7 @@ class Runner(Protocol):
     block_size  positions of a block of its K,V: what steps for it are packed with. Divides the page size.
     cut_free    whether a row's bits do not depend on how its sequence was cut into spans.
     own_threads whether it computes on threads of its own rather than on torch's.
+    halt        by which another thread gives up the run that is under way.
     """
 
     @property
@@ -43,10 +45,12 @@ class Runner(Protocol):
     block_size: int
     cut_free: bool
     own_threads: bool
+    halt: Halt
 
     def run(self, step: Step) -> Rows:
         """Run one step: write K,V of the rows with a slot, and give back the wanted rows, in order. Raises
-        ValidationError for a step that does not fit the model or its K,V, or a number without an adapter."""
+        ValidationError for a step that does not fit the model or its K,V, or a number without an adapter, and
+        Interrupted where `halt` was asked."""
         ...
 
     def adapters(self, table: Sequence[Adapter | None]) -> None:

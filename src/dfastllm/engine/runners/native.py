@@ -14,6 +14,7 @@ from torch import Tensor
 from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels import native
+from dfastllm.kernels.halt import Halt
 from dfastllm.kernels.kv import KvCache
 from dfastllm.kernels.rows import Barred, Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
@@ -45,6 +46,7 @@ class NativeRunner:
         info = model.info
         self.kv = KvCache(info.layers, -(-slots // BLOCK), info.kv_heads, info.head_dim, KV_TYPES[dtype])
         self._own = self._scratch(1)
+        self.halt = Halt()
 
     @property
     def info(self) -> ModelInfo:
@@ -52,10 +54,11 @@ class NativeRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Rows:
-        """See `runners.Runner`. Raises ValidationError."""
+        """See `runners.Runner`. Raises ValidationError, Interrupted."""
+        self.halt.begin()
         if step.own_keys > self._own.blocks * BLOCK:
             self._own = self._scratch(2 * step.own_keys // BLOCK)
-        return HeadRows(self.model.forward(step, self.kv, self._own), self.model)
+        return HeadRows(self.model.forward(step, self.kv, self._own, self.halt), self.model)
 
     def _scratch(self, blocks: int) -> KvCache:
         """K,V of one pass and one layer, for rows that see each other but are not kept."""
@@ -66,7 +69,7 @@ class HeadRows(Rows):
     """Hidden rows float32 [count, hidden] and the packed head; logits exist only where someone asks for them."""
 
     def __init__(self, hidden: Tensor, model: PackedDecoder) -> None:
-        super().__init__(len(hidden), model.info.vocab_size)
+        super().__init__(len(hidden), model.info.vocab_size if model.shortlist is None else len(model.shortlist))
         self._hidden = hidden
         self._model = model
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError
+from dfastllm.kernels.halt import Halt, Interrupted
 from dfastllm.kernels.kv import SlotCache
 from dfastllm.kernels.rows import DenseRows, Rows
 from dfastllm.kernels.step import SPAN_WORDS
@@ -75,6 +76,7 @@ class TorchRunner:
         self.min_rows = min_rows
         self.block_size = block_size
         self.kv = SlotCache(info.layers, slots, info.kv_heads, info.head_dim, dtype, self.device)
+        self.halt = Halt()
 
     @property
     def info(self) -> ModelInfo:
@@ -82,11 +84,12 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Rows:
-        """See `runners.Runner`. Raises ValidationError, UnsupportedError for adapters."""
+        """See `runners.Runner`. Raises ValidationError, Interrupted, UnsupportedError for adapters."""
         if step.adapter.any():
             raise UnsupportedError("the torch runner has no adapters.", param="adapter")
         step.check(-(-self.kv.slots // self.block_size), len(step.own_blocks))
         step.check_ids(self.info.vocab_size)
+        self.halt.begin()
         plan = _Plan.of(step, self.device, self.min_rows)
         hidden = self.model(plan.ids, plan.positions, self._attend(plan))
         wanted = len(step.want)
@@ -98,6 +101,8 @@ class TorchRunner:
         all_k, all_v = self.kv.k, self.kv.v
 
         def attend(layer: int, op: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.halt.asked:
+                raise Interrupted
             layer_k, layer_v = all_k[layer], all_v[layer]
             if len(plan.write_slots):
                 layer_k[plan.write_slots] = _picked(k, plan.write_rows).to(layer_k.dtype)

@@ -1,0 +1,82 @@
+"""The forward that runs at this moment, as other threads may see it, and for whom it is given up.
+
+A request that comes while a long step of another tenant runs would wait for its end, however short its own first step
+is. Where its tenant had so much less that the others would stand back for it anyway (`fairness`), their step is given
+up between two layers instead and done again later, which changes no bit of it. The tenant that it was given up for
+pays: the rows count as its own, so that it cannot do so for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dfastllm.core import Request, Span
+from dfastllm.engine.scheduler import Scheduler
+from dfastllm.engine.sequence import Live
+
+if TYPE_CHECKING:
+    from dfastllm.engine.admission import Admission
+    from dfastllm.kernels.halt import Halt
+
+__all__ = ["Underway"]
+
+WORTH = 4  # a step is given up where the newcomer's first one has at most so many times its rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """run: its number of the runner's. rows: by tenant. priority: of its most urgent request."""
+
+    run: int
+    rows: dict[str, int]
+    priority: int
+
+
+class Underway:
+    """Of one engine. `given_up`: steps so far."""
+
+    def __init__(self, scheduler: Scheduler, halt: Halt) -> None:
+        self.scheduler = scheduler
+        self.halt = halt
+        self.given_up = 0
+        self._forward: _Forward | None = None
+        self._asked: Request | None = None
+
+    def begins(self, chosen: Iterable[tuple[Live, Span]]) -> None:
+        """The runner is about to run these spans."""
+        rows: dict[str, int] = {}
+        priority = []
+        for live, span in chosen:
+            request = live.request
+            rows[request.tenant] = rows.get(request.tenant, 0) + span.rows
+            priority.append(request.priority)
+        self._forward = _Forward(self.halt.runs + 1, rows, min(priority))
+
+    def ended(self) -> None:
+        """It came to its end."""
+        self._forward = self._asked = None
+
+    def interrupted(self) -> None:
+        """It was given up: who it was given up for has its rows on the account."""
+        forward, asked = self._forward, self._asked
+        if forward is not None and asked is not None:
+            self.scheduler.fairness.charge(asked.tenant, asked.share, sum(forward.rows.values()))
+        self.given_up += 1
+        self.ended()
+
+    def give_way(self, admission: Admission) -> None:
+        """This request has just come: give up what runs where that is right. Thread-safe; it changes speed only, so it
+        may go by what was true a moment ago."""
+        forward, request, fairness = self._forward, admission.request, self.scheduler.fairness
+        if forward is None or request.priority > forward.priority:
+            return
+        if not request.tenant or [*forward.rows] == [request.tenant]:
+            return
+        total = sum(forward.rows.values())
+        behind = sum(rows for tenant, rows in forward.rows.items() if fairness.before(request.tenant, tenant))
+        first = min(len(admission.state.tokens), self.scheduler.config.prefill_chunk)
+        if 2 * behind > total and WORTH * total >= first and self.scheduler.welcome(request.tenant):
+            self._asked = request
+            self.halt.ask(forward.run)
