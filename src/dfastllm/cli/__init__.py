@@ -15,6 +15,7 @@ from dfastllm.cli.distill import distill
 from dfastllm.cli.doctor import doctor
 from dfastllm.cli.generate import generate
 from dfastllm.cli.keys import app as keys
+from dfastllm.cli.lora import app as lora
 from dfastllm.cli.output import Group
 from dfastllm.cli.quantize import quantize
 from dfastllm.cli.serve import serve
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 for _command in (generate, chat, serve, top, bench, train, distill, quantize, check, doctor):
     app.command()(_command)
-for _group in (gate, tenants, keys):
+for _group in (gate, lora, tenants, keys):
     app.add_typer(_group)
 
 

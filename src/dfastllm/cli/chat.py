@@ -9,6 +9,7 @@ import typer
 
 from dfastllm.cli.options import DECODE, SAMPLING, decode_params, from_settings, sampling_params, takes
 from dfastllm.cli.output import console, warn
+from dfastllm.cli.session import Lora
 from dfastllm.core import DecodeParams, SamplingParams
 from dfastllm.errors import CancelledError, ContextLengthError, DFastLLMError, UnsupportedError, ValidationError
 from dfastllm.settings import Settings
@@ -30,6 +31,7 @@ def chat(
         str, typer.Option(help="A shipped model's name, a Hugging Face directory or a GGUF file.")
     ] = "demo-diffusion",
     draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
+    lora: Lora = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="No live canvas on a terminal.")] = False,
     *,
@@ -44,27 +46,35 @@ def chat(
         if getattr(params, name) != wanted:
             raise ValidationError(f"{name} has no place in a conversation; use `dfastllm generate`.", param=name)
 
-    from dfastllm.cli.session import open_model
+    from dfastllm.cli.session import load_lora, open_model
 
     with open_model(model, loaded, draft) as llm:
         if not llm.tokenizer.has_chat_template:
             raise UnsupportedError(
                 f"{llm.info.name} has no chat template.", param="model", hint="Use `dfastllm generate`."
             )
-        Conversation(llm, params, decoding, system, plain=plain).talk()
+        Conversation(llm, params, decoding, system, plain=plain, lora=load_lora(llm, lora)).talk()
 
 
 class Conversation:
     """The turns of one chat. A turn that fails or is cancelled leaves the history as it was."""
 
     def __init__(
-        self, llm: LLM, sampling: SamplingParams, decode: DecodeParams | None, system: str, *, plain: bool
+        self,
+        llm: LLM,
+        sampling: SamplingParams,
+        decode: DecodeParams | None,
+        system: str,
+        *,
+        plain: bool,
+        lora: str = "",
     ) -> None:
         self.llm = llm
         self.sampling = sampling
         self.decode = decode
         self.out = console()
         self.plain = plain
+        self.lora = lora
         self.asks = sys.stdin.isatty()
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self.opening)
@@ -103,7 +113,8 @@ class Conversation:
 
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer = run(self.llm, self.llm.render(messages), self.sampling, self.decode, plain=self.plain)
+            ids = self.llm.render(messages)
+            answer = run(self.llm, ids, self.sampling, self.decode, plain=self.plain, lora=self.lora)
         except (CancelledError, KeyboardInterrupt):
             self.out.print("\n(stopped)", style="dim")
             return

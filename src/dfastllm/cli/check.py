@@ -28,10 +28,15 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Say whether a checkpoint would load, and why not. Exit code 1 when it would not."""
+    from dfastllm.cli.lora import show_adapter
     from dfastllm.llm import resolve
+    from dfastllm.lora.config import CONFIG_FILE
     from dfastllm.models.check import check as inspect
 
     path = resolve(model)
+    if (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file():
+        show_adapter(model, as_json=as_json)  # what it is; whether it fits, `lora show --model` says
+        return
     report = inspect(path, dtype=None if dtype == "auto" else dtype)
     problems = [(problem.code, problem.message) for problem in report.problems]
     problems += _tokenizer_problems(path, report)

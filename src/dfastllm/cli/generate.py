@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfastllm.cli.options import DECODE, SAMPLING, decode_params, from_settings, sampling_params, takes
+from dfastllm.cli.session import Lora
 from dfastllm.errors import ValidationError
 from dfastllm.settings import Settings
 
@@ -26,6 +27,7 @@ def generate(
         str, typer.Option(help="A shipped model's name, a Hugging Face directory or a GGUF file.")
     ] = "demo-diffusion",
     draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
+    lora: Lora = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands: no chat template.")] = False,
     system: Annotated[str, typer.Option(help="System message (with the chat template).")] = "",
     suffix: Annotated[str, typer.Option(help="Infill: generate what stands between prompt and suffix (--raw).")] = "",
@@ -50,13 +52,14 @@ def generate(
     if params.logprobs is not None and not as_json:
         raise ValidationError("--logprobs are shown in JSON only: give --json as well.", param="logprobs")
 
-    from dfastllm.cli.session import open_model, run
+    from dfastllm.cli.session import load_lora, open_model, run
 
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt  # `echo` and editors add that newline
     with open_model(model, loaded, draft) as llm:
+        chosen = load_lora(llm, lora)
         ids = _encode(llm, text, system, raw=raw)
         if params.n > 1 or as_json:
-            [result] = llm.generate([ids], params, decoding, suffixes=[suffix])
+            [result] = llm.generate([ids], params, decoding, suffixes=[suffix], lora=chosen)
             if as_json:
                 typer.echo(json.dumps(_report(llm, len(ids), result.outputs), indent=2, ensure_ascii=False))
                 return
@@ -64,7 +67,7 @@ def generate(
                 typer.echo(f"--- {completion.index + 1} of {params.n}", err=True)
                 typer.echo(completion.text)
             return
-        run(llm, ids, params, decoding, plain=plain, suffix=suffix)
+        run(llm, ids, params, decoding, plain=plain, suffix=suffix, lora=chosen)
 
 
 def _encode(llm: LLM, text: str, system: str, *, raw: bool) -> tuple[int, ...]:

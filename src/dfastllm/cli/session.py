@@ -7,8 +7,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from dfastllm.engine import Stream
     from dfastllm.llm import LLM
 
-__all__ = ["cancelled_by_interrupt", "open_model", "run"]
+__all__ = ["Lora", "cancelled_by_interrupt", "load_lora", "open_model", "run"]
+
+Lora = Annotated[
+    str | None, typer.Option(help="A LoRA adapter to answer with: a PEFT directory or a shipped adapter's name.")
+]
 
 
 def open_model(model: str, settings: Settings, draft: str | None = None) -> LLM:
@@ -34,6 +39,11 @@ def open_model(model: str, settings: Settings, draft: str | None = None) -> LLM:
         set_threads(settings.threads)
         config = EngineConfig(**settings.engine_options())
         return LLM(model, **model_options(settings), engine=config, draft=draft)
+
+
+def load_lora(llm: LLM, adapter: str | None) -> str:
+    """The name under which the adapter was loaded, "" for none. Raises AdapterNotFoundError, AdapterError."""
+    return "" if adapter is None else llm.load_adapter(Path(adapter).resolve().name or "adapter", adapter).name
 
 
 @contextmanager
@@ -63,6 +73,7 @@ def run(
     *,
     plain: bool,
     suffix: str = "",
+    lora: str = "",
 ) -> str:
     """Run one request; on a terminal show its canvas while it runs and then the text with a line about it, elsewhere
     (and where it is to be plain) print the text as it becomes final.
@@ -74,7 +85,7 @@ def run(
     live = out.is_terminal and not out.is_dumb_terminal and not plain
     if live and llm.info.kind != "ar":
         decode = replace(decode or DecodeParams(), provisional=True)
-    stream = llm.submit(prompt, sampling, decode, suffix=suffix)
+    stream = llm.submit(prompt, sampling, decode, suffix=suffix, lora=lora)
     try:
         with cancelled_by_interrupt(stream):
             if live:
