@@ -305,25 +305,33 @@ def diffusion(
 
 @app.command()
 def neutral(
-    samples: Annotated[int, typer.Option(help="Held-out samples for the accuracy.", min=9)] = 240,
+    samples: Annotated[int, typer.Option(help="Held-out samples for the accuracy.", min=9)] = 1200,
     alone: Annotated[int, typer.Option(help="Samples answered one by one in a turn.", min=1)] = 18,
     together: Annotated[int, typer.Option(help="Samples in flight at once in a turn.", min=1)] = 36,
     canvas: int = 64,
+    diffusion: Annotated[
+        str | None, typer.Option(help="A model directory in place of demo-diffusion.", show_default=False)
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Contenders whose name holds this text are left out; repeatable.")
+    ] = None,
     quantization: Annotated[str | None, typer.Option("--format", help="Default: as stored, bfloat16.")] = None,
     threads: Threads = 0,
     rounds: Rounds = 5,
     out: Out = Path("benchmarks/cpu"),
 ) -> None:
     """Diffusion against autoregression at equal size on the task mix: accuracy, committed tok/s, the plot."""
-    from dfastllm.bench.cpu.neutral import contenders, measure_accuracy, measure_speed, open_models, plot, winners
+    from dfastllm.bench.cpu.neutral import AR, contenders, measure_accuracy, measure_speed, open_models, plot, winners
     from dfastllm.bench.cpu.report import as_json
     from dfastllm.kernels.extension import describe
     from dfastllm.metrics.records import write_record
 
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("the plot needs matplotlib: ./run setup dev, or pip install 'dfastllm[plots]'.")
-    count, field, accuracy, passes = _threads(threads), contenders(canvas), [], []
-    models = open_models(together, quantization)
+    count, accuracy, passes = _threads(threads), [], []
+    unwanted = leave_out or []
+    field = [one for one in contenders(canvas) if one.family == AR or not any(text in one.name for text in unwanted)]
+    models = open_models(list(dict.fromkeys(one.family for one in field)), together, quantization, diffusion)
     try:
         with _progress() as progress:
             task = progress.add_task("accuracy", total=len(field))
@@ -345,6 +353,8 @@ def neutral(
         threads=count,
         kernels=describe(),
         format=quantization,
+        diffusion=diffusion,
+        left_out=unwanted,
         canvas=canvas,
         alone=alone,
         together=together,

@@ -1,13 +1,15 @@
 """Diffusion against autoregression on this CPU: shipped models of one size, the same held-out samples, the same engine.
 
 Accuracy is measured once over many samples (answers are greedy and do not depend on neighbours or load); speed in turns
-over fewer: one request at a time, and all in flight. Tokens are committed ones, end tokens and padding not counted."""
+over fewer: one request at a time, and all in flight. Tokens are committed ones, end tokens and padding not counted. A
+setting is as accurate as autoregression where a paired test shows it to lose less than a point (`distill.paired`)."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,32 @@ from typing import Any
 from dfastllm.bench.cpu.load import Foreign
 from dfastllm.bench.workload import run
 from dfastllm.core import DecodeParams, SamplingParams
+from dfastllm.distill.paired import lower_bound
 from dfastllm.engine import EngineConfig
 from dfastllm.llm import LLM, load_engine
 from dfastllm.metrics.stats import Summary, paired_ratio, summarise
 from dfastllm.metrics.workload import gradable
 from dfastllm.tasks import Sample, grade
 
-__all__ = ["AR", "Accuracy", "Contender", "Pass", "contenders", "measure_accuracy", "measure_speed", "plot", "winners"]
+__all__ = [
+    "AR",
+    "DRAFTED",
+    "Accuracy",
+    "Contender",
+    "Pass",
+    "contenders",
+    "measure_accuracy",
+    "measure_speed",
+    "open_models",
+    "plot",
+    "winners",
+]
 
 AR = "autoregression"
-MODELS = {AR: "demo-ar", "masked diffusion": "demo-diffusion", "block diffusion": "demo-block"}
+DRAFTED = "autoregression with a draft"
+MODELS = {AR: "demo-ar", DRAFTED: "demo-ar", "masked diffusion": "demo-diffusion", "block diffusion": "demo-block"}
+DRAFT = "demo-draft"
+MARGIN = 0.01  # of accuracy: a loss below it counts as none
 FLIGHTS = ("one at a time", "in flight")
 
 
@@ -43,7 +61,7 @@ class Contender:
 
 def contenders(canvas: int) -> list[Contender]:
     """Autoregression once, diffusion from careful (a token a step) to bold."""
-    out = [Contender(AR, "greedy", None)]
+    out = [Contender(AR, "greedy", None), Contender(DRAFTED, "greedy", None)]
 
     def diffusion(setting: str, **params: Any) -> None:
         out.append(Contender("masked diffusion", setting, DecodeParams(block_length=32, **params)))
@@ -53,7 +71,7 @@ def contenders(canvas: int) -> list[Contender]:
     diffusion("schedule, 2 a step, dual", rule="schedule", steps=canvas // 2, cache="dual")
     for threshold in (0.99, 0.9, 0.7):
         diffusion(f"threshold {threshold}, dual", rule="threshold", threshold=threshold, cache="dual")
-    for factor in (0.25, 1.0):
+    for factor in (0.25, 0.5, 1.0):
         diffusion(f"factor {factor}, dual", rule="factor", factor=factor, cache="dual")
     diffusion("threshold 0.9, no cache", rule="threshold", threshold=0.9, cache="none")
     out.append(Contender("block diffusion", "schedule, 1 a step", DecodeParams(rule="schedule", steps=canvas)))
@@ -87,13 +105,18 @@ class Pass:
     foreign: float | None
 
 
-def open_models(in_flight: int, quantization: str | None = None) -> dict[str, LLM]:
-    """A facade per family; the caller closes them."""
+def open_models(
+    families: Collection[str], in_flight: int, quantization: str | None = None, diffusion: str | None = None
+) -> dict[str, LLM]:
+    """A facade per family; the caller closes them. diffusion: a directory in place of the masked diffusion model."""
     config = EngineConfig(max_sequences=in_flight, kv_tokens=in_flight * 512)
-    return {
-        family: LLM(engine=load_engine(model, config=config, quantization=quantization))
-        for family, model in MODELS.items()
-    }
+    named = MODELS if diffusion is None else {**MODELS, "masked diffusion": diffusion}
+    opened = {}
+    for family in families:
+        draft = json.dumps({"model": DRAFT}) if family == DRAFTED else None
+        engine = load_engine(named[family], config=config, quantization=quantization, speculative=draft)
+        opened[family] = LLM(engine=engine)
+    return opened
 
 
 def measure_accuracy(
@@ -140,16 +163,16 @@ def speeds(passes: Sequence[Pass]) -> dict[tuple[str, str], list[float]]:
 
 
 def _as_accurate(one: Accuracy, reference: Accuracy) -> bool:
-    """Whether this run cannot tell `one` from being at least as accurate as `reference`: over the samples both
-    answered, it loses by no more than the standard error of the paired difference (McNemar's counts)."""
+    """Whether this run shows, with a confidence of 95 %, that `one` loses less than MARGIN of accuracy on samples like
+    those that both answered."""
     lost = sum(r and not o for o, r in zip(one.marks, reference.marks, strict=True))
     won = sum(o and not r for o, r in zip(one.marks, reference.marks, strict=True))
-    return lost - won <= math.sqrt(lost + won)
+    return one.name == reference.name or lower_bound(lost, won, len(one.marks)) > -MARGIN
 
 
 def winners(field: Sequence[Contender], accuracy: Sequence[Accuracy], passes: Sequence[Pass]) -> list[dict[str, Any]]:
     """Per flight and family: its fastest setting among those as accurate as autoregression, and how many times faster
-    that is (turn by turn); "none" where no setting is as accurate."""
+    that is (turn by turn); "none" where no setting is shown to be as accurate."""
     found, rate = {a.name: a for a in accuracy}, speeds(passes)
     reference = next(one for one in field if one.family == AR)
     rows: list[dict[str, Any]] = []
