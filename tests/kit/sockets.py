@@ -16,11 +16,11 @@ from dfastllm.server.ws.protocol import (
     AuthFailed,
     AuthRequired,
     AuthSuccess,
-    Cancelled,
-    Complete,
+    CancelledReply,
+    CompleteReply,
     Connected,
-    Failed,
-    Streaming,
+    ErrorReply,
+    StreamingReply,
 )
 from dfastllm.server.ws.session import Front
 from tests.kit.live import Live
@@ -30,10 +30,10 @@ TYPES: dict[str, type[Out]] = {
     "auth_success": AuthSuccess,
     "auth_failed": AuthFailed,
     "connected": Connected,
-    "streaming": Streaming,
-    "complete": Complete,
-    "error": Failed,
-    "cancelled": Cancelled,
+    "streaming": StreamingReply,
+    "complete": CompleteReply,
+    "error": ErrorReply,
+    "cancelled": CancelledReply,
 }
 Frame = dict[str, Any]
 

@@ -41,6 +41,7 @@ from dfastllm.server.replies import (
     Versions,
 )
 from dfastllm.server.serving import Serving
+from dfastllm.server.ws.protocol import CLIENT_FRAMES, SERVER_FRAMES
 from dfastllm.server.ws.session import Front
 from dfastllm.settings import Settings
 
@@ -53,7 +54,7 @@ __all__ = ["create_app"]
 _GENERATING = (400, 404, 413, 429, 499, 500, 503, 504)
 _READING = (400, 404, 413, 503)
 _LOADING = (400, 403, 404, 413, 500, 503)
-_EVENTS: tuple[type[Out], ...] = (ChatChunk, CompletionChunk, *schema.EVENTS)
+_EVENTS: tuple[type[Out], ...] = (ChatChunk, CompletionChunk, *schema.EVENTS, *SERVER_FRAMES)
 _METRICS = {
     "text/plain": {"schema": {"type": "string"}},
     "application/openmetrics-text": {"schema": {"type": "string"}},
@@ -164,7 +165,7 @@ class _App(FastAPI):
             serving: Serving = self.state.serving
             info = {"title": self.title, "version": self.version, "description": self.description}
             keyed = serving.settings.api_key is not None
-            self.openapi_schema = description(info, list(self.routes), _EVENTS, keyed)
+            self.openapi_schema = description(info, list(self.routes), _EVENTS, CLIENT_FRAMES, keyed)
         return self.openapi_schema
 
 

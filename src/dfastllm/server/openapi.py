@@ -12,6 +12,7 @@ from typing import Any
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from dfastllm.server.body import Body
 from dfastllm.server.middleware import ApiKey
 from dfastllm.server.replies import ErrorBody, Out
 
@@ -50,7 +51,8 @@ def responses(reply: type[Out] | None, refusals: tuple[int, ...], **more: Any) -
 
 def stream(*chunks: type[Out]) -> dict[str, Any]:
     """The content of a 200 that may be a stream of such chunks."""
-    data = {"anyOf": [{"$ref": _REF.format(model=model.__name__)} for model in (*chunks, ErrorBody)]}
+    models: tuple[type[Out], ...] = (*chunks, ErrorBody)
+    data = {"anyOf": [{"$ref": _REF.format(model=model.__name__)} for model in models]}
     item = {"data": {**_TEXT, "contentMediaType": "application/json", "contentSchema": data}}
     return {
         "text/event-stream": {
@@ -64,11 +66,22 @@ def stream(*chunks: type[Out]) -> dict[str, Any]:
     }
 
 
-def description(info: Mapping[str, Any], routes: list[Any], events: tuple[type[Out], ...], keyed: bool) -> Any:
-    """The document. events: types of stream events. keyed: the server asks for an API key."""
+def description(
+    info: Mapping[str, Any],
+    routes: list[Any],
+    events: tuple[type[Out], ...],
+    frames: tuple[type[Body], ...],
+    keyed: bool,
+) -> Any:
+    """The document. events: types of stream events and of what a WebSocket sends. frames: what it takes. keyed: the
+    server asks for an API key."""
     api = get_openapi(**info, routes=routes)
-    _, defined = models_json_schema([(model, "serialization") for model in events], ref_template=_REF)
+    received: list[Any] = [(model, "validation") for model in frames]
+    _, defined = models_json_schema([*((model, "serialization") for model in events), *received], ref_template=_REF)
     components = api["components"]["schemas"]
+    for name, schema in defined["$defs"].items():
+        same = components.get(name, schema)
+        assert same.get("properties", {}).keys() == schema.get("properties", {}).keys(), f"two types are called {name}"
     components |= defined["$defs"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own; a refusal here is an ErrorBody
         components.pop(name, None)

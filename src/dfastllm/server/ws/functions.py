@@ -210,7 +210,7 @@ def _result(
 ) -> GenerateResult:
     return GenerateResult(
         id=call.job.id,
-        model=call.model.name,
+        model=call.named["model"],
         text=text,
         finish_reason=finish_reason,
         tokens_generated=usage.completion_tokens,

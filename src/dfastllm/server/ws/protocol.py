@@ -39,31 +39,32 @@ __all__ = [
     "CallFrame",
     "CancelParams",
     "CancelResult",
-    "Cancelled",
+    "CancelledReply",
     "CanvasData",
     "Close",
     "Code",
-    "Complete",
+    "CompleteReply",
     "Connected",
     "ErrorInfo",
     "ErrorOrigin",
-    "Failed",
+    "ErrorReply",
     "FunctionInfo",
     "GenerateResult",
     "HealthResult",
     "MetadataResult",
     "NoParams",
     "ParamInfo",
-    "Streaming",
+    "StreamingReply",
     "TokenData",
     "error_info",
 ]
 
 Code = Literal["UNAUTHORIZED", "RATE_LIMIT_EXCEEDED", "INVALID_PARAMS", "DISPATCH_ERROR", "INTERNAL_ERROR"]
-Close = Literal[1000, 1001, 1003, 1007, 1008, 1009, 1011]
+Close = Literal[1000, 1001, 1002, 1003, 1007, 1008, 1009, 1011]
 CLOSES: Mapping[Close, str] = {
     1000: "the client closed",
     1001: "the server is shutting down; the calls have ended",
+    1002: "what is no frame of RFC 6455",
     1003: "a binary message: frames are text",
     1007: "a message that is not UTF-8",
     1008: "no or a wrong key, a key that is no longer taken, or many frames that cannot be read",
@@ -237,20 +238,20 @@ class ErrorInfo(Out):
     retry_after: float | None = Field(None, description="Seconds.")
 
 
-class Streaming(Out):
+class StreamingReply(Out):
     id: str
     status: Literal["streaming"]
     data: SkipValidation[TokenData | CanvasData | StepStarted | StepText | StepDone | StepSkipped]
     obfuscation: str | None = None  # with stream_options.include_obfuscation
 
 
-class Complete(Out):
+class CompleteReply(Out):
     id: str
     status: Literal["complete"]
     data: SkipValidation[GenerateResult | PipelineResult | HealthResult | MetadataResult | CancelResult]
 
 
-class Failed(Out):
+class ErrorReply(Out):
     id: str | None = Field(
         description="null: it is about a frame that no call can be told of: not readable, or its id missing or in use."
     )
@@ -258,7 +259,7 @@ class Failed(Out):
     error: ErrorInfo
 
 
-class Cancelled(Out):
+class CancelledReply(Out):
     """The call was ended by `cancel` or by DELETE /v1/requests/{id}."""
 
     id: str
@@ -271,10 +272,10 @@ SERVER_FRAMES: tuple[type[Out], ...] = (
     AuthSuccess,
     AuthFailed,
     Connected,
-    Streaming,
-    Complete,
-    Failed,
-    Cancelled,
+    StreamingReply,
+    CompleteReply,
+    ErrorReply,
+    CancelledReply,
 )
 
 

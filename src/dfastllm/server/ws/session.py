@@ -43,12 +43,12 @@ from dfastllm.server.ws.protocol import (
     AuthFrame,
     AuthRequired,
     AuthSuccess,
-    Cancelled,
+    CancelledReply,
     Close,
-    Complete,
+    CompleteReply,
     Connected,
-    Failed,
-    Streaming,
+    ErrorReply,
+    StreamingReply,
     error_info,
 )
 from dfastllm.tenants import ANYONE, Identity
@@ -278,7 +278,7 @@ class Session:
     async def _refuse(self, refused: Refused) -> None:
         self.metrics.websocket_calls.labels("none", "error").inc()
         id = None if refused.id in self._calls else refused.id
-        await self._send(Failed(id=id, status="error", error=error_info(refused.error, refused.code)))
+        await self._send(ErrorReply(id=id, status="error", error=error_info(refused.error, refused.code)))
         if id is None:
             self._unreadable += 1
             if self._unreadable > UNREADABLE:
@@ -298,20 +298,20 @@ class Session:
         try:
             last = await self._answer(incoming, arrived)
         except CancelledError:
-            last = Cancelled(id=id, status="cancelled")
+            last = CancelledReply(id=id, status="cancelled")
         except DFastLLMError as error:
-            last = Failed(id=id, status="error", error=error_info(error))
+            last = ErrorReply(id=id, status="error", error=error_info(error))
         except asyncio.CancelledError:
             if not call.cancelled:
                 self.metrics.websocket_call(name, "disconnected", time.monotonic() - arrived)
                 raise
-            last = Cancelled(id=id, status="cancelled")
+            last = CancelledReply(id=id, status="cancelled")
         except _Gone:
             return
         except Exception:
             log.exception("a call of %s over /ws failed", name)
             failure = GenerationError("The server failed on this call.", hint="Its log says why.")
-            last = Failed(id=id, status="error", error=error_info(failure))
+            last = ErrorReply(id=id, status="error", error=error_info(failure))
         finally:
             if self._calls.get(id) is call:
                 del self._calls[id]  # before its last frame: who has read that may use the id again
@@ -331,11 +331,11 @@ class Session:
             identity.require(function.scope)
 
         async def tell(data: Any, pad: bool) -> None:
-            await self._send(Streaming(id=id, status="streaming", data=data), pad)
+            await self._send(StreamingReply(id=id, status="streaming", data=data), pad)
 
         asked = Asked(self.serving, identity, uuid.uuid4().hex, arrived, tell, self._cancel)
         data: Any = await function.run(asked, incoming.params)
-        return Complete(id=id, status="complete", data=data)
+        return CompleteReply(id=id, status="complete", data=data)
 
     async def _cancel(self, id: str) -> None:
         """End a call by its id. Raises RequestNotFoundError."""
