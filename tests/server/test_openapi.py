@@ -65,7 +65,7 @@ def test_every_route_is_described(keyed: Live, api: Any) -> None:
         for method in route.methods  # type: ignore[attr-defined]
     }
     described = {(path, method) for path, methods in api["paths"].items() for method in methods}
-    assert routes - described == {("/", "get"), ("/docs", "get"), ("/openapi.json", "get")}
+    assert routes - described == {(path, "get") for path in ("/", "/docs", "/openapi.json", "/ws")}
     for methods in api["paths"].values():
         for operation in methods.values():
             assert "422" not in operation["responses"]
