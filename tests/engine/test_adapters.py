@@ -10,12 +10,13 @@ import gc
 import random
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, Span, SpeculativeParams, StepEvent
+from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, Span, SpeculativeParams
 from dfastllm.engine import Engine, Worker
 from dfastllm.engine.adapters import Adapters
 from dfastllm.engine.batch import pack
@@ -31,6 +32,7 @@ from dfastllm.errors import (
     ValidationError,
 )
 from tests.kit.adapted import adapted_engine, read_fake, write_fake
+from tests.kit.chaos import Chaos
 
 KINDS = ("ar", "block", "diffusion")
 PROMPT = tuple((5 * i) % 45 for i in range(21))
@@ -451,93 +453,44 @@ def test_a_read_holds_nobody_up(tmp_path: Path) -> None:
 # ---- everything at once ----------------------------------------------------------------------------------------------
 
 
-class Chaos:
-    """Random requests, cancels, loads, replacements, unloads and steps on one engine; what each request should say is
-    noted when it is admitted. Few different requests, so that most of what they should say is known already."""
+CONTENTS = ("1", "22", "333", "4444")
 
-    def __init__(self, engine: Engine, shelf: Shelf, rng: random.Random) -> None:
-        self.engine, self.shelf, self.rng = engine, shelf, rng
-        self.names: dict[str, bytes] = {}
-        self.wanted: dict[str, tuple[Request, bytes | None]] = {}
-        self.got: dict[str, list[int]] = {}
-        self.gone: set[str] = set()
-        self.busy = 0
 
-    def act(self) -> None:
-        rng, engine = self.rng, self.engine
-        match rng.choices(("ask", "load", "unload", "cancel", "step"), (5, 2, 0.5, 1, 12))[0]:
-            case "ask":
-                self.ask(rng.choice(["", *self.names]))
-            case "load":
-                name, content = rng.choice("abc"), rng.choice((b"1", b"22", b"333", b"4444"))
-                self.shelf.root.joinpath(f"{name}{content.decode()}").mkdir(exist_ok=True)
-                path = write_fake(self.shelf.root / f"{name}{content.decode()}", content)
-                engine.adapters.load(name, path, replace=True)
-                self.names[name] = content
-            case "unload" if self.names:
-                name = rng.choice(list(self.names))
-                engine.adapters.unload(name)
-                del self.names[name]
-            case "cancel" if self.wanted:
-                name = rng.choice(list(self.wanted))
-                if engine.cancel(name):
-                    self.gone.add(name)
-            case "step":
-                self.take(engine.step())
-
-    def ask(self, lora: str) -> None:
-        rng = self.rng
-        prompt = PROMPT[: rng.choice((9, 14, 21))]
-        decode = speculative = None
-        if self.shelf.kind != "ar":
-            decode = rng.choice((DecodeParams(), DecodeParams(rule="threshold", threshold=0.3, block_length=4)))
-        elif rng.random() < 0.3:
-            speculative = SpeculativeParams("ngram", prompt_lookup_min=1, adaptive=False)
-        request = Request(
-            f"r{len(self.wanted)}",
-            prompt,
-            SamplingParams(max_tokens=rng.choice((4, 8)), temperature=rng.choice((0.0, 0.9)), seed=1),
-            decode,
-            speculative=speculative,
-            priority=rng.randrange(2),
-            lora=lora,
-        )
-        try:
-            self.engine.add(request)
-        except AdaptersBusyError:
-            self.busy += 1
-            return
-        self.wanted[request.request_id] = request, self.names[lora] if lora else None
-        self.got[request.request_id] = []
-
-    def take(self, events: list[StepEvent]) -> None:
-        for event in events:
-            self.got[event.request_id] += event.token_ids
-
-    def check(self) -> int:
-        while self.engine.has_work:
-            self.take(self.engine.step())
-        for name, (request, content) in self.wanted.items():
-            plain = replace(request, priority=0, speculative=None)
-            got, wanted = tuple(self.got[name]), self.shelf.alone(plain, content)
-            assert got == (wanted[: len(got)] if name in self.gone else wanted), request
-        self.engine.step()
-        assert not self.engine.adapters.held()
-        assert self.engine.pages.used == 0
-        assert self.engine.adapters.used <= self.engine.config.lora_memory
-        return len(self.wanted)
+def random_request(kind: str, rng: random.Random, name: str, lora: str) -> Request:
+    """One of few different requests, so that most of what they should say is known already."""
+    decode = speculative = None
+    if kind != "ar":
+        decode = rng.choice((DecodeParams(), DecodeParams(rule="threshold", threshold=0.3, block_length=4)))
+    elif rng.random() < 0.3:
+        speculative = SpeculativeParams("ngram", prompt_lookup_min=1, adaptive=False)
+    return Request(
+        name,
+        PROMPT[: rng.choice((9, 14, 21))],
+        SamplingParams(max_tokens=rng.choice((4, 8)), temperature=rng.choice((0.0, 0.9)), seed=1),
+        decode,
+        speculative=speculative,
+        priority=rng.randrange(2),
+        lora=lora,
+    )
 
 
 @EVERY
 def test_random_interleavings(kind: str, shelf: Shelf) -> None:
+    contents = {content: shelf.put(content, content.encode()) for content in CONTENTS}
+
+    def alone(request: Request, content: str) -> tuple[int, ...]:
+        return shelf.alone(replace(request, speculative=None), content.encode() or None)
+
     asked = busy = evictions = preempted = 0
     for seed in range(3):
         config = {"kv_tokens": (512, 64)[seed % 2], "max_sequences": 5, "max_loras": 1 + seed, "lora_memory": 8}
         engine = adapted_engine(kind, cut_free=seed > 0, **config)
-        chaos = Chaos(engine, shelf, random.Random(f"{kind}{seed}"))
+        chaos = Chaos(engine, contents, partial(random_request, kind), random.Random(f"{kind}{seed}"))
         for _ in range(150):
             chaos.act()
-        asked += chaos.check()
+        answers, wrong = chaos.check(alone)
+        assert not wrong
+        asked += answers
         busy += chaos.busy
         evictions += engine.adapters.evictions
         preempted += engine.scheduler.preempted
