@@ -167,6 +167,8 @@ def test_killed_at_any_moment(url: str, tmp_path: Path) -> None:
         recorded[request] = completion
         assert prompt == 3
         assert status in ("ok", "lost")
+    ended = [status for *_, status in said["recorded"]]
+    assert 0 < ended.count("lost") <= 6 * len(modes) < len(ended), "of each process, what ran when it was killed"
     delivered, generated = said["delivered"], said["generated"]
     assert len(delivered) > 20
     assert all(sent <= recorded[request] for request, sent in delivered.items())
@@ -202,9 +204,9 @@ def test_an_older_form_of_a_row_changes_nothing(store: Store, tmp_path: Path) ->
         for count in (3, 5, 9):
             entry.tokens, entry.version = count, entry.version + 1
             forms.append(entry.row())
-        for form in (forms[1], forms[0], forms[1], forms[2], forms[0], forms[2]):
+        for form in (forms[1], forms[0], forms[1], forms[2], forms[0], forms[1]):
             ledger._commit([form])
-    assert tokens(store.database) == {"one": 9}
+        assert tokens(store.database) == {"one": 9}
 
 
 def test_a_database_that_hangs_holds_a_request_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

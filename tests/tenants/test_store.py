@@ -118,6 +118,15 @@ def test_a_key_is_shown_once_and_kept_as_argon2id(store: Store) -> None:
     assert len(identity.salt) == 32
 
 
+def test_two_databases_have_two_secrets(tmp_path: Path) -> None:
+    salts = set()
+    for name in ("a.db", "b.db"):
+        store = Store(str(tmp_path / name), create=True)
+        salts.add(store.salt("tn-0123456789ab"))
+        store.close()
+    assert len(salts) == 2
+
+
 def test_no_byte_of_a_secret_in_any_file(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "x.db"), create=True)
     store.create_tenant("acme", actor="me")
