@@ -196,6 +196,27 @@ def test_pings_are_answered_within_a_message(slow_live: Live) -> None:
     assert b'"uptime_seconds"' not in data or b'"complete"' in data
 
 
+def test_a_long_message_waits_for_a_thread_that_reads_it(
+    ws: Socket, slow_live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where too many are read at once HTTP is refused; a frame that is not read has no id to be refused by."""
+    lane = slow_live.serving.readers.short
+    monkeypatch.setattr(lane, "limit", 0)
+    ws.send({**call("1", "health"), "tenant_id": None, "params": {"padding": None, "x" * 5000: None}})
+    with pytest.raises(TimeoutError):
+        ws.receive(timeout=0.3)
+    monkeypatch.setattr(lane, "limit", 8)
+    assert ws.until_end("1")[-1]["status"] == "complete"
+
+
+def test_a_fault_of_ours_closes_the_connection(slow_live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfastllm.server.ws.session.read_call", None)
+    with socket(slow_live) as ws:
+        ws.send(call("1", "health"))
+        assert ws.close_code() == 1011
+    assert until(lambda: not front(slow_live).sessions)
+
+
 # Floods.
 
 

@@ -25,6 +25,7 @@ from dfastllm.errors import (
     ForbiddenError,
     GenerationError,
     NotReadyError,
+    QueueFullError,
     RateLimitError,
     RequestNotFoundError,
     TooManyConnectionsError,
@@ -56,6 +57,7 @@ from dfastllm.tenants import ANYONE, Identity
 __all__ = ["Front", "Session", "takes_origin"]
 
 UNREADABLE = 16  # frames of a connection that are no call; the next one ends it
+PAUSE = 0.05  # s between two tries to have a long frame read
 NEW = 1.0  # s in which a connection without a key is not the one that makes room for another
 
 log = logging.getLogger("dfastllm.server")
@@ -168,14 +170,20 @@ class Session:
             await self._open()
             await self._serve()
         except _Fault as fault:
-            await self._end_calls()
-            self.metrics.websocket_closes.labels(str(fault.code)).inc()
-            with contextlib.suppress(_Gone):
-                await self._write({"type": "websocket.close", "code": fault.code, "reason": fault.reason})
+            await self._close(fault)
         except _Gone:
             pass
+        except Exception:
+            await self._close(_Fault(1011, "the server failed"))
+            raise
         finally:
             await self._end_calls()
+
+    async def _close(self, fault: _Fault) -> None:
+        await self._end_calls()
+        self.metrics.websocket_closes.labels(str(fault.code)).inc()
+        with contextlib.suppress(_Gone):
+            await self._write({"type": "websocket.close", "code": fault.code, "reason": fault.reason})
 
     # The key.
 
@@ -244,18 +252,21 @@ class Session:
             arrived = time.monotonic()
             data = text.encode()
             try:
-                if len(data) <= SHORT:
-                    incoming = read_call(data, values)
-                else:
-                    incoming = await self.serving.readers.run(len(data), read_call, data, values)
+                incoming = read_call(data, values) if len(data) <= SHORT else await self._read_long(data, values)
                 self._check(incoming)
             except Refused as refused:
                 await self._refuse(refused)
-            except DFastLLMError as error:  # too many are read at once
-                await self._refuse(Refused(None, error))
             else:
                 self._start(incoming, arrived)
             await asyncio.sleep(0)  # a client may send thousands of frames in one piece: others have their turn between
+
+    async def _read_long(self, data: bytes, values: int) -> Incoming:
+        """A long frame, on a thread. Where too many wait for one this connection waits too: a refusal could not say
+        which call it is of."""
+        while True:
+            with contextlib.suppress(QueueFullError):
+                return await self.serving.readers.run(len(data), read_call, data, values)
+            await asyncio.sleep(PAUSE)
 
     def _check(self, incoming: Incoming) -> None:
         """Whether the call may begin. Raises Refused."""
@@ -307,6 +318,7 @@ class Session:
                 raise
             last = CancelledReply(id=id, status="cancelled")
         except _Gone:
+            self.metrics.websocket_call(name, "disconnected", time.monotonic() - arrived)
             return
         except Exception:
             log.exception("a call of %s over /ws failed", name)
