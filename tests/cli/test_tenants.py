@@ -13,10 +13,12 @@ import pytest
 from dfastllm.errors import AuthenticationError
 from dfastllm.tenants.store import Store
 from dfastllm.tenants.tables import USAGE
+from tests.kit.cheap_keys import cheap_keys
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cheap_keys(monkeypatch)
     monkeypatch.setenv("DFASTLLM_TENANTS_DB", str(tmp_path / "tenants.db"))
     return tmp_path / "tenants.db"
 

@@ -14,6 +14,7 @@ import pytest
 from dfastllm.tenants import SCOPES
 from dfastllm.tenants.store import Store
 from dfastllm.tenants.tables import USAGE
+from tests.kit.cheap_keys import cheap_keys
 from tests.kit.live import Live, serving
 from tests.kit.served import parrot_engine
 
@@ -43,6 +44,8 @@ class Admin:
 
 @pytest.fixture(scope="module")
 def admin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Admin]:
+    patched = pytest.MonkeyPatch()
+    cheap_keys(patched)
     file: Path = tmp_path_factory.mktemp("admin") / "tenants.db"
     store = Store(str(file), create=True)
     store.create_tenant("operators", actor="cli:me")
@@ -50,6 +53,7 @@ def admin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Admin]:
     with serving({"parrot": parrot_engine()}, tenants_db=str(file)) as running:
         yield Admin(running, store, key)
     store.close()
+    patched.undo()
 
 
 def test_a_tenant_from_beginning_to_end(admin: Admin) -> None:

@@ -7,8 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from dfastllm.tenants import keys
 from dfastllm.tenants.store import Store
+from tests.kit.cheap_keys import cheap_keys
 from tests.kit.postgres import Postgres, binaries, postgres
+
+
+@pytest.fixture(autouse=True)
+def _cheap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "costly" not in request.fixturenames:
+        cheap_keys(monkeypatch)
+
+
+@pytest.fixture
+def costly() -> None:
+    """For a test that wants keys hashed as the server does."""
+    keys._nobodys.cache_clear()
 
 
 @pytest.fixture(scope="session")

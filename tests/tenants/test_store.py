@@ -93,7 +93,7 @@ def test_names_are_unique(store: Store) -> None:
         store.disable_key("dfk_x", actor="me")
 
 
-def test_a_key_is_shown_once_and_kept_as_argon2id(store: Store) -> None:
+def test_a_key_is_shown_once_and_kept_as_argon2id(store: Store, costly: None) -> None:
     tenant = store.create_tenant("acme", actor="me")
     ends = time.time() + 100
     key, text = store.create_key(
