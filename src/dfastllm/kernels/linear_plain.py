@@ -13,7 +13,7 @@ from dfastllm.kernels.activations import Acts, HeadStats
 from dfastllm.kernels.packed import Packed, QTensor, unpack_panels
 from dfastllm.kernels.token_set import TokenSet
 
-__all__ = ["linear", "linear_gated", "prepare", "softcap", "stats_of", "weight_rows"]
+__all__ = ["gate_product", "linear", "linear_gated", "prepare", "softcap", "stats_of", "weight_rows"]
 
 LEAST_AMAX = 2.0**-100  # below it codes are zero: 127 / amax would overflow
 
@@ -64,11 +64,14 @@ def linear_gated(
     x: Acts, weight: Packed | QTensor, bias: Tensor | None, *, kind: str, width: int, activation: str
 ) -> Acts:
     """activation(gate) * up of a weight that holds 32 channels of the gate and the same 32 of up in turn."""
-    y = linear(x, weight, bias)
-    gate, up = y.view(x.rows, y.shape[1] // 64, 2, 32).unbind(dim=2)
+    return prepare(gate_product(linear(x, weight, bias), width, activation), kind)
+
+
+def gate_product(y: Tensor, width: int, activation: str) -> Tensor:
+    """activation(gate) * up [rows, width] of 32 channels of the gate and the same 32 of up in turn [rows, n]."""
+    gate, up = y.view(len(y), y.shape[1] // 64, 2, 32).unbind(dim=2)
     inner = gate if activation == "silu" else 1.59576912 * (gate + 0.044715 * gate * gate * gate)  # 2 sqrt(2 / pi)
-    h = (gate / (1.0 + torch.exp(-inner)) * up).reshape(x.rows, y.shape[1] // 2)
-    return prepare(h[:, :width], kind)
+    return (gate / (1.0 + torch.exp(-inner)) * up).reshape(len(y), y.shape[1] // 2)[:, :width]
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

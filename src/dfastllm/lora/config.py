@@ -12,13 +12,15 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from dfastllm.core import value
 from dfastllm.errors import AdapterError
 
 __all__ = ["CONFIG_FILE", "LoraConfig", "read_config"]
 
+T = TypeVar("T")
+Bias = Literal["none", "all", "lora_only"]
 CONFIG_FILE = "adapter_config.json"
 MOST_BYTES = 1 << 20  # of the file; rank_pattern of a mixture's every expert takes some 100 kB
 BIASES = ("none", "all", "lora_only")
@@ -63,7 +65,7 @@ OTHER_MATHEMATICS = frozenset(
         "use_qalora",
     }
 )
-# Starts that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) subtract the start from the base.
+# Starts that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) take the start off the base.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 
@@ -89,7 +91,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float]
     rank_stabilised: bool = False
     magnitudes: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Bias = "none"
     columns_first: bool = False
     lora_bias: bool = False
     saved: tuple[str, ...] = ()
@@ -106,7 +108,7 @@ class LoraConfig:
 
 
 def read_config(directory: Path) -> LoraConfig:
-    """The adapter_config.json of a directory. Raises AdapterError naming the field, what it holds and what is wanted."""
+    """adapter_config.json of a directory. Raises AdapterError naming the field, what it holds and what is wanted."""
     path = directory / CONFIG_FILE
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -123,7 +125,7 @@ def read_config(directory: Path) -> LoraConfig:
     return _Fields(raw, path).config()
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
     """The value of the first pattern that names the module, or the end of its name: PEFT's rule."""
     for pattern, found in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -159,7 +161,7 @@ class _Fields:
             alpha_pattern=alphas,
             rank_stabilised=self._flag("use_rslora"),
             magnitudes=self._flag("use_dora"),
-            bias=bias,
+            bias=cast(Bias, bias),
             columns_first=self._flag("fan_in_fan_out"),
             lora_bias=self._flag("lora_bias"),
             saved=tuple(saved),
@@ -171,8 +173,8 @@ class _Fields:
         for name, held in self.raw.items():
             if name in OTHER_MATHEMATICS and held:
                 raise AdapterError(
-                    f"{self.path}: {name} = {held!r:.80} asks for other mathematics than LoRA, DoRA and rank-stabilised "
-                    "LoRA, which is not computed here.",
+                    f"{self.path}: {name} = {held!r:.80} asks for other mathematics than LoRA, DoRA and "
+                    "rank-stabilised LoRA, which is not computed here.",
                     param=name,
                     hint="Merge the adapter into its model, or train it without.",
                 )

@@ -6,6 +6,7 @@ transformers; no code of a checkpoint is ever run.
 """
 
 from dfastllm.models import wirings  # noqa: F401  (importing a wiring registers its families)
+from dfastllm.models.adapted import adapter_base
 from dfastllm.models.check import CheckReport, Problem, check
 from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
@@ -31,6 +32,7 @@ __all__ = [
     "Problem",
     "Program",
     "RopeScaling",
+    "adapter_base",
     "build",
     "check",
     "dense_attention",

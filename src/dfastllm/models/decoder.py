@@ -15,7 +15,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.family import find_family
 from dfastllm.models.mixture import Mixture
-from dfastllm.models.parts import ACTIVATIONS, AttendFunction, Projection, RMSNorm, Rotary, rotate, softcapped
+from dfastllm.models.parts import ACTIVATIONS, Adapt, AttendFunction, Projection, RMSNorm, Rotary, rotate, softcapped
 from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Norm, Op, Rope
 
 __all__ = ["Decoder", "Layer"]
@@ -54,16 +54,23 @@ class Layer(nn.Module):
                     parent = getattr(parent, step)
                 parent.add_module(leaf, module)
 
-    def forward(self, x: Tensor, angles: Angles, attend: AttendFunction) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, attend: AttendFunction, adapt: Adapt | None = None) -> Tensor:
         """x [tokens, hidden] -> the same; a branch is one tensor, or several parts side by side (q, k, v)."""
         h: tuple[Tensor, ...] = (x,)
         at = self.get_submodule
+
+        def linear(name: str, inputs: Tensor) -> Tensor:
+            out: Tensor = at(name)(inputs)
+            return out if adapt is None else adapt(f"layers.{self.index}.{name}", inputs, out)
+
         for op in self.ops:
             match op:
                 case Norm():
                     h = (at(op.name)(h[0]),)
                 case Linear():
-                    h = tuple(part for m in op.matrices for part in at(m.name)(h[0]).split(m.outputs, dim=-1))
+                    h = tuple(
+                        part for m in op.matrices for part in torch.split(linear(m.name, h[0]), list(m.outputs), dim=-1)
+                    )
                 case HeadNorm():
                     pairs = zip((op.q, op.k), h[:2], strict=True)
                     q, k = (at(n.name)(part.reshape(len(x), -1, n.size)).flatten(1) for n, part in pairs)
@@ -77,7 +84,7 @@ class Layer(nn.Module):
                 case Gate():
                     h = (ACTIVATIONS[op.activation](h[0]) * h[1],)
                 case Experts():
-                    h = (at(op.name)(h[0]),)
+                    h = (at(op.name)(h[0], adapt, f"layers.{self.index}.{op.name}"),)
                 case Add():
                     x = x + (h[0] if op.factor == 1 else h[0] * op.factor)
                     h = (x,)
@@ -117,21 +124,27 @@ class Decoder(nn.Module):
         """positions [tokens] int64 -> cos, sin [tokens, 1, rotary dim / 2] float32 of each table of the program."""
         return [table(positions) for table in self.rotary]
 
-    def embedded(self, ids: Tensor) -> Tensor:
+    def embedded(self, ids: Tensor, adapt: Adapt | None = None) -> Tensor:
         """ids [tokens] int64 -> the stream as the first layer gets it [tokens, hidden]."""
         x: Tensor = self.embed(ids)
+        if adapt is not None:
+            x = adapt.embed(ids, x)
         return x if self.program.embed_factor == 1 else x * self.program.embed_factor
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: AttendFunction) -> Tensor:
-        """ids, positions [tokens] int64 -> hidden [tokens, hidden] in the model's dtype, after the final norm."""
-        x, angles = self.embedded(ids), self.angles(positions)
+    def forward(self, ids: Tensor, positions: Tensor, attend: AttendFunction, adapt: Adapt | None = None) -> Tensor:
+        """ids, positions [tokens] int64 -> hidden [tokens, hidden] in the model's dtype, after the final norm. adapt:
+        what adapters of the rows make of it."""
+        x, angles = self.embedded(ids, adapt), self.angles(positions)
         for layer in self.layers:
-            x = layer(x, angles, attend)
+            x = layer(x, angles, attend, adapt)
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] (rows of `forward`) -> logits [rows, vocab] in the model's dtype."""
+    def head(self, hidden: Tensor, adapt: Adapt | None = None, rows: Tensor | None = None) -> Tensor:
+        """hidden [rows, hidden] (rows of `forward`; which ones, adapters are told) -> logits [rows, vocab] in the
+        model's dtype."""
         logits = F.linear(hidden, self.embed.weight) if self.lm_head is None else self.lm_head(hidden)
+        if adapt is not None and rows is not None:
+            logits = adapt.head(hidden, logits, rows)
         if self.program.logits_factor != 1:
             logits = logits * self.program.logits_factor
         return softcapped(logits, self.program.logits_softcap)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfastllm.models.config import MoEConfig
-from dfastllm.models.parts import Expert
+from dfastllm.models.parts import Adapt, Expert
 
 __all__ = ["Mixture", "Router"]
 
@@ -21,10 +21,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.experts, hidden))
         self.bias = nn.Parameter(torch.zeros(config.experts)) if config.router == "sigmoid" else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [tokens, hidden] -> weights float32, experts int64, both [tokens, top_k]."""
+    def forward(self, x: Tensor, adapt: Adapt | None = None, name: str = "") -> tuple[Tensor, Tensor]:
+        """x [tokens, hidden] -> weights float32, experts int64, both [tokens, top_k]. name: its own."""
         config = self.config
         logits = F.linear(x.float(), self.weight.float())  # [tokens, experts]
+        if adapt is not None:
+            logits = adapt(name, x, logits)
         if self.bias is None:
             weights, chosen = logits.softmax(-1).topk(config.top_k, dim=-1)
         else:
@@ -53,24 +55,25 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(Expert(hidden, config.intermediate_size) for _ in range(config.experts))
         self.shared = Expert(hidden, config.shared_size) if config.shared_size else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]. Only experts that some row chose run, each on its rows at once, and
-        a row's sum runs over its experts in ascending order, so it does not depend on the other rows."""
-        weights, chosen = self.router(x)
+    def forward(self, x: Tensor, adapt: Adapt | None = None, name: str = "") -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]. name: its own. Only experts that some row chose run, each on its rows
+        at once, and a row's sum runs over its experts in ascending order, so it does not depend on the other rows."""
+        weights, chosen = self.router(x, adapt, f"{name}.router")
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in chosen.unique().tolist():
             row, slot = (chosen == expert).nonzero(as_tuple=True)
-            update = _padded(self.experts[expert], x[row]).float() * weights[row, slot, None]
+            part = _padded(self.experts[expert], x[row], adapt, f"{name}.experts.{expert}", row)
+            update = part.float() * weights[row, slot, None]
             out = out.index_add(0, row, update)
         if self.shared is not None:
-            out = out + self.shared(x).float()
+            out = out + self.shared(x, adapt, f"{name}.shared").float()
         return out.to(x.dtype)
 
 
-def _padded(expert: nn.Module, x: Tensor) -> Tensor:
+def _padded(expert: nn.Module, x: Tensor, adapt: Adapt | None, name: str, rows: Tensor) -> Tensor:
     """expert(x), run on at least as many rows as the engine pads a forward to: matrix products of a few rows use other
     kernels with another order of summation, so a row's last bits would depend on how many rows chose its expert."""
     least = max(16, 8 * torch.get_num_threads())
     if len(x) >= least:
-        return expert(x)  # type: ignore[no-any-return]
-    return expert(F.pad(x, (0, 0, 0, least - len(x))))[: len(x)]  # type: ignore[no-any-return]
+        return expert(x, adapt, name, rows)  # type: ignore[no-any-return]
+    return expert(F.pad(x, (0, 0, 0, least - len(x))), adapt, name, rows)[: len(x)]  # type: ignore[no-any-return]

@@ -54,9 +54,10 @@ def pack_decoder(
     dtype: torch.dtype,
     *,
     notes: list[str] | None = None,
+    shortlist: Tensor | None = None,
 ) -> PackedDecoder:
     """Build from a stream of (parameter name as in `Decoder`, matrix or vector). Floating-point matrices become float32
-    or bfloat16 panels.
+    or bfloat16 panels. shortlist: the only tokens that the head gets, int64 [n] ascending; None: all.
 
     Raises UnsupportedError as `require_packable` does, CheckpointError for a missing, surplus or mis-shaped parameter
     or one that is not finite.
@@ -94,8 +95,9 @@ def pack_decoder(
         embed=_pack(outer["embed.weight"]),
         norm=ScaledNorm(last.weight * program.logits_factor, last.eps),
         layers=tuple(layers[i] for i in range(config.layers)),
-        head=None if config.tied else _pack(outer["lm_head.weight"]),
+        head=_head(outer, config.tied, shortlist),
         notes=notes or [],
+        shortlist=shortlist,
     )
 
 
@@ -139,11 +141,11 @@ def _layer(ops: Sequence[Op], parts: Mapping[str, Value]) -> tuple[PackedOp, ...
                 into = _matrix(parts[f"{follows.matrices[0].name}.weight"])
                 gate, up = _parts(op, parts)
                 packed = _interleaved(gate, up)
-                out.append(Gated(packed, after.activation, gate[0].shape[0], act_kind(into.format), norm))
+                out.append(Gated(packed, op, after.activation, gate[0].shape[0], act_kind(into.format), norm))
                 norm = None
             case Linear(), _:
                 onto = isinstance(after, Add) and after.factor == 1
-                out.append(Project(_side_by_side(_parts(op, parts)), norm, onto))
+                out.append(Project(_side_by_side(_parts(op, parts)), op, norm, onto))
                 norm = None
             case HeadNorm(), _:
                 heads = _norm(op.q, parts), _norm(op.k, parts)
@@ -221,6 +223,13 @@ def _matrix(value: Value) -> QTensor:
     if isinstance(value, QTensor):
         return value
     return QTensor("bf16", value) if value.dtype == torch.bfloat16 else QTensor("f32", value.float())
+
+
+def _head(outer: Mapping[str, Value], tied: bool, shortlist: Tensor | None) -> Packed | None:
+    """None: the embedding is the head."""
+    if shortlist is not None:
+        return linear.pack(_matrix(outer["embed.weight" if tied else "lm_head.weight"]).rows(shortlist))
+    return None if tied else _pack(outer["lm_head.weight"])
 
 
 def _pack(value: Value) -> Packed:

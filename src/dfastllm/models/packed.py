@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,15 @@ from dfastllm.kernels.activations import Acts, HeadStats, act_kind
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.halt import Halt, Interrupted
 from dfastllm.kernels.kv import KV_TYPES, KvCache
+from dfastllm.kernels.linear_plain import gate_product
 from dfastllm.kernels.packed import Packed
 from dfastllm.kernels.step import Step
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.parts import inverse_frequencies
 from dfastllm.models.program import Activation, Attend, Linear, Program
+
+if TYPE_CHECKING:
+    from dfastllm.models.adapted import PackedAdapters
 
 __all__ = ["Gated", "Mix", "Normalise", "PackedDecoder", "PackedOp", "Project", "ScaledNorm", "Sum", "Weights"]
 
@@ -124,6 +128,7 @@ class PackedDecoder:
     seed: int | None = None  # of random weights
     shortlist: Tensor | None = None
     _native: dict[str, Any] = field(default_factory=dict, repr=False)
+    _tables: dict[str, list[Any]] = field(default_factory=dict, repr=False)  # of adapters, that `_native` have
 
     def __post_init__(self) -> None:
         self._ropes = [inverse_frequencies(table) for table in self.program.ropes]
@@ -157,14 +162,26 @@ class PackedDecoder:
         matrices = [self.embed, *([self.head] if self.head else []), *(w.packed for w in self._linears())]
         return {f: sum(m.format == f for m in matrices) for f in sorted({m.format for m in matrices})}
 
-    def forward(self, step: Step, cache: KvCache, own: KvCache, halt: Halt | None = None) -> Tensor:
+    def forward(
+        self,
+        step: Step,
+        cache: KvCache,
+        own: KvCache,
+        halt: Halt | None = None,
+        adapters: PackedAdapters | None = None,
+    ) -> Tensor:
         """Hidden float32 [wanted, hidden] after the final norm. Writes the K,V of `step.slot` into `cache` (all layers)
-        and those of `step.own_slot` into `own` (one layer, used by each in turn). Raises ValidationError for a step
-        that does not fit, Interrupted where `halt` was asked to give it up."""
+        and those of `step.own_slot` into `own` (one layer, used by each in turn). adapters: what the numbers of
+        `step.adapter` stand for. Raises ValidationError for a step that does not fit, Interrupted where `halt` was
+        asked to give it up."""
         if native() is None:
-            return self._run_plain(step, cache, own, halt)
+            return self._run_plain(step, cache, own, halt, adapters)
         if cache.type not in self._native:
             self._native[cache.type] = self._compile(cache)
+        table = [None] if adapters is None else adapters.handles
+        if self._tables.get(cache.type) is not table and step.adapter.any():
+            self._native[cache.type].set_adapters(table)
+            self._tables[cache.type] = table
         out = torch.empty(len(step.want), self.config.hidden_size)
         try:
             words = None if halt is None else halt.words
@@ -175,10 +192,16 @@ class PackedDecoder:
             raise Interrupted
         return out
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden float32 [rows, hidden] of `forward` -> float32 [rows, tokens of the head]."""
-        head = self.head_weights
-        return linear.softcap(linear.linear(self._head_in(hidden), head), self.program.logits_softcap)
+    def logits(
+        self, hidden: Tensor, adapters: PackedAdapters | None = None, numbers: Tensor | None = None
+    ) -> Tensor:
+        """hidden float32 [rows, hidden] of `forward` -> float32 [rows, tokens of the head]. numbers: int64 [rows], the
+        adapter of each row that changes the head, 0: none."""
+        logits = linear.linear(self._head_in(hidden), self.head_weights)
+        if adapters is None or numbers is None:
+            return linear.softcap(logits, self.program.logits_softcap)
+        adapters.logits(hidden, logits, numbers)
+        return adapters.never(linear.softcap(logits, self.program.logits_softcap), numbers)
 
     def head_stats(self, hidden: Tensor, **asked: Any) -> HeadStats:
         """Statistics of the rows' logits: what is `asked` of `linear.head_stats`."""
@@ -187,9 +210,15 @@ class PackedDecoder:
     def _head_in(self, hidden: Tensor) -> Acts:
         return linear.prepare(hidden, act_kind(self.head_weights.format))
 
-    def _run_plain(self, step: Step, cache: KvCache, own: KvCache, halt: Halt | None) -> Tensor:
+    def _run_plain(
+        self, step: Step, cache: KvCache, own: KvCache, halt: Halt | None, adapters: PackedAdapters | None
+    ) -> Tensor:
         step.check_ids(self.embed.n)
-        x = linear.weight_rows(self.embed, torch.from_numpy(step.ids).long()) * self.program.embed_factor
+        x = linear.weight_rows(self.embed, torch.from_numpy(step.ids).long())
+        adapted = None if adapters is None else adapters.rows_of(step)
+        if adapted is not None:
+            adapted.embed(x)
+        x = x * self.program.embed_factor
         positions, want = torch.from_numpy(step.positions).float(), torch.from_numpy(step.want).long()
         tables = []
         for frequencies, factor in self._ropes:
@@ -205,20 +234,29 @@ class PackedDecoder:
                     case Normalise():
                         h = _prepared(h, "f32", op.norm).dequantise()
                     case Project():
-                        out = x if op.onto_stream else None
+                        out = x if op.onto_stream and adapted is None else None
                         parts = [
                             linear.linear(
                                 _prepared(h, act_kind(w.packed.format), op.norm), w.packed, w.bias, accumulate=out
                             )
                             for w in op.weights
                         ]
-                        h = x if op.onto_stream else torch.cat(parts, dim=1)
+                        made = x if out is not None else torch.cat(parts, dim=1)
+                        if adapted is not None:
+                            adapted.add(made, _floats(h, op.norm))
+                            made = x.add_(made) if op.onto_stream else made
+                        h = made
                     case Gated():
                         w = op.weights
                         rows = _prepared(h, act_kind(w.packed.format), op.norm)
-                        h = linear.linear_gated(
-                            rows, w.packed, w.bias, kind=op.kind, width=op.width, activation=op.activation
-                        )
+                        if adapted is None:
+                            h = linear.linear_gated(
+                                rows, w.packed, w.bias, kind=op.kind, width=op.width, activation=op.activation
+                            )
+                        else:
+                            both = adapted.add(linear.linear(rows, w.packed, w.bias), _floats(h, op.norm))
+                            product = adapted.keep_product(gate_product(both, op.width, op.activation))
+                            h = linear.prepare(product, op.kind)
                     case Mix():
                         assert isinstance(h, Tensor)
                         h = self._mix(
@@ -226,6 +264,8 @@ class PackedDecoder:
                         )
                         if layer is self.layers[-1]:  # what follows is only looked at in the wanted rows
                             x, h = x[want], h[want]
+                            if adapted is not None:
+                                adapted.take(want)
                     case Sum():
                         assert isinstance(h, Tensor)
                         x = x.add_(h, alpha=op.factor)
@@ -271,6 +311,11 @@ def _prepared(h: Tensor | Acts, kind: str, norm: ScaledNorm | None) -> Acts:
     if norm is None:
         return linear.prepare(h, kind)
     return linear.prepare(h, kind, norm=norm.weight, eps=norm.eps)
+
+
+def _floats(h: Tensor | Acts, norm: ScaledNorm | None) -> Tensor | None:
+    """What adapters get of the inputs of a linear, not quantised; None: what a gate made."""
+    return None if isinstance(h, Acts) else _prepared(h, "f32", norm).dequantise()
 
 
 def _emit(made: Any, op: PackedOp) -> None:

@@ -22,6 +22,7 @@ from dfastllm.models.program import Activation, Attend, RopeTable
 
 __all__ = [
     "ACTIVATIONS",
+    "Adapt",
     "AttendFunction",
     "Expert",
     "Projection",
@@ -41,6 +42,23 @@ class AttendFunction(Protocol):
     rope and q/k norm, k, v [tokens, kv_heads, dim] of this forward's rows -> [tokens, heads, dim]."""
 
     def __call__(self, layer: int, op: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class Adapt(Protocol):
+    """What adapters make of a forward's numbers, row by row; `adapted.AdaptedRows` is one."""
+
+    def __call__(self, name: str, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+        """y [rows, out], what the matrix of this own name gives for x [rows, in], as the rows' adapters have it. rows:
+        which rows of the forward these are, None: all in order; more of x and y than that are padding."""
+        ...
+
+    def embed(self, ids: Tensor, x: Tensor) -> Tensor:
+        """The same of the embedding's rows x [rows, hidden] of ids [rows]."""
+        ...
+
+    def head(self, hidden: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+        """The same of the head, before any factor or cap."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -168,8 +186,15 @@ class Expert(nn.Module):
         self.up_proj = Projection(hidden, intermediate, bias=False)
         self.down_proj = Projection(intermediate, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, adapt: Adapt | None = None, name: str = "", rows: Tensor | None = None) -> Tensor:
+        """name: its own. rows: which rows of the forward x are."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if adapt is not None:
+            gate = adapt(f"{name}.gate_proj", x, gate, rows)
+            up = adapt(f"{name}.up_proj", x, up, rows)
+        h = silu(gate) * up
+        out: Tensor = self.down_proj(h)
+        return out if adapt is None else adapt(f"{name}.down_proj", h, out, rows)
 
 
 def dense_attention(

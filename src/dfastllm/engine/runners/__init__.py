@@ -53,11 +53,15 @@ class Runner(Protocol):
         Interrupted where `halt` was asked."""
         ...
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        """On any thread: raises UnsupportedError for an adapter of what the runner cannot compute (experts on the
+        native one)."""
+        ...
+
     def adapters(self, table: Sequence[Adapter | None]) -> None:
         """Between two steps: from now on number n of `step.adapter` is table[n], None: no row may have the number.
         table[0] is None: rows without an adapter. What an adapter needs to be computed with is made when it first
-        appears in a table, and dropped when it is in none. Raises UnsupportedError for an adapter of what the runner
-        cannot compute (experts on the native one)."""
+        appears in a table, and dropped when it is in none. Raises ValidationError, and what `check_adapter` raises."""
         ...
 
 

@@ -6,6 +6,10 @@ depend on its neighbours, to the last bit, at any number of threads.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,11 +20,15 @@ from dfastllm.errors import UnsupportedError
 from dfastllm.kernels import native
 from dfastllm.kernels.halt import Halt
 from dfastllm.kernels.kv import KvCache
-from dfastllm.kernels.rows import Barred, Rows, RowStats
+from dfastllm.kernels.rows import Barred, DenseRows, Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
 from dfastllm.models import PackedDecoder
+from dfastllm.models.adapted import PackedAdapters
 
-__all__ = ["HeadRows", "NativeRunner"]
+if TYPE_CHECKING:
+    from dfastllm.lora import Adapter
+
+__all__ = ["AdaptedHeadRows", "HeadRows", "NativeRunner"]
 
 
 KV_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "int8"}
@@ -47,6 +55,7 @@ class NativeRunner:
         self.kv = KvCache(info.layers, -(-slots // BLOCK), info.kv_heads, info.head_dim, KV_TYPES[dtype])
         self._own = self._scratch(1)
         self.halt = Halt()
+        self._adapters = PackedAdapters(model)
 
     @property
     def info(self) -> ModelInfo:
@@ -58,7 +67,21 @@ class NativeRunner:
         self.halt.begin()
         if step.own_keys > self._own.blocks * BLOCK:
             self._own = self._scratch(2 * step.own_keys // BLOCK)
-        return HeadRows(self.model.forward(step, self.kv, self._own, self.halt), self.model)
+        hidden = self.model.forward(step, self.kv, self._own, self.halt, self._adapters)
+        if not step.adapter.any():
+            return HeadRows(hidden, self.model)
+        numbers = self._adapters.of_head(torch.from_numpy(step.adapter[step.want]).long())
+        if not numbers.any():
+            return HeadRows(hidden, self.model)
+        return AdaptedHeadRows(hidden, self.model, self._adapters, numbers)
+
+    def adapters(self, table: Sequence[Adapter | None]) -> None:
+        """See `runners.Runner`. Raises ValidationError, UnsupportedError."""
+        self._adapters.set(table)
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """See `runners.Runner`."""
+        self._adapters.require(adapter)
 
     def _scratch(self, blocks: int) -> KvCache:
         """K,V of one pass and one layer, for rows that see each other but are not kept."""
@@ -95,3 +118,49 @@ class HeadRows(Rows):
 
     def _take(self, index: NDArray[np.int64]) -> Rows:
         return HeadRows(self._hidden[torch.from_numpy(index)], self._model)
+
+
+class AdaptedHeadRows(HeadRows):
+    """Rows some of whose adapters change the head: those go through their logits, the others as ever.
+
+    numbers: int64 [count], the adapter of a row that changes the head, 0: none."""
+
+    def __init__(self, hidden: Tensor, model: PackedDecoder, adapters: PackedAdapters, numbers: Tensor) -> None:
+        super().__init__(hidden, model)
+        self._adapters = adapters
+        self._numbers = numbers
+
+    def _logits(self) -> tuple[Tensor, NDArray[np.bool_]]:
+        logits = self._model.logits(self._hidden, self._adapters, self._numbers)
+        return logits, torch.isfinite(logits.sum(dim=-1)).numpy()
+
+    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
+        dense = self._numbers != 0
+        parts = []
+        for index in ((~dense).nonzero()[:, 0], dense.nonzero()[:, 0]):
+            if not len(index):
+                continue
+            some = None if barred is None else [barred[i] for i in index.tolist()]
+            hidden, numbers = self._hidden[index], self._numbers[index]
+            rows: Rows = HeadRows(hidden, self._model)
+            if numbers.any():
+                rows = DenseRows(self._model.logits(hidden, self._adapters, numbers))
+            parts.append((index.numpy(), rows.stats(ban=ban, barred=some, norm=norm, spread=spread, top=top)))
+        return _joined(parts, self.count)
+
+    def _take(self, index: NDArray[np.int64]) -> Rows:
+        at = torch.from_numpy(index)
+        return AdaptedHeadRows(self._hidden[at], self._model, self._adapters, self._numbers[at])
+
+
+def _joined(parts: list[tuple[NDArray[np.int64], RowStats]], count: int) -> RowStats:
+    """Statistics of rows that were asked apart. parts: (rows, theirs)."""
+    fields = {}
+    for field in dataclasses.fields(RowStats):
+        values = [getattr(stats, field.name) for _, stats in parts]
+        whole = np.empty((count, *values[0].shape[1:]), dtype=values[0].dtype) if len(values[0]) else values[0]
+        for (index, _), value in zip(parts, values, strict=True):
+            if len(value):
+                whole[index] = value
+        fields[field.name] = whole
+    return RowStats(**fields)

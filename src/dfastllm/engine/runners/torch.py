@@ -9,7 +9,7 @@ fewer rows sum in another order).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,17 +18,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import UnsupportedError
+from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.halt import Halt, Interrupted
 from dfastllm.kernels.kv import SlotCache
 from dfastllm.kernels.rows import DenseRows, Rows
 from dfastllm.kernels.step import SPAN_WORDS
+from dfastllm.models import Decoder
+from dfastllm.models.adapted import AdaptedRows, on_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dfastllm.kernels.step import Step
+    from dfastllm.lora import Adapter
     from dfastllm.models import Attend
+    from dfastllm.models.parts import Adapt
 
     AttendFunction = Callable[[int, Attend, Tensor, Tensor, Tensor], Tensor]
 
@@ -48,6 +52,16 @@ class Runnable(Protocol):
     def __call__(self, ids: Tensor, positions: Tensor, attend: AttendFunction) -> Tensor: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...
+
+
+class Adaptable(Runnable, Protocol):
+    """A model whose matrices adapters may change: `dfastllm.models.Decoder`."""
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, attend: AttendFunction, adapt: Adapt | None = None
+    ) -> Tensor: ...
+
+    def head(self, hidden: Tensor, adapt: Adapt | None = None, rows: Tensor | None = None) -> Tensor: ...
 
 
 class TorchRunner:
@@ -77,6 +91,8 @@ class TorchRunner:
         self.block_size = block_size
         self.kv = SlotCache(info.layers, slots, info.kv_heads, info.head_dim, dtype, self.device)
         self.halt = Halt()
+        self._given: tuple[Adapter | None, ...] = (None,)
+        self._table: list[Adapter | None] = [None]  # the same, on the device
 
     @property
     def info(self) -> ModelInfo:
@@ -84,18 +100,50 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Rows:
-        """See `runners.Runner`. Raises ValidationError, Interrupted, UnsupportedError for adapters."""
-        if step.adapter.any():
-            raise UnsupportedError("the torch runner has no adapters.", param="adapter")
+        """See `runners.Runner`. Raises ValidationError, Interrupted."""
         step.check(-(-self.kv.slots // self.block_size), len(step.own_blocks))
         step.check_ids(self.info.vocab_size)
         self.halt.begin()
         plan = _Plan.of(step, self.device, self.min_rows)
+        if step.adapter.any():
+            return self._run_adapted(step, plan)
         hidden = self.model(plan.ids, plan.positions, self._attend(plan))
         wanted = len(step.want)
         if wanted == 0:
-            return DenseRows(torch.empty(0, self.model.info.vocab_size, device=self.device))
+            return self._no_rows()
         return DenseRows(self.model.head(hidden[plan.want])[:wanted].float())
+
+    def _no_rows(self) -> Rows:
+        return DenseRows(torch.empty(0, self.model.info.vocab_size, device=self.device))
+
+    def _run_adapted(self, step: Step, plan: _Plan) -> Rows:
+        """The same with adapters. Rows without one get what the plain way gives: every product is the same."""
+        numbers = F.pad(torch.from_numpy(step.adapter).long(), (0, len(plan.ids) - len(step)))
+        model = cast("Adaptable", self.model)
+        adapt = AdaptedRows(self._table, numbers.to(self.device), self.min_rows)
+        hidden = model(plan.ids, plan.positions, self._attend(plan), adapt)
+        wanted = len(step.want)
+        if wanted == 0:
+            return self._no_rows()
+        logits = model.head(hidden[plan.want], adapt, plan.want)[:wanted].float()
+        return DenseRows(adapt.never(logits, plan.want[:wanted]))
+
+    def adapters(self, table: Sequence[Adapter | None]) -> None:
+        """See `runners.Runner`. Raises ValidationError, UnsupportedError."""
+        if not table or table[0] is not None:
+            raise ValidationError("number 0 of a table of adapters stands for none.", param="adapter")
+        moved = {id(adapter): placed for adapter, placed in zip(self._given, self._table, strict=True)}
+        for adapter in table:
+            if adapter is not None and id(adapter) not in moved:
+                self.check_adapter(adapter)
+                moved[id(adapter)] = on_device(adapter, self.device)
+        self._given = tuple(table)
+        self._table = [None if adapter is None else moved[id(adapter)] for adapter in table]
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """See `runners.Runner`."""
+        if not isinstance(self.model, Decoder):
+            raise UnsupportedError(f"{self.info.name} takes no adapters: it is none of our models.", param="lora")
 
     def _attend(self, plan: _Plan) -> AttendFunction:
         all_k, all_v = self.kv.k, self.kv.v

@@ -55,7 +55,6 @@ void adapt_embedding(const Adapter& adapter, int64_t id, int64_t hidden, float* 
 
 void adapt_head(const Adapter& adapter, const float* x, int64_t k, int64_t rows, float* y, int64_t vocab) {
   const Full& full = adapter.head_full;
-  const int64_t known = full.data != nullptr ? full.rows : vocab;
   if (full.data != nullptr) natural_linear(full.type, full.data, full.rows, k, x, k, rows, y, vocab);
   if (!adapter.head.empty()) {
     std::vector<int32_t> all(static_cast<size_t>(rows));
@@ -66,7 +65,6 @@ void adapt_head(const Adapter& adapter, const float* x, int64_t k, int64_t rows,
     work.gather(x, k, k, nullptr, 0.0f);
     work.apply(y, vocab);
   }
-  for (int64_t r = 0; r < rows; ++r) std::fill(y + r * vocab + known, y + (r + 1) * vocab, kNever);
 }
 
 }  // namespace dfk

@@ -26,11 +26,9 @@ struct Adapter {
 // Row `id` of the embedding as this adapter has it, in place: x [hidden] is the base's row.
 void adapt_embedding(const Adapter& adapter, int64_t id, int64_t hidden, float* x);
 
-// Logits as this adapter has them: y [rows][vocab] are the base's, of hidden x [rows][k]. Ids that a head of its own has no
-// row for get kNever.
+// Logits as this adapter has them: y [rows][vocab] are the base's, of hidden x [rows][k]. Those of ids that a head of its
+// own has no row for stay.
 void adapt_head(const Adapter& adapter, const float* x, int64_t k, int64_t rows, float* y, int64_t vocab);
-
-constexpr float kNever = -1e30f;  // a logit of probability 0 that sums and products of logits stay finite with
 
 // The rows of a step by adapter. table[number] is null for numbers that no row may have, and for 0: none.
 class AdaptedRows {

@@ -1,0 +1,354 @@
+"""Adapters on the models here: what reading one needs of its base, and the two forms that runners compute with.
+
+A packed decoder's linears hold several matrices of the program each, side by side or alternating, so a delta is put to
+where its matrix lies there. The torch module has the matrices under their own names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.kernels.extension import native
+from dfastllm.kernels.low_rank import LowRank, Place, add_low_rank
+from dfastllm.kernels.packed import PANEL, unpack_panels
+from dfastllm.kernels.step import Step
+from dfastllm.lora import EMBED, HEAD, Adapter, Base, Delta
+from dfastllm.models.decoder import Decoder
+from dfastllm.models.family import find_family
+from dfastllm.models.packed import Gated, PackedDecoder, Project
+
+__all__ = ["NEVER", "AdaptedRows", "PackedAdapters", "PlainRows", "adapter_base", "on_device", "sites"]
+
+NEVER = -1e30  # a logit of probability 0 with which sums of logits stay finite
+HALF = PANEL // 2
+Places = Mapping[str, tuple[Place, ...]]  # own matrix name -> where its outputs lie in a linear
+
+
+def adapter_base(model: Decoder | PackedDecoder) -> Base:
+    """The model as `lora.read_adapter` takes it."""
+    return _Base(model)
+
+
+class _Base:
+    """See `lora.Base`."""
+
+    def __init__(self, model: Decoder | PackedDecoder) -> None:
+        self.model = model
+        self.name = model.info.name
+        self.tied = model.config.tied
+        self._names = find_family(model.info.family).names
+        with torch.device("meta"):
+            shell = model if isinstance(model, Decoder) else Decoder(model.config, model.info)
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(parameter.shape) for name, parameter in shell.named_parameters()
+        }
+
+    def own(self, published: str) -> str:
+        """Names as another class of the same model has them, the body alone or inside one that also sees pictures, are
+        understood too."""
+        for name in (
+            published,
+            f"model.{published}",
+            f"language_model.{published}",
+            published.replace("model.language_model.", "language_model.model.", 1),
+            published.replace("language_model.", "", 1),
+        ):
+            try:
+                return self._names.own(name)
+            except KeyError:
+                continue
+        raise KeyError(published)
+
+    def value(self, own: str) -> Tensor:
+        if isinstance(self.model, Decoder):
+            return self.model.get_parameter(own).detach().to("cpu", torch.float32)
+        return _packed_value(self.model, own)
+
+
+def _packed_value(model: PackedDecoder, own: str) -> Tensor:
+    """A matrix or bias out of the panels."""
+    module, _, leaf = own.rpartition(".")
+    if module in (EMBED, HEAD):
+        return unpack_panels(model.embed if module == EMBED else model.head_weights).dequantise()
+    for op, places in sites(model):
+        if module not in places:
+            continue
+        weights = op.weights if isinstance(op, Project) else (op.weights,)
+        columns = torch.cat([place.columns for place in places[module]])
+        if leaf == "bias":
+            parts = [torch.zeros(w.packed.n) if w.bias is None else w.bias for w in weights]
+        else:
+            parts = [unpack_panels(w.packed).dequantise() for w in weights]
+        return torch.cat(parts)[columns]
+    raise KeyError(own)
+
+
+def sites(model: PackedDecoder) -> Iterator[tuple[Project | Gated, Places]]:
+    """The linears of all layers in their order, and where the outputs of the program's matrices lie in each."""
+    for i, layer in enumerate(model.layers):
+        for op in layer:
+            if not isinstance(op, Project | Gated):
+                continue
+            places: dict[str, tuple[Place, ...]] = {}
+            column = 0
+            for matrix in op.source.matrices:
+                first, found = 0, []
+                for size in matrix.outputs:
+                    # Gate and up alternate by 32 channels, which part it is comes from the order of both.
+                    gated = isinstance(op, Gated)
+                    found.append(Place(first, size, HALF * column, PANEL) if gated else Place(first, size, column))
+                    first += size
+                    column += 1 if gated else size
+                places[f"layers.{i}.{matrix.name}"] = tuple(found)
+            yield op, places
+
+
+def _present(numbers: Tensor) -> list[int]:
+    """The adapters' numbers that occur, ascending, without 0."""
+    return sorted(set(numbers.tolist()) - {0})
+
+
+def _part(delta: Delta) -> LowRank:
+    return LowRank(delta.a, delta.b, delta.scale, delta.factor, delta.shift)
+
+
+def _arguments(delta: Delta) -> dict[str, Any]:
+    return {
+        "a": delta.a,
+        "b": delta.b,
+        "scale": delta.scale,
+        "factor": delta.factor,
+        "shift": delta.shift,
+    }
+
+
+class PackedAdapters:
+    """A table of adapters for a packed decoder: their native forms, or what the plain twin adds.
+
+    Nothing is copied: the kernels read an adapter's matrices where they lie.
+    """
+
+    def __init__(self, model: PackedDecoder) -> None:
+        self._places = [places for _, places in sites(model)]
+        self._hidden, self._vocab = model.config.hidden_size, model.config.vocab_size
+        self.table: tuple[Adapter | None, ...] = (None,)
+        self.handles: list[Any] = [None]
+
+    def set(self, table: Sequence[Adapter | None]) -> None:
+        """See `engine.runners.Runner.adapters`. Raises ValidationError, UnsupportedError."""
+        if not table or table[0] is not None:
+            raise ValidationError("number 0 of a table of adapters stands for none.", param="adapter")
+        known = {id(adapter): handle for adapter, handle in zip(self.table, self.handles, strict=True)}
+        for adapter in table:
+            if adapter is not None and id(adapter) not in known:
+                self.require(adapter)
+        if native() is None:
+            self.handles = [None] * len(table)
+        else:
+            self.handles = [None if a is None else known.get(id(a)) or self._handle(a) for a in table]
+        self.table = tuple(table)
+
+    def require(self, adapter: Adapter) -> None:
+        """Raises UnsupportedError for an adapter of matrices that these linears have not."""
+        known = {name for places in self._places for name in places} | {EMBED, HEAD}
+        if unknown := sorted(adapter.deltas.keys() - known):
+            raise UnsupportedError(
+                f"an adapter of {unknown[0]} runs on the torch runner; the native runner has no such linear.",
+                param="lora",
+                hint="Load the model with backend torch.",
+            )
+
+    def _handle(self, adapter: Adapter) -> Any:
+        made = native().Adapter(len(self._places))
+        for site, places in enumerate(self._places):
+            for name, where in places.items():
+                if (delta := adapter.deltas.get(name)) is None:
+                    continue
+                at = [(place.first, place.count, place.column, place.stride) for place in where]
+                made.add(site, sum(place.count for place in where), places=at, **_arguments(delta))
+        if (embed := adapter.deltas.get(EMBED)) is not None:
+            made.embed(self._hidden, full=embed.full, **_arguments(embed))
+        if (head := adapter.deltas.get(HEAD)) is not None:
+            rows = self._vocab if head.b is None else head.b.shape[1]
+            made.head(rows, full=head.full, **_arguments(head))
+        return made
+
+    def of_head(self, numbers: Tensor) -> Tensor:
+        """int64 [rows] of adapters' numbers -> the same, 0 for those that leave the head as it is."""
+        heads = [adapter is not None and HEAD in adapter.deltas for adapter in self.table]
+        return numbers * torch.tensor(heads)[numbers]
+
+    def logits(self, hidden: Tensor, logits: Tensor, numbers: Tensor) -> None:
+        """Change logits float32 [rows, vocab], the base's before any cap, of hidden float32 [rows, hidden] to those of
+        the rows' adapters, in place."""
+        for number in _present(numbers):
+            rows = (numbers == number).nonzero()[:, 0]
+            some, adapter = logits[rows], self.table[number]
+            assert adapter is not None
+            if (handle := self.handles[number]) is not None:
+                handle.logits(hidden[rows].contiguous(), some)
+            else:
+                some = _head_rows(adapter.deltas[HEAD], hidden[rows], some)
+            logits[rows] = some
+
+    def never(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """The logits, those of ids that a row's own head has no row for at NEVER."""
+        for number in _present(numbers):
+            adapter = self.table[number]
+            if adapter is not None and (full := adapter.deltas[HEAD].full) is not None and len(full) < logits.shape[1]:
+                logits[(numbers == number).nonzero()[:, 0], len(full) :] = NEVER
+        return logits
+
+    def rows_of(self, step: Step) -> PlainRows | None:
+        """What the plain twin adds in a step; None: no row has an adapter. Raises ValidationError for a number without
+        one."""
+        if not step.adapter.any():
+            return None
+        for number in np.unique(step.adapter).tolist():
+            if number and (number >= len(self.table) or self.table[number] is None):
+                raise ValidationError(f"the step asks for adapter {number}, which is not in the table.", param="step")
+        return PlainRows(self.table, self._places, step)
+
+
+class PlainRows:
+    """What a native forward does with the adapters of a step, in plain torch: called at its linears in their order."""
+
+    def __init__(self, table: Sequence[Adapter | None], places: Sequence[Places], step: Step) -> None:
+        self._table = table
+        self._places = iter(places)
+        self._ids = torch.from_numpy(step.ids).long()
+        self._numbers = torch.from_numpy(step.adapter).long()
+        self._product: Tensor | None = None
+
+    def _groups(self) -> Iterator[tuple[Adapter, Tensor]]:
+        for number in _present(self._numbers):
+            if (adapter := self._table[number]) is not None:
+                yield adapter, (self._numbers == number).nonzero()[:, 0]
+
+    def embed(self, x: Tensor) -> None:
+        """x [rows, hidden], the base's embeddings, in place."""
+        for adapter, rows in self._groups():
+            if (delta := adapter.deltas.get(EMBED)) is not None:
+                x[rows] = _embedded(delta, self._ids[rows], x[rows])
+
+    def add(self, y: Tensor, x: Tensor | None) -> Tensor:
+        """What the next linear gives, y [rows, columns], changed in place. x [rows, inputs]; None: `keep_product`'s."""
+        inputs = self._product if x is None else x
+        assert inputs is not None
+        for name, where in next(self._places).items():
+            for adapter, rows in self._groups():
+                if (delta := adapter.deltas.get(name)) is not None:
+                    at = rows[:, None], torch.cat([place.columns for place in where])[None, :]
+                    y[at] = add_low_rank(y[at], inputs[rows], _part(delta))
+        return y
+
+    def keep_product(self, product: Tensor) -> Tensor:
+        """What a gate made, for the linear that follows."""
+        self._product = product
+        return product
+
+    def take(self, rows: Tensor) -> None:
+        """From now on these rows only, in this order."""
+        self._numbers = self._numbers[rows]
+
+
+def _embedded(delta: Delta, ids: Tensor, x: Tensor) -> Tensor:
+    """Rows of the embedding as an adapter has them, float32 [rows, hidden]; x: the base's."""
+    x = x.float()
+    if delta.full is not None:
+        known = ids < len(delta.full)
+        x = torch.where(known[:, None], delta.full[ids.clamp(max=len(delta.full) - 1)].float(), x)
+    part = _part(delta)
+    if delta.a is not None and delta.b is not None:
+        known = ids < delta.a.shape[1]
+        column = delta.a[:, ids.clamp(max=delta.a.shape[1] - 1)].float().T * known[:, None]
+        x = x + (column * delta.scale) @ delta.b.float()
+        part = LowRank(None, None, 1.0, delta.factor, delta.shift)
+    return add_low_rank(x, x, part)
+
+
+def _head_rows(delta: Delta, hidden: Tensor, logits: Tensor, least: int = 1) -> Tensor:
+    """Logits as an adapter has them; logits: the base's."""
+    logits = logits.float()
+    if delta.full is not None:
+        rows = len(hidden)
+        padded = F.pad(hidden.float(), (0, 0, 0, max(0, least - rows)))
+        logits = torch.cat(((padded @ delta.full.float().T)[:rows], logits[:, len(delta.full) :]), dim=1)
+    known = logits.shape[1] if delta.b is None else delta.b.shape[1]
+    return torch.cat((add_low_rank(logits[:, :known], hidden, _part(delta), least), logits[:, known:]), dim=1)
+
+
+def on_device(adapter: Adapter, device: torch.device) -> Adapter:
+    """The adapter with its tensors there; itself on the CPU."""
+    if device.type == "cpu":
+        return adapter
+
+    def moved(delta: Delta) -> Delta:
+        a, b, factor, shift, full = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (delta.a, delta.b, delta.factor, delta.shift, delta.full)
+        )
+        return Delta(a, b, delta.scale, factor, shift, full)
+
+    deltas = {name: moved(delta) for name, delta in adapter.deltas.items()}
+    return dataclasses.replace(adapter, deltas=deltas)
+
+
+class AdaptedRows:
+    """The rows of one forward of the torch module by adapter, grouped: what the module calls after each matrix.
+
+    table    adapters by number, on the module's device.
+    numbers  int64 [rows], the adapter of each; on the module's device.
+    least    rows of a product, at least: see `kernels.low_rank`.
+    """
+
+    def __init__(self, table: Sequence[Adapter | None], numbers: Tensor, least: int) -> None:
+        self._table = table
+        self._numbers = numbers
+        self._least = least
+        self._groups = {number: (numbers == number).nonzero()[:, 0] for number in _present(numbers)}
+
+    def _found(self, name: str, rows: Tensor | None) -> Iterator[tuple[Delta, Tensor]]:
+        """(delta, int64 rows of x and y) of the adapters that have one for this matrix."""
+        for number, all_rows in self._groups.items():
+            adapter = self._table[number]
+            assert adapter is not None
+            if (delta := adapter.deltas.get(name)) is None:
+                continue
+            index = all_rows if rows is None else (self._numbers[rows] == number).nonzero()[:, 0]
+            if len(index):
+                yield delta, index
+
+    def __call__(self, name: str, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+        """y [rows, out], what the base's matrix gives for x [rows, in], as the rows' adapters have it. rows: which rows
+        of the forward these are, None: all in order; more rows of x and y than that are padding."""
+        for delta, index in self._found(name, rows):
+            y[index] = add_low_rank(y[index], x[index], _part(delta), self._least).to(y.dtype)
+        return y
+
+    def embed(self, ids: Tensor, x: Tensor) -> Tensor:
+        """x [rows, hidden], the embedding's rows of ids, as the adapters have them."""
+        for delta, index in self._found(EMBED, None):
+            x[index] = _embedded(delta, ids[index], x[index]).to(x.dtype)
+        return x
+
+    def head(self, hidden: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+        """Logits [rows, vocab] of hidden rows, before any factor or cap."""
+        for delta, index in self._found(HEAD, rows):
+            logits[index] = _head_rows(delta, hidden[index], logits[index], self._least).to(logits.dtype)
+        return logits
+
+    def never(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The finished logits, those of ids that a row's own head has no row for at NEVER."""
+        for delta, index in self._found(HEAD, rows):
+            if delta.full is not None and len(delta.full) < logits.shape[1]:
+                logits[index, len(delta.full) :] = NEVER
+        return logits
