@@ -15,6 +15,8 @@ from dfastllm.core import Finish, FinishReason, Request, StepEvent, Tier, Usage
 from dfastllm.metrics import Metrics
 from dfastllm.server import jobs
 from dfastllm.server.jobs import Job
+from dfastllm.tenants import ANYONE, Identity
+from dfastllm.tenants.limits import Limits
 
 USAGE = Usage(prompt_tokens=1, completion_tokens=7, forwards=4, exactness=Tier.REFERENCE)
 # Tokens of each event; the second only changes a canvas, and the last ends the answer with no token.
@@ -38,11 +40,20 @@ class Served:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
+        self.limits = Limits()
+        self.ledger = None
+        self.engines = {"m": self}
 
     def require_ready(self) -> Served:
         return self
 
-    def submit(self, model: str, request: Request) -> Told:
+    def check_room(self, request: Request) -> None:
+        """There is room."""
+
+    def admit(self, request: Request) -> Any:
+        return SimpleNamespace(request=request)
+
+    def submit(self, identity: Identity, model: str, admission: Any) -> Told:
         return Told()
 
     @contextmanager
@@ -62,7 +73,7 @@ def test_gaps_between_tokens_reach_the_metrics(answers: int, monkeypatch: pytest
 
     async def run() -> None:
         order = count(100)
-        async for index, event in Job(served, "m", requests, id="i", request_id="x").timed_events():
+        async for index, event in Job(served, ANYONE, "m", requests, id="i", request_id="x").timed_events():
             at = next(order)
             if event.token_ids:
                 moments[index].append(at)

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Plat
 from prometheus_client.exposition import choose_encoder
 
 from dfastllm.core import Finish, FinishReason, Kind, StepStats
+from dfastllm.metrics.tenants import TenantMetrics
 
 __all__ = ["Metrics", "Subscribable"]
 
@@ -44,6 +45,7 @@ class Metrics:
         self._declare_engine()
         self._declare_requests()
         self._declare_http()
+        self.tenants = TenantMetrics(self.registry)
         self._declare_websockets()
 
     def _gauge(self, name: str, help: str) -> Gauge:

@@ -15,7 +15,8 @@ from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from dfastllm.errors import AuthenticationError, NotReadyError, ValidationError
+from dfastllm.errors import NotReadyError, ValidationError
+from dfastllm.server.access import identity_of
 from dfastllm.server.body import Body
 from dfastllm.server.replies import Out, dump
 from dfastllm.server.serving import Serving
@@ -296,9 +297,7 @@ async def _usage(
 def _identity(request: Request) -> tuple[Store, Identity]:
     """The store and who asks. Raises AuthenticationError where nobody proved who they are."""
     serving: Serving = request.app.state.serving
-    identity: Identity | None = getattr(request.state, "identity", None)
-    if identity is None:
-        raise AuthenticationError("No API key was given.", hint="Send it as 'Authorization: Bearer KEY'.")
+    identity = identity_of(request)
     if serving.tenants is None:
         raise NotReadyError("The database of tenants is not open yet.")
     return serving.tenants, identity

@@ -16,9 +16,10 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from dfastllm.errors import DFastLLMError
 from dfastllm.metrics import Metrics
 from dfastllm.server import admin, routes, view
+from dfastllm.server.access import Access, Keys
 from dfastllm.server.chat import chat_completions
 from dfastllm.server.completions import completions
-from dfastllm.server.middleware import ApiKey, BodyLimit, Head, OneKey, Trace
+from dfastllm.server.middleware import BodyLimit, Head, Trace
 from dfastllm.server.openapi import description, responses, stream
 from dfastllm.server.pipelines import routes as pipelines
 from dfastllm.server.pipelines import schema
@@ -138,7 +139,7 @@ def _routes(settings: Settings) -> list[BaseRoute]:
     ]
 
 
-def _middleware(settings: Settings, metrics: Metrics, key: OneKey | None) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: Metrics, keys: Keys) -> list[Middleware]:
     """Outermost first. Cross-origin answers come before the key: a browser's preflight carries none."""
     layers = [Middleware(Head), Middleware(Trace, observe=metrics.answered)]
     if settings.allowed_origins:
@@ -151,8 +152,7 @@ def _middleware(settings: Settings, metrics: Metrics, key: OneKey | None) -> lis
                 expose_headers=["X-Request-ID", "Retry-After"],
             )
         )
-    if key is not None:
-        layers.append(Middleware(ApiKey, key=key))
+    layers.append(Middleware(Access, keys=keys))
     layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
     return layers
 
@@ -164,8 +164,8 @@ class _App(FastAPI):
         if self.openapi_schema is None:
             serving: Serving = self.state.serving
             info = {"title": self.title, "version": self.version, "description": self.description}
-            keyed = serving.settings.api_key is not None
-            self.openapi_schema = description(info, list(self.routes), _EVENTS, CLIENT_FRAMES, keyed)
+            how = {"keyed": serving.keys.wanted, "tenants": serving.tenants is not None}
+            self.openapi_schema = description(info, list(self.routes), _EVENTS, CLIENT_FRAMES, **how)
         return self.openapi_schema
 
 
@@ -173,19 +173,18 @@ def create_app(
     worker: Worker | None = None, engines: Mapping[str, Engine] | None = None, settings: Settings | None = None
 ) -> FastAPI:
     """The application over a started worker and its engines by name. Without them it answers 503 until
-    `app.state.serving.open(worker, engines)` is called, which is how the server is up while it loads."""
+    `app.state.serving.open(worker, engines)` is called, which is how the server is up while it loads. Raises what
+    opening the database of tenants raises."""
     settings = settings or Settings()
     metrics = Metrics()
     serving = Serving(settings, metrics)
     serving.pipelines = Pipelines(settings.pipelines, lambda: serving.tenants)
-    key = None if settings.api_key is None else OneKey(settings.api_key)
-    serving.identify = None if key is None else key.identify
     app = _App(
         title="dfastllm",
         version=version("dfastllm"),
         description="Diffusion and autoregressive language models behind the OpenAI API.",
         routes=_routes(settings),
-        middleware=_middleware(settings, metrics, key),
+        middleware=_middleware(settings, metrics, serving.keys),
         exception_handlers={
             DFastLLMError: known_refusal,
             HTTPException: http_refusal,

@@ -11,6 +11,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from dfastllm.core import FinishReason, StepEvent, TokenLogprob
+from dfastllm.server.access import identity_of
 from dfastllm.server.calls import Call, Chunk
 from dfastllm.server.jobs import Job, collect, engine_requests, while_connected
 from dfastllm.server.prompts import chat_ids
@@ -30,6 +31,7 @@ from dfastllm.server.replies import (
 from dfastllm.server.schemas import ChatRequest, Tool
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.tokens import chat_logprobs
+from dfastllm.tenants import Identity
 from dfastllm.text import CallBegin, CallReading, CallText, Piece, ToolCall, call_reading
 
 __all__ = ["chat_call", "chat_completions"]
@@ -37,13 +39,14 @@ __all__ = ["chat_call", "chat_completions"]
 
 async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
     """Answer a conversation."""
-    understood = chat_call(request.app.state.serving, body, request.state.request_id)
+    serving: Serving = request.app.state.serving
+    understood = chat_call(serving, identity_of(request), body, request.state.request_id)
     return await (await while_connected(request, understood)).answer(request)
 
 
-async def chat_call(serving: Serving, body: ChatRequest, request_id: str) -> Call[ChatRequest]:
+async def chat_call(serving: Serving, identity: Identity, body: ChatRequest, request_id: str) -> Call[ChatRequest]:
     """The call that a body asks for, over any transport. Raises what is wrong with it, in the body's words."""
-    model = serving.model(body.model)
+    model = serving.model(identity, body.model)
     # With tool_choice none the template does not show the tools, so there is nothing to call.
     tools = body.tools if body.tools and body.tool_choice != "none" else None
     calls = None if tools is None else await asyncio.to_thread(_reading, model, tools)
@@ -52,8 +55,9 @@ async def chat_call(serving: Serving, body: ChatRequest, request_id: str) -> Cal
         serving.recording.see(body.messages, tools)
     id = f"chatcmpl-{uuid.uuid4().hex}"
     shown = calls.taught.shown_ids(model.tokenizer) if calls is not None else ()
-    requests = engine_requests(serving, model, id, body, [ids], shown=shown)
-    job = Job(serving, model.name, requests, id=id, request_id=request_id, calls=calls)
+    requests = engine_requests(serving, identity, model, id, body, [ids], shown=shown)
+    choices = len(requests)
+    job = Job(serving, identity, model.name, requests, id=id, request_id=request_id, calls=calls, choices=choices)
     return _Call(body, model, job, calls)
 
 

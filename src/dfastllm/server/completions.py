@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from dfastllm.core import StepEvent
 from dfastllm.errors import UnsupportedError
 from dfastllm.llm import Completion as Answer
+from dfastllm.server.access import identity_of
 from dfastllm.server.calls import Call, Chunk
 from dfastllm.server.jobs import Job, collect, engine_requests, while_connected
 from dfastllm.server.prompts import completion_prompts, encode
@@ -19,6 +20,7 @@ from dfastllm.server.replies import Completion, CompletionChoice, CompletionChun
 from dfastllm.server.schemas import CompletionRequest
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.tokens import completion_logprobs
+from dfastllm.tenants import Identity
 from dfastllm.text import TextOffsets
 
 __all__ = ["completion_call", "completions"]
@@ -26,19 +28,22 @@ __all__ = ["completion_call", "completions"]
 
 async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
     """Complete a prompt, or several."""
-    understood = completion_call(request.app.state.serving, body, request.state.request_id)
+    serving: Serving = request.app.state.serving
+    understood = completion_call(serving, identity_of(request), body, request.state.request_id)
     return await (await while_connected(request, understood)).answer(request)
 
 
-async def completion_call(serving: Serving, body: CompletionRequest, request_id: str) -> Call[CompletionRequest]:
+async def completion_call(
+    serving: Serving, identity: Identity, body: CompletionRequest, request_id: str
+) -> Call[CompletionRequest]:
     """The call that a body asks for, over any transport. Raises what is wrong with it, in the body's words."""
-    model = serving.model(body.model)
+    model = serving.model(identity, body.model)
     if body.suffix and not model.diffuses:
         raise UnsupportedError(f"suffix (infilling) needs a diffusion model; {model.name!r} is not.", param="suffix")
     prompts, suffix = await _read(serving, body, model)
     id = f"cmpl-{uuid.uuid4().hex}"
-    requests = engine_requests(serving, model, id, body, [ids for ids, _ in prompts], suffix)
-    job = Job(serving, model.name, requests, id=id, request_id=request_id)
+    requests = engine_requests(serving, identity, model, id, body, [ids for ids, _ in prompts], suffix)
+    job = Job(serving, identity, model.name, requests, id=id, request_id=request_id, choices=body.n or 1)
     return _Call(body, model, job, [text for _, text in prompts])
 
 

@@ -30,7 +30,8 @@ class Hosts:
 
     def __init__(self, settings: Settings) -> None:
         names = tuple(name.lower().rstrip(".") for name in settings.allowed_hosts)
-        alone = settings.uds is None and settings.api_key is None and is_loopback(settings.host)
+        keyed = settings.api_key is not None or settings.tenants_db is not None
+        alone = settings.uds is None and not keyed and is_loopback(settings.host)
         self.checked = "*" not in names and (bool(names) or alone)
         self.names = frozenset((*names, settings.host.lower(), *_OWN))
 

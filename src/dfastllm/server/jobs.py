@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from starlette.requests import Request as HttpRequest
 
@@ -27,14 +27,16 @@ from dfastllm.core import (
 )
 from dfastllm.errors import CancelledError, DFastLLMError, GenerationError, TimeoutError, ValidationError
 from dfastllm.llm import Completion, split_choices
+from dfastllm.server.account import Account, Status
 from dfastllm.server.options import decode_params, request_options, sampling_params, speculative_params
 from dfastllm.server.schemas import GenerationRequest
 from dfastllm.server.serving import ServedModel, Serving
 from dfastllm.server.timings import RequestTimings
+from dfastllm.tenants import Identity
 from dfastllm.text import CallReading
 
 if TYPE_CHECKING:
-    from dfastllm.engine import Stream, Worker
+    from dfastllm.engine import Stream
     from dfastllm.engine.admission import Admission
 
 __all__ = [
@@ -53,20 +55,25 @@ Events = AsyncGenerator[tuple[int, StepEvent]]
 
 
 class Job:
-    """The engine requests of one HTTP request. `id` names the response, `request_id` is its X-Request-ID; calls: how
-    calls in the answers are read, None for a request without tools."""
+    """The engine requests of one call, which nothing reaches the engine without. identity: whose they are. `id` names
+    the response, `request_id` is its X-Request-ID; calls: how calls in the answers are read, None for a request without
+    tools; choices: answers to each prompt."""
 
     def __init__(
         self,
         serving: Serving,
+        identity: Identity,
         model: str,
         requests: Sequence[Request],
         *,
         id: str,
         request_id: str,
         calls: CallReading | None = None,
+        choices: int = 1,
     ) -> None:
         self.serving = serving
+        self.identity = identity
+        self.choices = choices
         self.model = model
         self.requests = requests
         self.id = id
@@ -92,40 +99,78 @@ class Job:
         self._enough[index] = tokens
         self.streams[index].cancel()
 
-    async def events(self) -> Events:
-        """(index of the engine request, event) as they come; each request's last event has `finish`. Raises what the
-        engine refuses on submission, and the error of the first request that fails."""
-        worker = self.serving.require_ready()
+    async def events(self, *, whole: bool = False) -> Events:
+        """(index of the engine request, event) as they come; each request's last event has `finish`. What an event
+        brings is in the tenant's ledger before the event comes; with `whole`, where nothing is sent before the end,
+        before the last event comes. Raises what the engine refuses on submission, what the tenant's limits refuse, and
+        the error of the first request that fails."""
+        self.serving.require_ready()
         with self.serving.tracked(self):
+            account, status = await self._open(), "failed"
             try:
-                for request in self.requests:
-                    self.streams.append(worker.submit(self.model, await self._admitted(worker, request)))
-                merged = _merge(self.streams) if len(self.streams) > 1 else _single(self.streams[0])
-                async with aclosing(merged):
-                    async for index, event in merged:
-                        if index in self._enough:
-                            if event.finish is None:
-                                continue
+                async with aclosing(self._recorded(account, whole)) as recorded:
+                    async for index, event in recorded:
+                        if index in self._enough and event.finish is not None:
                             event = _ended(event, event.finish, self._enough[index])
                         if event.finish is not None and (error := _failure(event.finish)) is not None:
                             raise error
                         yield index, event
+                status = "ok"
+            except (asyncio.CancelledError, GeneratorExit):
+                status = "cancelled"
+                raise
             except CancelledError as error:
+                status = "cancelled"
                 raise self.failure or error from None
             finally:
                 self.cancel()  # harmless for what has ended
+                account.close(cast("Status", status))
 
-    async def _admitted(self, worker: Worker, request: Request) -> Request | Admission:
-        """The request as it is, or admitted on a thread where its adapter must be read from disk first."""
-        engine = worker.engines[self.model]
+    async def _open(self) -> Account:
+        """Admit, ask the limits, open the account, submit. Whatever raises, nothing is left running."""
+        admissions = [await self._admitted(request) for request in self.requests]
+        prompt = sum(len(r.prompt) + len(r.suffix) for r in self.requests[:: self.choices])
+        answers = sum(admission.request.sampling.max_tokens or 0 for admission in admissions)
+        names = {"model": self.model, "adapter": self.requests[0].lora}
+        account = Account(self.serving, self.identity, id=self.id, **names, prompt=prompt, most=prompt + answers)
+        try:
+            for admission in admissions:
+                self.streams.append(self.serving.submit(self.identity, self.model, admission))
+        except BaseException:
+            self.cancel()
+            account.close("failed")
+            raise
+        return account
+
+    async def _admitted(self, request: Request) -> Admission:
+        """The request admitted, on a thread where its adapter must be read from disk first. Raises QueueFullError and
+        what `Engine.admit` raises."""
+        engine = self.serving.require_ready().engines[self.model]
+        engine.check_room(request)
         if not request.lora or engine.adapters.in_memory(request.lora):
-            return request
+            return engine.admit(request)
         return await asyncio.to_thread(engine.admit, request)
 
-    async def timed_events(self) -> Events:
+    async def _recorded(self, account: Account, whole: bool) -> Events:
+        """The events of the engine, but those past `enough`, each once it is recorded."""
+        merged = _merge(self.streams) if len(self.streams) > 1 else _single(self.streams[0])
+        left = len(self.streams)
+        async with aclosing(_groups(merged) if account.kept and not whole else _one_by_one(merged)) as groups:
+            async for group in groups:
+                for index, event in group:
+                    left -= event.finish is not None
+                    if index not in self._enough:
+                        account.saw(event)
+                if not whole or not left:
+                    await account.record()
+                for index, event in group:
+                    if index not in self._enough or event.finish is not None:
+                        yield index, event
+
+    async def timed_events(self, *, whole: bool = False) -> Events:
         """`events`, with what came when reported to the metrics and kept in `timings`."""
         last: dict[int, float] = {}
-        async with aclosing(self.events()) as events:
+        async with aclosing(self.events(whole=whole)) as events:
             async for index, event in events:
                 now = time.monotonic()
                 self.timings[index].see(event, now)
@@ -202,10 +247,50 @@ async def _merge(streams: Sequence[Stream]) -> Events:
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
+async def _one_by_one(events: Events) -> AsyncGenerator[list[tuple[int, StepEvent]]]:
+    async with aclosing(events):
+        async for item in events:
+            yield [item]
+
+
+async def _groups(events: Events) -> AsyncGenerator[list[tuple[int, StepEvent]]]:
+    """The events in groups: all that came while the last group was looked at, one at least. Raises what they raise
+    after the last of them."""
+    came: asyncio.Queue[tuple[int, StepEvent] | Exception | None] = asyncio.Queue()
+
+    async def pump() -> None:
+        try:
+            async for item in events:
+                came.put_nowait(item)
+        except Exception as error:
+            came.put_nowait(error)
+        else:
+            came.put_nowait(None)
+
+    task = asyncio.create_task(pump())
+    try:
+        last: Any = ()
+        while isinstance(last, tuple):
+            group, last = [], await came.get()
+            while isinstance(last, tuple):
+                group.append(last)
+                if came.empty():
+                    break
+                last = came.get_nowait()
+            if group:
+                yield group
+        if last is not None:
+            raise last
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await events.aclose()
+
+
 async def collect(job: Job, watch: Callable[[int, StepEvent], object] = lambda index, event: None) -> list[Completion]:
     """Run a job to its end; one answer per engine request, in order. watch: is shown each event."""
     seen: list[list[StepEvent]] = [[] for _ in job.requests]
-    async with aclosing(job.timed_events()) as events:
+    async with aclosing(job.timed_events(whole=True)) as events:
         async for index, event in events:
             seen[index].append(event)
             watch(index, event)
@@ -233,6 +318,7 @@ def total(used: Sequence[Usage], choices: int) -> Usage:
 
 def engine_requests(
     serving: Serving,
+    identity: Identity,
     model: ServedModel,
     id: str,
     body: GenerationRequest,
@@ -240,10 +326,14 @@ def engine_requests(
     suffix: tuple[int, ...] = (),
     shown: tuple[int, ...] = (),
 ) -> list[Request]:
-    """One engine request per prompt and choice. Choice i of a seeded call draws with seed + i, so that choice 0 is what
-    the same call gives with n = 1. Raises ValidationError for options that cannot be and for too many sequences."""
+    """One engine request per prompt and choice, of the identity's tenant: with its share of the engine, shared
+    beginnings of its own, and a priority that it may have. Choice i of a seeded call draws with seed + i, so that
+    choice 0 is what the same call gives with n = 1. Raises ValidationError for options that cannot be and for too many
+    sequences, and AdapterNotFoundError."""
     sampling, decode, speculative = sampling_params(body), decode_params(body, model), speculative_params(body, model)
-    options = request_options(body, model)
+    options, tenant = request_options(body, model), identity.tenant
+    if options.lora:
+        serving.require_adapter(identity, model.name, options.lora)
     limit, most = serving.settings.request_timeout, serving.settings.max_prompts
     if len(prompts) * sampling.n > most:
         raise ValidationError(
@@ -261,7 +351,10 @@ def engine_requests(
             suffix=suffix,
             speculative=speculative,
             shown=shown,
-            **{**vars(options), "timeout": timeout},
+            tenant=tenant.id,
+            share=tenant.weight,
+            tenant_salt=identity.salt,
+            **{**vars(options), "timeout": timeout, "priority": max(options.priority, tenant.priority_min)},
         )
         for index, (prompt, single) in enumerate(prepared)
     ]

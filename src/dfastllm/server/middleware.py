@@ -1,15 +1,13 @@
 """What happens to every request before a route sees it. Plain ASGI, so that streams and disconnects pass through.
 
 `Head` answers HEAD as GET without the body. `Trace` gives each request its id, times it, and turns an unexpected
-exception into a logged 500. `BodyLimit` reads the body (chunked or not) up to a limit. `ApiKey` lets in who carries the
-key. A WebSocket is a request until it is accepted or refused: it has no body, and its id, its key and its time are
-looked at as any other's.
+exception into a logged 500. `BodyLimit` reads the body (chunked or not) up to a limit. Who may ask is `access`'s part.
+A WebSocket is a request until it is accepted or refused: it has no body, and its id and its time are looked at as any
+other's.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
@@ -19,11 +17,10 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dfastllm.errors import AuthenticationError, GenerationError, PayloadTooLargeError
+from dfastllm.errors import GenerationError, PayloadTooLargeError
 from dfastllm.server.refusals import error_response
-from dfastllm.tenants import OWNER, Identity
 
-__all__ = ["ApiKey", "BodyLimit", "Head", "OneKey", "Trace"]
+__all__ = ["BodyLimit", "Head", "Trace"]
 
 log = logging.getLogger("dfastllm.server")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -142,57 +139,3 @@ class BodyLimit:
         response = error_response(error)
         response.headers["Connection"] = "close"  # the rest of the body is not read
         await response(scope, receive, send)
-
-
-class OneKey:
-    """The server's one API key. Compares digests in constant time, so neither the key's length nor its beginning can be
-    guessed from timing."""
-
-    def __init__(self, key: str) -> None:
-        self.digest = hashlib.sha256(key.encode()).digest()
-
-    async def identify(self, text: str) -> Identity:
-        """Who carries this key. Raises AuthenticationError."""
-        if not hmac.compare_digest(hashlib.sha256(text.encode("utf-8", "replace")).digest(), self.digest):
-            raise AuthenticationError("The API key is wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
-        return OWNER
-
-
-class ApiKey:
-    """Asks for `Authorization: Bearer KEY` on everything but health, metrics and documentation, and says in the scope's
-    state whose it is: `identity`, and `credential`, the key itself. A WebSocket may come without: its identity is None,
-    and what it may do is prove one."""
-
-    OPEN = ("/health", "/metrics", "/docs", "/openapi.json", "/version")
-
-    def __init__(self, app: ASGIApp, key: OneKey) -> None:
-        self.app = app
-        self.key = key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and not (scope["type"] == "http" and self.open(scope["path"])):
-            state = scope.setdefault("state", {})
-            try:
-                state["credential"] = bearer_key(scope)
-                state["identity"] = await self.key.identify(state["credential"])
-            except AuthenticationError as refusal:
-                if scope["type"] == "http" or "authorization" in Headers(scope=scope):
-                    await error_response(refusal)(scope, receive, send)
-                    return
-                state["credential"] = state["identity"] = None
-        await self.app(scope, receive, send)
-
-    @classmethod
-    def open(cls, path: str) -> bool:
-        """Whether a path needs no key."""
-        return path == "/" or any(path == open_path or path.startswith(open_path + "/") for open_path in cls.OPEN)
-
-
-def bearer_key(scope: Scope) -> str:
-    """The key that a request's head carries. Raises AuthenticationError where there is none."""
-    scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-    if not given.strip():
-        raise AuthenticationError("No API key was given.", hint="Send it as 'Authorization: Bearer KEY'.")
-    if scheme.lower() != "bearer":
-        raise AuthenticationError("The API key is wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
-    return given.strip().encode("latin-1", "replace").decode("utf-8", "replace")

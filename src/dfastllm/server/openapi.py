@@ -12,8 +12,8 @@ from typing import Any
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from dfastllm.server.access import scope_of
 from dfastllm.server.body import Body
-from dfastllm.server.middleware import ApiKey
 from dfastllm.server.replies import ErrorBody, Out
 
 __all__ = ["REFUSALS", "description", "responses", "stream"]
@@ -72,9 +72,11 @@ def description(
     events: tuple[type[Out], ...],
     frames: tuple[type[Body], ...],
     keyed: bool,
+    tenants: bool = False,
 ) -> Any:
     """The document. events: types of stream events and of what a WebSocket sends. frames: what it takes. keyed: the
-    server asks for an API key."""
+    server asks for an API key; tenants: for one of its database, which may have too few scopes, or not be answered
+    for."""
     api = get_openapi(**info, routes=routes)
     received: list[Any] = [(model, "validation") for model in frames]
     _, defined = models_json_schema([*((model, "serialization") for model in events), *received], ref_template=_REF)
@@ -88,13 +90,12 @@ def description(
     for path, operations in api["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            if keyed and not ApiKey.open(path):
+            if keyed and scope_of(path, tenants=tenants) is not None:
                 operation["security"] = [{"key": []}]
                 refused = {"schema": {"$ref": _REF.format(model=ErrorBody.__name__)}}
-                operation["responses"]["401"] = {
-                    "description": REFUSALS[401],
-                    "content": {"application/json": refused},
-                }
+                for status in (401, 403, 429, 503) if tenants else (401,):
+                    answer = {"description": REFUSALS[status], "content": {"application/json": refused}}
+                    operation["responses"].setdefault(str(status), answer)
             for status, answer in operation["responses"].items():
                 names = ["X-Request-ID", *filter(None, [_ALSO.get(int(status))])]
                 answer["headers"] = {name: {"required": True, **_HEADERS[name]} for name in names}

@@ -352,7 +352,7 @@ class ModelList(Out):
 
 class Health(Out):
     status: Literal["loading", "ready", "stopping", "failed"]
-    models: list[str] | None = Field(default=None, description="Of a server that is ready.")
+    models: list[str] | None = Field(default=None, description="Of a server that is ready and has no tenants.")
 
 
 class Versions(Out):

@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from dfastllm.errors import MalformedRequestError, ValidationError
+from dfastllm.server.access import identity_of, require_names
 from dfastllm.server.docs import docs_page
 from dfastllm.server.jobs import while_connected
 from dfastllm.server.prompts import chat_ids, encode
@@ -30,7 +31,6 @@ from dfastllm.server.replies import (
 )
 from dfastllm.server.schemas import DetokenizeRequest, LoadLoraRequest, TokenizeRequest, UnloadLoraRequest
 from dfastllm.server.serving import Phase, ServedModel, Serving
-from dfastllm.tenants import ANYONE, Identity
 
 if TYPE_CHECKING:
     from dfastllm.engine.adapters import Named
@@ -81,18 +81,20 @@ def _adapter_card(name: str, model: ServedModel, named: Named) -> ModelCard:
 
 
 async def models(request: Request) -> Response:
-    """Every model that is served, and then every LoRA adapter of one."""
+    """Every model that this key may use, and then every LoRA adapter of one."""
     serving = _serving(request)
     serving.require_ready()
-    cards = [_card(model) for model in serving.models.values()]
-    adapters = [_adapter_card(name, serving.models[model], named) for name, model, named in serving.shelf.named()]
+    identity = identity_of(request)
+    cards = [_card(model) for model in serving.seen_by(identity).values()]
+    seen = serving.adapters_seen_by(identity)
+    adapters = [_adapter_card(name, serving.models[model], named) for name, model, named in seen]
     return _reply(ModelList(data=[*cards, *adapters]))
 
 
 async def model_card(model_id: str, request: Request) -> Response:
     """One model, or one adapter."""
     serving = _serving(request)
-    model = serving.model(model_id)
+    model = serving.model(identity_of(request), model_id)
     if not model.lora:
         return _reply(_card(model))
     named = next(each for _, of, each in serving.shelf.named() if (of, each.name) == (model.name, model.lora))
@@ -101,7 +103,7 @@ async def model_card(model_id: str, request: Request) -> Response:
 
 async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> Response:
     """Load a LoRA adapter while the server runs."""
-    serving, actor = _changing_adapters(request)
+    serving, actor = _changing_adapters(request, body)
     how = {"replace": bool(body.load_inplace)}
     load = asyncio.to_thread(serving.shelf.load, body.lora_name, body.lora_path, body.model, **how)
     model, named = await load
@@ -111,18 +113,20 @@ async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> Response
 
 async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> Response:
     """Forget a LoRA adapter; requests that run on it end as they would have."""
-    serving, actor = _changing_adapters(request)
+    serving, actor = _changing_adapters(request, body)
     model = await asyncio.to_thread(serving.shelf.unload, body.lora_name, body.model)
     await _audit(serving, actor, "adapter.unload", body.lora_name, {"model": model})
     return _reply(AdapterGone(id=body.lora_name, parent=model))
 
 
-def _changing_adapters(request: Request) -> tuple[Serving, str]:
-    """The server's, and the actor's name for the audit log. Raises ForbiddenError without the scope `adapters`."""
+def _changing_adapters(request: Request, body: LoadLoraRequest | UnloadLoraRequest) -> tuple[Serving, str]:
+    """The server's, and the actor's name for the audit log. Raises ForbiddenError without the scope `adapters`, and for
+    names that are not the key's."""
     serving = _serving(request)
     serving.require_ready()
-    identity: Identity = getattr(request.state, "identity", None) or ANYONE
+    identity = identity_of(request)
     identity.require("adapters")
+    require_names(identity, body.lora_name, body.model)
     return serving, f"key:{identity.key.id}"
 
 
@@ -142,6 +146,8 @@ async def ready(request: Request) -> Response:
     serving = _serving(request)
     phase = serving.phase
     if phase == "ready":
+        if serving.tenants is not None:
+            return _reply(Health(status=phase))  # nobody proves who they are here, and a tenant may not know of all
         return _reply(Health(status=phase, models=list(serving.models)))
     return _phase(phase, wait=True)
 
@@ -166,13 +172,13 @@ async def metrics(request: Request) -> Response:
 
 async def cancel_request(request_id: str, request: Request) -> Response:
     """Cancel what runs under a response id or an X-Request-ID; the request itself ends with the error `cancelled`."""
-    return _reply(Cancelled(id=request_id, cancelled=_serving(request).cancel(request_id)))
+    return _reply(Cancelled(id=request_id, cancelled=_serving(request).cancel(identity_of(request), request_id)))
 
 
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a prompt, or of messages as the chat template writes them."""
     serving = _serving(request)
-    model, most = serving.model(body.model), serving.settings.max_tokenize_length
+    model, most = serving.model(identity_of(request), body.model), serving.settings.max_tokenize_length
     if (body.prompt is None) == (body.messages is None):
         raise ValidationError("Send either prompt or messages.", param="prompt")
     if body.messages is not None:
@@ -194,7 +200,7 @@ def _tokens(model: ServedModel, ids: Sequence[int], spelled: bool) -> Response:
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids, special tokens included."""
     serving = _serving(request)
-    model, most = serving.model(body.model), serving.settings.max_tokenize_length
+    model, most = serving.model(identity_of(request), body.model), serving.settings.max_tokenize_length
     if len(body.tokens) > most:
         raise ValidationError(f"tokens has {len(body.tokens):,} ids; {most:,} are taken.", param="tokens")
     bad = next((token for token in body.tokens if not 0 <= token < model.info.vocab_size), None)

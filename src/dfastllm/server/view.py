@@ -10,10 +10,11 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from pydantic import Field
 
+from dfastllm.server.access import identity_of
 from dfastllm.server.jobs import Job
 from dfastllm.server.replies import Out, dump
 from dfastllm.server.serving import Serving
-from dfastllm.tenants import ANYONE, Identity
+from dfastllm.tenants import ANYONE
 
 __all__ = ["AdapterView", "ModelView", "RequestView", "TenantView", "View", "view"]
 
@@ -73,7 +74,7 @@ class View(Out):
 async def view(request: HttpRequest) -> Response:
     """Models, adapters, tenants and requests as they are now."""
     serving: Serving = request.app.state.serving
-    identity: Identity = getattr(request.state, "identity", ANYONE)
+    identity = identity_of(request)
     if identity is not ANYONE:  # where there are no keys there is nobody to keep it from, as with /metrics
         identity.require("admin")
     return Response(dump(_seen(serving)), media_type="application/json")
@@ -144,7 +145,7 @@ def _requests(serving: Serving, now: float) -> Iterator[RequestView]:
         yield RequestView(
             id=job.id,
             model=job.model,
-            tenant=first.tenant or ANYONE.tenant.name,
+            tenant=job.identity.tenant.name,
             adapter=first.lora,
             seconds=round(now - first.arrival, 3),
             prompt_tokens=sum(len(one.prompt) + len(one.suffix) for one in job.requests),

@@ -126,6 +126,12 @@ class Identity:
         SCOPES[scope]
         return scope in self.key.scopes
 
+    @property
+    def limited(self) -> bool:
+        """Whether tenant or key list what may be used, so that there are names which must not be told."""
+        lists = (self.tenant.models, self.tenant.adapters, self.key.models, self.key.adapters)
+        return any(names is not None for names in lists)
+
     def require(self, scope: str) -> None:
         """Raises ForbiddenError unless the key has the scope."""
         if not self.has(scope):

@@ -15,7 +15,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from dfastllm.core import Request
 from dfastllm.errors import AuthenticationError
-from dfastllm.server.middleware import ApiKey, BodyLimit, Head, OneKey, Trace
+from dfastllm.server.access import Access, Keys
+from dfastllm.server.middleware import BodyLimit, Head, Trace
 from dfastllm.server.ws.session import takes_origin
 from dfastllm.tenants import OWNER, Identity, Key, Tenant
 from tests.kit.live import Live, serving
@@ -360,7 +361,7 @@ def through(layer: Any, asked: dict[str, Any]) -> list[Any]:
 
 def test_the_key_on_a_websocket() -> None:
     inside = Inside()
-    layer = ApiKey(inside, OneKey(SECRET))
+    layer = Access(inside, Keys(SECRET))
     sent = through(layer, scope(authorization=f"Bearer {SECRET}"))
     assert sent == [{"type": "websocket.accept"}]
     assert inside.scopes[-1]["state"] == {"identity": OWNER, "credential": SECRET}

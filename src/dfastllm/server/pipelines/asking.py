@@ -23,8 +23,8 @@ def asking(serving: Serving, identity: Identity, request_id: str) -> Ask:
     async def ask(body: GenerationRequest) -> Call[Any]:
         name = f"{request_id[:120]}-{next(numbers)}"
         if isinstance(body, ChatRequest):
-            return await chat_call(serving, body, name)
+            return await chat_call(serving, identity, body, name)
         assert isinstance(body, CompletionRequest)
-        return await completion_call(serving, body, name)
+        return await completion_call(serving, identity, body, name)
 
     return ask

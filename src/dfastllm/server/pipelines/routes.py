@@ -9,6 +9,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from dfastllm.errors import GenerationError
+from dfastllm.server.access import identity_of
 from dfastllm.server.jobs import while_connected
 from dfastllm.server.pipelines.asking import asking
 from dfastllm.server.pipelines.run import run_pipeline
@@ -24,13 +25,8 @@ from dfastllm.server.pipelines.schema import (
 from dfastllm.server.replies import dump
 from dfastllm.server.serving import Serving
 from dfastllm.server.sse import EventStream
-from dfastllm.tenants import ANYONE, Identity
 
 __all__ = ["delete_pipeline", "list_pipelines", "run_route", "save_pipeline", "show_pipeline"]
-
-
-def _who(request: HttpRequest) -> Identity:
-    return getattr(request.state, "identity", ANYONE)
 
 
 def _json(out: object) -> Response:
@@ -41,19 +37,19 @@ async def save_pipeline(body: PipelineBody, request: HttpRequest) -> Response:
     """Keep a pipeline, in place of one of that name. The body is JSON, or YAML as application/yaml."""
     serving: Serving = request.app.state.serving
     serving.require_ready()
-    return _json((await serving.pipelines.save(_who(request), body)).card())
+    return _json((await serving.pipelines.save(identity_of(request), body)).card())
 
 
 async def list_pipelines(request: HttpRequest) -> Response:
     """The pipelines that this key may run."""
     serving: Serving = request.app.state.serving
-    return _json(PipelineList(data=[one.card() for one in await serving.pipelines.all(_who(request))]))
+    return _json(PipelineList(data=[one.card() for one in await serving.pipelines.all(identity_of(request))]))
 
 
 async def show_pipeline(name: str, request: HttpRequest) -> Response:
     """One pipeline."""
     serving: Serving = request.app.state.serving
-    pipeline = await serving.pipelines.get(_who(request), name)
+    pipeline = await serving.pipelines.get(identity_of(request), name)
     document = pipeline.body.model_dump(exclude_none=True)
     return _json(PipelineDetail(**pipeline.card().model_dump(), document=document))
 
@@ -61,7 +57,7 @@ async def show_pipeline(name: str, request: HttpRequest) -> Response:
 async def delete_pipeline(name: str, request: HttpRequest) -> Response:
     """Forget a pipeline; runs of it that have begun go on."""
     serving: Serving = request.app.state.serving
-    await serving.pipelines.delete(_who(request), name)
+    await serving.pipelines.delete(identity_of(request), name)
     return _json(PipelineDeleted(name=name, deleted=True))
 
 
@@ -69,8 +65,8 @@ async def run_route(body: RunBody, request: HttpRequest, name: str) -> Response:
     """Run a pipeline: one answer at its end, or with `stream` its events as they come."""
     serving: Serving = request.app.state.serving
     serving.require_ready()
-    pipeline = await serving.pipelines.get(_who(request), name)
-    ask = asking(serving, _who(request), request.state.request_id)
+    pipeline = await serving.pipelines.get(identity_of(request), name)
+    ask = asking(serving, identity_of(request), request.state.request_id)
     events = run_pipeline(pipeline, body.input, ask, timeout=serving.settings.request_timeout)
     if body.stream:
         return EventStream(_texts(events), lambda: None)

@@ -177,10 +177,10 @@ async def _generate(asked: Asked, body: GenerationRequest) -> GenerateResult:
     try:
         call: Call[Any]
         if isinstance(body, ChatRequest):
-            call = await chat_call(asked.serving, body, asked.request_id)
+            call = await chat_call(asked.serving, asked.identity, body, asked.request_id)
         else:
             assert isinstance(body, CompletionRequest)
-            call = await completion_call(asked.serving, body, asked.request_id)
+            call = await completion_call(asked.serving, asked.identity, body, asked.request_id)
         return await (_streamed(asked, call) if body.stream else _whole(asked, call))
     except DFastLLMError as error:
         raise on_the_wire(error, body) from None
