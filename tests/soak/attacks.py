@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from tests.kit.bombs import BOMBS
 from tests.soak.deck import MODELS
+from tests.soak.sockets import bad_frames, reads_no_frames
 from tests.soak.wire import Wire, request
 
 __all__ = ["ATTACKS", "DEADLINE", "Address"]
@@ -134,6 +135,14 @@ async def reads_nothing(address: Address, rng: random.Random, _: int, tell: Tell
     return "held for ever"
 
 
+async def frames(address: Address, rng: random.Random, _: int, __: Tell) -> str | None:
+    return await bad_frames(address, rng, DEADLINE + SLACK)
+
+
+async def unread_frames(address: Address, rng: random.Random, _: int, tell: Tell) -> str | None:
+    return await reads_no_frames(address, rng, DEADLINE + SLACK, tell)
+
+
 # What an attack is given: the server, its draws, the bytes of a large body, and whom it tells what it does.
 Attack = Callable[[Address, random.Random, int, Tell], Awaitable[str | None]]
 # name -> (what is done, seconds between two of them)
@@ -144,4 +153,6 @@ ATTACKS: Mapping[str, tuple[Attack, float]] = {
     "bombs": (bomb, 1.5),
     "slow senders": (slow, 0.1),
     "slow readers": (reads_nothing, 5.0),
+    "bad frames": (frames, 1.0),
+    "unread frames": (unread_frames, 5.0),
 }

@@ -8,9 +8,13 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed
 
 from tests.soak.attacks import Address
 from tests.soak.deck import Choice, Question, assembled, outcome
+from tests.soak.sockets import choices, open_socket, send_call
 from tests.soak.wire import Broken, Wire, request
 
 __all__ = ["WAYS", "Clients", "Found", "alone"]
@@ -24,7 +28,12 @@ WAYS: Mapping[str, float] = {
     "leave": 0.05,
     "reset": 0.05,
     "cancel": 0.08,
+    "socket": 0.16,
+    "leave socket": 0.06,
+    "cancel on socket": 0.06,
 }
+SOCKETS = ("socket", "leave socket", "cancel on socket")
+AT_ONCE = 4  # calls of one socket
 REFUSED = (429, 503)  # for now: asked again later
 LONGEST = 180.0  # s for one answer; longer is lost
 
@@ -74,11 +83,15 @@ class Clients:
             index = self.rng.randrange(len(self.questions))
             self.found.asked[way] += 1
             try:
-                async with asyncio.timeout(LONGEST), Wire.open(self.address) as wire:
-                    await self._ask(wire, way, index, f"{name}-{turn}")
+                async with asyncio.timeout(LONGEST):
+                    if way in SOCKETS:
+                        await self._over_socket(way, index)
+                    else:
+                        async with Wire.open(self.address) as wire:
+                            await self._ask(wire, way, index, f"{name}-{turn}")
             except TimeoutError:
                 self.found.lost.append(f"{way}: no end within {LONGEST:g} s: {self.questions[index]}")
-            except (Broken, ConnectionError) as error:
+            except (Broken, ConnectionError, ConnectionClosed) as error:
                 self.found.lost.append(f"{way}: {error}: {self.questions[index]}")
 
     async def _ask(self, wire: Wire, way: str, index: int, name: str) -> None:
@@ -117,6 +130,42 @@ class Clients:
             self._compare(way, index, assembled(parts))
         else:
             self._not_answered(way, {"cancelled": 499}.get(error["code"], 500), str(error).encode())
+
+    async def _over_socket(self, way: str, index: int) -> None:
+        """Several questions at once on one connection, each whole or as a stream."""
+        asked = {str(at): (index + at * at) % len(self.questions) for at in range(self.rng.randint(1, AT_ONCE))}
+        async with open_socket(self.address) as ws:
+            for id, number in asked.items():
+                await send_call(ws, id, self.questions[number], stream=self.rng.random() < 0.5)
+            if way != "socket":
+                await asyncio.sleep(self.rng.random() * 0.3)
+            if way == "leave socket":
+                if self.rng.random() < 0.5:
+                    ws.transport.abort()
+                return
+            if way == "cancel on socket":
+                await ws.send(json.dumps({"id": "stop", "function": "cancel", "params": {"id": "0"}}))
+            frames: dict[str, list[Any]] = {}
+            open_calls = set(asked) | ({"stop"} if way == "cancel on socket" else set())
+            while open_calls:
+                frame = json.loads(await ws.recv())
+                if frame["id"] not in open_calls:
+                    raise Broken(f"a frame of no call: {frame!r:.200}")
+                frames.setdefault(frame["id"], []).append(frame)
+                if frame["status"] != "streaming":
+                    open_calls.remove(frame["id"])
+        for id, number in asked.items():
+            self._told(way, number, frames[id])
+
+    def _told(self, way: str, number: int, frames: list[Any]) -> None:
+        last = frames[-1]
+        if last["status"] == "complete":
+            self._compare(way, number, choices(frames))
+        elif last["status"] == "cancelled" and way == "cancel on socket":
+            self.found.cancelled += 1
+        else:
+            error = last.get("error", {})
+            self._not_answered(way, error.get("details", {}).get("status", 0), str(last).encode())
 
     async def _cancel(self, name: str, after: asyncio.Future[None] | None = None) -> None:
         if after is not None:
