@@ -24,8 +24,8 @@ from dfastllm import assemble
 from dfastllm.core import DecodeParams, Request, SamplingParams, SpeculativeParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.models import Decoder, tiny
-from tests.kit.adapters import Answers, write_adapter
 from tests.kit.chaos import Chaos
+from tests.kit.merged import Answers, write_strong
 
 __all__ = ["FAMILIES", "Count", "interleave", "main", "small_model"]
 
@@ -91,7 +91,7 @@ def make(kind: str, rng: random.Random, name: str, lora: str) -> Request:
 def interleave(kind: str, count: int, folder: Path, seed: int = 0, *, progress: bool = False) -> Count:
     """So many interleavings on models of a kind."""
     model, total = small_model(kind), Count()
-    contents = {f"{n}": write_adapter(folder / f"{kind}{n}", model, n, **how) for n, how in enumerate(ADAPTERS, 1)}
+    contents = {f"{n}": write_strong(folder / f"{kind}{n}", model, n, **how) for n, how in enumerate(ADAPTERS, 1)}
     answers = Answers(model, build, contents)
 
     def alone(request: Request, content: str) -> tuple[int, ...]:
