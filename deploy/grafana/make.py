@@ -95,6 +95,37 @@ ROWS: tuple[tuple[str, tuple[tuple[str, str, dict[str, str]], ...]], ...] = (
         ),
     ),
     (
+        "Tenants and adapters",
+        (
+            (
+                "Output tokens a second by tenant",
+                "short",
+                {"{{tenant}}": rate("tenant_generation_tokens_total", "tenant")},
+            ),
+            ("Requests by tenant", "short", {"{{tenant}}": "sum by (tenant) (dfastllm_tenant_requests_running)"}),
+            (
+                "Time to first token by tenant, p95",
+                "s",
+                {
+                    "{{tenant}}": "histogram_quantile(0.95, "
+                    + rate("tenant_time_to_first_token_seconds_bucket", "le, tenant", "")
+                    + ")"
+                },
+            ),
+            ("Refused a second by tenant", "short", {"{{tenant}}": rate("tenant_refused_total", "tenant", "")}),
+            (
+                "Output tokens a second by adapter",
+                "short",
+                {"{{lora_name}}": rate("lora_generation_tokens_total", "lora_name")},
+            ),
+            (
+                "Usage not in the database yet",
+                "short",
+                {"rows": "dfastllm_ledger_owed_rows", "database up": "dfastllm_ledger_up"},
+            ),
+        ),
+    ),
+    (
         "Requests and connections",
         (
             (

@@ -14,6 +14,7 @@ import promql_parser as promql
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dfastllm.tenants.store import Store
 from tests.kit.live import serving
 from tests.kit.served import random_engine
 
@@ -24,6 +25,8 @@ QUIET = {
     "dfastllm_request_failure_total": {"model_name", "reason"},
     "dfastllm_num_preemptions_total": {"model_name"},
     "dfastllm_tokens_to_first_tool_call_bucket": {"model_name", "le"},
+    "dfastllm_tenant_refused_total": {"tenant"},
+    "dfastllm_lora_generation_tokens_total": {"model_name", "lora_name"},
 }
 
 
@@ -38,14 +41,21 @@ def make() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def scraped() -> dict[str, list[Labels]]:
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Labels]]:
     """The labels of each series of /metrics after an answer of every kind, by name."""
-    with serving({"causal": random_engine("llama"), "canvas": random_engine("llada", seed=1)}) as live:
+    database = str(tmp_path_factory.mktemp("tenants") / "tenants.db")
+    store = Store(database, create=True)
+    store.create_tenant("acme", actor="test")
+    _, key = store.create_key("acme", scopes=("generate", "metrics"), actor="test")
+    store.close()
+    head = {"Authorization": f"Bearer {key}"}
+    engines = {"causal": random_engine("llama"), "canvas": random_engine("llada", seed=1)}
+    with serving(engines, tenants_db=database) as live:
         ngram = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
         for model, more in (("causal", ngram), ("canvas", {})):
             body = {"model": model, "prompt": "abcabcabcabc", "max_tokens": 32, "temperature": 0, **more}
-            assert live.post("/v1/completions", body).status_code == 200
-        text = live.get("/metrics").text
+            assert live.post("/v1/completions", body, headers=head).status_code == 200
+        text = live.get("/metrics", headers=head).text
         metrics = live.serving.metrics
     found: dict[str, list[Labels]] = {}
     for family in text_string_to_metric_families(text):

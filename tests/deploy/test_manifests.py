@@ -24,11 +24,11 @@ needs_helm = pytest.mark.skipif(HELM is None, reason="helm is not installed")
 KUBERNETES = "1.31"
 EVERYTHING = {
     "models": ["/models/a", "demo-ar"],
-    "settings": {"DFASTLLM_MAX_SEQUENCES": "8"},
+    "settings": {"DFASTLLM_MAX_NUM_SEQS": "8"},
     "apiKey": {"secret": "keys"},
     "tenants": {"secret": "tenants"},
     "volumes": {"models": "weights", "state": "state"},
-    "monitor": {"enabled": True},
+    "monitor": {"enabled": True, "secret": "scrape"},
     "nodeSelector": {"disk": "fast"},
     "tolerations": [{"key": "cpu", "operator": "Exists"}],
     "affinity": {"nodeAffinity": {}},
@@ -75,11 +75,13 @@ def test_the_chart_with_and_without_everything_fits_the_schema(tmp_path: Path) -
     assert set(validated(render(tmp_path, {}))) == {"Deployment", "Service"}
     found = validated(render(tmp_path, EVERYTHING))
     assert set(found) == {"Deployment", "Service", "ServiceMonitor"}
+    endpoint = found["ServiceMonitor"]["spec"]["endpoints"][0]
+    assert endpoint["authorization"] == {"credentials": {"name": "scrape", "key": "metrics-key"}}
     pod = found["Deployment"]["spec"]["template"]["spec"]
     server = pod["containers"][0]
     assert server["args"] == ["/models/a", "demo-ar"]
     names = [one["name"] for one in server["env"]]
-    assert names == ["DFASTLLM_SHUTDOWN_TIMEOUT", "DFASTLLM_API_KEY", "DFASTLLM_TENANTS_DB", "DFASTLLM_MAX_SEQUENCES"]
+    assert names == ["DFASTLLM_SHUTDOWN_TIMEOUT", "DFASTLLM_API_KEY", "DFASTLLM_TENANTS_DB", "DFASTLLM_MAX_NUM_SEQS"]
     assert {one["name"] for one in server["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
     assert pod["nodeSelector"] == {"disk": "fast"}
 
