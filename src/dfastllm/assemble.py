@@ -32,6 +32,7 @@ from dfastllm.models.checkpoint import (
 )
 from dfastllm.models.gguf import GgufModel, open_gguf
 from dfastllm.models.headers import inventory
+from dfastllm.models.shortlist import read_shortlist
 from dfastllm.quant import FORMATS, find_format, quantise
 from dfastllm.quant.gguf.memory import return_freed
 from dfastllm.text import Tokenizer
@@ -82,6 +83,7 @@ def load(
     backend: Backend = "auto",
     name: str | None = None,
     max_len: int | None = None,
+    drafting: bool = False,
 ) -> Loaded:
     """A model and its tokenizer from a Hugging Face directory or a GGUF file.
 
@@ -89,6 +91,8 @@ def load(
     quantization: quantise floating-point matrices while loading, to w8, w8g, w6, w4m or w4.
     backend: native: packed weights and our kernels; torch: the plain model; auto: native where it can be.
     max_len: the longest context that will be served, None: the model's own. It chooses between the factors of longrope.
+    drafting: it writes drafts for another model, so packed weights get a head of the tokens of its shortlist alone
+        where the directory has one (`models.shortlist`); the plain torch model says them all.
 
     Raises ModelLoadError, CheckpointError, TokenizerError, ValidationError for an unknown name, UnsupportedError for
     what cannot go together.
@@ -118,7 +122,9 @@ def load(
         way_out = _way_out("the float checkpoint" if stored else "it", quantization)
         _refuse_lacking(config, info, quantised, way_out)
     if _packed_is_right(config, info, device, backend, quantised):
-        return Loaded(_assemble(_from_directory(path, dtype, name, max_len), quantization), tokenizer)
+        shortlist = read_shortlist(path, info.vocab_size) if drafting else None
+        source = _from_directory(path, dtype, name, max_len)
+        return Loaded(_assemble(source, quantization, shortlist), tokenizer)
     return Loaded(load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len), tokenizer)
 
 
@@ -225,7 +231,7 @@ def _from_gguf(gguf: GgufModel, dtype: torch.dtype | str | None) -> _Source:
     return _Source(gguf.config, gguf.info, chosen, True, parts(), notes)
 
 
-def _assemble(source: _Source, quantization: str | None) -> PackedDecoder:
+def _assemble(source: _Source, quantization: str | None, shortlist: Tensor | None = None) -> PackedDecoder:
     """Packs a source's weights, quantising float matrices first where asked."""
     matrices = set(quantisable(skeleton(source.config, source.info, torch.float32)))
     dtype = source.dtype
@@ -245,6 +251,6 @@ def _assemble(source: _Source, quantization: str | None) -> PackedDecoder:
                 yield own, value.to(dtype if value.dtype != torch.float32 or not source.quantised else value.dtype)
 
     kv = torch.bfloat16 if source.quantised or quantization is not None else dtype
-    packed = pack_decoder(source.config, source.info, parts(), kv, notes=source.notes)
+    packed = pack_decoder(source.config, source.info, parts(), kv, notes=source.notes, shortlist=shortlist)
     return_freed()
     return packed

@@ -31,6 +31,7 @@ COPIED = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "shortlist.json",
     "README.md",
     "LICENSE",
 )

@@ -57,6 +57,12 @@ class TokenSet:
     def __contains__(self, token: int) -> bool:
         return 0 <= token < self.size and bool(self.words[token // _WORD] >> np.uint64(token % _WORD) & np.uint64(1))
 
+    def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool, as many as ids of the vocabulary: which of them are in the set."""
+        at, bit = np.divmod(ids, _WORD)
+        found: NDArray[np.bool_] = (self.words[at] >> bit.astype(np.uint64) & np.uint64(1)) != 0
+        return found
+
     def tensor(self, device: torch.device) -> Tensor:
         """int64 [len]: the ids, ascending."""
         return torch.from_numpy(self._ids).to(device)

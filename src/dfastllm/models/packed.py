@@ -112,7 +112,8 @@ class PackedDecoder:
 
     head is None when it is tied to the embedding: `embed` is then used for both. norm: the final one, times the
     program's logits_factor. shortlist: the tokens that the head has, int64 [n] ascending, where it has not all of them
-    (see `models.shortlist`); its logits have as many columns. dtype: what the floating-point weights were stored in, and so the default of the K,V pages.
+    (see `models.shortlist`); its logits have as many columns. dtype: what the floating-point weights were stored in,
+    and so the default of the K,V pages.
     notes: what was converted at load, for people.
     """
 
@@ -192,9 +193,7 @@ class PackedDecoder:
             raise Interrupted
         return out
 
-    def logits(
-        self, hidden: Tensor, adapters: PackedAdapters | None = None, numbers: Tensor | None = None
-    ) -> Tensor:
+    def logits(self, hidden: Tensor, adapters: PackedAdapters | None = None, numbers: Tensor | None = None) -> Tensor:
         """hidden float32 [rows, hidden] of `forward` -> float32 [rows, tokens of the head]. numbers: int64 [rows], the
         adapter of each row that changes the head, 0: none."""
         logits = linear.linear(self._head_in(hidden), self.head_weights)

@@ -167,6 +167,35 @@ def test_answers_from_elsewhere(target: Path, tmp_path: Path) -> None:
     assert all(tokenizer.decode(a.prompt) == f"[user]q{a.ids[0] - tokenizer.encode('0')[0]}[assistant]" for a in found)
 
 
+def test_cut_answers_have_no_end_and_told_tokens_are_kept(target: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(target)
+    said = tokenizer.encode("yes", parse_special=False)
+    topk = [[[id, -0.5], [id + 1, -1.5]] for id in said]
+    cut = {"metadata": {"teacher": {"finish_reason": "length"}}}
+    rows = [
+        {"prompt": "ended", "teacher_text": "yes", "teacher_topk": topk},
+        {"prompt": "told its end", "teacher_text": "yes", "teacher_topk": [*topk, [[tokenizer.eos_id, -0.1]]]},
+        {"prompt": "cut", "teacher_text": "yes", "teacher_topk": topk, **cut},
+        {"prompt": "cut, and nothing told", "teacher_text": "yes", **cut},
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    read = read_prompts([file], 0.3)
+    found = {tokenizer.decode(a.prompt): a for a in given_answers(tokenizer, [*read.train, *read.held])[0]}
+    ended, end_told, shortened, untold = (found[f"[user]{row['prompt']}[assistant]"] for row in rows)
+    assert ended.ids == end_told.ids == (*said, tokenizer.eos_id)
+    assert shortened.ids == untold.ids == tuple(said)
+    assert (ended.ended, shortened.ended) == (True, False)
+    assert untold.top is None
+    for answer, last in ((ended, None), (end_told, tokenizer.eos_id), (shortened, None)):
+        assert answer.top is not None
+        ids, logprobs = answer.top
+        assert ids[: len(said)].tolist() == [[id, id + 1] for id in said]
+        assert len(ids) == len(answer.ids)
+        if len(answer.ids) > len(said):
+            assert (logprobs[-1] > -torch.inf).tolist() == ([False, False] if last is None else [True, False])
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +468,10 @@ def test_the_command_says_what_is_wrong(
         ([str(target), str(draft), "nowhere.jsonl", out], "is not there"),
         ([str(target), "demo-draft", str(prompts), out, "--held-out", "0.3"], "cannot draft"),
         (["demo-block", "demo-draft", str(prompts), out, "--held-out", "0.3"], "autoregressive targets"),
-        ([str(target), str(draft), str(prompts), out, "--given", "--top", "3"], "collected elsewhere"),
+        (
+            [str(target), str(draft), str(prompts), out, "--given", "--top", "3", "--held-out", "0.3"],
+            "0 answers to learn from",
+        ),
     ):
         assert main(words) == 1
         assert message in capsys.readouterr().err

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from dfastllm.distill.teacher.answer import read_answer
-from dfastllm.distill.teacher.judge import REASONS, is_garbage, loops, rejection
+from dfastllm.distill.teacher.judge import KEEPABLE, REASONS, is_garbage, loops, rejection
 from dfastllm.tasks import draw
 from tests.distill.teacher.mock_teacher import completion
 
@@ -44,6 +44,23 @@ PROSE = (
 def test_the_reason(answer: dict[str, object], reason: str | None) -> None:
     assert rejection(read_answer(answer), {"f"}) == reason
     assert reason is None or reason in REASONS
+
+
+def test_reasons_that_reject_nothing() -> None:
+    """An answer that was cut, or goes round in circles, is kept where that is asked for; other rules hold for it."""
+    cut, circles = completion("Well, and", reason="length"), completion("Well. " + "and so on " * 9)
+    assert rejection(read_answer(cut), set(), {"length"}) is None
+    assert rejection(read_answer(cut), set(), {"repeats"}) == "length"
+    assert rejection(read_answer(circles), set(), {"repeats"}) is None
+    assert rejection(read_answer(circles), set(), {"length"}) == "repeats"
+    both = completion("Well. " + "and so on " * 9, reason="length")
+    assert rejection(read_answer(both), set(), {"length"}) == "repeats"
+    assert rejection(read_answer(both), set(), KEEPABLE) is None
+    for answer, reason in (
+        (completion("", reason="length"), "empty"),
+        (completion("\ufffd\x00", reason="length"), "garbage"),
+    ):
+        assert rejection(read_answer(answer), set(), KEEPABLE) == reason
 
 
 def brute_force_circle(text: str) -> bool:

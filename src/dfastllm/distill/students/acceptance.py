@@ -134,7 +134,7 @@ def _engines(
     config = EngineConfig(max_sequences=how.together, kv_tokens=pages * PAGE, page_size=PAGE, prefix_caching=False)
     loaded = assemble.load(resolve(target))
     for label, model in drafts.items():
-        draft = assemble.load(resolve(model), quantization=how.quantization)
+        draft = assemble.load(resolve(model), quantization=how.quantization, drafting=True)
         check_vocabulary(loaded.model.info, loaded.tokenizer, draft.model.info, draft.tokenizer)
         drafter = DraftModel(draft.model, config)
         yield label, Engine(loaded.model, loaded.tokenizer, config, drafters={METHOD: drafter})

@@ -27,6 +27,8 @@ from dfastllm.train.work import Losses, Value, Work
 
 __all__ = ["Alignment"]
 
+HEAD_CHUNK = 1 << 24  # logits at a time: each time costs a pass over the head's gradient, so fewer than by default
+MOST_LOST = 0.98  # of a target's probability that may lie on tokens that are not listed
 WINDOW = 1024  # answers sorted together by length, so that a batch has little padding
 Batch = tuple[int, ...]  # numbers of the answers in it
 
@@ -43,6 +45,9 @@ class Alignment(Work):
     tokens       of a batch, padding included.
     longest      None: the draft's context.
     bf16         matrix products in bfloat16 (autocast).
+    shortlist    the only tokens that the draft will say (`models.shortlist`), int64 [n] ascending: the head is computed
+                 for these alone, and what the target says beside them is left out of its distributions. None: all.
+    frozen       the embedding, and a head that is tied to it, stay as they are.
 
     Raises DataError where no answer is left or the answers lack what the target would tell, ContextLengthError where
     the draft's context is shorter than `longest`.
@@ -61,6 +66,8 @@ class Alignment(Work):
         longest: int | None = None,
         seed: int = 0,
         bf16: bool = False,
+        shortlist: Tensor | None = None,
+        frozen: bool = False,
     ) -> None:
         check_divergence(kind, 0.5)
         longest = draft.config.max_len if longest is None else longest
@@ -94,6 +101,14 @@ class Alignment(Work):
         self.vocabulary = draft.config.vocab_size  # padding beyond the other's is cut off
         if target is not None:
             self.vocabulary = min(self.vocabulary, target.config.vocab_size)
+        self.shortlist = None if shortlist is None else shortlist[shortlist < self.vocabulary].to(draft.device)
+        self.columns = torch.arange(draft.config.vocab_size, device=draft.device)  # token -> column of the head, or -1
+        if self.shortlist is not None:
+            self.vocabulary = len(self.shortlist)
+            self.columns = torch.full_like(self.columns, -1)
+            self.columns[self.shortlist] = torch.arange(self.vocabulary, device=draft.device)
+        if frozen:
+            draft.embed.weight.requires_grad_(False)
 
     def batches(self, position: Any) -> Iterator[tuple[Batch, list[int]]]:
         """Every epoch has each answer once, in an order of its own."""
@@ -130,13 +145,14 @@ class Alignment(Work):
         some = [self.answers[i] for i in batch]
         rows = self._rows(some)
         with self._autocast():
-            hidden, teacher = self._forward(rows, some)
+            hidden, teacher, _ = self._forward(rows, some)
             found = self._terms(self._student(hidden), rows, teacher)
         known = teacher.present(hidden.shape[:1])
         count = len(known)
         terms = {"divergence": found.divergence.sum() / count}
-        if not bool(known.all()):
-            terms["token"] = ((found.logsumexp - found.picked[:, 0]) * ~known).sum() / count
+        alone = ~known & (self.columns[rows.targets] >= 0)
+        if bool(alone.any()):
+            terms["token"] = ((found.logsumexp - found.picked[:, 0]) * alone).sum() / count
         return Losses(terms, tokens=rows.batch * rows.length, samples=rows.batch)
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
@@ -148,10 +164,11 @@ class Alignment(Work):
         """On the held-out answers, means over their tokens.
 
         validation_loss  the divergence, as it is trained on.
-        cross_entropy    nats of the answers' own tokens; its exponential is the perplexity.
-        agreement        how often the likeliest token is the same: what a greedy draft's token is accepted by.
+        cross_entropy    nats of the answers' own tokens, of those that are listed; its exponential is the perplexity.
+        agreement        how often the likeliest token is the same: what a greedy draft's token is accepted by. One that
+                         is not listed is never the draft's.
         overlap          sum over the vocabulary of the lesser probability: what a drawn one is accepted by (Leviathan
-                         et al. 2023); only where whole distributions are known.
+                         et al. 2023); only where whole distributions are known, and every token is listed.
         """
         sums = {"validation_loss": 0.0, "agreement": 0.0, "overlap": 0.0}
         entropy, count, tokens = 0.0, 0, 0
@@ -160,32 +177,28 @@ class Alignment(Work):
         for some in buckets(order, lambda a: len(a.prompt) + len(a.ids), self.tokens):
             rows = self._rows(some)
             with self._autocast():
-                hidden, teacher = self._forward(rows, some)
+                hidden, teacher, best = self._forward(rows, some)
                 student = self._student(hidden)
                 found = self._terms(student, rows, teacher)
                 known = teacher.present(hidden.shape[:1])
                 sums["validation_loss"] += found.divergence.sum().item()
-                entropy += (found.logsumexp - found.picked[:, 0]).sum().item()
+                listed = self.columns[rows.targets] >= 0
+                entropy += (found.logsumexp - found.picked[:, 0])[listed].sum().item()
                 for at in range(0, len(known), chunk):
                     part = slice(at, at + chunk)
-                    agreed, overlap = self._likeness(student.head(hidden[part]).float(), teacher, part)
-                    sums["agreement"] += agreed[known[part]].sum().item()
-                    sums["overlap"] += overlap[known[part]].sum().item()
-                count, tokens = count + int(known.sum()), tokens + len(known)
+                    logits = student.head(student.rows[part]).float()
+                    sums["agreement"] += (logits.argmax(-1) == best[part])[known[part]].sum().item()
+                    if isinstance(teacher, Dense):
+                        ours, theirs = (
+                            (x / self.temperature).softmax(-1) for x in (logits, teacher.logits[part].float())
+                        )
+                        sums["overlap"] += torch.minimum(ours, theirs).sum().item()
+                count, tokens = count + int(known.sum()), tokens + int(listed.sum())
         means: dict[str, Value] = {name: total / max(count, 1) for name, total in sums.items()}
         means["cross_entropy"] = entropy / tokens
-        if self.target is None:
+        if self.target is None or self.shortlist is not None:
             del means["overlap"]
         return means
-
-    def _likeness(self, logits: Tensor, teacher: Teacher, part: slice) -> tuple[Tensor, Tensor]:
-        """Per row whether the best token is the teacher's, and the overlap (0 where it cannot be told)."""
-        if isinstance(teacher, Sparse):
-            best = teacher.ids[part].gather(1, teacher.logprobs[part].argmax(-1, keepdim=True))[:, 0]
-            return (logits.argmax(-1) == best).float(), torch.zeros(len(logits), device=logits.device)
-        theirs = teacher.logits[part].float()
-        ours_p, theirs_p = ((x / self.temperature).softmax(-1) for x in (logits, theirs))
-        return (logits.argmax(-1) == theirs.argmax(-1)).float(), torch.minimum(ours_p, theirs_p).sum(-1)
 
     def _rows(self, some: Sequence[Answer]) -> Rows:
         examples = [Example(a.prompt, a.ids, 0) for a in some]
@@ -194,24 +207,45 @@ class Alignment(Work):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def _forward(self, rows: Rows, some: Sequence[Answer]) -> tuple[Tensor, Teacher]:
-        """The draft's hidden rows that predict the answers' tokens [n, hidden], and what is known of the target's."""
+    def _forward(self, rows: Rows, some: Sequence[Answer]) -> tuple[Tensor, Teacher, Tensor]:
+        """The draft's hidden rows that predict the answers' tokens [n, hidden], what is known of the target's, and the
+        column of the target's best token [n], -1 where it is not listed."""
         attend = short_attention(rows)
         if self.target is None:
-            teacher: Teacher = _listed(some, rows.ids.device)
+            told = _listed(some, rows.ids.device)
+            best = told.ids.gather(1, told.logprobs.argmax(-1, keepdim=True))[:, 0]
+            teacher: Teacher = told if self.shortlist is None else self._within(told)
         else:
             with torch.no_grad():
-                seen = self.target(rows.ids, rows.positions, attend)[rows.wanted]
-                teacher = Dense(self.target.head(seen)[:, : self.vocabulary])
+                logits = self.target.head(self.target(rows.ids, rows.positions, attend)[rows.wanted])
+                logits = logits[:, : len(self.columns)]
+                best = logits.argmax(-1)
+                teacher = Dense(logits[:, : self.vocabulary] if self.shortlist is None else logits[:, self.shortlist])
         hidden: Tensor = self.model(rows.ids, rows.positions, attend)[rows.wanted]
-        return hidden, teacher
+        return hidden, teacher, self.columns[best]
+
+    def _within(self, told: Sparse) -> Sparse:
+        """The target's distributions given that its token is listed, by columns of the head. Where nearly all that it
+        told is not listed nothing is known."""
+        columns = self.columns[told.ids]
+        listed = columns >= 0
+        lost = told.logprobs.masked_fill(listed, -torch.inf).exp().sum(-1, keepdim=True)
+        inside = told.logprobs.masked_fill(~listed, -torch.inf) - torch.log1p(-lost.clamp(max=MOST_LOST))
+        return Sparse(columns.clamp(min=0), inside.masked_fill(lost > MOST_LOST, -torch.inf))
 
     def _terms(self, student: Hidden, rows: Rows, teacher: Teacher) -> RowTerms:
-        picks = rows.targets[:, None]
-        return row_terms(student, picks=picks, teacher=teacher, temperature=self.temperature, kind=self.kind)
+        picks = self.columns[rows.targets].clamp(min=0)[:, None]
+        chunk = max(1, HEAD_CHUNK // self.vocabulary)
+        return row_terms(
+            student, picks=picks, teacher=teacher, temperature=self.temperature, kind=self.kind, chunk=chunk
+        )
 
     def _student(self, hidden: Tensor) -> Hidden:
         own = Hidden.of(self.model, hidden)
+        if self.shortlist is not None:
+            weight = self.model.embed.weight if self.model.lm_head is None else self.model.lm_head.weight
+            program = self.model.program
+            return Hidden.linear(hidden * program.logits_factor, weight[self.shortlist], softcap=program.logits_softcap)
         if own.vocabulary == self.vocabulary:
             return own
         return Hidden(hidden, lambda x: own.head(x)[:, : self.vocabulary], own.parameters, self.vocabulary)

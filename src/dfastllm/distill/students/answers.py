@@ -118,8 +118,9 @@ def answered(
 
 
 def given_answers(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[list[Answer], list[str]]:
-    """Answers that the prompts' rows gave, as tokens: of the same target, collected elsewhere (over HTTP). How one
-    ended is not known, so each is taken to have ended by itself. Raises DataError for a tokenizer without an end."""
+    """Answers that the prompts' rows gave, as tokens: of the same target, collected elsewhere (over HTTP), with its
+    likeliest tokens where the rows have them. One that the row does not call cut is taken to have ended by itself.
+    Raises DataError for a tokenizer without an end."""
     if tokenizer.eos_id is None:
         raise DataError("the tokenizer names no token that ends a text.", param="tokenizer")
     answers, notes = [], []
@@ -133,7 +134,10 @@ def given_answers(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[list
         except DFastLLMError as error:  # messages that this template refuses
             notes.append(f"prompt {prompt.key[:12]}: {error}")
             continue
-        answers.append(Answer(prompt.key, prompt.task, tuple(ids), (*said, tokenizer.eos_id), True))
+        whole = (*said, *(() if prompt.cut else (tokenizer.eos_id,)))
+        told = len(prompt.topk) in (len(said), len(whole))  # the end's own entry may be missing
+        top = _tensors(prompt.topk, len(whole)) if prompt.topk and told else None
+        answers.append(Answer(prompt.key, prompt.task, tuple(ids), whole, not prompt.cut, top))
     return answers, notes
 
 

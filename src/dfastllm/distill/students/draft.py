@@ -37,6 +37,7 @@ from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
 from dfastllm.kernels import set_threads
 from dfastllm.llm import LLM, resolve
 from dfastllm.models import Decoder, build, load, save
+from dfastllm.models.shortlist import read_shortlist
 from dfastllm.text import Tokenizer
 from dfastllm.train.loop import fit
 from dfastllm.train.plan import Plan
@@ -55,7 +56,8 @@ class Realignment:
     target, draft  a shipped model's name, a directory or a GGUF file each; of one vocabulary.
     prompts        files of JSON lines.
     out            directory of the results.
-    given          the files' teacher_text are the target's own answers, collected elsewhere; none are made.
+    given          the files' teacher_text are the target's own answers, collected elsewhere; none are made. Without
+                   `whole` their rows' teacher_topk is learned from, and those without one are left out.
     held_out       share of the prompts that is only measured on.
     asking         how the target answers; its temperature is the divergence's too.
     whole          the target's whole distributions, from a forward of its weights; else its likeliest tokens
@@ -64,6 +66,7 @@ class Realignment:
     longest        tokens of a prompt and its answer, and at most the draft's context; longer ones are left out.
     tokens         of a batch.
     bf16           matrix products in bfloat16.
+    frozen         the draft's embedding, and a head that is tied to it, stay as they are.
     device         where the draft is trained; the engine that answers and measures runs on the CPU.
     plan           of the training.
     measuring      of the drafts.
@@ -81,19 +84,14 @@ class Realignment:
     longest: int = 1024
     tokens: int = 2048
     bf16: bool = False
+    frozen: bool = False
     device: str = "cpu"
     plan: Plan = field(default_factory=lambda: default_plan())
     measuring: Measuring = field(default_factory=Measuring)
 
     def __post_init__(self) -> None:
-        if not self.whole and not self.asking.top:
+        if not self.whole and not self.given and not self.asking.top:
             raise ValidationError("without whole distributions, top must be at least 1.", param="top")
-        if not self.whole and self.given:
-            raise ValidationError(
-                "answers collected elsewhere are learned by whole distributions.",
-                param="whole",
-                hint="Leave --top out.",
-            )
 
 
 def default_plan(**changes: Any) -> Plan:
@@ -176,6 +174,8 @@ def _work(asked: Realignment, model: Decoder, train: Sequence[Answer], held: Seq
         longest=min(asked.longest, model.config.max_len),
         seed=asked.plan.seed,
         bf16=asked.bf16,
+        shortlist=read_shortlist(resolve(asked.draft), model.config.vocab_size),
+        frozen=asked.frozen,
     )
 
 
@@ -206,6 +206,9 @@ def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Say) -> tuple[
     every = [*prompts.held, *prompts.train]
     if asked.given:
         found, notes = given_answers(llm.tokenizer, every)
+        if not asked.whole:
+            notes += [f"prompt {a.key[:12]}: its row has no teacher_topk of its answer" for a in found if a.top is None]
+            found = [a for a in found if a.top is not None]
     else:
         found, notes = answered(llm, every, asked.out / "answers.jsonl", asked.asking, _tenths(say))
     if notes:
@@ -249,14 +252,26 @@ def parser() -> argparse.ArgumentParser:
     add("--held-out", type=float, default=0.1, help="share of the prompts that is only measured on")
     add("--temperature", type=float, default=0.0, help="of the answers, of both distributions and of the measuring")
     add("--max-tokens", type=int, default=128, help="of an answer")
-    add("--top", type=int, default=0, help="learn from this many likeliest tokens; 0: from whole distributions")
+    add(
+        "--top",
+        type=int,
+        default=0,
+        help="learn from this many likeliest tokens; 0: from whole distributions. With "
+        "--given: from those that the rows have",
+    )
     add("--kind", choices=DIVERGENCES, default="forward", help="divergence")
     add("--steps", type=int, default=300)
     add("--lr", type=float, default=5e-4)
+    add("--matrix-lr", type=float, help="of the layers' matrices; default: --lr")
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
     add("--tokens", type=int, default=2048, help="of a batch")
     add("--longest", type=int, default=1024, help="tokens of a prompt and its answer; longer ones are left out")
     add("--bf16", action="store_true", help="matrix products in bfloat16")
+    add("--frozen", action="store_true", help="leave the draft's embedding, and a head tied to it, as they are")
+    add("--warmup", type=int, default=20, help="steps")
+    add("--weight-decay", type=float, default=0.01)
+    add("--save-every", type=int, default=100, help="steps between checkpoints, and between validations")
+    add("--stop", type=int, help="end at this step, without a report; the same command goes on")
     add("--length", type=int, default=5, help="draft tokens, for measuring")
     add("--repeats", type=int, default=3, help="of the timed runs")
     add("--quantization", help="of the drafts when they are measured: w8, w8g, w6, w4m or w4")
@@ -285,8 +300,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             longest=args.longest,
             tokens=args.tokens,
             bf16=args.bf16,
+            frozen=args.frozen,
             plan=default_plan(
-                steps=args.steps, lr=args.lr, matrix_lr=args.lr, optimizer=args.optimizer, seed=args.seed
+                steps=args.steps,
+                lr=args.lr,
+                matrix_lr=args.lr if args.matrix_lr is None else args.matrix_lr,
+                optimizer=args.optimizer,
+                warmup=min(args.warmup, args.steps),
+                weight_decay=args.weight_decay,
+                validate_every=args.save_every,
+                save_every=args.save_every,
+                seed=args.seed,
             ),
             measuring=Measuring(
                 args.length,
@@ -295,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 quantization=args.quantization,
             ),
         )
-        realign(asked, fresh=args.fresh)
+        realign(asked, fresh=args.fresh, stop=args.stop)
     except DFastLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -83,6 +83,7 @@ def realign_as(
         longest=config.data.max_seq_length,
         tokens=settings.batch_tokens,
         bf16=config.train.bf16,
+        frozen=settings.frozen,
         device=device,
         plan=plan,
         measuring=Measuring(

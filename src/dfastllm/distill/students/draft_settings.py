@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["DraftSettings"]
 
@@ -19,7 +19,9 @@ class DraftSettings(BaseModel):
     max_tokens    of an answer.
     top           the target's likeliest tokens, as they come with the answers, are learned from: so many, at most 20;
                   0: its whole distributions, from a forward of its weights at every step.
-    given         the rows' teacher_text are the target's answers; none are made.
+    given         the rows' teacher_text are the target's answers; none are made. With top, those rows' teacher_topk are
+                  learned from, and rows without one are left out.
+    frozen        the draft's embedding, and a head that is tied to it, stay as they are.
     held_out      share of the prompts that is only measured on.
     batch_tokens  of a step, padding included.
     length        draft tokens at most, when drafts are measured.
@@ -33,14 +35,9 @@ class DraftSettings(BaseModel):
     max_tokens: Count = 128
     top: Annotated[int, Field(ge=0, le=20)] = 0
     given: bool = False
+    frozen: bool = False
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     batch_tokens: Count = 2048
     length: Annotated[int, Field(ge=1, le=64)] = 5
     repeats: Count = 3
     quantization: Literal["w8", "w8g", "w6", "w4m", "w4"] | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> DraftSettings:
-        if self.given and self.top:
-            raise ValueError("top goes with answers that are made here; answers that are given have none")
-        return self

@@ -31,6 +31,9 @@ class Prompt:
     tools     OpenAI's tool objects.
     task      a word for groups of a report; "" where the row had none.
     answer    what the row gave as the teacher's answer; "" where it gave none.
+    cut       that answer reached the limit of its length: it did not end there (metadata.teacher says so).
+    topk      the teacher's likeliest tokens at each token of the answer, (id, log-probability) each; () where the row
+              has none.
     """
 
     key: str
@@ -38,6 +41,8 @@ class Prompt:
     tools: tuple[Mapping[str, Any], ...] = ()
     task: str = ""
     answer: str = ""
+    cut: bool = False
+    topk: Sequence[Sequence[tuple[int, float]]] = ()
 
     @property
     def draw(self) -> float:
@@ -70,7 +75,15 @@ def read_prompts(paths: Sequence[str | Path], held_out: float) -> Prompts:
         doubles = 0
         for row in rows:
             messages = tuple(row.messages)
-            prompt = Prompt(_key(messages, row.tools), messages, row.tools, row.task or "", row.teacher_text)
+            prompt = Prompt(
+                _key(messages, row.tools),
+                messages,
+                row.tools,
+                row.task or "",
+                row.teacher_text,
+                _is_cut(row.metadata),
+                row.teacher_topk or (),
+            )
             doubles += prompt.key in found
             found.setdefault(prompt.key, prompt)
         if doubles:
@@ -87,6 +100,11 @@ def read_prompts(paths: Sequence[str | Path], held_out: float) -> Prompts:
             hint="Collect more prompts, or change the share that is held out.",
         )
     return Prompts(train, held, tuple(notes))
+
+
+def _is_cut(metadata: Mapping[str, Any]) -> bool:
+    teacher = metadata.get("teacher")
+    return isinstance(teacher, Mapping) and teacher.get("finish_reason") == "length"
 
 
 def _with_older(paths: Sequence[str | Path]) -> list[Path]:

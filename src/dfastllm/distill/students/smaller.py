@@ -38,6 +38,7 @@ from dfastllm.distill.students.draft import default_plan, export, trainable
 from dfastllm.distill.students.layers import make_student, tokenizer_of
 from dfastllm.distill.students.prompts import read_prompts
 from dfastllm.distill.teacher.collect import collect
+from dfastllm.distill.teacher.judge import KEEPABLE
 from dfastllm.distill.teacher.settings import TeacherSettings
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import DataError, DFastLLMError, NotReadyError, ValidationError
@@ -45,6 +46,7 @@ from dfastllm.kernels import set_threads
 from dfastllm.llm import resolve
 from dfastllm.metrics.speculation import answer
 from dfastllm.train.loop import fit
+from dfastllm.train.plan import OptimizerName
 
 __all__ = ["collect_answers", "report", "served", "train_student"]
 
@@ -97,14 +99,21 @@ def collect_answers(
     port: int = 8123,
     threads: int = 1,
     together: int = 8,
+    top: int = 0,
+    temperatures: Sequence[float] = TEMPERATURES,
 ) -> dict[str, int]:
     """Ask the served model for answers, greedy ones for half of the time and drawn ones at temperature 0.7 for the
-    other, each to prompts of their own. Returns how many of each kind there are now. Raises what collecting does."""
+    other, each to prompts of their own. Answers that were cut or go round in circles are kept: a student of the model
+    learns what it would say next, wherever it is.
+
+    top: likeliest tokens whose log-probabilities are asked for, 0 to 20. temperatures: of the answers, the time is
+    divided among them. Returns how many of each kind there are now. Raises what collecting does."""
     home.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of(model)
     found: dict[str, int] = {}
     with served(model, port, threads) as root:
-        for seed, temperature in enumerate(TEMPERATURES):
+        for temperature in temperatures:
+            seed = round(10 * temperature)  # the prompts of one temperature are no other's
             prompts = home / f"prompts-{temperature}.jsonl"
             if not prompts.exists():
                 write_rows(prompts, chats(seed, count))
@@ -113,29 +122,29 @@ def collect_answers(
                     "base_url": root,
                     "max_tokens": max_tokens,
                     "temperature": temperature,
-                    "top_logprobs": 0,
+                    "top_logprobs": top,
                     "concurrency": together,
                     # A slow answer is no failed one here: the server is ours, and asking again would only cost more.
                     "timeout": 3600.0,
                     "row_deadline": 7200.0,
-                    "deadline": max(1.0, minutes * 60 / len(TEMPERATURES)),
+                    "deadline": max(1.0, minutes * 60 / len(temperatures)),
                 }
             )
             out = home / f"answers-{temperature}.jsonl"
-            summary = collect(prompts, out, settings, tokenizer, cache=home / "cache", show=False)
+            summary = collect(prompts, out, settings, tokenizer, cache=home / "cache", keep=KEEPABLE, show=False)
             found[str(temperature)] = summary.had + summary.accepted
     return found
 
 
-def _collected(model: str | Path, home: Path) -> tuple[list[Answer], list[Answer]]:
-    """The answers that were collected: those to train on, and those held out."""
+def _collected(model: str | Path, home: Path, most: int = HELD_MOST) -> tuple[list[Answer], list[Answer]]:
+    """The answers that were collected: those to train on, and those held out, at most so many."""
     files = sorted(home.glob("answers-*.jsonl"))
     files = [file for file in files if ".rejected" not in file.name]
     if not files:
         raise DataError(f"{home} holds no answers yet.", param="home", hint="Run the step collect first.")
     prompts = read_prompts(files, HELD_OUT)
     tokenizer = tokenizer_of(model)
-    return given_answers(tokenizer, prompts.train)[0], given_answers(tokenizer, prompts.held[:HELD_MOST])[0]
+    return given_answers(tokenizer, prompts.train)[0], given_answers(tokenizer, prompts.held[:most])[0]
 
 
 def train_student(
@@ -147,19 +156,36 @@ def train_student(
     tokens: int = 2048,
     longest: int = 512,
     bf16: bool = False,
+    told: bool = False,
+    frozen: bool = False,
+    optimizer: OptimizerName = "adamw",
+    held_out: int = HELD_MOST,
+    validate_every: int = 100,
     stop: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train HOME/student on the model's distributions, write HOME/trained, and return what the last validation says
-    with the tokens a second. stop: end at this step. Raises what the training loop does."""
-    train, held = _collected(model, home)
+    with the tokens a second. stop: end at this step.
+
+    told: learn from the log-probabilities that came with the answers, and from those that have them alone, in place of
+    a forward of the model beside each of the student's. frozen: the embedding, and a head that is tied to it, stay as
+    they are. held_out: answers at most that validations measure on. Raises what the training loop does."""
+    train, held = _collected(model, home, held_out)
     student, _ = trainable(home / "student")
-    target, _ = trainable(model)
-    work = Alignment(
-        student, target.requires_grad_(False), train, held, tokens=tokens, longest=longest, bf16=bf16, seed=seed
-    )
+    target = None if told else trainable(model)[0].requires_grad_(False)
+    if told:
+        train, held = ([a for a in some if a.top is not None] for some in (train, held))
+    work = Alignment(student, target, train, held, tokens=tokens, longest=longest, bf16=bf16, seed=seed, frozen=frozen)
     plan = default_plan(
-        name="smaller", steps=steps, lr=lr, matrix_lr=lr, warmup=min(100, max(1, steps // 10)), seed=seed
+        name="smaller",
+        steps=steps,
+        lr=lr,
+        matrix_lr=lr,
+        optimizer=optimizer,
+        warmup=min(100, max(1, steps // 10)),
+        validate_every=validate_every,
+        save_every=validate_every,
+        seed=seed,
     )
     began = time.monotonic()
     done = fit(work, plan, home / "run", stop=stop)
@@ -176,12 +202,18 @@ def train_student(
 
 
 def report(
-    model: str | Path, home: Path, *, prompts: int = 24, longest: int = 512, how: Measuring | None = None
+    model: str | Path,
+    home: Path,
+    *,
+    prompts: int = 24,
+    longest: int = 512,
+    held_out: int = HELD_MOST,
+    how: Measuring | None = None,
 ) -> dict[str, Any]:
     """What the students are worth, before and after training: divergence from the model and perplexity on its held-out
-    answers, tokens a second alone, and as drafts for it. Writes HOME/report.json."""
+    answers (at most `held_out` of them), tokens a second alone, and as drafts for it. Writes HOME/report.json."""
     how = how or Measuring(max_tokens=96)
-    _, held = _collected(model, home)
+    _, held = _collected(model, home, held_out)
     places = {"before": home / "student", "after": home / "trained"}
     target, _ = trainable(model)
     target.requires_grad_(False)
@@ -221,7 +253,10 @@ def parser() -> argparse.ArgumentParser:
     add("home", type=Path, help="directory for everything that is made")
     add("--minutes", type=float, default=60.0, help="collect: time for answers")
     add("--count", type=int, default=40_000, help="collect: prompts of each temperature")
-    add("--max-tokens", type=int, default=256, help="collect: of an answer; longer ones are rejected")
+    add("--max-tokens", type=int, default=256, help="collect: of an answer; longer ones are cut")
+    add("--top", type=int, default=0, help="collect: likeliest tokens whose log-probabilities are kept, at most 20")
+    add("--temperatures", type=float, nargs="+", default=TEMPERATURES, help="collect: of the answers")
+    add("--together", type=int, default=8, help="collect: questions at once")
     add("--port", type=int, default=8123, help="collect: of the server")
     add("--layers", type=int, help="student: how many layers; default: half of the parameters")
     add("--steps", type=int, default=1000, help="train")
@@ -230,6 +265,11 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=2048, help="train: of a batch")
     add("--longest", type=int, default=512, help="train, report: tokens of a prompt and its answer")
     add("--bf16", action="store_true", help="train: matrix products in bfloat16")
+    add("--told", action="store_true", help="train: on the log-probabilities that came with the answers, see --top")
+    add("--frozen", action="store_true", help="train: leave the embedding, and a head tied to it, as they are")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="train")
+    add("--held-out", type=int, default=HELD_MOST, help="train, report: answers at most that are measured on")
+    add("--validate-every", type=int, default=100, help="train: steps between validations and between checkpoints")
     add("--prompts", type=int, default=24, help="report: that speed is measured on")
     add("--length", type=int, default=3, help="report: draft tokens")
     add("--repeats", type=int, default=3, help="report: of timed runs")
@@ -260,6 +300,9 @@ def _step(args: argparse.Namespace) -> dict[str, Any]:
             max_tokens=args.max_tokens,
             port=args.port,
             threads=args.threads,
+            together=args.together,
+            top=args.top,
+            temperatures=args.temperatures,
         )
     if args.step == "student":
         made = make_student(args.model, args.home / "student", layers=args.layers)
@@ -273,10 +316,15 @@ def _step(args: argparse.Namespace) -> dict[str, Any]:
             tokens=args.tokens,
             longest=args.longest,
             bf16=args.bf16,
+            told=args.told,
+            frozen=args.frozen,
+            optimizer=args.optimizer,
+            held_out=args.held_out,
+            validate_every=args.validate_every,
             stop=args.stop,
         )
     how = replace(Measuring(max_tokens=96), length=args.length, repeats=args.repeats, quantization=args.quantization)
-    return report(args.model, args.home, prompts=args.prompts, longest=args.longest, how=how)
+    return report(args.model, args.home, prompts=args.prompts, longest=args.longest, held_out=args.held_out, how=how)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def collect(
     cache       directory of a server's answers; None: teacher-cache beside `out`.
     concurrency, give_up_after, deadline   of a teacher in this process; a server's are in its settings.
     keep        reasons of `judge.KEEPABLE` that reject no answer here. A cut answer is written as it is; its row says
-                so in metadata.teacher.finish_reason, and a data set that adds the end of the text must not be made of it.
+                so in metadata.teacher.finish_reason, and no data set that adds the end of the text may be made of it.
     show        a progress bar on the terminal, or a line now and then.
 
     A budget that is spent, a deadline and an interruption (Ctrl-C: what is under way is waited for, a second one does

@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from dfastllm.distill.teacher.answer import Answer
 
-__all__ = ["REASONS", "is_garbage", "loops", "rejection"]
+__all__ = ["KEEPABLE", "REASONS", "is_garbage", "loops", "rejection"]
 
 REASONS = {
     "length": "the answer reached max_tokens and is cut",
@@ -27,6 +27,8 @@ REASONS = {
     "not_encodable": "the student's tokenizer cannot encode it",
     "calls_unread": "the student's chat template has no form for its calls",
 }
+# What a model that learns to say what the teacher would say next, token by token, can learn from all the same.
+KEEPABLE = frozenset({"length", "repeats"})
 _ENDED = ("stop", "tool_calls", "function_call", "eos", "eos_token", "end_turn")
 _STRANGE = 0.02  # more characters than this share that are no text make garbage
 _LOOP = 64  # characters that a loop at the end of a text covers at least
@@ -37,13 +39,14 @@ _PHRASE = 8  # words
 _AGAIN = 0.5  # share of its phrases that came before
 
 
-def rejection(answer: Answer, tools: Collection[str]) -> str | None:
-    """Why an answer is not learnt from, a key of `REASONS`; None: it may be. tools: the names it was given."""
+def rejection(answer: Answer, tools: Collection[str], keep: Collection[str] = ()) -> str | None:
+    """Why an answer is not learnt from, a key of `REASONS`; None: it may be. tools: the names it was given. keep: of
+    the reasons `KEEPABLE`, those that reject nothing."""
     if answer.finish_reason is None:
         return "unfinished"
-    if answer.finish_reason in ("length", "content_filter"):
+    if answer.finish_reason == "content_filter" or (answer.finish_reason == "length" and "length" not in keep):
         return answer.finish_reason
-    if answer.finish_reason not in _ENDED:
+    if answer.finish_reason not in (*_ENDED, "length"):
         return "finish_other"
     if answer.empty:
         return "empty"
@@ -54,7 +57,7 @@ def rejection(answer: Answer, tools: Collection[str]) -> str | None:
     said = [answer.content, *(_said(json.loads(call.arguments)) for call in answer.calls)]
     if any(is_garbage(text) for text in said):
         return "garbage"
-    if any(loops(text) for text in said):
+    if "repeats" not in keep and any(loops(text) for text in said):
         return "repeats"
     return None
 

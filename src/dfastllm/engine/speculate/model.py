@@ -25,6 +25,7 @@ from dfastllm.engine.batch import pack
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.pages import OutOfPages, Pages, PageTable
 from dfastllm.engine.runners import Runnable, runner_for
+from dfastllm.engine.speculate.shortlist import Shortlisted
 from dfastllm.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class DraftModel:
                 hint="Use method diffusion for it.",
             )
         self.info = model.info
+        self.shortlist: Tensor | None = getattr(model, "shortlist", None)
         self.mirrors = Mirrors(config)
         min_rows = config.min_rows or max(16, 8 * torch.get_num_threads())
         slots = self.mirrors.pages.count * config.page_size
@@ -95,6 +97,8 @@ class DraftModel:
             rows = self.runner.run(
                 pack([(span, t.mirror.table, t.mirror.kv_len) for t, span in batch], self.runner.block_size)
             )
+            if self.shortlist is not None:
+                rows = Shortlisted(rows, self.shortlist, self.info.vocab_size)
             for task, span in batch:
                 task.mirror.kv_len = span.stop
             deciding = [task for task, span in batch if span.want]
