@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cache
@@ -319,7 +319,12 @@ async def _health(asked: Asked, _: NoParams) -> HealthResult:
 
 async def _metadata(_: Asked, __: NoParams) -> MetadataResult:
     """Every function with its params."""
-    return metadata_of(FUNCTIONS)
+    return _told()
+
+
+@cache
+def _told() -> MetadataResult:
+    return metadata_of(FUNCTIONS.values())
 
 
 async def _cancel(asked: Asked, params: CancelParams) -> CancelResult:
@@ -328,8 +333,8 @@ async def _cancel(asked: Asked, params: CancelParams) -> CancelResult:
     return CancelResult(id=params.id, cancelled=True)
 
 
-def metadata_of(functions: Mapping[str, Function]) -> MetadataResult:
-    """What the table says."""
+def metadata_of(functions: Iterable[Function]) -> MetadataResult:
+    """What the rows of a table say."""
     listed = [
         FunctionInfo(
             name=function.name,
@@ -338,7 +343,7 @@ def metadata_of(functions: Mapping[str, Function]) -> MetadataResult:
             returns=function.returns.__name__,
             streaming=function.streaming,
         )
-        for function in functions.values()
+        for function in functions
     ]
     return MetadataResult(version=version("dfastllm"), functions=listed)
 
