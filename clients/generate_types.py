@@ -11,6 +11,7 @@ tests/clients/test_types.py fails when either is not what this writes.
 from __future__ import annotations
 
 import re
+import tempfile
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +34,16 @@ def description() -> Schema:
     """The schemas of openapi.json by name, of a server with every route it may have."""
     from dfastllm.server.app import create_app
     from dfastllm.settings import Settings
+    from dfastllm.tenants.store import Store
 
-    schemas: Schema = create_app(settings=Settings(tenants_db="sqlite://")).openapi()["components"]["schemas"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/tenants.db"
+        store = Store(file, create=True)
+        store.create_tenant("types", actor="cli:types")
+        store.close()
+        app = create_app(settings=Settings(tenants_db=file))
+        schemas: Schema = app.openapi()["components"]["schemas"]
+        app.state.serving.close()
     return schemas
 
 

@@ -10,32 +10,21 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
 from clients.golden.scenarios import SCENARIOS, played
-from clients.golden.transcripts import KEY, Line, Scenario, Transcript, ordered, settled
-from tests.kit.live import Live, serving
+from clients.golden.server import Platform, golden_server
+from clients.golden.transcripts import Line, Scenario, Transcript, ordered, settled
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-__all__ = ["HttpTap", "exchange_of", "golden_server", "record", "ws_tap"]
-
-MODELS = ("demo-ar", "demo-diffusion")
-
-
-@contextmanager
-def golden_server() -> Iterator[Live]:
-    """The server that transcripts come from."""
-    from dfastllm.engine import EngineConfig
-    from dfastllm.llm import load_engine
-
-    engines = {name: load_engine(name, config=EngineConfig(kv_tokens=16384)) for name in MODELS}
-    with serving(engines, api_key=KEY) as live:
-        yield live
+__all__ = ["HttpTap", "exchange_of", "record", "ws_tap"]
 
 
 class HttpTap(httpx.AsyncBaseTransport):
@@ -96,23 +85,29 @@ async def ws_tap(url: str, lines: list[Line]) -> AsyncIterator[str]:
         yield f"ws://127.0.0.1:{next(iter(proxy.sockets)).getsockname()[1]}/ws"
 
 
-async def record(scenario: Scenario, url: str) -> Transcript:
-    """Play a scenario against the server at `url` (http://...), and write down what is said."""
+async def record(scenario: Scenario, platform: Platform) -> Transcript:
+    """Play a scenario against the server, and write down what is said."""
+    url, key = platform.live.url, platform.keys.get(scenario.api_key or "", scenario.api_key)
     if scenario.transport == "http":
         tap = HttpTap()
-        outcomes = await played(scenario, url, tap)
-        return Transcript(scenario, outcomes, settled(tap.lines))
+        outcomes = await played(scenario, url, key, tap)
+        return Transcript(scenario, settled(outcomes), settled(tap.lines))
     lines: list[Line] = []
     async with ws_tap(f"{url.replace('http', 'ws', 1)}/ws", lines) as tapped:
-        outcomes = await played(scenario, tapped)
-    return Transcript(scenario, outcomes, settled(ordered(lines, scenario.at_once)))
+        outcomes = await played(scenario, tapped, key)
+    named = [{"client": {**line["client"], "api_key": scenario.api_key}} if _auth(line) else line for line in lines]
+    return Transcript(scenario, settled(outcomes), settled(ordered(named, scenario.at_once)))
+
+
+def _auth(line: Line) -> bool:
+    return "api_key" in line.get("client", {})
 
 
 if __name__ == "__main__":
     wanted = set(sys.argv[1:])
-    with golden_server() as live:
+    with tempfile.TemporaryDirectory() as folder, golden_server(Path(folder)) as platform:
         for scenario in SCENARIOS:
             if not wanted or scenario.name in wanted:
-                made = asyncio.run(record(scenario, live.url))
+                made = asyncio.run(record(scenario, platform))
                 made.save()
                 print(f"{made.path.name}: {len(made.lines)} lines")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clients.golden.transcripts import Scenario
+from clients.golden.transcripts import LIMITED, PIPELINE, Scenario
 
 from dfastllm_client import AsyncClient, AsyncStream, AsyncWebSocketClient, Backoff, ClientError
 from dfastllm_client.results import (
@@ -58,6 +58,14 @@ SCENARIOS: Sequence[Scenario] = (
         _call("generate_stream", {**_AR, "seed": "x"}),
     ),
     *_both("wrong-key", _call("generate", _AR), api_key="not-a-key"),
+    Scenario("http-limited", "http", [_call("generate", _AR), _call("generate", _AR)], api_key=LIMITED["http"]),
+    Scenario("ws-limited", "ws", [_call("generate", _AR), _call("generate", _AR)], api_key=LIMITED["ws"]),
+    Scenario(
+        "http-pipeline",
+        "http",
+        [_call("register_pipeline", PIPELINE), _call("stream_pipeline", "golden", "What is 12 + 30?")],
+    ),
+    Scenario("ws-pipeline", "ws", [_call("stream_pipeline", "golden", "What is 12 + 30?")]),
     Scenario("http-models", "http", [_call("models")]),
     Scenario("ws-metadata", "ws", [_call("metadata")]),
     Scenario("ws-cancel", "ws", [_call("generate_stream", _LONG, cancel=True), _call("cancel", "c-none")]),
@@ -65,13 +73,13 @@ SCENARIOS: Sequence[Scenario] = (
 )
 
 
-async def played(scenario: Scenario, url: str, transport: Any = None) -> list[Any]:
+async def played(scenario: Scenario, url: str, key: str | None, transport: Any = None) -> list[Any]:
     """What each call of the scenario came to against the server at `url`. transport: of httpx, where it is tapped."""
     once = Backoff(attempts=0)
     if scenario.transport == "http":
-        async with AsyncClient(url, scenario.api_key, transport=transport, backoff=once) as client:
+        async with AsyncClient(url, key, transport=transport, backoff=once) as client:
             return await _calls(scenario, client)
-    socket = AsyncWebSocketClient(url, scenario.api_key, backoff=once)
+    socket = AsyncWebSocketClient(url, key, backoff=once)
     try:
         return await _calls(scenario, socket)
     finally:
@@ -119,7 +127,7 @@ def _shown(result: Any) -> Any:
     if isinstance(result, HealthStatus):
         return {"status": result.status, "models": list(result.models)}
     if isinstance(result, RuntimeMetadata):
-        return {"functions": [[one.name, one.streaming] for one in result.functions]}
+        return {"names": [[one.name, one.streaming] for one in result.functions]}
     if isinstance(result, Sequence):
         return {"ids": [one["id"] for one in result]}
     return result

@@ -18,12 +18,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "KEY", "Scenario", "Transcript", "loaded", "ordered", "settled"]
+__all__ = ["ADMIN", "FOLDER", "KEY", "LIMITED", "PIPELINE", "Scenario", "Transcript", "loaded", "ordered", "settled"]
 
 Line = Mapping[str, Any]
 
 FOLDER = Path(__file__).parent
-KEY = "golden-key"  # of the server that they were recorded from
+# Names of keys, which stand for the keys of a run: of a tenant, of those with one request a minute, of an admin.
+KEY, ADMIN = "golden-key", "admin-key"
+LIMITED: Mapping[str, str] = {"http": "limited-http-key", "ws": "limited-ws-key"}
+# Of the server, too. Its steps follow each other, so that their events come in one order.
+PIPELINE: Mapping[str, Any] = {
+    "name": "golden",
+    "steps": [
+        {"id": "first", "model": "demo-ar", "input": "{{ input }}", "options": {"max_tokens": 8, "temperature": 0}},
+        {"id": "second", "model": "demo-ar", "input": "{{ first }}", "options": {"max_tokens": 4, "temperature": 0}},
+        {"id": "never", "model": "demo-ar", "input": "{{ second }}", "when": "second == ''"},
+    ],
+    "output": "{{ second }}",
+}
 _STAND_INS: Mapping[str, Any] = {
     "created": 0,
     "cached_tokens": 0,
@@ -32,11 +44,15 @@ _STAND_INS: Mapping[str, Any] = {
     "queue_seconds": 0.25,
     "first_token_seconds": 0.5,
     "total_seconds": 0.75,
+    "tenant_id": "acme",
+    "retry_after": 30.0,
+    "retry-after": "30",
     "version": "0.0.0",
     "torch": "0.0.0",
     "python": "0.0.0",
 }
 _ID = re.compile(r"\b(?:(?P<kind>chatcmpl|cmpl|pipe|call)[-_][0-9a-f]{16,}|c-[0-9a-f]{32})")
+_SECONDS = re.compile(r"\b\d+(?:\.\d+)? s\b")  # of messages
 _SHOWN_PARAMS = frozenset({"id", "max_tokens", "messages", "pipeline", "prompt"})
 
 
@@ -48,7 +64,7 @@ class Scenario:
     transport: "http" or "ws".
     calls: each {"method": as in Python, "args": [...]}; "cancel": true: a stream is cancelled after its first piece.
     at_once: whether the calls run together; then the frames of each are put together.
-    api_key: the client's.
+    api_key: the name of the client's key.
     """
 
     name: str
@@ -105,7 +121,9 @@ def settled(lines: Iterable[Line]) -> list[Line]:
             return {name: walk(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [walk(item) for item in value]
-        return _ID.sub(renamed, value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return _ID.sub(renamed, _SECONDS.sub("30 s", value) if key == "message" else value)
 
     return [walk(line) for line in lines]
 

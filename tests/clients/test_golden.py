@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 from clients.golden.scenarios import SCENARIOS, played
+from clients.golden.server import Platform
 from clients.golden.transcripts import Line, Transcript, loaded, ordered, settled
 
-from tests.kit.live import Live
 from tests.kit.replay import replaying_socket, replaying_transport, to_server
 
 TRANSCRIPTS = loaded()
@@ -21,8 +21,8 @@ def test_every_scenario_has_its_transcript() -> None:
 
 
 @each
-def test_the_server_says_what_it_said(golden: Live, transcript: Transcript) -> None:
-    said = asyncio.run(to_server(transcript, golden.url))
+def test_the_server_says_what_it_said(golden: Platform, transcript: Transcript) -> None:
+    said = asyncio.run(to_server(transcript, golden))
     for got, wanted in zip(said, transcript.lines, strict=False):
         assert got == wanted
     assert len(said) == len(transcript.lines)
@@ -35,9 +35,9 @@ def test_the_client_says_and_understands_it(transcript: Transcript) -> None:
 
 async def replayed(transcript: Transcript) -> object:
     if transcript.scenario.transport == "http":
-        return await played(transcript.scenario, "http://replay", replaying_transport(transcript.lines))
+        return await played(transcript.scenario, "http://replay", None, replaying_transport(transcript.lines))
     async with replaying_socket(transcript.lines) as (url, wrong):
-        outcomes = await asyncio.wait_for(played(transcript.scenario, url), 20)
+        outcomes = await asyncio.wait_for(played(transcript.scenario, url, transcript.scenario.api_key), 20)
     assert wrong == []
     return outcomes
 

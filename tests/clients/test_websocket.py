@@ -265,7 +265,7 @@ def test_the_opening_with_a_key() -> None:
         told: list[Any] = []
         client.on("connected", told.append)
         await client.connect()
-        assert client.is_connected
+        assert client.is_connected()
         return client.get_tenant_id(), told
 
     assert against([asks_for_a_key], connects, api_key="good") == ("acme", ["acme"])

@@ -86,8 +86,15 @@ export interface CancelResult {
   cancelled: boolean;
 }
 
-/** The call was ended by `cancel` or by DELETE /v1/requests/{id}. */
 export interface Cancelled {
+  id: string;
+  object: "request";
+  /** Calls of the API that were ended. */
+  cancelled: number;
+}
+
+/** The call was ended by `cancel` or by DELETE /v1/requests/{id}. */
+export interface CancelledReply {
   id: string;
   status: "cancelled";
 }
@@ -366,7 +373,7 @@ export interface CommitEvent {
   tokens: CanvasToken[];
 }
 
-export interface Complete {
+export interface CompleteReply {
   id: string;
   status: "complete";
   data: GenerateResult | PipelineResult | HealthResult | MetadataResult | CancelResult;
@@ -642,7 +649,7 @@ export interface ErrorOrigin {
   param: string | null;
 }
 
-export interface Failed {
+export interface ErrorReply {
   /** null: it is about a frame that no call can be told of: not readable, or its id missing or in use. */
   id: string | null;
   status: "error";
@@ -725,7 +732,7 @@ export interface GenerateResult {
 
 export interface Health {
   status: "loading" | "ready" | "stopping" | "failed";
-  /** Of a server that is ready. */
+  /** Of a server that is ready and has no tenants. */
   models?: string[] | null;
 }
 
@@ -1189,7 +1196,7 @@ export interface StreamOptions {
   canvas_events?: boolean | null;
 }
 
-export interface Streaming {
+export interface StreamingReply {
   id: string;
   status: "streaming";
   data: TokenData | CanvasData | StepStarted | StepText | StepDone | StepSkipped;

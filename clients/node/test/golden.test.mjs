@@ -69,7 +69,7 @@ function shown(result) {
   }
   if (result instanceof HealthStatus) return { status: result.status, models: result.models };
   if (Array.isArray(result)) return { ids: result.map((one) => one.id) };
-  if (result?.functions) return { functions: result.functions.map((one) => [one.name, one.streaming]) };
+  if (result?.functions) return { names: result.functions.map((one) => [one.name, one.streaming]) };
   if (result?.output !== undefined) return { output: result.output, tokens_generated: result.tokensGenerated };
   return result;
 }

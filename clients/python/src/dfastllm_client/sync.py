@@ -214,9 +214,8 @@ class WebSocketClient(_Calls):
             self.disconnect()
             self._finalizer()
 
-    @property
     def is_connected(self) -> bool:
-        return self._client.is_connected
+        return self._client.is_connected()
 
     def get_model(self) -> str | None:
         return self._client.get_model()

@@ -108,7 +108,6 @@ class AsyncWebSocketClient(AsyncCalls):
 
     aclose = disconnect
 
-    @property
     def is_connected(self) -> bool:
         return self._link is not None and self._link.is_open
 
