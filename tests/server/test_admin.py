@@ -195,14 +195,22 @@ def test_the_audit_log(admin: Admin) -> None:
         ("DELETE", "keys/nothing", None, 404, "key_not_found", "key"),
         ("GET", "keys?tenant=nobody", None, 404, "tenant_not_found", "tenant"),
         ("GET", "usage?since=yesterday", None, 400, "invalid_request", "since"),
-        ("GET", "usage?by=colour", None, 400, "invalid_request", "by"),
+        ("GET", "usage?by=colour", None, 400, "invalid_request", "by.0"),
         ("GET", "usage?tenant=nobody", None, 404, "tenant_not_found", "tenant"),
         ("GET", "audit?limit=0", None, 400, "invalid_request", "limit"),
         ("GET", "audit?limit=%C2%B2", None, 400, "invalid_request", "limit"),
+        ("GET", f"usage?since={'7' * 81}", None, 400, "invalid_request", "since"),
+        ("GET", "usage?by=model&by=model&by=model&by=key&by=key", None, 400, "invalid_request", "by"),
     ],
 )
 def test_what_is_refused(admin: Admin, method: str, path: str, body: Any, status: int, code: str, param: str) -> None:
     assert admin.refusal(method, f"/admin/v1/{path}", body) == (status, code, param)
+
+
+def test_a_method_that_is_not_taken_hears_of_those_that_are(admin: Admin) -> None:
+    for path, methods in (("tenants", "GET, POST"), ("tenants/x", "GET, POST"), ("keys/x", "DELETE")):
+        refused = admin.call("PUT", f"/admin/v1/{path}")
+        assert (refused.status_code, refused.headers["allow"]) == (405, methods)
 
 
 def test_a_server_without_tenants_has_no_such_route() -> None:

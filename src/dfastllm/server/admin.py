@@ -15,7 +15,7 @@ from fastapi import Query, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from dfastllm.errors import NotReadyError, ValidationError
+from dfastllm.errors import NotReadyError
 from dfastllm.server.access import identity_of
 from dfastllm.server.body import Body
 from dfastllm.server.replies import Out, dump
@@ -54,12 +54,12 @@ __all__ = [
 
 T = TypeVar("T")
 Scope = Literal["generate", "adapters", "pipelines", "metrics", "usage", "admin"]
-_AUDITED = 1000  # most lines of one answer
 _Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(fail_fast=True, max_length=1024)]
 _Scopes = Annotated[list[Scope], Field(min_length=1, max_length=6)]
 _Limit = Annotated[int, Field(ge=1, le=10**9)]
 _Time = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Asked = Annotated[str | None, Query(max_length=80)]
+_By = Annotated[list[Literal["tenant", "model", "adapter", "key"]] | None, Query(max_length=4)]
 
 
 class _TenantFields(Body):
@@ -246,7 +246,7 @@ async def usage(
     request: Request,
     since: _Asked = None,
     until: _Asked = None,
-    by: Annotated[list[str] | None, Query(max_length=4)] = None,
+    by: _By = None,
     tenant: _Asked = None,
 ) -> Response:
     """What was used: since and until are spans (24h, 7d), dates or times (UTC); by: tenant, model, adapter, key."""
@@ -259,7 +259,7 @@ async def own_usage(
     request: Request,
     since: _Asked = None,
     until: _Asked = None,
-    by: Annotated[list[str] | None, Query(max_length=4)] = None,
+    by: _By = None,
 ) -> Response:
     """What the tenant of this key used: the same questions as /admin/v1/usage."""
     store, identity = _identity(request)
@@ -267,15 +267,12 @@ async def own_usage(
     return await _usage(store, since, until, by or ["model"], identity.tenant.id)
 
 
-async def audit(request: Request, limit: _Asked = None) -> Response:
-    """The newest lines of the audit log, 100 where no limit is given."""
+async def audit(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+    """The newest lines of the audit log."""
     from dfastllm.tenants.records import audit_record
 
     store, _ = _admin(request)
-    wanted = "100" if limit is None else limit
-    if not (wanted.isascii() and wanted.isdecimal() and 1 <= int(wanted) <= _AUDITED):
-        raise ValidationError(f"limit must be 1 to {_AUDITED}; got {wanted[:80]!r}.", param="limit")
-    rows = await _run(store.audited, int(wanted))
+    rows = await _run(store.audited, limit)
     return _reply(AuditList(data=[AuditLine(**audit_record(row)) for row in rows]))
 
 

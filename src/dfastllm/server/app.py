@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,7 +26,7 @@ from dfastllm.server.pipelines import routes as pipelines
 from dfastllm.server.pipelines import schema
 from dfastllm.server.pipelines.kept import Pipelines
 from dfastllm.server.reading import Route
-from dfastllm.server.refusals import http_refusal, known_refusal
+from dfastllm.server.refusals import http_refusal, known_refusal, parameter_refusal
 from dfastllm.server.replies import (
     AdapterGone,
     Cancelled,
@@ -188,6 +189,7 @@ def create_app(
         exception_handlers={
             DFastLLMError: known_refusal,
             HTTPException: http_refusal,
+            RequestValidationError: parameter_refusal,
         },
         docs_url=None,
         redoc_url=None,

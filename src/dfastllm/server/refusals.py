@@ -13,13 +13,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from dfastllm.errors import DFastLLMError, NotReadyError, RateLimitError, UnsupportedError, ValidationError
 from dfastllm.server.body import MISSING, printable
 
-__all__ = ["error_body", "error_response", "http_refusal", "known_refusal", "no_body", "refused_body"]
+__all__ = [
+    "error_body",
+    "error_response",
+    "http_refusal",
+    "known_refusal",
+    "no_body",
+    "parameter_refusal",
+    "refused_body",
+]
 
 _TAG = re.compile(r"(str|int|float|bool|none|(list|dict|constrained|nullable|function|literal|lax|json)\W.*|[A-Z]\w*)$")
 _QUOTED = re.compile(r"'([^']*)'")
@@ -63,7 +73,21 @@ async def http_refusal(request: Request, error: Exception) -> Response:
     }.get(error.status_code, str(error.detail))
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     body = _object(message, kind, None, _HTTP_CODES.get(error.status_code, "invalid_request"))
-    return JSONResponse(body, error.status_code, error.headers)
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return JSONResponse(body, error.status_code, headers)
+
+
+def _allowed(request: Request) -> str:
+    """Every method of the path: the router names those of the first of its routes alone."""
+    there = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in there for method in route.methods}))
+
+
+async def parameter_refusal(_: Request, error: Exception) -> Response:
+    """What FastAPI found wrong with the query."""
+    assert isinstance(error, RequestValidationError)
+    problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
+    return error_response(refused_body(problems))
 
 
 def no_body(content_type: str | None) -> ValidationError:
