@@ -347,6 +347,10 @@ def test_a_draft_that_is_its_target_is_accepted_whole(target: Path, draft: Path)
     assert same.prompts == 4
     assert same.per_forward > half.per_forward
     assert all(row.plain_per_second > 0 and row.drafted_per_second > 0 for row in rows)
+    assert all(min(row.plain_ms, row.verify_ms, row.draft_ms) > 0 for row in rows)
+    for row in rows:
+        drafts, drafted, accepted = (sum(column) for column in zip(*row.by_prompt, strict=True))
+        assert (accepted / drafted, accepted / drafts) == pytest.approx((row.accepted, row.per_verify))
     assert "speedup" in table(rows)
 
 

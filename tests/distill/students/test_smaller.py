@@ -30,15 +30,21 @@ def test_from_a_served_model_to_a_report(tmp_path: Path, capsys: pytest.CaptureF
     home = tmp_path / "home"
     with pytest.raises(DataError, match="step collect"):
         train_student(MODEL, home)
-    ask = {"minutes": 1.0, "count": 24, "max_tokens": 48, "port": 9287}
+    ask = {"minutes": 1.0, "count": 24, "max_tokens": 24, "port": 9287, "top": 3}
     found = collect_answers(MODEL, home, **ask)  # type: ignore[arg-type]
     lines = {name: (home / f"answers-{name}.jsonl").read_text().splitlines() for name in found}
     assert all(len(lines[name]) == found[name] + 1 for name in found), "a header, and a row for each answer"
     assert found["0.0"] > 6
     assert found["0.7"] > 6
+    rows = [json.loads(line) for name in found for line in lines[name][1:]]
+    cut = [row for row in rows if row["metadata"]["teacher"]["finish_reason"] == "length"]
+    assert 0 < len(cut) < len(rows), "cut answers are kept, and whole ones are there too"
+    assert {len(row["teacher_topk"]) for row in cut if "teacher_topk" in row} == {24}
     assert main(["student", MODEL, str(home), "--layers", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == [0]
-    figures = train_student(MODEL, home, steps=8, lr=2e-3, tokens=512)
+    figures = train_student(MODEL, home, steps=8, lr=2e-3, tokens=512, told=True, frozen=True)
+    assert "overlap" not in figures, "the model itself was there"
+    assert figures["answers"] < len(rows), "rows without log-probabilities, and those held out"
     assert figures["steps"] == 8
     assert figures["tokens_per_second"] > 0
     told = report(MODEL, home, prompts=2, how=Measuring(length=2, max_tokens=8, repeats=1))

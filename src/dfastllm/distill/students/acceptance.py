@@ -10,16 +10,18 @@ chooses itself, which is how it serves; runs take turns, and the answers must be
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dfastllm import assemble
-from dfastllm.core import Request, SamplingParams, SpeculativeParams
+from dfastllm.core import Request, SamplingParams, SpeculativeParams, StepStats
 from dfastllm.distill.data.rows import RowFile
 from dfastllm.distill.students.layers import tokenizer_of
 from dfastllm.engine import Engine, EngineConfig
@@ -70,6 +72,10 @@ class Acceptance:
     per_forward         tokens of the answers over forwards of the target, those of prompts included.
     plain_per_second    tokens a second of plain decoding.
     drafted_per_second  with the draft, its length chosen by the engine.
+    plain_ms            a step without drafts, milliseconds, the median of all that read no prompt.
+    verify_ms           a step that judged a draft of the fixed length, without the making of it.
+    draft_ms            the making of one draft token.
+    by_prompt           drafts, draft tokens and accepted ones of each prompt.
     """
 
     draft: str
@@ -80,13 +86,17 @@ class Acceptance:
     per_forward: float
     plain_per_second: float
     drafted_per_second: float
+    plain_ms: float
+    verify_ms: float
+    draft_ms: float
+    by_prompt: tuple[tuple[int, int, int], ...]
 
     @property
     def speedup(self) -> float:
         return self.drafted_per_second / self.plain_per_second
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "speedup": self.speedup}
+        return {**asdict(self), "by_prompt": list(map(list, self.by_prompt)), "speedup": self.speedup}
 
 
 def measure_drafts(
@@ -108,11 +118,16 @@ def measure_drafts(
         groups.setdefault(group, []).append(Request(f"p{number}", tuple(ids), sampling))
     fixed = SpeculativeParams(METHOD, how.length, adaptive=False)
     paced = SpeculativeParams(METHOD, how.length, adaptive=True)
-    found: dict[str, list[tuple[str, Run, float, float]]] = {label: [] for label in drafts}
+    found: dict[str, list[_Part]] = {label: [] for label in drafts}
+    steps = {label: _Steps() for label in engines}
+    for label, engine in engines.items():
+        engine.subscribe(steps[label])
     for group, requests in groups.items():
         for label, engine in engines.items():
-            plain = answer(engine, requests)
-            counted = answer(engine, _asking(requests, fixed))
+            with steps[label].kept("plain"):
+                plain = answer(engine, requests)
+            with steps[label].kept("drafted"):
+                counted = answer(engine, _asking(requests, fixed))
             _check(plain, counted, label)
             answer(engine, _asking(requests, paced))  # what the engine learns of the draft here it may keep
             seconds: list[tuple[float, float]] = []
@@ -121,8 +136,47 @@ def measure_drafts(
                 _check(*runs, label)
                 seconds.append((runs[0].seconds, runs[1].seconds))
             plain_s, drafted_s = (statistics.median(times) for times in zip(*seconds, strict=True))
-            found[label].append((group, counted, plain_s, drafted_s))
-    return [row for label, parts in found.items() for row in _rows(label, parts)]
+            found[label].append(_Part(group, counted, plain_s, drafted_s))
+    return [row for label, parts in found.items() for row in _rows(label, parts, steps[label])]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One draft on one group. counted: with drafts of the fixed length."""
+
+    group: str
+    counted: Run
+    plain_seconds: float
+    drafted_seconds: float
+
+
+class _Steps:
+    """What steps of an engine took, of those runs that are to be kept."""
+
+    def __init__(self) -> None:
+        self._into: str | None = None
+        self._seen: dict[str, list[StepStats]] = {"plain": [], "drafted": []}
+
+    def __call__(self, stats: StepStats) -> None:
+        if self._into is not None:
+            self._seen[self._into].append(stats)
+
+    @contextmanager
+    def kept(self, into: str) -> Iterator[None]:
+        self._into = into
+        try:
+            yield
+        finally:
+            self._into = None
+
+    def milliseconds(self) -> tuple[float, float, float]:
+        """Medians: a plain step, a verifying one, the making of one draft token. 0 where there was none."""
+        plain = [s.seconds for s in self._seen["plain"] if s.rows == s.sequences]
+        judged = [s for s in self._seen["drafted"] if s.drafts and s.rows == s.sequences + sum(d for d, _ in s.drafts)]
+        verify = [s.seconds - s.draft_seconds for s in judged]
+        making = [s.draft_seconds / max(d for d, _ in s.drafts) for s in judged]
+        first, second, third = (1000 * statistics.median(times or [0.0]) for times in (plain, verify, making))
+        return first, second, third
 
 
 def _engines(
@@ -154,14 +208,14 @@ def _check(plain: Run, drafted: Run, label: str) -> None:
         )
 
 
-def _rows(label: str, parts: Sequence[tuple[str, Run, float, float]]) -> Iterator[Acceptance]:
-    """Of each group, and of all of them where there are several."""
-    groups = [([part], part[0]) for part in parts]
+def _rows(label: str, parts: Sequence[_Part], steps: _Steps) -> Iterator[Acceptance]:
+    """Of each group, and of all of them where there are several. Steps take the same in all groups."""
+    groups = [([part], part.group) for part in parts]
     if len(parts) > 1:
         groups.append((list(parts), ALL))
     for some, group in groups:
-        usages = [usage for _, run, *_ in some for usage in run.usages.values()]
-        tokens = sum(len(answer) for _, run, *_ in some for answer in run.tokens.values())
+        usages = [usage for part in some for usage in part.counted.usages.values()]
+        tokens = sum(len(answer) for part in some for answer in part.counted.tokens.values())
         counts = usage_counts(usages, tokens)
         yield Acceptance(
             label,
@@ -170,8 +224,10 @@ def _rows(label: str, parts: Sequence[tuple[str, Run, float, float]]) -> Iterato
             counts["accepted"] or 0.0,
             (counts["acceptance_length"] or 1.0) - 1.0,
             tokens / counts["forwards"],
-            tokens / sum(plain for *_, plain, _ in some),
-            tokens / sum(drafted for *_, drafted in some),
+            tokens / sum(part.plain_seconds for part in some),
+            tokens / sum(part.drafted_seconds for part in some),
+            *steps.milliseconds(),
+            tuple((u.drafts, u.draft_tokens, u.accepted_tokens) for u in usages),
         )
 
 
@@ -179,14 +235,14 @@ def table(rows: Sequence[Acceptance]) -> str:
     """Lines of text, a group's drafts below each other."""
     lines = [
         f"{'prompts':14} {'draft':10} {'n':>4} {'accepted':>9} {'a verify':>9} {'a forward':>10} {'plain tok/s':>12}"
-        f" {'drafted tok/s':>14} {'speedup':>8}"
+        f" {'drafted tok/s':>14} {'speedup':>8} {'plain ms':>9} {'verify ms':>10} {'draft ms':>9}"
     ]
     for group in dict.fromkeys(row.group for row in rows):
         for row in (row for row in rows if row.group == group):
             lines.append(
                 f"{row.group:14} {row.draft:10} {row.prompts:4} {row.accepted:9.1%} {row.per_verify:9.2f}"
                 f" {row.per_forward:10.2f} {row.plain_per_second:12.1f} {row.drafted_per_second:14.1f}"
-                f" {row.speedup:8.2f}"
+                f" {row.speedup:8.2f} {row.plain_ms:9.2f} {row.verify_ms:10.2f} {row.draft_ms:9.2f}"
             )
     return "\n".join(lines)
 
@@ -206,6 +262,7 @@ def parser() -> argparse.ArgumentParser:
     add("--together", type=int, default=1, help="requests at once")
     add("--repeats", type=int, default=3, help="of the timed runs")
     add("--quantization", help="of the drafts while they are loaded: w8, w8g, w6, w4m or w4")
+    add("--json", type=Path, help="write the rows here too")
     add("--threads", type=int)
     return found
 
@@ -223,7 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             (row.task or "", tokenizer.encode(chat_prompt(tokenizer, row.messages, list(row.tools) or None)))
             for row in rows
         ]
-        print(table(measure_drafts(args.target, {Path(draft).name: draft for draft in args.drafts}, prompts, how)))
+        found = measure_drafts(args.target, {Path(draft).name: draft for draft in args.drafts}, prompts, how)
+        print(table(found))
+        if args.json is not None:
+            args.json.write_text(json.dumps([row.to_json() for row in found], indent=1) + "\n", encoding="utf-8")
     except DFastLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -156,6 +156,7 @@ def realign(
         "held_out": {"before": before, "after": after},
         "drafts": [row.to_json() for row in rows],
         "gain": gain(rows),
+        "gain_interval": gain_interval(rows),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
@@ -191,6 +192,22 @@ def gain(rows: Sequence[Acceptance]) -> dict[str, float]:
     """For each group how many times as many draft tokens a verifying forward accepts after as before."""
     first, second = ({row.group: row.per_verify for row in rows if row.draft == label} for label in ("before", "after"))
     return {group: second[group] / first[group] for group in first if first[group] > 0}
+
+
+def gain_interval(rows: Sequence[Acceptance], draws: int = 2000) -> dict[str, list[float]]:
+    """The 95 % interval of each group's gain: prompts drawn again with replacement, the same ones on both sides."""
+    first, second = ({row.group: row for row in rows if row.draft == label} for label in ("before", "after"))
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    for group in first:
+        one, other = (torch.tensor(row.by_prompt, dtype=torch.float64) for row in (first[group], second[group]))
+        again = torch.randint(len(one), (draws, len(one)), generator=generator)
+        sums = [x[again].sum(1) for x in (one, other)]  # [draws, 3]: drafts, draft tokens, accepted ones
+        rates = [x[:, 2] / x[:, 0] for x in sums]
+        ratios = (rates[1] / rates[0])[rates[0] > 0]
+        if len(ratios):
+            found[group] = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return found
 
 
 def trainable(name: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
