@@ -71,7 +71,7 @@ def contenders(canvas: int) -> list[Contender]:
     diffusion("schedule, 2 a step, dual", rule="schedule", steps=canvas // 2, cache="dual")
     for threshold in (0.99, 0.9, 0.7):
         diffusion(f"threshold {threshold}, dual", rule="threshold", threshold=threshold, cache="dual")
-    for factor in (0.25, 0.5, 1.0):
+    for factor in (0.1, 0.25, 0.5, 1.0):
         diffusion(f"factor {factor}, dual", rule="factor", factor=factor, cache="dual")
     diffusion("threshold 0.9, no cache", rule="threshold", threshold=0.9, cache="none")
     out.append(Contender("block diffusion", "schedule, 1 a step", DecodeParams(rule="schedule", steps=canvas)))
