@@ -623,7 +623,6 @@ class RequestOptions:
             ),
             Wire("adapter_id", help="Another name of lora."),
         ),
-        flag=False,
     )
 
     def __post_init__(self) -> None:

@@ -43,7 +43,10 @@ def open_model(model: str, settings: Settings, draft: str | None = None) -> LLM:
 
 def load_lora(llm: LLM, adapter: str | None) -> str:
     """The name under which the adapter was loaded, "" for none. Raises AdapterNotFoundError, AdapterError."""
-    return "" if adapter is None else llm.load_adapter(Path(adapter).resolve().name or "adapter", adapter).name
+    if adapter is None:
+        return ""
+    name = Path(adapter).resolve().name.replace(":", "-") or "adapter"
+    return llm.load_adapter(name, adapter, replace=True).name
 
 
 @contextmanager
