@@ -79,7 +79,8 @@ async def ws_tap(url: str, lines: list[Line]) -> AsyncIterator[str]:
                     lines.append({"server": json.loads(text)})
                     await client.send(text)
             sending.cancel()
-            await client.close(server.close_code if server.close_code != 1006 else 1011, server.close_reason or "")
+            code = server.close_code
+            await client.close(1011 if code is None or code == 1006 else code, server.close_reason or "")
 
     async with serve(forward, "127.0.0.1", 0) as proxy:
         yield f"ws://127.0.0.1:{next(iter(proxy.sockets)).getsockname()[1]}/ws"
