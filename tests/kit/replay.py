@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 from clients.golden.record import exchange_of
+from clients.golden.server import Platform
 from clients.golden.transcripts import Line, Transcript, ordered, settled
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
@@ -18,18 +19,19 @@ from websockets.exceptions import ConnectionClosed
 __all__ = ["replaying_socket", "replaying_transport", "to_server"]
 
 
-async def to_server(transcript: Transcript, url: str) -> list[Line]:
-    """Say to the server at `url` what the client said, and give back the whole exchange as it went this time."""
+async def to_server(transcript: Transcript, platform: Platform) -> list[Line]:
+    """Say to the server what the client said, and give back the whole exchange as it went this time."""
+    url = platform.live.url
     if transcript.scenario.transport == "http":
-        return settled(await _requests(transcript, url))
-    lines = await _frames(transcript.lines, f"{url.replace('http', 'ws', 1)}/ws")
+        return settled(await _requests(transcript, platform))
+    lines = await _frames(transcript.lines, f"{url.replace('http', 'ws', 1)}/ws", platform.keys)
     return settled(ordered(lines, transcript.scenario.at_once))
 
 
-async def _requests(transcript: Transcript, url: str) -> list[Line]:
-    key = transcript.scenario.api_key
+async def _requests(transcript: Transcript, platform: Platform) -> list[Line]:
+    key = platform.keys.get(transcript.scenario.api_key or "", transcript.scenario.api_key)
     lines: list[Line] = []
-    async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
+    async with httpx.AsyncClient(base_url=platform.live.url, headers={"Authorization": f"Bearer {key}"}) as client:
         for line in transcript.lines:
             if "request" in line:
                 asked = line["request"]
@@ -43,7 +45,7 @@ def _key(line: Line) -> tuple[Any, Any]:
     return frame.get("id"), frame.get("status", frame.get("type"))
 
 
-async def _frames(expected: Sequence[Line], url: str) -> list[Line]:
+async def _frames(expected: Sequence[Line], url: str, keys: Mapping[str, str]) -> list[Line]:
     """Each client's frame is sent when as much has come as had come in the transcript. Reads on until the last call has
     ended, or the server closes."""
     lines: list[Line] = []
@@ -55,11 +57,16 @@ async def _frames(expected: Sequence[Line], url: str) -> list[Line]:
     async with connect(url) as socket:
         for number, line in enumerate(expected):
             if "client" in line:
-                await socket.send(json.dumps(line["client"]))
+                await socket.send(json.dumps(_keyed(line["client"], keys)))
                 lines.append(line)
             else:
                 await until(_key(line), sum(_key(line) == _key(before) for before in expected[: number + 1]))
     return lines
+
+
+def _keyed(frame: Any, keys: Mapping[str, str]) -> Any:
+    named = frame.get("api_key")
+    return {**frame, "api_key": keys.get(named, named)} if named else frame
 
 
 def replaying_transport(lines: Sequence[Line]) -> httpx.MockTransport:
