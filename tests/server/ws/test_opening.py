@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from dfastllm.core import Request
 from dfastllm.errors import AuthenticationError
 from dfastllm.server.access import Access, Keys
-from dfastllm.server.middleware import BodyLimit, Head, Trace
+from dfastllm.server.middleware import Trace
 from dfastllm.server.ws.session import takes_origin
 from dfastllm.tenants import OWNER, Identity, Key, Tenant
 from tests.kit.live import Live, serving
@@ -387,14 +387,6 @@ def test_the_trace_on_a_websocket() -> None:
     sent = through(Trace(broken, lambda *seen: observed.append(seen[:3])), scope())
     assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", 500)
     assert observed == [("GET", "unmatched", 101), ("GET", "unmatched", 500)]
-
-
-@pytest.mark.parametrize("layer", [Head, lambda app: BodyLimit(app, 8)])
-def test_layers_that_a_websocket_passes(layer: Any) -> None:
-    inside = Inside()
-    asked = scope()
-    assert through(layer(inside), asked) == [{"type": "websocket.accept"}]
-    assert inside.scopes == [asked]
 
 
 def test_a_session_trusts_no_scope_without_an_identity(keyed: Live) -> None:

@@ -173,13 +173,6 @@ def test_an_upgrade_that_is_none(slow_live: Live) -> None:
     assert plain.json()["error"]["code"] == "malformed_request"
 
 
-def test_a_connection_outlives_the_clocks_of_http() -> None:
-    settings = {"header_timeout": 0.2, "body_timeout": 0.2, "keep_alive_timeout": 0.2}
-    with serving({"m": random_engine("llama")}, **settings) as live, socket(live) as ws:
-        time.sleep(0.5)
-        assert ws.result("health")["status"] == "ready"
-
-
 def test_a_message_in_pieces_is_one(ws: Socket) -> None:
     ws.ws.send(iter(['{"id": "1", ', '"function"', "", ': "health"}']))
     assert ws.until_end("1")[-1]["data"]["status"] == "ready"

@@ -352,7 +352,7 @@ class Session:
     async def _cancel(self, id: str) -> None:
         """End a call by its id. Raises RequestNotFoundError."""
         call = self._calls.get(id)
-        if call is None:
+        if call is None or call.task is asyncio.current_task():
             raise RequestNotFoundError(f"No call {id!r} is running on this connection.", param="id")
         call.cancelled = True
         call.task.cancel()
