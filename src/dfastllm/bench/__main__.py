@@ -1,5 +1,5 @@
 """`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, speculation, decoders,
-formats, fidelity, kernels, prefix, servers, and cpu (a group of its own)."""
+formats, fidelity, kernels, prefix, tenants, servers, and cpu (a group of its own)."""
 
 from __future__ import annotations
 
@@ -85,6 +85,77 @@ def batching(out: Out = Path("benchmarks"), requests: int = 32, repeats: int = 3
     rows = [batching_gain(model, requests, repeats) for model in models]
     write_record(out / "batching.json", "batching", rows)
     _table("throughput, tok/s: median (low–high)", rows)
+
+
+@app.command()
+def tenants(
+    out: Out = Path("benchmarks"),
+    threads: int = 0,
+    rounds: int = 3,
+    shape: Annotated[str, typer.Option(help="Random 8-bit weights of this shape beside demo-ar.")] = "qwen2.5-0.5b",
+) -> None:
+    """One tenant's flood and another's time to first token; 1 to 16 tenants on one engine. Wants an idle machine."""
+    from dfastllm.bench.tenants import Flood, measure_flood, measure_tenants
+    from dfastllm.kernels.extension import describe, set_threads
+
+    threads = threads or os.cpu_count() or 1
+    set_threads(threads)
+    small, large = _demo_and_random("demo-ar", shape)
+    floods, many = [], []
+    cases: tuple[tuple[Any, Flood, dict[str, Any] | None], ...] = (
+        (small, Flood(prompt=64, prompt_b=64, asks=40, pause=0.05, rounds=rounds), {"requests": 64, "repeats": rounds}),
+        (large, Flood(rounds=rounds), {"requests": 32, "answer": 24, "repeats": rounds}),
+        (large, Flood(prompt_b=512, asks=5, rounds=rounds), None),
+    )
+    for model, work, sizes in cases:
+        console.print(f"{model.info.name}: a flood of {work.flood}, prompts of {work.prompt_b}")
+        floods.append(measure_flood(model, work))
+        if sizes is not None:
+            many += measure_tenants(model, **sizes)
+    write_record(out / "tenants.json", "tenants", floods, tenants=many, threads=threads, kernels=describe())
+    _table("first token beside a flood, ms", floods)
+    _table("tenants on one engine: median (low–high)", many)
+
+
+def _demo_and_random(demo: str, shape: str) -> tuple[Any, Any]:
+    """A demo model as it is served, and random 8-bit weights of a shape."""
+    import torch
+
+    from dfastllm import assemble
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.cpu.weights import packed
+    from dfastllm.llm import resolve
+    from dfastllm.models import build
+
+    random = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8")
+    return assemble.load(resolve(demo)).model, random
+
+
+@app.command()
+def lora(
+    out: Out = Path("benchmarks"),
+    threads: int = 0,
+    shape: str = "qwen2.5-0.5b",
+    weights: Annotated[str, typer.Option(help="Format of the base.")] = "w8",
+    rank: int = 16,
+    turns: int = 9,
+) -> None:
+    """LoRA adapters in a batch of 16 sequences: 1, 8, 64 of them against none. Wants an idle machine."""
+    import torch
+
+    from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.cpu.weights import packed
+    from dfastllm.bench.lora import measure
+    from dfastllm.kernels.extension import describe, set_threads
+    from dfastllm.models import build
+
+    threads = threads or os.cpu_count() or 1
+    set_threads(threads)
+    model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), weights)
+    rows = [asdict(row) for row in track(measure(model, rank=rank, turns=turns), "adapters", total=6, console=console)]
+    about = {"shape": shape, "weights": weights, "rank": rank, "adapters_as": "bfloat16", "turns": turns}
+    write_record(out / "lora.json", "lora", rows, threads=threads, kernels=describe(), **about)
+    _table("LoRA, 16 sequences, one token a step: median (low–high)", rows)
 
 
 @app.command()

@@ -1,0 +1,256 @@
+"""Tenants on one engine: what a flood by one does to another's time to first token, and what their number costs.
+
+Prompts are random ids: what is measured is work, not text. Arms that are compared run in turns on the same engine, and
+the answers of the tenant beside the flood are compared with those that it gets alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfastllm.core import Request, SamplingParams
+from dfastllm.engine import Engine, EngineConfig, Stream, Worker
+from dfastllm.engine.runners.torch import Runnable
+from dfastllm.metrics.records import Spread, spread
+from dfastllm.models import PackedDecoder
+
+__all__ = ["Flood", "measure_flood", "measure_tenants"]
+
+NAME = "m"
+
+
+@dataclass(frozen=True)
+class Flood:
+    """What tenant `a` sends all the time, and `b` one by one.
+
+    flood        requests of a in flight; prompt, answer: their tokens.
+    prompt_b     tokens of b's prompts; answer_b of its answers. asks: requests of b in a round. pause: most seconds
+                 between two of them.
+    rounds       of both arms, in turns.
+    """
+
+    flood: int = 96
+    prompt: int = 128
+    answer: int = 64
+    prompt_b: int = 128
+    answer_b: int = 8
+    asks: int = 10
+    pause: float = 0.3
+    rounds: int = 3
+
+
+class _Ids:
+    """Random prompts of an engine's vocabulary, none with a special token."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        info = engine.info
+        reserved = {*info.eos_ids, info.mask_id, info.bos_id, info.pad_id}
+        self.known = [i for i in range(min(info.vocab_size, 4096)) if i not in reserved]
+
+    def prompt(self, count: int) -> tuple[int, ...]:
+        return tuple(self.rng.choice(self.known, count).tolist())
+
+
+def _request(name: str, prompt: tuple[int, ...], answer: int, tenant: str) -> Request:
+    sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+    return Request(name, prompt, sampling, tenant=tenant, tenant_salt=tenant)
+
+
+class _Sender:
+    """Keeps a's requests in flight, on an event loop of its own as a server does, until the block ends. tokens: that
+    came."""
+
+    def __init__(self, worker: Worker, work: Flood, ids: _Ids) -> None:
+        self.worker = worker
+        self.work = work
+        self.ids = ids
+        self.tokens = 0
+        self._stop = False
+        self._count = 0
+
+    async def _one(self) -> None:
+        while not self._stop:
+            self._count += 1
+            answer = self.work.answer // 2 + int(self.ids.rng.integers(self.work.answer))
+            request = _request(f"a{self._count}-{id(self)}", self.ids.prompt(self.work.prompt), answer, "a")
+            stream = self.worker.submit(NAME, request)
+            async for event in stream:
+                self.tokens += len(event.token_ids)
+                if self._stop and event.finish is None:
+                    stream.cancel()
+                    break
+
+    async def _all(self) -> None:
+        await asyncio.gather(*(self._one() for _ in range(self.work.flood)))
+
+    @contextmanager
+    def flood(self) -> Iterator[None]:
+        thread = threading.Thread(target=lambda: asyncio.run(self._all()))
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop = True
+            thread.join()
+
+
+def _ask(worker: Worker, request: Request) -> tuple[float, tuple[int, ...]]:
+    """Seconds until the first token, and the answer."""
+    began, first = time.monotonic(), 0.0
+    tokens: list[int] = []
+    stream: Stream = worker.submit(NAME, replace(request, arrival=began))
+    for event in stream:
+        if event.token_ids and not first:
+            first = time.monotonic() - began
+        tokens += event.token_ids
+    return first, tuple(tokens)
+
+
+def measure_flood(
+    model: Runnable | PackedDecoder, work: Flood, dtype: torch.dtype | None = None, **config: Any
+) -> dict[str, Any]:
+    """One row of the record. first_token_ms of b alone and beside the flood, in percentiles over all its requests;
+    ratio: of these, flood / alone; one_tenant_ms: the median where b's requests are a's own, as they were before there
+    were tenants. given_up: steps that were given up for b. a_tokens_per_second: with b's requests among them, and
+    without. same_answers: whether b's are those that it gets alone."""
+    engine = Engine(model, config=EngineConfig(**config), dtype=dtype)
+    ids = _Ids(engine, 0)
+    times: dict[str, list[float]] = {"alone": [], "flood": []}
+    answers: dict[str, list[tuple[int, ...]]] = {"alone": [], "flood": []}
+    speeds: dict[bool, list[float]] = {True: [], False: []}
+    with Worker({NAME: engine}) as worker:
+        _ask(worker, _request("warm", ids.prompt(work.prompt_b), 2, "b"))
+        for number in range(work.rounds):
+            prompts = [ids.prompt(work.prompt_b) for _ in range(work.asks)]
+            pauses = (work.pause * ids.rng.random(work.asks)).tolist()
+            _round(worker, work, "alone", number, prompts, pauses, times, answers)
+            sender = _Sender(worker, work, _Ids(engine, 1000 + number))
+            with sender.flood():
+                _filled(engine, work)
+                speeds[False].append(_speed(sender, 2.0))
+                began, before = time.monotonic(), sender.tokens
+                _round(worker, work, "flood", number, prompts, pauses, times, answers)
+                speeds[True].append((sender.tokens - before) / (time.monotonic() - began))
+        sender = _Sender(worker, work, _Ids(engine, 2000))
+        with sender.flood():
+            _filled(engine, work)
+            one = [_ask(worker, _request(f"one{n}", ids.prompt(work.prompt_b), 2, "a"))[0] for n in range(3)]
+    return {
+        "model": model.info.name,
+        "flood": work.flood,
+        "prompt_a": work.prompt,
+        "prompt_b": work.prompt_b,
+        "asks": len(times["alone"]),
+        **{f"{arm}_p{p}_ms": 1e3 * float(np.percentile(times[arm], p)) for arm in times for p in (50, 95)},
+        **{f"ratio_p{p}": _ratio(times, p) for p in (50, 95)},
+        "one_tenant_ms": 1e3 * float(np.median(one)),
+        "given_up": engine.underway.given_up,
+        "preempted": engine.scheduler.preempted,
+        "a_tokens_per_second": spread(speeds[False]),
+        "a_tokens_per_second_with_b": spread(speeds[True]),
+        "same_answers": answers["alone"] == answers["flood"],
+    }
+
+
+def _ratio(times: dict[str, list[float]], p: int) -> float:
+    return float(np.percentile(times["flood"], p) / np.percentile(times["alone"], p))
+
+
+def _round(
+    worker: Worker,
+    work: Flood,
+    arm: str,
+    number: int,
+    prompts: Sequence[tuple[int, ...]],
+    pauses: Sequence[float],
+    times: dict[str, list[float]],
+    answers: dict[str, list[tuple[int, ...]]],
+) -> None:
+    """b's requests one by one. Each arm's shared beginnings are its own, so that none finds the other's."""
+    for n, (prompt, pause) in enumerate(zip(prompts, pauses, strict=True)):
+        time.sleep(pause)
+        request = replace(_request(f"{arm}{number}-{n}", prompt, work.answer_b, "b"), tenant_salt=f"b-{arm}")
+        seconds, answer = _ask(worker, request)
+        times[arm].append(seconds)
+        answers[arm].append(answer)
+
+
+def _filled(engine: Engine, work: Flood) -> None:
+    """Returns once the flood holds every place that it can, and has had more than a burst."""
+    wanted, fairness = min(work.flood, engine.config.max_sequences), engine.scheduler.fairness
+    while len(engine.scheduler.running) < wanted or fairness.time("a") - fairness.time("b") < fairness.burst:
+        time.sleep(0.05)
+
+
+def _speed(sender: _Sender, seconds: float) -> float:
+    began, before = time.monotonic(), sender.tokens
+    time.sleep(seconds)
+    return (sender.tokens - before) / (time.monotonic() - began)
+
+
+def measure_tenants(
+    model: Runnable | PackedDecoder,
+    counts: Sequence[int] = (1, 2, 4, 8, 16),
+    requests: int = 32,
+    prompt: int = 64,
+    answer: int = 48,
+    repeats: int = 3,
+    dtype: torch.dtype | None = None,
+    **config: Any,
+) -> list[dict[str, Any]]:
+    """A row for each number of tenants that share the same requests on one engine, in turns: tokens per second, that
+    against one tenant in the same turn, and the process's memory afterwards."""
+    engine = Engine(model, config=EngineConfig(**config), dtype=dtype)
+    ids = _Ids(engine, 0)
+    prompts = [ids.prompt(prompt) for _ in range(requests)]
+    speeds: dict[int, list[float]] = {count: [] for count in counts}
+    memory: dict[int, float] = {}
+    _burst(engine, prompts, answer, 1, -1)
+    for repeat in range(repeats):
+        for count in counts if repeat % 2 else counts[::-1]:
+            speeds[count].append(_burst(engine, prompts, answer, count, repeat))
+            memory[count] = _resident()
+    one = speeds[counts[0]]
+    return [
+        {
+            "model": model.info.name,
+            "tenants": count,
+            "requests": requests,
+            "tokens_per_second": spread(speeds[count]),
+            "of_one": _paired(speeds[count], one),
+            "resident_mib": memory[count],
+        }
+        for count in counts
+    ]
+
+
+def _paired(values: Sequence[float], one: Sequence[float]) -> Spread:
+    return spread([a / b for a, b in zip(values, one, strict=True)])
+
+
+def _burst(engine: Engine, prompts: Sequence[tuple[int, ...]], answer: int, tenants: int, repeat: int) -> float:
+    """Tokens per second of requests that arrive together, dealt out to so many tenants. No run shares beginnings."""
+    for n, prompt in enumerate(prompts):
+        request = _request(f"{tenants}-{repeat}-{n}", prompt, answer, f"t{n % tenants}")
+        engine.add(replace(request, tenant_salt=f"{tenants}-{repeat}-{n % tenants}"))
+    began, tokens = time.monotonic(), 0
+    while engine.has_work:
+        tokens += sum(len(event.token_ids) for event in engine.step())
+    return tokens / (time.monotonic() - began)
+
+
+def _resident() -> float:
+    """MiB of this process in memory now."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
