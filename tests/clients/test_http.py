@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -333,6 +334,19 @@ def test_the_sync_client_is_the_same_and_ends_its_thread() -> None:
         with pytest.raises(NotFoundError):
             client.chat([{"role": "user", "content": "x"}])
     assert "dfastllm-client" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_closing_the_sync_client_ends_what_runs(caplog: pytest.LogCaptureFixture) -> None:
+    body = Body([event("4", (1,))], 30.0)
+    client = Client("http://server", transport=httpx.MockTransport(streams(body)))  # type: ignore[arg-type]
+    stream = client.generate_stream("x")
+    assert next(stream).text == "4"
+    client.close()
+    client.close()
+    assert body.closed
+    del stream
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -40,10 +40,22 @@ class _Loop:
             raise
 
     def stop(self) -> None:
-        if not self._loop.is_closed():
+        """End what still runs on it, and the thread."""
+        if threading.current_thread() is self._thread:  # the client's last reference died in a callback
+            self._loop.stop()
+        elif not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(_wind_up(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+async def _wind_up() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 class Stream(Generic[Piece, Result]):
