@@ -57,10 +57,14 @@ def test_what_differs_at_every_run_is_settled() -> None:
     lines: list[Line] = [
         {"server": {"id": "c-" + "a" * 32, "created": 99, "data": {"id": a, "text": f"of {a}"}}},
         {"server": {"id": "c-" + "b" * 32, "data": {"id": b, "first_token_seconds": None, "total_seconds": 3.0}}},
+        {"server": {"logprobs": {"tokens": ["a"], "token_logprobs": [-1.25], "top_logprobs": [{"a": -1.25}]}}},
+        {"response": {"error": {"message": "In 59.2 s again."}, "text": "in 3 s"}},
     ]
     assert settled(lines) == [
         {"server": {"id": "c-0", "created": 0, "data": {"id": "cmpl-0", "text": "of cmpl-0"}}},
         {"server": {"id": "c-1", "data": {"id": "cmpl-1", "first_token_seconds": None, "total_seconds": 0.75}}},
+        {"server": {"logprobs": {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5}]}}},
+        {"response": {"error": {"message": "In 30 s again."}, "text": "in 3 s"}},
     ]
 
 
