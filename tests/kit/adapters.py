@@ -38,7 +38,9 @@ def model_of(family: str, **shape: Any) -> Decoder:
     return model.requires_grad_(False)
 
 
-def with_peft(model: Decoder, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+def with_peft(
+    model: Decoder, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> Any:
     """PEFT's own model of a copy of `model` with random adapter weights (B and magnitudes too), saved to `directory`
     under published names."""
     settings = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEARS, **config})
@@ -59,8 +61,23 @@ def with_peft(model: Decoder, directory: Path, *, seed: int = 0, dtype: torch.dt
                     else:
                         parameter.add_(spread * 0.05)
         state = get_peft_model_state_dict(made, save_embedding_layers=False)
+    _publish_patterns(model, made, settings)
+    state = {name: tensor for name, tensor in state.items() if "router.bias" not in name}  # which is no bias of a linear
     write(directory, settings, {published(model, name): t.to(dtype).contiguous() for name, t in state.items()})
     return made.eval()
+
+
+def _publish_patterns(model: Decoder, made: Any, settings: LoraConfig) -> None:
+    """Ranks and alphas that differ, under the modules' published names."""
+    names = find_family(model.info.family).names
+    for pattern, held in ((settings.rank_pattern, "r"), (settings.alpha_pattern, "lora_alpha")):
+        if not pattern:
+            continue
+        pattern.clear()
+        for own, module in made.base_model.model.named_modules():
+            if hasattr(module, held) and isinstance(getattr(module, held), dict):
+                published_name = names.published(f"{own}.weight").removesuffix(".weight")
+                pattern[published_name] = getattr(module, held)["default"]
 
 
 def write(directory: Path, settings: LoraConfig, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dfastllm.core import value
 
-__all__ = ["LowRank", "Place", "add_low_rank", "low_rank"]
+__all__ = ["LowRank", "Place", "add_low_rank", "low_rank", "steady_product"]
+
+STEADY = 16
 
 
 @value(frozen=True, slots=True)
@@ -44,14 +46,21 @@ class LowRank:
 
 
 def low_rank(x: Tensor, part: LowRank, least: int = 1) -> Tensor | float:
-    """scale * B (A x) of rows x [rows, in], float32 [rows, out], or 0 without A and B. At least so many rows are
-    computed together: torch's products of a few rows sum in another order, so the bits of a row would depend on how
-    many others there are."""
+    """scale * B (A x) of rows x [rows, in], float32 [rows, out], or 0 without A and B. least: see `steady_product`."""
     if part.a is None or part.b is None:
         return 0.0
-    rows = len(x)
-    wide = x.float() if rows >= least else F.pad(x.float(), (0, 0, 0, least - rows))
-    return ((wide @ part.a.float().T * part.scale) @ part.b.float())[:rows]
+    if least == 1:
+        return (x.float() @ part.a.float().T * part.scale) @ part.b.float()
+    return steady_product(steady_product(x, part.a, least) * part.scale, part.b.T, least)
+
+
+def steady_product(x: Tensor, weight: Tensor, least: int) -> Tensor:
+    """x [rows, k] times the rows of weight [n, k], float32 [rows, n], in which a row's bits do not depend on the other
+    rows where torch multiplies on a CPU: its products of a few rows, or of sizes that fill no whole vector, sum in
+    another order from row to row. So all sizes are multiples of 16, and the rows at least so many."""
+    rows, (n, k) = len(x), weight.shape
+    wide = F.pad(x.float(), (0, -k % STEADY, 0, max(least, rows + -rows % STEADY) - rows))
+    return F.linear(wide, F.pad(weight.float(), (0, -k % STEADY, 0, -n % STEADY)).contiguous())[:rows, :n]
 
 
 def add_low_rank(y: Tensor, x: Tensor, part: LowRank, least: int = 1) -> Tensor:

@@ -230,7 +230,7 @@ def _check(own: str, parts: Module, config: LoraConfig, base: Base, max_rank: in
         asked = part in (low, high) or {
             "b_bias": config.lora_bias,
             "magnitude": config.magnitudes and rank > 0,
-            "bias": config.bias != "none" and f"{own}.bias" in base.shapes,
+            "bias": config.bias != "none" and f"{own}.bias" in base.shapes and not own.endswith(".router"),
             "full": True,
             "base": rank > 0,
         }.get(part, False)

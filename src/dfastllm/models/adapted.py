@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
-from dfastllm.kernels.low_rank import LowRank, Place, add_low_rank
+from dfastllm.kernels.low_rank import LowRank, Place, add_low_rank, steady_product
 from dfastllm.kernels.packed import PANEL, unpack_panels
 from dfastllm.kernels.step import Step
 from dfastllm.lora import EMBED, HEAD, Adapter, Base, Delta
@@ -25,7 +24,16 @@ from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import find_family
 from dfastllm.models.packed import Gated, PackedDecoder, Project
 
-__all__ = ["NEVER", "AdaptedRows", "PackedAdapters", "PlainRows", "adapter_base", "on_device", "sites"]
+__all__ = [
+    "NEVER",
+    "AdaptedRows",
+    "PackedAdapters",
+    "PlainRows",
+    "adapter_base",
+    "on_device",
+    "require_numbers",
+    "sites",
+]
 
 NEVER = -1e30  # a logit of probability 0 with which sums of logits stay finite
 HALF = PANEL // 2
@@ -130,6 +138,13 @@ def _arguments(delta: Delta) -> dict[str, Any]:
     }
 
 
+def require_numbers(step: Step, table: Sequence[Adapter | None]) -> None:
+    """Raises ValidationError for a number in a step that no adapter has."""
+    for number in np.unique(step.adapter).tolist():
+        if number and (number >= len(table) or table[number] is None):
+            raise ValidationError(f"the step asks for adapter {number}, which is not in the table.", param="step")
+
+
 class PackedAdapters:
     """A table of adapters for a packed decoder: their native forms, or what the plain twin adds.
 
@@ -212,9 +227,7 @@ class PackedAdapters:
         one."""
         if not step.adapter.any():
             return None
-        for number in np.unique(step.adapter).tolist():
-            if number and (number >= len(self.table) or self.table[number] is None):
-                raise ValidationError(f"the step asks for adapter {number}, which is not in the table.", param="step")
+        require_numbers(step, self.table)
         return PlainRows(self.table, self._places, step)
 
 
@@ -260,7 +273,7 @@ class PlainRows:
         self._numbers = self._numbers[rows]
 
 
-def _embedded(delta: Delta, ids: Tensor, x: Tensor) -> Tensor:
+def _embedded(delta: Delta, ids: Tensor, x: Tensor, least: int = 1) -> Tensor:
     """Rows of the embedding as an adapter has them, float32 [rows, hidden]; x: the base's."""
     x = x.float()
     if delta.full is not None:
@@ -270,7 +283,7 @@ def _embedded(delta: Delta, ids: Tensor, x: Tensor) -> Tensor:
     if delta.a is not None and delta.b is not None:
         known = ids < delta.a.shape[1]
         column = delta.a[:, ids.clamp(max=delta.a.shape[1] - 1)].float().T * known[:, None]
-        x = x + (column * delta.scale) @ delta.b.float()
+        x = x + steady_product(column * delta.scale, delta.b.T, least)
         part = LowRank(None, None, 1.0, delta.factor, delta.shift)
     return add_low_rank(x, x, part)
 
@@ -279,9 +292,8 @@ def _head_rows(delta: Delta, hidden: Tensor, logits: Tensor, least: int = 1) -> 
     """Logits as an adapter has them; logits: the base's."""
     logits = logits.float()
     if delta.full is not None:
-        rows = len(hidden)
-        padded = F.pad(hidden.float(), (0, 0, 0, max(0, least - rows)))
-        logits = torch.cat(((padded @ delta.full.float().T)[:rows], logits[:, len(delta.full) :]), dim=1)
+        whole = steady_product(hidden, delta.full, least)
+        logits = torch.cat((whole, logits[:, len(delta.full) :]), dim=1)
     known = logits.shape[1] if delta.b is None else delta.b.shape[1]
     return torch.cat((add_low_rank(logits[:, :known], hidden, _part(delta), least), logits[:, known:]), dim=1)
 
@@ -337,7 +349,7 @@ class AdaptedRows:
     def embed(self, ids: Tensor, x: Tensor) -> Tensor:
         """x [rows, hidden], the embedding's rows of ids, as the adapters have them."""
         for delta, index in self._found(EMBED, None):
-            x[index] = _embedded(delta, ids[index], x[index]).to(x.dtype)
+            x[index] = _embedded(delta, ids[index], x[index], self._least).to(x.dtype)
         return x
 
     def head(self, hidden: Tensor, logits: Tensor, rows: Tensor) -> Tensor:

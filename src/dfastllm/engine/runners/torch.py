@@ -24,7 +24,7 @@ from dfastllm.kernels.kv import SlotCache
 from dfastllm.kernels.rows import DenseRows, Rows
 from dfastllm.kernels.step import SPAN_WORDS
 from dfastllm.models import Decoder
-from dfastllm.models.adapted import AdaptedRows, on_device
+from dfastllm.models.adapted import AdaptedRows, on_device, require_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,6 +106,7 @@ class TorchRunner:
         self.halt.begin()
         plan = _Plan.of(step, self.device, self.min_rows)
         if step.adapter.any():
+            require_numbers(step, self._table)
             return self._run_adapted(step, plan)
         hidden = self.model(plan.ids, plan.positions, self._attend(plan))
         wanted = len(step.want)
