@@ -155,6 +155,12 @@ BAD: dict[str, tuple[dict[str, Any], str, int, str | None]] = {
         400,
         "stream_options",
     ),
+    "by another name of an option": (
+        {**CHAT, "max_tokens": None, "max_completion_tokens": 100_000},
+        "INVALID_PARAMS",
+        400,
+        "max_completion_tokens",
+    ),
     "no time": ({"prompt": "x", "timeout": 1e-6, "max_tokens": 100}, "INTERNAL_ERROR", 504, None),
 }
 

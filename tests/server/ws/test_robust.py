@@ -122,6 +122,7 @@ ENDS: dict[str, tuple[bytes, int]] = {
     "binary": (raw_frame(2, b'{"id": "1", "function": "health"}'), 1003),
     "an empty binary": (raw_frame(2, b""), 1003),
     "too long": (raw_frame(1, b"x" * (BIG + 1)), 1009),
+    "much too long, all of it sent": (raw_frame(1, b"x" * (3 << 20)), 1009),
     "said to be too long": (raw_frame(1, b"x" * (BIG + 1))[:20], 1009),
     "too long in pieces": (raw_frame(1, b"x" * BIG, final=False) + raw_frame(0, b"x"), 1009),
     "of 20,000 empty pieces": (raw_frame(1, b"", final=False) + raw_frame(0, b"", final=False) * 20_000, 1009),
@@ -142,7 +143,7 @@ ENDS: dict[str, tuple[bytes, int]] = {
 def test_what_ends_the_connection(slow_live: Live, name: str) -> None:
     data, code = ENDS[name]
     with upgraded(slow_live) as client:
-        client.sendall(data)
+        _send(client, data)
         assert close_frame(client)[0] == code
     with socket(slow_live) as other:
         assert other.result("health")["status"] == "ready"
@@ -319,8 +320,8 @@ def test_one_that_answers_no_ping_is_let_go() -> None:
 
 
 @contextlib.contextmanager
-def stopping(grace: float) -> Iterator[tuple[FastAPI, Server, str]]:
-    settings = Settings(port=0, shutdown_timeout=grace)
+def stopping(grace: float, key: str | None = None) -> Iterator[tuple[FastAPI, Server, str]]:
+    settings = Settings(port=0, shutdown_timeout=grace, api_key=key)
     engines = {"m": slow(random_engine("llama"), 0.01)}
     with Worker(engines) as worker, listen("127.0.0.1", 0) as listener:
         app = create_app(worker, engines, settings)
@@ -366,3 +367,14 @@ def test_calls_that_do_not_end_in_time_end_with_an_error(slow_live: Live) -> Non
             last = ws.until_end("1")[-1]
             assert (last["status"], last["error"]["code"]) == ("error", "DISPATCH_ERROR")
             assert ws.close_code() == 1001
+
+
+def test_one_that_has_sent_no_key_does_not_hold_up_the_end(slow_live: Live) -> None:
+    with stopping(5.0, "s3cret") as (app, server, url):
+        live = Live(url, app.state.serving, slow_live.worker, app, set())
+        with socket(live, opened=False) as ws:
+            assert ws.receive() == {"type": "auth_required"}
+            server.should_exit = True
+            began = time.monotonic()
+            assert ws.close_code() == 1001
+            assert time.monotonic() - began < 5  # it had ten seconds

@@ -199,12 +199,7 @@ class Session:
 
     async def _ask(self) -> Identity:
         """Who proves to be there. One try: who guesses has to connect for each guess."""
-        limit = self.serving.settings.websocket_auth_timeout
-        try:
-            async with asyncio.timeout(limit):
-                text = await self._receive()
-        except TimeoutError:
-            raise await self._denied(f"No key came within {limit:g} s.") from None
+        text = await self._first()
         try:
             frame = validated(AuthFrame, read_json(text.encode(), self.serving.settings.max_body_values, "frame"))
         except DFastLLMError:  # not told further: it may name what was sent, a key
@@ -214,6 +209,20 @@ class Session:
             return await self._prove()
         except DFastLLMError as error:
             raise await self._denied(error.message) from None
+
+    async def _first(self) -> str:
+        """The first message, which has its time, and less where the server stops."""
+        limit = self.serving.settings.websocket_auth_timeout
+        message, leaving = asyncio.create_task(self._receive()), asyncio.create_task(self._leaving.wait())
+        try:
+            await asyncio.wait((message, leaving), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if message.done():
+                return message.result()
+            if leaving.done():
+                raise self._farewell
+            raise await self._denied(f"No key came within {limit:g} s.")
+        finally:
+            await _dropped(message, leaving)
 
     async def _denied(self, why: str) -> _Fault:
         await self._send(AuthFailed(error=why))
@@ -241,9 +250,7 @@ class Session:
                 reading.result()
             raise self._farewell
         finally:
-            for task in (reading, leaving):
-                task.cancel()
-            await asyncio.gather(reading, leaving, return_exceptions=True)
+            await _dropped(reading, leaving)
 
     async def _read(self) -> None:
         values = self.serving.settings.max_body_values
@@ -359,10 +366,7 @@ class Session:
         await asyncio.wait((call.task,))
 
     async def _end_calls(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _dropped(*self._tasks)
 
     # Messages.
 
@@ -389,3 +393,10 @@ class Session:
             await self._send_raw(message)
         except OSError:
             raise _Gone from None
+
+
+async def _dropped(*tasks: asyncio.Task[Any]) -> None:
+    """Once tasks that nobody waits for any more have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
