@@ -100,7 +100,9 @@ export abstract class Calls {
 }
 
 function requestId(): string {
-  // randomUUID is missing in browsers on plain http
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  // A name, not a secret. Node 18 has no global crypto, browsers on plain http no randomUUID.
+  const bytes = new Uint8Array(16);
+  if (globalThis.crypto === undefined) bytes.forEach((_, at) => (bytes[at] = Math.floor(256 * Math.random())));
+  else crypto.getRandomValues(bytes);
   return `c-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }

@@ -68,7 +68,11 @@ test("the browser's build runs where there is nothing of node", () => {
     await entry.link((specifier) => load(specifier.slice(2)));
     await entry.evaluate();
     const { Client, WebSocketClient } = entry.namespace;
-    assert.equal((await new Client().generate("x")).text, "42");
+    const answers = [await new Client().generate("x")];
+    delete browser.crypto; // as in Node 18
+    answers.push(await new Client().generate("x"));
+    assert.deepEqual(answers.map(String), ["42", "42"]);
+    assert.notEqual(answers[0].requestId, answers[1].requestId);
     new WebSocketClient();
   `;
   const flags = ["--experimental-vm-modules", "--no-warnings", "--input-type=module", "-e", script];
