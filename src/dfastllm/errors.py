@@ -104,7 +104,8 @@ class ValidationError(DFastLLMError, ValueError):
 
 
 class MalformedRequestError(ValidationError):
-    """`status` of one may be 426 (no upgrade), 431 (a head too large), 501 (an unknown transfer coding) or 505 (another version)."""
+    """`status` of one may be 426 (no upgrade), 431 (a head too large), 501 (an unknown transfer coding) or 505 (another
+    version)."""
 
     code = "malformed_request"
 
