@@ -16,7 +16,6 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -126,7 +125,6 @@ def realign(
         check_vocabulary(llm.info, llm.tokenizer, model.info, tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         train, held = _answers(llm, prompts, asked, say)
-    began = time.monotonic()
     work = _work(asked, model, train, held)
     if work.left_out:
         say(f"{work.left_out} answers are too long with their prompts and were left out")
@@ -137,7 +135,7 @@ def realign(
         say(f"stopped at {done}; {asked.plan.steps} steps are wanted")
         return None
     after = dict(work.validate(asked.plan.steps))
-    seconds = time.monotonic() - began
+    state = json.loads((done / "state.json").read_text(encoding="utf-8"))
     place = export(model, asked.draft, out / "draft")
     rows = measure_drafts(
         asked.target,
@@ -152,7 +150,8 @@ def realign(
         "asking": asdict(asked.asking),
         "measuring": asdict(asked.measuring),
         "steps": asked.plan.steps,
-        "training_seconds": round(seconds, 1),
+        "training_seconds": state["seconds"],
+        "training_tokens": state["tokens"],
         "held_out": {"before": before, "after": after},
         "drafts": [row.to_json() for row in rows],
         "gain": gain(rows),
