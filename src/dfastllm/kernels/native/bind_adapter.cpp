@@ -114,7 +114,7 @@ void bind_adapter(nb::module_& m) {
     float* const to = array_of<float>(y, "y", "float32", {rows, -1});
     const std::vector<Delta>& deltas = adapter.sites.at(static_cast<size_t>(site));
     for (const Delta& d : deltas) {
-      if (d.rank > 0 && d.k != k) throw std::invalid_argument("an adapter of other inputs.");
+      if (!fits(d, k, static_cast<int64_t>(y.shape(1)))) throw std::invalid_argument("an adapter of other inputs or columns.");
     }
     for (int64_t i = 0; i < count; ++i) {
       if (which[i] < 0 || which[i] >= rows) throw std::invalid_argument("index must be rows of x and y.");

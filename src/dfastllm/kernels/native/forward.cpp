@@ -352,12 +352,7 @@ struct Forward::Pass {
 void Forward::require_site(const Adapter& adapter, int64_t site) const {
   for (const Delta& d : adapter.sites[static_cast<size_t>(site)]) {
     const Site& at = sites_[static_cast<size_t>(site)];
-    bool fits = d.k == at.k || d.rank == 0;
-    for (const Place& p : d.places) {
-      const int64_t last = p.column + (p.count - 1) / 32 * p.stride + (p.count - 1) % 32;
-      fits = fits && p.first >= 0 && p.count > 0 && p.first + p.count <= d.n && p.column >= 0 && p.stride >= 32 && last < at.n;
-    }
-    if (!fits) {
+    if (!fits(d, at.k, at.n)) {
       throw std::invalid_argument("an adapter's matrix [" + std::to_string(d.n) + ", " + std::to_string(d.k) +
                                   "] does not fit the linear that it is for.");
     }

@@ -13,6 +13,14 @@ constexpr int64_t kPieceOutputs = 64;                // of a task of natural_lin
 
 }  // namespace
 
+bool fits(const Delta& delta, int64_t k, int64_t columns) {
+  const auto within = [&](const Place& p) {
+    const int64_t last = p.column + (p.count - 1) / 32 * p.stride + (p.count - 1) % 32;
+    return p.first >= 0 && p.count > 0 && p.first + p.count <= delta.n && p.column >= 0 && p.stride >= 32 && last < columns;
+  };
+  return (delta.rank == 0 || delta.k == k) && std::all_of(delta.places.begin(), delta.places.end(), within);
+}
+
 void LowRank::clear() {
   groups_.clear();
   rows_.clear();

@@ -35,6 +35,9 @@ struct Delta {
   std::vector<Place> places;
 };
 
+// Whether a delta's inputs are k values and its outputs lie in y's `columns`.
+bool fits(const Delta& delta, int64_t k, int64_t columns);
+
 // Columns and rows of a task: its sums (16 KB) stay in a core's L1 cache.
 constexpr int64_t kSpreadColumns = 512, kSpreadRows = 8;
 

@@ -30,24 +30,23 @@ constexpr int kRanks = 2, kRows = 2;
 template <class E, int ranks, int rows>
 inline void dot_block(const typename E::T* a, int64_t k, const float* x, int64_t ldx, float scale, float* out, int64_t ldo) {
   Floats16 sums[ranks][rows];
-  DFK_EACH(j, ranks) DFK_EACH(r, rows) sums[j][r] = floats16(0.0f);
+  DFK_EACH(j, ranks) { DFK_EACH(r, rows) { sums[j][r] = floats16(0.0f); } }
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) {
     Floats16 left[ranks];
-    DFK_EACH(j, ranks) left[j] = E::at(a + j * k + i);
+    DFK_EACH(j, ranks) { left[j] = E::at(a + j * k + i); }
     DFK_EACH(r, rows) {
       const Floats16 right = load(x + r * ldx + i);
-      DFK_EACH(j, ranks) sums[j][r] = fma(left[j], right, sums[j][r]);
+      DFK_EACH(j, ranks) { sums[j][r] = fma(left[j], right, sums[j][r]); }
     }
   }
   if (i < k) {
-    for (int j = 0; j < ranks; ++j) {
-      for (int r = 0; r < rows; ++r) sums[j][r] = fma(E::at(a + j * k + i, k - i), load(x + r * ldx + i, k - i), sums[j][r]);
+    DFK_EACH(j, ranks) {
+      const Floats16 left = E::at(a + j * k + i, k - i);
+      DFK_EACH(r, rows) { sums[j][r] = fma(left, load(x + r * ldx + i, k - i), sums[j][r]); }
     }
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int j = 0; j < ranks; ++j) out[r * ldo + j] = scale * total(sums[j][r]);
-  }
+  DFK_EACH(r, rows) { DFK_EACH(j, ranks) { out[r * ldo + j] = scale * total(sums[j][r]); } }
 }
 
 template <class E, int ranks>

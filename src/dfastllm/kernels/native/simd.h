@@ -239,6 +239,20 @@ inline Floats16 round_even(Floats16 x) {
 }
 
 // Lane sums in one fixed order: halves, quarters, ...
+#if defined(__AVX512F__) || defined(__AVX2__)
+inline float total(__m256 x) {
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+#endif
+#if defined(__AVX512F__)
+inline float total(Floats16 x) {
+  return total(_mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1)));
+}
+#elif defined(__AVX2__)
+inline float total(Floats16 x) { return total(_mm256_add_ps(x.a, x.b)); }
+#else
 inline float total(Floats16 x) {
   float v[16];
   store(v, x);
@@ -247,6 +261,7 @@ inline float total(Floats16 x) {
   }
   return v[0];
 }
+#endif
 
 // e^x within 2 ulp for x in [-86.6, 88.3]; outside of it, and for NaN, some number.
 inline Floats16 exp_inside(Floats16 x) {
