@@ -12,7 +12,7 @@ __all__ = ["STYLES", "styled"]
 STYLES: Mapping[str, Callable[[str], str]] = {
     "plain": lambda text: text,
     "capitals": str.upper,
-    "formal": lambda text: f"Dear user, {text} Yours, dfastllm",
+    "formal": lambda text: f"Dear user, {text}",
 }
 
 
