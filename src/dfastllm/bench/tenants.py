@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dfastllm.core import Request, SamplingParams
-from dfastllm.engine import Engine, EngineConfig, Stream, Worker
+from dfastllm.engine import Engine, EngineConfig, Worker
 from dfastllm.engine.runners.torch import Runnable
 from dfastllm.metrics.records import Spread, spread
 from dfastllm.models import PackedDecoder
@@ -67,54 +67,69 @@ def _request(name: str, prompt: tuple[int, ...], answer: int, tenant: str) -> Re
     return Request(name, prompt, sampling, tenant=tenant, tenant_salt=tenant)
 
 
-class _Sender:
-    """Keeps a's requests in flight, on an event loop of its own as a server does, until the block ends. tokens: that
-    came."""
+class _Front:
+    """One event loop on a thread of its own, where the streams of all requests are read, as in a server. tokens: of
+    tenant a that came."""
 
-    def __init__(self, worker: Worker, work: Flood, ids: _Ids) -> None:
+    def __init__(self, worker: Worker, work: Flood) -> None:
         self.worker = worker
         self.work = work
-        self.ids = ids
         self.tokens = 0
-        self._stop = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._flooding = False
         self._count = 0
 
-    async def _one(self) -> None:
-        while not self._stop:
+    def __enter__(self) -> _Front:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _send(self, ids: _Ids) -> None:
+        while self._flooding:
             self._count += 1
-            answer = self.work.answer // 2 + int(self.ids.rng.integers(self.work.answer))
-            request = _request(f"a{self._count}-{id(self)}", self.ids.prompt(self.work.prompt), answer, "a")
-            stream = self.worker.submit(NAME, request)
+            answer = self.work.answer // 2 + int(ids.rng.integers(self.work.answer))
+            stream = self.worker.submit(NAME, _request(f"a{self._count}", ids.prompt(self.work.prompt), answer, "a"))
             async for event in stream:
                 self.tokens += len(event.token_ids)
-                if self._stop and event.finish is None:
+                if not self._flooding and event.finish is None:
                     stream.cancel()
                     break
 
-    async def _all(self) -> None:
-        await asyncio.gather(*(self._one() for _ in range(self.work.flood)))
-
     @contextmanager
-    def flood(self) -> Iterator[None]:
-        thread = threading.Thread(target=lambda: asyncio.run(self._all()))
-        thread.start()
+    def flood(self, ids: _Ids) -> Iterator[None]:
+        """As many requests of a as the work says are in flight until the block ends."""
+        self._flooding = True
+        sent = [asyncio.run_coroutine_threadsafe(self._send(ids), self._loop) for _ in range(self.work.flood)]
         try:
             yield
         finally:
-            self._stop = True
-            thread.join()
+            self._flooding = False
+            for one in sent:
+                one.result()
 
+    def ask(self, request: Request) -> tuple[float, tuple[int, ...]]:
+        """Seconds until the first token, and the answer."""
+        return asyncio.run_coroutine_threadsafe(self._ask(request), self._loop).result()
 
-def _ask(worker: Worker, request: Request) -> tuple[float, tuple[int, ...]]:
-    """Seconds until the first token, and the answer."""
-    began, first = time.monotonic(), 0.0
-    tokens: list[int] = []
-    stream: Stream = worker.submit(NAME, replace(request, arrival=began))
-    for event in stream:
-        if event.token_ids and not first:
-            first = time.monotonic() - began
-        tokens += event.token_ids
-    return first, tuple(tokens)
+    async def _ask(self, request: Request) -> tuple[float, tuple[int, ...]]:
+        began, first = time.monotonic(), 0.0
+        tokens: list[int] = []
+        async for event in self.worker.submit(NAME, replace(request, arrival=began)):
+            if event.token_ids and not first:
+                first = time.monotonic() - began
+            tokens += event.token_ids
+        return first, tuple(tokens)
+
+    def speed(self, seconds: float) -> float:
+        """Tokens per second of tenant a."""
+        began, before = time.monotonic(), self.tokens
+        time.sleep(seconds)
+        return (self.tokens - before) / (time.monotonic() - began)
 
 
 def measure_flood(
@@ -129,23 +144,21 @@ def measure_flood(
     times: dict[str, list[float]] = {"alone": [], "flood": []}
     answers: dict[str, list[tuple[int, ...]]] = {"alone": [], "flood": []}
     speeds: dict[bool, list[float]] = {True: [], False: []}
-    with Worker({NAME: engine}) as worker:
-        _ask(worker, _request("warm", ids.prompt(work.prompt_b), 2, "b"))
+    with Worker({NAME: engine}) as worker, _Front(worker, work) as front:
+        front.ask(_request("warm", ids.prompt(work.prompt_b), 2, "b"))
         for number in range(work.rounds):
             prompts = [ids.prompt(work.prompt_b) for _ in range(work.asks)]
             pauses = (work.pause * ids.rng.random(work.asks)).tolist()
-            _round(worker, work, "alone", number, prompts, pauses, times, answers)
-            sender = _Sender(worker, work, _Ids(engine, 1000 + number))
-            with sender.flood():
+            _round(front, work, "alone", number, prompts, pauses, times, answers)
+            with front.flood(_Ids(engine, 1000 + number)):
                 _filled(engine, work)
-                speeds[False].append(_speed(sender, 2.0))
-                began, before = time.monotonic(), sender.tokens
-                _round(worker, work, "flood", number, prompts, pauses, times, answers)
-                speeds[True].append((sender.tokens - before) / (time.monotonic() - began))
-        sender = _Sender(worker, work, _Ids(engine, 2000))
-        with sender.flood():
+                speeds[False].append(front.speed(2.0))
+                began, before = time.monotonic(), front.tokens
+                _round(front, work, "flood", number, prompts, pauses, times, answers)
+                speeds[True].append((front.tokens - before) / (time.monotonic() - began))
+        with front.flood(_Ids(engine, 2000)):
             _filled(engine, work)
-            one = [_ask(worker, _request(f"one{n}", ids.prompt(work.prompt_b), 2, "a"))[0] for n in range(3)]
+            one = [front.ask(_request(f"one{n}", ids.prompt(work.prompt_b), 2, "a"))[0] for n in range(3)]
     return {
         "model": model.info.name,
         "flood": work.flood,
@@ -168,7 +181,7 @@ def _ratio(times: dict[str, list[float]], p: int) -> float:
 
 
 def _round(
-    worker: Worker,
+    front: _Front,
     work: Flood,
     arm: str,
     number: int,
@@ -181,7 +194,7 @@ def _round(
     for n, (prompt, pause) in enumerate(zip(prompts, pauses, strict=True)):
         time.sleep(pause)
         request = replace(_request(f"{arm}{number}-{n}", prompt, work.answer_b, "b"), tenant_salt=f"b-{arm}")
-        seconds, answer = _ask(worker, request)
+        seconds, answer = front.ask(request)
         times[arm].append(seconds)
         answers[arm].append(answer)
 
@@ -191,12 +204,6 @@ def _filled(engine: Engine, work: Flood) -> None:
     wanted, fairness = min(work.flood, engine.config.max_sequences), engine.scheduler.fairness
     while len(engine.scheduler.running) < wanted or fairness.time("a") - fairness.time("b") < fairness.burst:
         time.sleep(0.05)
-
-
-def _speed(sender: _Sender, seconds: float) -> float:
-    began, before = time.monotonic(), sender.tokens
-    time.sleep(seconds)
-    return (sender.tokens - before) / (time.monotonic() - began)
 
 
 def measure_tenants(
