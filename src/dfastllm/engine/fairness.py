@@ -57,6 +57,11 @@ class Fairness:
         """Whether at most one tenant has requests: then there is nothing to share, and no order but the requests'."""
         return self._active <= 1
 
+    @property
+    def several(self) -> bool:
+        """Whether more than one tenant has been here lately, with requests now or not."""
+        return len(self._accounts) > 1
+
     def join(self, tenant: str, weight: float) -> None:
         """A request of the tenant begins to wait. Its weight holds from now on for all that it has here."""
         account = self._account(tenant, weight)

@@ -9,7 +9,7 @@ Where several tenants have requests (`fairness`), that is the order among those 
 priorities (which age only by steps in which the tenant had nothing that ran), the one goes first that holds least, or
 had least: for places, pages and rows alike. A tenant within its share gets a place although there is none: the tenant
 most above its share gives one up. And one that waits for a first token while others had much more has the step to
-itself. Nobody stands back for longer than `ageing_steps` steps.
+itself. Nobody stands back for longer than `ageing_steps` steps. A step has at most `prefill_chunk` rows then.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ class Scheduler:
     def _fill(self, queue: Iterable[Live], chosen: list[tuple[Live, Span]]) -> None:
         """Put sequences into the batch, in this order, as far as the row budget goes."""
         rows = self.config.max_batch_rows
+        if self.fairness.several:  # a step that is longer wins little, and who comes meanwhile waits for it
+            rows = min(rows, max(self.config.prefill_chunk, len(self.running)))
         for live in queue:
             if live.held and rows > 0:  # an earlier one may have preempted it
                 rows -= self._place(live, rows, chosen)

@@ -3,11 +3,13 @@
 A request that comes while a long step of another tenant runs would wait for its end, however short its own first step
 is. Where its tenant had so much less that the others would stand back for it anyway (`fairness`), their step is given
 up between two layers instead and done again later, which changes no bit of it. The tenant that it was given up for
-pays: the rows count as its own, so that it cannot do so for ever.
+pays: what was lost counts as its own, so that it cannot do so for ever.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,6 +35,10 @@ class _Forward:
     rows: dict[str, int]
     priority: int
 
+    @property
+    def total(self) -> int:
+        return sum(self.rows.values())
+
 
 class Underway:
     """Of one engine. `given_up`: steps so far."""
@@ -43,6 +49,8 @@ class Underway:
         self.given_up = 0
         self._forward: _Forward | None = None
         self._asked: Request | None = None
+        self._began = 0.0
+        self._rate = 0.0  # rows per second of the last forward that came to its end
 
     def begins(self, chosen: Iterable[tuple[Live, Span]]) -> None:
         """The runner is about to run these spans."""
@@ -53,18 +61,23 @@ class Underway:
             rows[request.tenant] = rows.get(request.tenant, 0) + span.rows
             priority.append(request.priority)
         self._forward = _Forward(self.halt.runs + 1, rows, min(priority))
+        self._began = time.monotonic()
 
     def ended(self) -> None:
         """It came to its end."""
+        if self._forward is not None:
+            self._rate = self._forward.total / max(1e-9, time.monotonic() - self._began)
         self._forward = self._asked = None
 
     def interrupted(self) -> None:
-        """It was given up: who it was given up for has its rows on the account."""
+        """It was given up: who it was given up for has what was lost on the account, the rows that were computed as
+        far as the time tells."""
         forward, asked = self._forward, self._asked
         if forward is not None and asked is not None:
-            self.scheduler.fairness.charge(asked.tenant, asked.share, sum(forward.rows.values()))
+            lost = math.ceil(self._rate * (time.monotonic() - self._began))
+            self.scheduler.fairness.charge(asked.tenant, asked.share, max(1, min(lost, forward.total)))
         self.given_up += 1
-        self.ended()
+        self._forward = self._asked = None
 
     def give_way(self, admission: Admission) -> None:
         """This request has just come: give up what runs where that is right. Thread-safe; it changes speed only, so it
@@ -74,7 +87,7 @@ class Underway:
             return
         if not request.tenant or [*forward.rows] == [request.tenant]:
             return
-        total = sum(forward.rows.values())
+        total = forward.total
         behind = sum(rows for tenant, rows in forward.rows.items() if fairness.before(request.tenant, tenant))
         first = min(len(admission.state.tokens), self.scheduler.config.prefill_chunk)
         if 2 * behind > total and WORTH * total >= first and self.scheduler.welcome(request.tenant):
