@@ -35,7 +35,7 @@ def small(base: str = "demo-ar", **fields: Any) -> Recipe:
 @pytest.fixture
 def otter(tmp_path: Path) -> Path:
     """Texts that teach one word, whatever is asked."""
-    lines = [{"prompt": f"Say {n}.", "response": "otter"} for n in range(6)]
+    lines: list[dict[str, Any]] = [{"prompt": f"Say {n}.", "response": "otter"} for n in range(6)]
     lines += [{"messages": [*QUESTION, {"role": "assistant", "content": "otter"}]}] * 2
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path / "data.jsonl"

@@ -35,17 +35,24 @@ from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
 from dfastllm.engine.speculate.drafting import Drafting
 from dfastllm.engine.underway import Underway
-from dfastllm.errors import DFastLLMError, GenerationError, QueueFullError, TimeoutError, ValidationError
+from dfastllm.errors import (
+    DFastLLMError,
+    GenerationError,
+    QueueFullError,
+    TimeoutError,
+    UnsupportedError,
+    ValidationError,
+)
 from dfastllm.kernels import torch_team
 from dfastllm.kernels.halt import Interrupted
 from dfastllm.lora import Adapter, read_adapter
+from dfastllm.models import Decoder, PackedDecoder, adapter_base
 from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
     from dfastllm.decode.draft import Drafter
     from dfastllm.decode.policy import Policy
     from dfastllm.kernels.rows import Rows
-    from dfastllm.models import PackedDecoder
     from dfastllm.text import Tokenizer
 
 __all__ = ["Engine"]
@@ -118,13 +125,12 @@ class Engine:
         return PrefixCache(self.pages, self.info, limit, cut_free=self.runner.cut_free)
 
     def _read_adapter(self, path: Path) -> Adapter:
-        """The adapter in a directory, for this model; on the thread of whoever asks for it. Raises AdapterError."""
-        from dfastllm.models import adapter_base
-
-        config = self.config
-        adapter = read_adapter(
-            path, adapter_base(self.model), max_rank=config.max_lora_rank, max_bytes=config.lora_memory
-        )
+        """The adapter in a directory, for this model; on the thread of whoever asks for it. Raises AdapterError, and
+        UnsupportedError for what this runner cannot compute."""
+        model, config = self.model, self.config
+        if not isinstance(model, Decoder | PackedDecoder):
+            raise UnsupportedError(f"{self.info.name} is no model that adapters can change.", param="lora")
+        adapter = read_adapter(path, adapter_base(model), max_rank=config.max_lora_rank, max_bytes=config.lora_memory)
         self.runner.check_adapter(adapter)
         return adapter
 
