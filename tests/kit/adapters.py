@@ -52,7 +52,7 @@ def with_peft(
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and "router" not in name:
                     spread = torch.randn(parameter.shape, generator=draw)
                     if "magnitude" in name:
                         parameter.mul_(1 + 0.2 * spread)

@@ -152,7 +152,7 @@ def lora(
     threads = threads or os.cpu_count() or 1
     set_threads(threads)
     model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), weights)
-    rows = [asdict(row) for row in track(measure(model, rank=rank, turns=turns), "adapters", total=6, console=console)]
+    rows = [vars(row) for row in track(measure(model, rank=rank, turns=turns), "adapters", total=6, console=console)]
     about = {"shape": shape, "weights": weights, "rank": rank, "adapters_as": "bfloat16", "turns": turns}
     write_record(out / "lora.json", "lora", rows, threads=threads, kernels=describe(), **about)
     _table("LoRA, 16 sequences, one token a step: median (low–high)", rows)
