@@ -62,7 +62,8 @@ def with_peft(
                         parameter.add_(spread * 0.05)
         state = get_peft_model_state_dict(made, save_embedding_layers=False)
     _publish_patterns(model, made, settings)
-    state = {name: tensor for name, tensor in state.items() if "router.bias" not in name}  # which is no bias of a linear
+    for name in [name for name in state if "router.bias" in name]:  # which is no bias of a linear
+        del state[name]
     write(directory, settings, {published(model, name): t.to(dtype).contiguous() for name, t in state.items()})
     return made.eval()
 
