@@ -156,6 +156,27 @@ def test_a_long_step_of_others_is_given_up_for_a_newcomer(
             assert own < sum(rows for tenant, _, rows, *_ in charged if tenant == "b") <= own + 12
 
 
+def test_a_step_that_is_being_planned_is_given_up_too() -> None:
+    """A newcomer that comes after the inbox was emptied and before the forward begins does not wait for that."""
+    loaded, _ = fed()
+    admission = loaded.admit(request("new", "b"))
+    schedule = loaded.scheduler.schedule
+
+    def late(step: int) -> Any:
+        chosen = schedule(step)
+        loaded.underway.give_way(admission)
+        return chosen
+
+    loaded.scheduler.schedule = late  # type: ignore[method-assign]
+    assert loaded.step() == []
+    assert loaded.underway.given_up == 1
+    loaded.scheduler.schedule = schedule  # type: ignore[method-assign]
+    loaded.add(admission)
+    assert [event.request_id for event in loaded.step()] == ["new"]
+    loaded.step()
+    assert loaded.underway.given_up == 1
+
+
 def test_who_has_had_its_burst_interrupts_nobody() -> None:
     loaded, held = fed()
     loaded.scheduler.fairness.charge("b", 1.0, 100)

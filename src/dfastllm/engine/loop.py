@@ -158,6 +158,7 @@ class Engine:
         that has been called."""
         admission = asked if isinstance(asked, Admission) else self.admit(asked)
         request, state = admission.request, admission.state
+        self.underway.joined(admission)
         if self.scheduler.find(request.request_id) is not None:
             raise ValidationError(f"request id {request.request_id!r} is already in use.", param="request_id")
         self.check_room(request)

@@ -49,6 +49,7 @@ class Underway:
         self.given_up = 0
         self._forward: _Forward | None = None
         self._asked: Request | None = None
+        self._newcomer: Admission | None = None  # the last that came and has not joined yet
         self._began = 0.0
         self._rate = 0.0  # rows per second of the last forward that came to its end
 
@@ -62,6 +63,13 @@ class Underway:
             priority.append(request.priority)
         self._forward = _Forward(self.halt.runs + 1, rows, min(priority))
         self._began = time.monotonic()
+        if self._newcomer is not None:  # it came while this step was planned
+            self._consider(self._newcomer)
+
+    def joined(self, admission: Admission) -> None:
+        """The request waits or runs now: the next step is planned with it."""
+        if self._newcomer is admission:
+            self._newcomer = None
 
     def ended(self) -> None:
         """It came to its end."""
@@ -80,8 +88,12 @@ class Underway:
         self._forward = self._asked = None
 
     def give_way(self, admission: Admission) -> None:
-        """This request has just come: give up what runs where that is right. Thread-safe; it changes speed only, so it
-        may go by what was true a moment ago."""
+        """This request is about to join: give up what runs where that is right. Thread-safe; it changes speed only, so
+        it may go by what was true a moment ago."""
+        self._newcomer = admission
+        self._consider(admission)
+
+    def _consider(self, admission: Admission) -> None:
         forward, request, fairness = self._forward, admission.request, self.scheduler.fairness
         if forward is None or request.priority > forward.priority:
             return

@@ -161,9 +161,9 @@ class Worker:
         engine.check_room(asked.request if isinstance(asked, Admission) else asked)
         admission = asked if isinstance(asked, Admission) else engine.admit(asked)
         stream = Stream(admission.request, self._ask_cancel)
+        engine.underway.give_way(admission)  # before it is in the inbox: it must not have joined already
         if not self._post(lambda: self._add(engine, admission, stream)):
             raise self._gone()
-        engine.underway.give_way(admission)
         return stream
 
     def _failed(self) -> GenerationError:
