@@ -191,7 +191,7 @@ class Live:
             accepted_tokens=sum(self.accepted),
             accepted_per_position=tuple(self.accepted),
         )
-        return Finish(reason, usage, self.ended, error)
+        return Finish(reason, usage, self.ended, error, self.request.lora)
 
     def fail(self, reason: FinishReason, error: DFastLLMError | None) -> StepEvent:
         """The last event of a request that did not end by itself. What was shown stays shown; nothing is made up."""

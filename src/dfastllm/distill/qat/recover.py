@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dfastllm.convert.report import log_probabilities
-from dfastllm.convert.samples import OBJECTIVES, task_examples
+from dfastllm.convert.samples import task_examples
 from dfastllm.convert.source import Source
 from dfastllm.distill.qat.model import Qat, prepare_qat
 from dfastllm.distill.qat.schedule import QatConfig
@@ -34,7 +34,7 @@ from dfastllm.text import Tokenizer
 from dfastllm.train.data import Batch, Stream
 from dfastllm.train.evaluate import evaluate
 from dfastllm.train.loop import fit
-from dfastllm.train.objectives import Rows, make_objective, short_attention
+from dfastllm.train.objectives import OBJECTIVES, Rows, make_objective, short_attention
 from dfastllm.train.plan import OptimizerName, Plan
 from dfastllm.train.work import Losses, Work
 
