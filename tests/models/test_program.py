@@ -57,7 +57,7 @@ def test_rotary_tables_are_the_same_on_every_runner(rope: str) -> None:
         step = pack([(Span(0, tuple(ids.tolist()), "causal", "keep", want=tuple(range(24))), table, 0)])
         step.positions[:] = positions.numpy()
         caches = KvCache(2, 4, 1, 64), KvCache(1, 4, 1, 64)
-        for hidden in (packed.forward(step, *caches), packed._run_plain(step, *caches)):
+        for hidden in (packed.forward(step, *caches), packed._run_plain(step, *caches, None, None)):
             assert (packed.logits(hidden) - wanted).abs().max() <= 2e-4
     if rope != "none":
         plain = models.tiny("llama", seed=2, hidden_size=128, heads=2, kv_heads=1, max_len=32768)

@@ -110,6 +110,7 @@ class Engine:
             self.adapters,
         )
         self._added = 0
+        self._adapted = False  # whether any request had an adapter
         self._deadline = math.inf  # the earliest of all requests
         self._subscribers: list[Callable[[StepStats], None]] = []
         self._dead: list[tuple[Live, FinishReason]] = []
@@ -177,6 +178,7 @@ class Engine:
         if self.prefix is not None:
             live.trail = self.prefix.trail(request.salt, state.model.kind, lease.hash if lease else b"")
         self._added += 1
+        self._adapted = self._adapted or request.lora != ""
         self._deadline = min(self._deadline, _deadline(request))
         self.scheduler.add(live)
         self.drafting.admit(live)
@@ -263,7 +265,7 @@ class Engine:
             items = [(span, live.table, live.state.kv_len) for live, span in chosen]
             numbers = [live.lease.number if live.lease is not None else 0 for live, _ in chosen]
             rows = self.runner.run(pack(items, self.runner.block_size, numbers))
-            self.scheduler.charge(chosen, self.steps)
+            self.underway.charge(self.steps)
         except Interrupted:
             self.underway.interrupted()
             return (), None, time.monotonic() - now
@@ -360,8 +362,8 @@ class Engine:
             prefix_queries=queries,
             prefix_hits=hits,
             finished=tuple([e.finish for e in events if e.finish is not None]),
-            running_loras=_loras(self.scheduler.running),
-            waiting_loras=_loras(self.scheduler.waiting),
+            running_loras=_loras(self.scheduler.running) if self._adapted else (),
+            waiting_loras=_loras(self.scheduler.waiting) if self._adapted else (),
             max_loras=self.config.max_loras,
         )
         for fn in self._subscribers:

@@ -70,15 +70,6 @@ class Scheduler:
         pages. Thread-safe."""
         return len(self.running) < self.config.max_sequences or self.fairness.may_displace(tenant, 1, 0)
 
-    def charge(self, chosen: Iterable[tuple[Live, Span]], step: int) -> None:
-        """These spans ran: their tenants have had their rows."""
-        rows: dict[tuple[str, float], int] = {}
-        for live, span in chosen:
-            tenant = (live.request.tenant, live.request.share)
-            rows[tenant] = rows.get(tenant, 0) + span.rows
-        for (name, share), count in rows.items():
-            self.fairness.charge(name, share, count, step)
-
     def level(self, live: Live, step: int) -> int:
         """Effective priority of a waiting or starved sequence: its own less one per `ageing_steps` steps waited."""
         since = live.enqueued if not live.held else max(live.ran, live.enqueued)

@@ -29,10 +29,11 @@ WORTH = 4  # a step is given up where the newcomer's first one has at most so ma
 
 @dataclass(frozen=True, slots=True)
 class _Forward:
-    """run: its number of the runner's. rows: by tenant. priority: of its most urgent request."""
+    """run: its number of the runner's. rows, shares: by tenant. priority: of its most urgent request."""
 
     run: int
     rows: dict[str, int]
+    shares: dict[str, float]
     priority: int
 
     @property
@@ -56,12 +57,18 @@ class Underway:
     def begins(self, chosen: Iterable[tuple[Live, Span]]) -> None:
         """The runner is about to run these spans."""
         rows: dict[str, int] = {}
-        priority = []
-        for live, span in chosen:
-            request = live.request
-            rows[request.tenant] = rows.get(request.tenant, 0) + span.rows
-            priority.append(request.priority)
-        self._forward = _Forward(self.halt.runs + 1, rows, min(priority))
+        shares: dict[str, float] = {}
+        priority: int | None = None
+        for live, span in chosen:  # without a call where there need be none: it is done for every sequence and step
+            request = live.state.request
+            tenant = request.tenant
+            if tenant in rows:
+                rows[tenant] += span.rows
+            else:
+                rows[tenant], shares[tenant] = span.rows, request.share
+            if priority is None or request.priority < priority:
+                priority = request.priority
+        self._forward = _Forward(self.halt.runs + 1, rows, shares, priority or 0)
         self._began = time.monotonic()
         if self._newcomer is not None:  # it came while this step was planned
             self._consider(self._newcomer)
@@ -70,6 +77,12 @@ class Underway:
         """The request waits or runs now: the next step is planned with it."""
         if self._newcomer is admission:
             self._newcomer = None
+
+    def charge(self, step: int) -> None:
+        """It gave what it was run for: its tenants have had their rows."""
+        if self._forward is not None:
+            for tenant, rows in self._forward.rows.items():
+                self.scheduler.fairness.charge(tenant, self._forward.shares[tenant], rows, step)
 
     def ended(self) -> None:
         """It came to its end."""

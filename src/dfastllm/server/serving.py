@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dfastllm.core import ModelInfo, SpeculativeParams
 from dfastllm.errors import (
@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from dfastllm.engine import Engine, Stream, Worker
     from dfastllm.engine.adapters import Named
     from dfastllm.engine.admission import Admission
-    from dfastllm.server.pipelines.kept import Pipelines
     from dfastllm.tenants.ledger import Ledger
     from dfastllm.tenants.store import Store
     from dfastllm.text import Tokenizer
 
-__all__ = ["Phase", "Running", "ServedModel", "Serving"]
+__all__ = ["KeptPipelines", "Phase", "Running", "ServedModel", "Serving"]
 
 log = logging.getLogger("dfastllm.server")
 Phase = Literal["loading", "ready", "stopping", "failed"]
@@ -58,6 +57,18 @@ class Running(Protocol):
     def cancel(self) -> None: ...
 
     def fail(self, error: DFastLLMError) -> None: ...
+
+
+class KeptPipelines(Protocol):
+    """Where pipelines are kept: `pipelines.kept.Pipelines`, which stands above this module."""
+
+    async def save(self, who: Identity, body: Any, /) -> Any: ...
+
+    async def get(self, who: Identity, name: str, /) -> Any: ...
+
+    async def all(self, who: Identity, /) -> list[Any]: ...
+
+    async def delete(self, who: Identity, name: str, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ class Serving:
         self._traced: dict[tuple[str, str], set[Running]] = {}  # by tenant and X-Request-ID, which clients make
         self._shared: set[tuple[str, str]] = set()  # those that two of them sent while one was running
         self.draining = False
-        self.pipelines: Pipelines  # made by `app`, which knows how requests are read
+        self.pipelines: KeptPipelines  # made by `app`, which knows how requests are read
         self.tenants: Store | None = None  # None, as `ledger`: there is no database of tenants
         self.ledger: Ledger | None = None
         self.limits = Limits()
