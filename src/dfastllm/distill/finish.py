@@ -34,7 +34,7 @@ __all__ = ["Report", "finish", "save_student", "show"]
 
 WIDTH = 80
 SPEED_TIMES = 5  # requests of the last measurement, as a multiple of a validation's
-ROUNDS = 3  # how often each of them is sent
+ROUNDS = 5  # how often each of them is sent
 
 
 @dataclass

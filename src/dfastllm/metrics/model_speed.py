@@ -79,30 +79,28 @@ def speed_reports(
     max_tokens: int = 64,
     seed: int = 0,
     decode: DecodeParams | None = None,
-    rounds: int = 1,
+    rounds: int = 3,
     warmups: int = 2,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[SpeedReport, SpeedReport]:
-    """`speed_report` of two loaded models that are asked in turns, the order turned round with every sample, so that a
-    slow moment of the machine hits both. rounds: how often each sample is asked; its figures are the medians, so that a
-    moment that hits one request alone does not make a percentile. Raises ValidationError for rounds < 1."""
+    """`speed_report` of two loaded models, each asked all samples in a row, `rounds` times in turns; the figures of a
+    sample are their medians, so that neither a slow moment nor a slow round is in them. Not in turns request by request: a
+    model that has waited while the other gave a long answer is woken some milliseconds late on many machines, and the
+    one with the shorter answers would pay for the longer ones. Raises ValidationError for rounds < 1."""
     if rounds < 1:
         raise ValidationError(f"rounds must be at least 1, got {rounds}.", param="rounds")
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     samples = speed_samples(n, seed)
     asks = [_asking(llm, sampling, decode, clock) for llm in (first, second)]
-    rows: tuple[list[dict[str, float | None]], list[dict[str, float | None]]] = ([], [])
-    for ask in asks:
-        for sample in samples[:warmups]:
-            ask(sample)
-    for i, sample in enumerate(samples):
-        found: tuple[list[dict[str, float | None]], list[dict[str, float | None]]] = ([], [])
-        for turn in range(rounds):
-            for side in (0, 1) if (i + turn) % 2 == 0 else (1, 0):
+    found: tuple[list[list[dict[str, float | None]]], ...] = ([[] for _ in samples], [[] for _ in samples])
+    for turn in range(rounds):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            for sample in samples[:warmups]:
+                asks[side](sample)
+            for sample, kept in zip(samples, found[side], strict=True):
                 timeline, tools = asks[side](sample)
-                found[side].append(timeline.metrics(tools))
-        for side in (0, 1):
-            rows[side].append(_medians(found[side]))
+                kept.append(timeline.metrics(tools))
+    rows = [[_medians(kept) for kept in side] for side in found]
     before, after = (
         make_report(aggregate(figures), workload=_workload(llm, n, max_tokens, seed, decode))
         for llm, figures in zip((first, second), rows, strict=True)
