@@ -84,7 +84,7 @@ def speed_reports(
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[SpeedReport, SpeedReport]:
     """`speed_report` of two loaded models, each asked all samples in a row, `rounds` times in turns; the figures of a
-    sample are their medians, so that neither a slow moment nor a slow round is in them. Not in turns request by request: a
+    sample are their medians, so that neither a slow moment nor a slow round is in them. Not request by request: a
     model that has waited while the other gave a long answer is woken some milliseconds late on many machines, and the
     one with the shorter answers would pay for the longer ones. Raises ValidationError for rounds < 1."""
     if rounds < 1:
