@@ -6,7 +6,7 @@
 | templates | Jinja in a sandbox |
 | pipeline | a pipeline understood: names, order, options, modules |
 | run | a run of one |
-| asking | how a step becomes a request like any other |
+| asking | a run begun for an identity: each step a request like any other |
 | kept | where pipelines are kept |
 | routes | HTTP |
 """

@@ -8,18 +8,15 @@ from contextlib import aclosing
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from dfastllm.errors import GenerationError
 from dfastllm.server.access import identity_of
 from dfastllm.server.jobs import while_connected
-from dfastllm.server.pipelines.asking import asking
-from dfastllm.server.pipelines.run import run_pipeline
+from dfastllm.server.pipelines.asking import begun, result_of
 from dfastllm.server.pipelines.schema import (
     PipelineBody,
     PipelineDeleted,
     PipelineDetail,
     PipelineEvent,
     PipelineList,
-    PipelineResult,
     RunBody,
 )
 from dfastllm.server.replies import dump
@@ -64,21 +61,10 @@ async def delete_pipeline(name: str, request: HttpRequest) -> Response:
 async def run_route(body: RunBody, request: HttpRequest, name: str) -> Response:
     """Run a pipeline: one answer at its end, or with `stream` its events as they come."""
     serving: Serving = request.app.state.serving
-    serving.require_ready()
-    pipeline = await serving.pipelines.get(identity_of(request), name)
-    ask = asking(serving, identity_of(request), request.state.request_id)
-    events = run_pipeline(pipeline, body.input, ask, timeout=serving.settings.request_timeout)
+    events = await begun(serving, identity_of(request), request.state.request_id, name, body.input)
     if body.stream:
         return EventStream(_texts(events), lambda: None)
-    return _json(await while_connected(request, _last(events)))
-
-
-async def _last(events: AsyncGenerator[PipelineEvent]) -> PipelineResult:
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, PipelineResult):
-                return event
-    raise GenerationError("the pipeline ended without a result.")
+    return _json(await while_connected(request, result_of(events)))
 
 
 async def _texts(events: AsyncGenerator[PipelineEvent]) -> AsyncGenerator[str]:

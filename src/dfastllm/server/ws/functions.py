@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from dfastllm.errors import DFastLLMError, GenerationError, UnsupportedError, ValidationError
+from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
 from dfastllm.options import HINTS, wire_fields
 from dfastllm.server.body import Body
 from dfastllm.server.bounds import read_json
@@ -25,8 +25,7 @@ from dfastllm.server.chat import chat_call
 from dfastllm.server.completions import completion_call
 from dfastllm.server.docs import type_expression
 from dfastllm.server.options import on_the_wire
-from dfastllm.server.pipelines.asking import asking
-from dfastllm.server.pipelines.run import run_pipeline
+from dfastllm.server.pipelines.asking import begun, result_of
 from dfastllm.server.pipelines.schema import PipelineParams, PipelineResult
 from dfastllm.server.reading import validated
 from dfastllm.server.replies import ChatChunkChoice, CompletionChoice, Figures, Out, UsageOut
@@ -292,18 +291,8 @@ def _logprobs(choice: CompletionChoice | ChatChunkChoice) -> float | None:
 
 async def _pipeline(asked: Asked, params: PipelineParams) -> PipelineResult:
     """A run of a pipeline; with `stream` each step's events, as over HTTP."""
-    serving = asked.serving
-    serving.require_ready()
-    pipeline = await serving.pipelines.get(asked.identity, params.name)
-    ask = asking(serving, asked.identity, asked.request_id)
-    events = run_pipeline(pipeline, params.input, ask, timeout=serving.settings.request_timeout)
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, PipelineResult):
-                return event
-            if params.stream:
-                await asked.tell(event, False)
-    raise GenerationError("the pipeline ended without a result.")
+    events = await begun(asked.serving, asked.identity, asked.request_id, params.name, params.input)
+    return await result_of(events, (lambda event: asked.tell(event, False)) if params.stream else None)
 
 
 async def _health(asked: Asked, _: NoParams) -> HealthResult:
