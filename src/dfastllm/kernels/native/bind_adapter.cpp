@@ -10,17 +10,17 @@
 namespace nb = nanobind;
 using namespace dfk;
 
-namespace {
-
-using MaybeArray = std::optional<AnyArray>;
-using PlaceTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // first, count, column, stride
-
 Element element_of(const AnyArray& a, const char* name) {
   if (a.dtype() == nb::dtype<float>()) return Element::f32;
   if (a.dtype().bits == 16 && a.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) return Element::bf16;
   if (a.dtype().bits == 16 && a.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float)) return Element::f16;
   throw std::invalid_argument(std::string(name) + " must be float32, bfloat16 or float16.");
 }
+
+namespace {
+
+using MaybeArray = std::optional<AnyArray>;
+using PlaceTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // first, count, column, stride
 
 const void* keep(BoundAdapter& self, const AnyArray& a) {
   self.held.push_back(a);

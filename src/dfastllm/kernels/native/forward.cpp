@@ -33,7 +33,7 @@ void Forward::require(const Step& step, const KvMemory& cache) const {
 
 size_t Forward::bytes_held() const {
   size_t total = x_.size() + wide_.size() + mixed_.size() + h_.size() + tail_.size() + next_.size() + pairs_.size();
-  total += low_rank_.bytes_held();
+  total += low_rank_.bytes_held() + mixture_.bytes_held();
   for (const Buffer& b : acts_) total += b.size();
   for (const std::vector<Buffer>* side : {&cos_, &sin_}) {
     for (const Buffer& b : *side) total += b.size();
@@ -59,21 +59,6 @@ void gather(const float* x, int64_t width, const int32_t* index, int64_t count, 
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(out + i * width, x + index[i] * width, static_cast<size_t>(width) * sizeof(float));
   }
-}
-
-// Gate and up, 32 channels of each in turn [rows][n] -> activation(gate) * up [rows][width].
-void gate_rows(const float* both, int64_t n, Activation activation, int64_t rows, int64_t width, float* out) {
-  const auto gate_mul = linear_ops().gate_mul[static_cast<int>(activation)];
-  constexpr int64_t half = kPanel / 2;
-  const int64_t panels = n / kPanel, step = 1 + 128 / panels;  // rows that are worth a task
-  parallel((rows + step - 1) / step, [&](int64_t task, int) {
-    for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) {
-      for (int64_t p = 0; p < panels; ++p) {
-        const float* const gate = both + r * n + p * kPanel;
-        gate_mul(gate, gate + half, out + r * width + p * half, std::min(half, width - p * half));
-      }
-    }
-  });
 }
 
 // f(first, last) for stretches of `count` values, on the pool.
@@ -141,6 +126,20 @@ void Forward::add(Op op) {
     width_ = q;
   } else if (const auto* normalise = std::get_if<Normalise>(&op)) {
     require_norm(normalise->norm, width_);
+  } else if (auto* experts = std::get_if<Experts>(&op)) {
+    const Mixture& m = experts->mixture;
+    require_norm(experts->norm, width_);
+    require_mixture(m);
+    require_width("a mixture of experts", m.hidden(), width_);
+    require_width("the stream", d_.hidden, width_);
+    experts->site = static_cast<int64_t>(sites_.size());
+    sites_.push_back({width_, m.router.experts});
+    for (const std::vector<FeedForward>* side : {&m.experts, &m.shared}) {
+      for (const FeedForward& block : *side) {
+        sites_.push_back({width_, block.gated.n});
+        sites_.push_back({block.down.k, width_});
+      }
+    }
   } else {
     require_width("the stream", d_.hidden, width_);
   }
@@ -312,6 +311,13 @@ struct Forward::Pass {
   void operator()(const Normalise& op) {
     float* const out = f.wide_.floats(0);  // may be h itself: a row's sum is made before it is written
     prepare(h, width, op.norm.weight, op.norm.eps, Acts{ActKind::f32, rows, width, width, out, nullptr, nullptr});
+    h = out;
+  }
+
+  void operator()(const Experts& op) {
+    float* const out = op.onto_stream ? x : f.wide_.floats(0);  // may be h itself, which is read before
+    f.mixture_.run(op.mixture, h, width, rows, op.norm.weight, op.norm.eps, f.adapted_, op.site, out, op.onto_stream);
+    if (op.onto_stream) return begin();
     h = out;
   }
 

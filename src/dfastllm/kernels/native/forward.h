@@ -9,6 +9,7 @@
 
 #include "adapter.h"
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "scratch.h"
 #include "step.h"
@@ -29,7 +30,7 @@ struct Project {
   std::vector<Linear> linears;
   Norm norm;
   bool onto_stream;
-  int64_t site = -1;  // its number among the Projects and Gateds of all layers
+  int64_t site = -1;  // its number among the linears of all layers that adapters may change
 };
 
 // h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the Project that follows.
@@ -55,12 +56,20 @@ struct Normalise {
   Norm norm;
 };
 
+// h <- the mixture's output of norm(h), or x += it.
+struct Experts {
+  Norm norm;
+  Mixture mixture;
+  bool onto_stream;
+  int64_t site = -1;  // of the first of its sites()
+};
+
 // x <- x + factor * h
 struct Sum {
   float factor;
 };
 
-using Op = std::variant<Project, Gated, Mix, Normalise, Sum>;
+using Op = std::variant<Project, Gated, Mix, Normalise, Experts, Sum>;
 
 struct RopeTable {
   std::vector<float> frequencies;  // radians per position, of half the dims that rotate
@@ -131,6 +140,7 @@ class Forward {
   std::vector<const Adapter*> table_;
   AdaptedRows adapted_;    // of the step
   LowRank low_rank_;
+  MixtureWork mixture_;
   Buffer pairs_;           // gate and up, where adapters change them before the activation
 };
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "cpu.h"
 #include "pool.h"
@@ -53,25 +54,40 @@ class Stretches {
   std::atomic<int64_t> next_{0};
 };
 
-// finish(panel, row0, rows, tile) for every panel and block of rows, on the pool.
+// How a share is cut: into panels times blocks of `block` rows, which are pieces from `first` of the whole work on.
+struct Cut {
+  int64_t first, block, blocks;
+};
+
+// finish(w, panel, row0, rows, tile) for every panel and block of rows of every share, on the pool.
 template <class Finish>
-void each_tile(const Linear& w, const Acts& x, Finish&& finish) {
-  const int64_t panels = panels_of(w), block = piece_rows(panels, x.rows);
-  if (x.rows <= 0) return;
-  const int64_t blocks = (x.rows + block - 1) / block;
-  const auto tile_of = linear_ops().tile[static_cast<int>(w.format)];
-  const int64_t pieces = panels * blocks;
+void each_tile(const Share* shares, int64_t count, const Acts& x, Finish&& finish) {
+  if (count <= 0) return;
+  const int64_t panels = panels_of(*shares[0].w);
+  Cut single;
+  std::vector<Cut> several(static_cast<size_t>(count > 1 ? count : 0));
+  Cut* const cuts = count > 1 ? several.data() : &single;
+  int64_t pieces = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t rows = shares[i].rows, block = piece_rows(panels * count, rows);
+    const int64_t blocks = rows > 0 ? (rows + block - 1) / block : 0;
+    cuts[i] = {pieces, block, blocks};
+    pieces += panels * blocks;
+  }
   Stretches stretches(pieces);
   parallel(pieces < thread_count() ? pieces : thread_count(), [&](int64_t, int) {
     char* memory = thread_scratch(kTaskBytes);
     float* tile = reinterpret_cast<float*>(memory + kTileScratch);
-    int64_t at, last;
+    int64_t at, last, i = 0;
     while (stretches.take(at, last)) {
       for (; at < last; ++at) {
-        const int64_t panel = at / blocks, row = at % blocks * block, left = x.rows - row;
-        const int64_t rows = left < block ? left : block;
-        tile_of(w, x, panel, row, rows, tile, memory);
-        finish(panel, row, rows, tile);
+        while (i + 1 < count && cuts[i + 1].first <= at) ++i;  // stretches come in ascending order
+        const Share& share = shares[i];
+        const int64_t piece = at - cuts[i].first, panel = piece / cuts[i].blocks;
+        const int64_t row = piece % cuts[i].blocks * cuts[i].block, left = share.rows - row;
+        const int64_t rows = left < cuts[i].block ? left : cuts[i].block;
+        linear_ops().tile[static_cast<int>(share.w->format)](*share.w, x, panel, share.row0 + row, rows, tile, memory);
+        finish(*share.w, panel, share.row0 + row, rows, tile);
       }
     }
   });
@@ -137,9 +153,9 @@ void prepare(const float* x, int64_t ldx, const float* norm, float eps, const Ac
   });
 }
 
-void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate) {
+void linear(const Share* shares, int64_t count, const Acts& x, float* y, int64_t ldy, bool accumulate) {
   const auto write = linear_ops().write_tile;
-  each_tile(w, x, [&](int64_t panel, int64_t row, int64_t rows, const float* tile) {
+  each_tile(shares, count, x, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, const float* tile) {
     const int64_t channel = panel * kPanel, left = w.n - channel;
     write(tile, rows, left < kPanel ? left : kPanel, w.bias ? w.bias + channel : nullptr, y + row * ldy + channel, ldy,
           accumulate);
@@ -155,12 +171,12 @@ void softcap(float* x, int64_t count, float cap) {
   });
 }
 
-void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out) {
+void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out) {
   const LinearOps& ops = linear_ops();
   const auto gate_mul = ops.gate_mul[static_cast<int>(activation)];
   constexpr int64_t half = kPanel / 2;
   const bool through_h = out.kind == ActKind::row8;
-  each_tile(w, x, [&](int64_t panel, int64_t row, int64_t rows, float* tile) {
+  each_tile(shares, count, x, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, float* tile) {
     const int64_t column = panel * half, width = out.k - column < half ? out.k - column : half;
     if (width <= 0) return;
     if (w.bias) ops.write_tile(tile, rows, kPanel, w.bias + panel * kPanel, tile, kPanel, false);
@@ -173,6 +189,20 @@ void linear_gated(const Linear& w, const Acts& x, Activation activation, float* 
     }
   });
   if (through_h) prepare(h, out.k, nullptr, 0.0f, out);
+}
+
+void gate_rows(const float* both, int64_t n, Activation activation, int64_t rows, int64_t width, float* out) {
+  const auto gate_mul = linear_ops().gate_mul[static_cast<int>(activation)];
+  constexpr int64_t half = kPanel / 2;
+  const int64_t panels = n / kPanel, step = 1 + 128 / panels;  // rows that are worth a task
+  parallel((rows + step - 1) / step, [&](int64_t task, int) {
+    for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const float* const gate = both + r * n + p * kPanel;
+        gate_mul(gate, gate + half, out + r * width + p * half, std::min(half, width - p * half));
+      }
+    }
+  });
 }
 
 }  // namespace dfk

@@ -91,14 +91,32 @@ const LinearOps& linear_ops();
 // x [rows][ldx] float -> acts, with RMSNorm first if norm is not null.
 void prepare(const float* x, int64_t ldx, const float* norm, float eps, const Acts& out);
 
-// y [rows][ldy]: bias added; accumulate: y += instead of y =.
-void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate);
+// Rows [row0, row0 + rows) of some inputs, which are w's: one of several products that are one piece of work, as those of
+// a mixture's experts are. All w of a call have the same n and k and take the inputs' kind.
+struct Share {
+  const Linear* w;
+  int64_t row0, rows;
+};
+
+// y [rows][ldy]: bias added; accumulate: y += instead of y =. Rows of no share stay as they are.
+void linear(const Share* shares, int64_t count, const Acts& x, float* y, int64_t ldy, bool accumulate);
+inline void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate) {
+  const Share whole{&w, 0, x.rows};
+  linear(&whole, 1, x, y, ldy, accumulate);
+}
 
 // w holds, panel by panel, 32 channels of the gate and the 32 same channels of the up projection (bias in that order
 // too). h[m, i] = activation(gate) * up is prepared for the next linear in `out` (kind of its format, k: the width of h, which
 // is a multiple of 32 or the last panel is padded with zero weights). A row8 `out` goes through `h` [rows][out.k] float
-// and `h` may be null only for the others, which do not touch it.
-void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out);
+// and `h` may be null only for the others, which do not touch it. The shares hold all rows.
+void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out);
+inline void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out) {
+  const Share whole{&w, 0, x.rows};
+  linear_gated(&whole, 1, x, activation, h, out);
+}
+
+// Gate and up, 32 channels of each in turn [rows][n] -> activation(gate) * up [rows][width].
+void gate_rows(const float* both, int64_t n, Activation activation, int64_t rows, int64_t width, float* out);
 
 // x <- cap * tanh(x / cap) in place; NaN where x is not finite, which a cap would hide.
 void softcap(float* x, int64_t count, float cap);
