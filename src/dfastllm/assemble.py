@@ -1,7 +1,7 @@
 """From a path to a model that can serve: the one place where read > quantise > pack meet. Models know none of it.
 
-On a CPU a model becomes a `PackedDecoder` (kernels of our own, quantised or not); on another device, with ops that the
-kernels lack (mixtures of experts), or where asked, it stays the plain torch `Decoder`.
+On a CPU a model becomes a `PackedDecoder` (kernels of our own, quantised or not); on another device, or where asked, it
+stays the plain torch `Decoder`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, find_family, pack_decoder, require_packable
+from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, pack_decoder
 from dfastllm.models import load as load_decoder
 from dfastllm.models.checkpoint import (
     fill,
@@ -108,20 +108,16 @@ def load(
         with open_gguf(path, name=name, max_len=max_len) as gguf:
             tokenizer = read_tokenizer(gguf.file.metadata)
             tokenizer.check_fits(gguf.info.vocab_size, gguf.info.mask_id)
-            if quantization is None and backend != "native" and _lacks(gguf.info, gguf.config):
+            elsewhere = backend == "torch" or torch.device(device).type != "cpu"
+            if elsewhere and quantization is None and gguf.config.moe is not None:
                 return Loaded(_expanded(gguf, device, dtype), tokenizer)
-            _refuse_lacking(gguf.config, gguf.info, quantization is not None, _way_out("it", quantization))
-            _packed_is_right(gguf.config, gguf.info, device, backend, quantised=True)
+            _packed_is_right(device, backend, quantised=True)
             return Loaded(_assemble(_from_gguf(gguf, dtype), quantization), tokenizer)
-    _, config, info = read_model(path, name, max_len)
+    _, _, info = read_model(path, name, max_len)
     tokenizer = Tokenizer.load(path)
     tokenizer.check_fits(info.vocab_size, info.mask_id)
-    stored = quant_config(path) is not None
-    quantised = quantization is not None or stored
-    if quantised or backend == "native":
-        way_out = _way_out("the float checkpoint" if stored else "it", quantization)
-        _refuse_lacking(config, info, quantised, way_out)
-    if _packed_is_right(config, info, device, backend, quantised):
+    quantised = quantization is not None or quant_config(path) is not None
+    if _packed_is_right(device, backend, quantised):
         shortlist = read_shortlist(path, info.vocab_size) if drafting else None
         source = _from_directory(path, dtype, name, max_len)
         return Loaded(_assemble(source, quantization, shortlist), tokenizer)
@@ -159,42 +155,20 @@ def model_info(path: str | Path, name: str | None = None) -> ModelInfo:
     return read_model(path, name or path.name)[2]
 
 
-def _refuse_lacking(config: DecoderConfig, info: ModelInfo, quantised: bool, hint: str) -> None:
-    """Raises UnsupportedError as `require_packable` does."""
-    require_packable(find_family(info.family).program(config), info.name, quantised=quantised, hint=hint)
-
-
-def _way_out(what: str, quantization: str | None) -> str:
-    return f"Load {what} with backend torch or auto{'' if quantization is None else ', without quantization'}."
-
-
-def _lacks(info: ModelInfo, config: DecoderConfig) -> bool:
-    """Whether the kernels cannot run this model's program."""
-    try:
-        require_packable(find_family(info.family).program(config), info.name)
-    except UnsupportedError:
-        return True
-    return False
-
-
 def _expanded(gguf: GgufModel, device: str | torch.device, dtype: torch.dtype | str | None) -> Decoder:
     """The plain model of a GGUF file, its weights as floats of `dtype`, None: bfloat16."""
     model = skeleton(gguf.config, gguf.info, torch.bfloat16 if dtype is None else named_dtype(dtype))
     return fill(model, ((own, value) for own, value, _ in gguf.tensors()), device)
 
 
-def _packed_is_right(
-    config: DecoderConfig, info: ModelInfo, device: str | torch.device, backend: Backend, quantised: bool
-) -> bool:
-    """Whether the packed decoder is to be built. Raises UnsupportedError where device or backend forbid what must be.
-    A program that the kernels lack, where they must run it, has been refused before."""
+def _packed_is_right(device: str | torch.device, backend: Backend, quantised: bool) -> bool:
+    """Whether the packed decoder is to be built. Raises UnsupportedError where device or backend forbid what must
+    be."""
     problem = None
     if torch.device(device).type != "cpu":
         problem = ("device", f"on a CPU, not on {device}")
     elif backend == "torch":
         problem = ("backend", "with backend native or auto, not torch")
-    if _lacks(info, config):
-        return False
     if problem is None:
         return quantised or backend == "native" or native() is not None
     param, serves = problem

@@ -27,12 +27,11 @@ from dfastllm.errors import (
 )
 from dfastllm.kernels.packed import QTensor
 from dfastllm.llm import SHIPPED
-from dfastllm.models import FAMILIES as MODELS
-from dfastllm.models import Decoder, check, dense_attention, load, save, tiny
+from dfastllm.models import Decoder, PackedDecoder, check, dense_attention, load, save, tiny
 from dfastllm.models.checkpoint import read_model, read_weights, skeleton
 from dfastllm.quant import FORMATS, quantise
 from dfastllm.text import Tokenizer
-from tests.kit.convert_models import write_tiny
+from tests.kit.convert_models import grouped, write_tiny
 
 
 def weights_of(directory: Path) -> dict[str, QTensor | torch.Tensor]:
@@ -167,46 +166,42 @@ def test_progress_names_every_weight(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("calibration", ["none", "gptq"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "llada_moe", "llada2_moe", "sdar_moe"])
-def test_a_mixture_is_refused_at_once(tmp_path: Path, family: str, calibration: Any) -> None:
-    source = write_tiny(tmp_path / "source", family)
-    with pytest.raises(UnsupportedError, match=r"a mixture of experts.*quantised weights run on the native") as caught:
-        quantise_model(source, tmp_path / "out", Options("w8", calibration=calibration))
-    assert ("gguf-q8_0" in str(caught.value.hint)) == (MODELS[family].gguf is not None)
-    assert not (tmp_path / "out").exists()
+def test_a_mixture(tmp_path: Path, family: str, calibration: Any) -> None:
+    """Experts are rounded, each by what calibration showed it; routers stay as they are. What was written is served."""
+    source = write_tiny(tmp_path / "source", family, **grouped(family))
+    experts = grouped(family)["moe"].experts
+    options = Options("w4", calibration=calibration, samples=2)
+    report = quantise_model(source, tmp_path / "out", options)
+    before, found = load(source), weights_of(tmp_path / "out")
+    for name, parameter in before.named_parameters():
+        weight = found[name]
+        if parameter.ndim == 1 or "router" in name:
+            assert isinstance(weight, torch.Tensor)
+            assert weight.equal(parameter)
+        else:
+            assert isinstance(weight, QTensor), name
+            assert (weight.dequantise() - parameter).norm() < 0.2 * parameter.norm(), name
+    assert sum("experts" in weight.name for weight in report.weights) >= 3 * experts
+    assert check(tmp_path / "out").ok
+    served = assemble.load(tmp_path / "out").model
+    assert isinstance(served, PackedDecoder)
+    assert served.formats["w4g"] >= 2 * experts
+    with pytest.raises(UnsupportedError, match="backend native or auto, not torch"):
+        assemble.load(tmp_path / "out", backend="torch")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "llada_moe"])
-def test_the_ways_out_of_a_mixture(tmp_path: Path, family: str) -> None:
-    """What every refusal of a mixture names does load."""
+def test_a_mixture_in_every_way(tmp_path: Path, family: str) -> None:
+    """A float directory and a file of blocks, on either backend, quantised while loading too."""
     source = write_tiny(tmp_path / "source", family)
     file = quantise_gguf(source, tmp_path / "m.gguf", "gguf-q8_0")
     for path in (source, file):
-        for backend in ("torch", "auto"):
-            assert isinstance(assemble.load(path, backend=backend).model, Decoder)  # type: ignore[arg-type]
-        with pytest.raises(UnsupportedError, match="mixture of experts") as caught:
-            assemble.load(path, backend="native")
-        assert caught.value.hint == "Load it with backend torch or auto."
-        for backend in ("torch", "auto", "native"):
-            with pytest.raises(UnsupportedError, match="quantised weights run on the native runner only") as caught:
-                assemble.load(path, backend=backend, quantization="w8")  # type: ignore[arg-type]
-            assert caught.value.hint == "Load it with backend torch or auto, without quantization."
-
-
-def test_a_quantised_mixture_does_not_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such directories were written before it was refused; `check` says of them what loading does."""
-    moe = tiny("qwen3_moe").config.moe
-    assert moe is not None
-    source = write_tiny(tmp_path / "source", "qwen3_moe", moe=replace(moe, intermediate_size=32))
-    assert check(source).ok
-    monkeypatch.setattr(sys.modules[quantise_model.__module__], "_require_served", lambda source: None)
-    quantise_model(source, tmp_path / "out", Options("w8"))
-    with pytest.raises(UnsupportedError, match="mixture of experts") as caught:
-        assemble.load(tmp_path / "out")
-    assert caught.value.hint == "Load the float checkpoint with backend torch or auto."
-    report = check(tmp_path / "out")
-    assert [(p.code, p.message.partition(": ")[2]) for p in report.problems] == [
-        ("unsupported", str(caught.value).partition(": ")[2])
-    ]
+        assert isinstance(assemble.load(path, backend="torch").model, Decoder)
+        for backend in ("auto", "native"):
+            assert isinstance(assemble.load(path, backend=backend).model, PackedDecoder)  # type: ignore[arg-type]
+            assert isinstance(assemble.load(path, backend=backend, quantization="w8").model, PackedDecoder)  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedError, match="quantised weights"):
+            assemble.load(path, backend="torch", quantization="w8")
 
 
 def test_out_that_must_not_be_overwritten(llama: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kit.adapters import ATTENTION, LINEARS, model_of, pack, step_of, wanted, with_peft
+from tests.kit.convert_models import grouped
 
 from dfastllm import assemble
 from dfastllm.engine.runners import Runner
@@ -59,9 +60,7 @@ def one_thread() -> Iterator[None]:
 
 def runners(model: Decoder) -> list[Runner]:
     made: list[Any] = [TorchRunner(model, 64, torch.float32, "cpu", 16, 16)]
-    if model.config.moe is None:
-        made.append(NativeRunner(pack(model), 64, torch.float32, 16))
-    return made
+    return [*made, NativeRunner(pack(model), 64, torch.float32, 16)]
 
 
 def read(model: Decoder, directory: Path) -> Adapter:
@@ -135,7 +134,20 @@ def mixed(model: Decoder, tmp_path: Path) -> list[Adapter | None]:
 def test_a_rows_bits_are_its_own(quantised: str | None, tmp_path: Path) -> None:
     """Alone, or in any company, at any number of threads, on float and quantised weights: the same bits; and the
     statistics are those of the logits."""
-    model = model_of("qwen3", hidden_size=64, intermediate_size=96, heads=2, kv_heads=1, head_dim=32)
+    rows_keep_their_bits(
+        model_of("qwen3", hidden_size=64, intermediate_size=96, heads=2, kv_heads=1, head_dim=32), quantised, tmp_path
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantised", [None, "w8", "w4"])
+def test_a_rows_bits_are_its_own_in_a_mixture(quantised: str | None, tmp_path: Path) -> None:
+    shape = {**grouped("llada2_moe"), "hidden_size": 64, "heads": 2, "kv_heads": 1, "head_dim": 32}
+    model = model_of("llada2_moe", **shape)
+    rows_keep_their_bits(model, quantised, tmp_path)
+
+
+def rows_keep_their_bits(model: Decoder, quantised: str | None, tmp_path: Path) -> None:
     table = mixed(model, tmp_path)
     packed = assemble.pack(model, quantised) if quantised else pack(model)
     chosen = [NativeRunner(packed, 64, torch.float32, 16)]
@@ -161,7 +173,7 @@ def test_a_rows_bits_are_its_own(quantised: str | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(native() is None, reason="no native kernels")
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3", "qwen3_moe", "llada2_moe"])
 def test_the_twin_is_the_native_forward(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(family)
     table = mixed(model, tmp_path)

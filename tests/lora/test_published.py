@@ -76,9 +76,10 @@ def test_as_peft_on_the_published_class(case: str, tmp_path: Path) -> None:
         expected = made.eval()(torch.tensor([ids])).logits[0].float()
     base = load(tmp_path / "base", dtype="float32")
     adapter = read_adapter(tmp_path / "adapter", adapter_base(base))
-    runners: list[Any] = [TorchRunner(base, 64, torch.float32, "cpu", 16, 16)]
-    if base.config.moe is None:
-        runners.append(NativeRunner(pack(base), 64, torch.float32, 16))
+    runners: list[Any] = [
+        TorchRunner(base, 64, torch.float32, "cpu", 16, 16),
+        NativeRunner(pack(base), 64, torch.float32, 16),
+    ]
     moved = float((expected - plain).abs().max())
     for runner in runners:
         runner.adapters([None, adapter])

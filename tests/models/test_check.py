@@ -12,6 +12,7 @@ from dfastllm import models
 from dfastllm.errors import DFastLLMError, ModelLoadError, ValidationError
 from dfastllm.models.gguf import open_gguf, write_gguf
 from tests.kit import published_configs as published
+from tests.kit.convert_models import grouped
 
 
 @pytest.fixture
@@ -136,19 +137,20 @@ def test_verdict_is_loads(sdar: Path, change: str) -> None:
 @pytest.mark.parametrize("kind", ["F32", "BF16", "F16", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_gguf_file(family: str, kind: str, tmp_path: Path) -> None:
-    """The fields of a directory; memory is that of the file's blocks, float16 held as float32, a mixture at dtype."""
-    model = models.tiny(family, hidden_size=64, heads=4, intermediate_size=96, vocab_size=96)
+    """The fields of a directory; memory is that of the file's blocks, float16 and routers held as float32."""
+    shape = {**grouped(family), "hidden_size": 64, "heads": 4, "intermediate_size": 96, "vocab_size": 96}
+    model = models.tiny(family, **shape)
     report = models.check(write_gguf(model, tmp_path / "m.gguf", kind, head=kind))
     assert report.ok, str(report)
     with open_gguf(tmp_path / "m.gguf") as opened:
         assert report.info == opened.info
         assert report.tensors == len(opened.file.tensors)
     parameters = sum(p.numel() for p in model.parameters())
-    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    vectors = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 1 or "router" in name)
     bytes_of = {"F32": 4, "BF16": 2, "F16": 4, "Q8_0": 34 / 32, "Q4_0": 18 / 32}[kind]
     assert report.parameters == parameters
     packed = 4 * vectors + bytes_of * (parameters - vectors)
-    assert report.weight_bytes == (packed if family == "llama" else 2 * parameters)
+    assert report.weight_bytes == packed
     assert report.dtype == "bfloat16"
     assert report.kv_bytes_per_token == 2 * model.config.layers * model.config.kv_heads * model.config.head_dim * 2
     assert report.files == 1

@@ -19,8 +19,6 @@ pytest.importorskip("transformers")
 
 from tests.models.test_parity_transformers import CASES, _published
 
-DENSE = [case for case, (kind, _) in CASES.items() if kind != "Qwen3Moe"]
-
 
 class Text:
     """One sequence on a runner of its own."""
@@ -39,7 +37,7 @@ class Text:
         return self.runner.run(step).logits()
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", CASES)
 def test_logits_and_greedy_tokens(case: str, tmp_path: Path) -> None:
     theirs = _published(case, tmp_path)
     packed = assemble.pack(models.load(tmp_path))

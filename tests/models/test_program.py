@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,15 @@ from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners.native import NativeRunner
-from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.kv import KvCache
 from dfastllm.llm import SHIPPED
 from dfastllm.models.gguf import open_gguf, write_gguf
-from dfastllm.models.packed import Gated, Mix, Project, Sum
+from dfastllm.models.packed import Gated, Mix, Project, Routed, Sum
 from dfastllm.models.program import Experts, offsets
+from dfastllm.quant import quantise
 from dfastllm.text.gguf import tokenizer_metadata
 
 WINDOWED = [name for name in sorted(models.FAMILIES) if models.tiny_config(name).window]
-DENSE = [name for name in sorted(models.FAMILIES) if models.tiny_config(name).moe is None]
 ROPES = {
     "none": None,
     "linear": models.RopeScaling("linear", 4.0),
@@ -41,6 +41,16 @@ def torch_logits(model: models.Decoder, ids: Tensor, positions: Tensor) -> Tenso
     kind = "causal" if model.info.kind == "ar" else "full"
     with torch.no_grad():
         return model.head(model(ids, positions, models.dense_attention(1, len(ids), kind)))  # type: ignore[arg-type]
+
+
+def native_logits(packed: models.PackedDecoder, ids: Tensor) -> Tensor:
+    """Of a whole text, as `torch_logits`."""
+    table = PageTable(Pages(8, 16))
+    table.grow(len(ids))
+    kind = "causal" if packed.info.kind == "ar" else "full"
+    want = tuple(range(len(ids)))
+    span = Span(0, tuple(ids.tolist()), kind, "keep" if kind == "causal" else "none", want=want)  # type: ignore[arg-type]
+    return NativeRunner(packed, 128, torch.float32, 16).run(pack([(span, table, 0)])).logits()
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -64,20 +74,27 @@ def test_rotary_tables_are_the_same_on_every_runner(rope: str) -> None:
         assert (torch_logits(plain, ids, positions) - wanted).abs().max() > 0.01  # it matters here
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
 def test_packed_ops(family: str) -> None:
     """Every weight of the program is in its packed form once; a layer attends once; what can be joined is."""
     model = models.tiny(family, seed=1)
     packed = assemble.pack(model)
     norms = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 and not n.endswith("bias"))
     assert sum(norm.weight.numel() for norm in packed._norms()) == norms
+    moe = model.config.moe
     for ops in packed.layers:
         assert sum(isinstance(op, Mix) for op in ops) == 1
         assert isinstance(ops[0], Project)
         assert isinstance(ops[1], Mix)
-        assert sum(isinstance(op, Gated) for op in ops) == 1
-        ends = sum((isinstance(op, Project) and op.onto_stream) or isinstance(op, Sum) for op in ops)
+        mixtures = [op for op in ops if isinstance(op, Routed)]
+        assert sum(isinstance(op, Gated) for op in ops) == 1 - len(mixtures)
+        if mixtures and moe is not None:
+            assert [len(op.blocks) for op in mixtures] == [moe.experts + bool(moe.shared_size)]
+        ends = sum((isinstance(op, Project | Routed) and op.onto_stream) or isinstance(op, Sum) for op in ops)
         assert ends == 2
+    assert sum(any(isinstance(op, Routed) for op in ops) for ops in packed.layers) == sum(
+        any(isinstance(op, Experts) for op in ops) for ops in model.program.layers
+    )
     if family == "gemma2":
         assert packed.norm.weight.tolist() == [1.0] * 32  # stored as 0, the distance from 1
         assert len(offsets(model.program)) == norms // 32
@@ -119,49 +136,59 @@ def test_windows_in_the_engine(family: str, backend: str) -> None:
     ).abs().max() > 0.01  # the window matters
 
 
-@pytest.mark.parametrize("family", [name for name in sorted(models.FAMILIES) if name not in DENSE])
-def test_an_op_that_a_runner_lacks(family: str) -> None:
-    model = models.tiny(family)
-    layer = next(i for i, ops in enumerate(model.program.layers) if any(isinstance(op, Experts) for op in ops))
-    said = rf"op experts \(layer {layer}, a mixture of experts\) runs on the torch runner; the native runner lacks it"
-    with pytest.raises(UnsupportedError, match=said) as caught:
-        assemble.pack(model)
-    assert caught.value.hint == "Load float weights with backend torch or auto."
-
-
-@pytest.mark.parametrize("family", [name for name in DENSE if models.FAMILIES[name].gguf])
+@pytest.mark.parametrize("family", [name for name in sorted(models.FAMILIES) if models.FAMILIES[name].gguf])
 def test_a_gguf_file_packs_to_the_same_numbers(family: str, tmp_path: Path) -> None:
     model = models.tiny(family, seed=8, hidden_size=64, heads=4, layers=3).requires_grad_(False)
     ids = torch.randint(0, 90, (60,), generator=torch.Generator().manual_seed(0))
     with open_gguf(write_gguf(model, tmp_path / "m.gguf", "F32")) as opened:
         parts = ((name, value) for name, value, _ in opened.tensors())
         packed = models.pack_decoder(opened.config, opened.info, parts, torch.float32)
-    table = PageTable(Pages(8, 16))
-    table.grow(60)
-    kind = "causal" if model.info.kind == "ar" else "full"
-    span = Span(0, tuple(ids.tolist()), kind, "keep" if kind == "causal" else "none", want=tuple(range(60)))  # type: ignore[arg-type]
-    got = NativeRunner(packed, 128, torch.float32, 16).run(pack([(span, table, 0)])).logits()
+    got = native_logits(packed, ids)
     assert (got - torch_logits(model, ids, torch.arange(60))).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "llada_moe"])
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
 def test_a_mixture_in_a_gguf_file(family: str, kind: str, tmp_path: Path) -> None:
-    """One tensor holds the experts of a layer; they are floats on torch, and the native runner says what it lacks."""
+    """One tensor holds the experts of a layer. Natively they are packed from the file's blocks; on torch, where asked,
+    they are floats."""
     moe = replace(models.tiny_config(family).moe, intermediate_size=32)  # type: ignore[type-var]
     model = models.tiny(family, seed=8, hidden_size=64, heads=4, vocab_size=1280, moe=moe).requires_grad_(False)
     demo = SHIPPED / "demo-ar"
     path = write_gguf(model, tmp_path / "m.gguf", kind, tokenizer=tokenizer_metadata(demo, 1280))
     with open_gguf(path) as opened:
         assert opened.file.tensors["blk.1.ffn_gate_exps.weight"].shape == (8, 32, 64)
-    loaded = assemble.load(path, dtype="float32").model
-    assert isinstance(loaded, models.Decoder)
-    assert loaded.config == model.config
-    for (name, ours), (_, theirs) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
-        assert (ours - theirs).abs().max() <= (0 if kind == "F32" else theirs.abs().max() / 120), name
-    for options in ({"backend": "native"}, {"quantization": "w8"}):
-        with pytest.raises(UnsupportedError, match=r"op experts \(layer 0"):
-            assemble.load(path, **options)  # type: ignore[arg-type]
+    floats = assemble.load(path, dtype="float32", backend="torch").model
+    assert isinstance(floats, models.Decoder)
+    assert floats.config == model.config
+    coarse = {"F32": 0.0, "Q8_0": 1 / 120, "Q4_0": 1 / 7}[kind]
+    for (name, ours), (_, theirs) in zip(floats.named_parameters(), model.named_parameters(), strict=True):
+        assert (ours - theirs).abs().max() <= theirs.abs().max() * coarse, name
+    packed = assemble.load(path).model
+    assert isinstance(packed, models.PackedDecoder)
+    form = {"F32": "f32", "Q8_0": "w8g", "Q4_0": "w4g"}[kind]
+    assert packed.formats[form] >= 2 * 2 * 8  # gate with up, and down, of the experts of both layers
+    base = models.adapter_base(packed)  # which takes matrices out of the panels
+    for name in ("layers.1.mlp.experts.5.up_proj.weight", "layers.0.mlp.router.weight"):
+        assert torch.equal(base.value(name), floats.get_parameter(name))
+
+
+def test_experts_of_several_formats(tmp_path: Path) -> None:
+    """Experts of one layer that want their rows prepared in different ways are all held as floats."""
+    model = models.tiny("qwen3_moe", seed=3, hidden_size=64, heads=4, vocab_size=96).requires_grad_(False)
+
+    def parts(mixed: bool) -> Any:
+        for name, parameter in model.named_parameters():
+            if re.search(r"experts\.[02]\.", name):
+                rounded = quantise(parameter, "w8", name=name)
+                yield name, rounded if mixed else rounded.dequantise()
+            else:
+                yield name, parameter
+
+    mixed, floats = (models.pack_decoder(model.config, model.info, parts(how), torch.float32) for how in (True, False))
+    assert set(mixed.formats) == {"f32"}
+    ids = torch.arange(1, 20)
+    assert torch.equal(native_logits(mixed, ids), native_logits(floats, ids))
 
 
 @pytest.mark.parametrize("wrong", ["order", "width", "table", "activation"])

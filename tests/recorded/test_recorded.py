@@ -45,7 +45,7 @@ def worst(recording: Recording, runner: Runner) -> tuple[float, bool]:
     return most, most == 0
 
 
-@pytest.mark.parametrize("family", [name for name, run in RUNS.items() if run.native])
+@pytest.mark.parametrize("family", RUNS)
 def test_native_gives_the_recorded_bits(family: str) -> None:
     run = RUNS[family]
     recording, model = Recording(run.path), run.model()

@@ -29,7 +29,6 @@ from dfastllm.convert.source import Source
 from dfastllm.errors import ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.checkpoint import load, read_model, read_weights, skeleton
-from dfastllm.models.pack import require_packable
 from dfastllm.quant.calibrate import InputStatistics
 from dfastllm.quant.checkpoint import QuantConfig, plan, write
 from dfastllm.quant.formats import FORMATS, Format, find_format, quantise, require_divisible
@@ -102,14 +101,13 @@ def quantise_model(
 
     Memory: the largest tensor and its rounding; with calibration one layer in float32 (and, for GPTQ, its gram
     matrices) and the hidden states of the samples. Raises ValidationError when `out` has files and `force` is not
-    given, or is the source; UnsupportedError for a mixture of experts, which nothing would serve, and for matrices that
-    the format's groups do not divide (before anything is written); CheckpointError naming a tensor with NaN or
+    given, or is the source; UnsupportedError for matrices that the format's groups do not divide (before anything is
+    written); CheckpointError naming a tensor with NaN or
     infinity; StorageError where the disk has no room; and as loading and calibrating do.
     """
     begun = time.monotonic()
     directory = Path(out)
     source = Source(model)
-    _require_served(source)
     _require_writable(directory, source, force)
     for name, (_, k) in source.matrices.items():
         format = options.of(name)
@@ -143,16 +141,6 @@ def quantise_model(
     )
     report.write(directory)
     return report
-
-
-def _require_served(source: Source) -> None:
-    gguf = ", or write GGUF (format gguf-q8_0), which is read as floats" if source.family.gguf else ""
-    require_packable(
-        source.family.program(source.config),
-        source.info.name,
-        quantised=True,
-        hint=f"Serve the float checkpoint with backend torch or auto{gguf}.",
-    )
 
 
 def _require_writable(directory: Path, source: Source, force: bool) -> None:

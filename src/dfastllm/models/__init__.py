@@ -12,7 +12,7 @@ from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import FAMILIES, Family, Ids, describe, find_family
-from dfastllm.models.pack import pack_decoder, require_packable
+from dfastllm.models.pack import pack_decoder
 from dfastllm.models.packed import PackedDecoder
 from dfastllm.models.parts import AttendFunction, dense_attention
 from dfastllm.models.program import Attend, Program
@@ -41,7 +41,6 @@ __all__ = [
     "load",
     "pack_decoder",
     "random_like",
-    "require_packable",
     "save",
     "tiny",
     "tiny_config",

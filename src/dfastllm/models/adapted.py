@@ -22,13 +22,15 @@ from dfastllm.kernels.step import Step
 from dfastllm.lora import EMBED, HEAD, Adapter, Base, Delta
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import find_family
-from dfastllm.models.packed import Gated, PackedDecoder, Project
+from dfastllm.models.packed import Gated, PackedDecoder, Project, Routed, Weights
 
 __all__ = [
     "NEVER",
     "AdaptedRows",
     "PackedAdapters",
+    "Places",
     "PlainRows",
+    "Site",
     "adapter_base",
     "on_device",
     "require_numbers",
@@ -86,37 +88,63 @@ def _packed_value(model: PackedDecoder, own: str) -> Tensor:
     module, _, leaf = own.rpartition(".")
     if module in (EMBED, HEAD):
         return unpack_panels(model.embed if module == EMBED else model.head_weights).dequantise()
-    for op, places in sites(model):
-        if module not in places:
+    for site in sites(model):
+        if module not in site.places:
             continue
-        weights = op.weights if isinstance(op, Project) else (op.weights,)
-        columns = torch.cat([place.columns for place in places[module]])
+        columns = torch.cat([place.columns for place in site.places[module]])
         if leaf == "bias":
-            parts = [torch.zeros(w.packed.n) if w.bias is None else w.bias for w in weights]
+            parts = [torch.zeros(w.packed.n) if w.bias is None else w.bias for w in site.weights]
+        elif site.router is not None:
+            parts = [site.router.float()]
         else:
-            parts = [unpack_panels(w.packed).dequantise() for w in weights]
+            parts = [unpack_panels(w.packed).dequantise() for w in site.weights]
         return torch.cat(parts)[columns]
     raise KeyError(own)
 
 
-def sites(model: PackedDecoder) -> Iterator[tuple[Project | Gated, Places]]:
-    """The linears of all layers in their order, and where the outputs of the program's matrices lie in each."""
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A linear that an adapter may change, in the order in which a forward comes to them.
+
+    places   where the outputs of the program's matrices lie in it.
+    weights  what it is made of.
+    router   its matrix in place of them, where the linear is a router.
+    """
+
+    places: Places
+    weights: tuple[Weights, ...] = ()
+    router: Tensor | None = None
+
+
+def sites(model: PackedDecoder) -> Iterator[Site]:
+    """The linears of all layers in their order."""
     for i, layer in enumerate(model.layers):
         for op in layer:
-            if not isinstance(op, Project | Gated):
-                continue
-            places: dict[str, tuple[Place, ...]] = {}
-            column = 0
-            for matrix in op.source.matrices:
-                first, found = 0, []
-                for size in matrix.outputs:
-                    # Gate and up alternate by 32 channels, which part it is comes from the order of both.
-                    gated = isinstance(op, Gated)
-                    found.append(Place(first, size, HALF * column, PANEL) if gated else Place(first, size, column))
-                    first += size
-                    column += 1 if gated else size
-                places[f"layers.{i}.{matrix.name}"] = tuple(found)
-            yield op, places
+            if isinstance(op, Routed):
+                yield from _sites_of_mixture(op, f"layers.{i}.{op.source.name}")
+            elif isinstance(op, Project | Gated):
+                places: dict[str, tuple[Place, ...]] = {}
+                column = 0
+                for matrix in op.source.matrices:
+                    first, found = 0, []
+                    for size in matrix.outputs:
+                        # Gate and up alternate by 32 channels, which part it is comes from the order of both.
+                        gated = isinstance(op, Gated)
+                        found.append(Place(first, size, HALF * column, PANEL) if gated else Place(first, size, column))
+                        first += size
+                        column += 1 if gated else size
+                    places[f"layers.{i}.{matrix.name}"] = tuple(found)
+                yield Site(places, op.weights if isinstance(op, Project) else (op.weights,))
+
+
+def _sites_of_mixture(op: Routed, name: str) -> Iterator[Site]:
+    """name: of the mixture. In the order of native/experts.h."""
+    yield Site({f"{name}.router": (Place(0, len(op.router), 0),)}, router=op.router)
+    for j, block in enumerate(op.blocks):
+        own = f"{name}.experts.{j}" if j < len(op.experts) else f"{name}.shared"
+        gate, up = Place(0, block.width, 0, PANEL), Place(0, block.width, HALF, PANEL)
+        yield Site({f"{own}.gate_proj": (gate,), f"{own}.up_proj": (up,)}, (block.gated,))
+        yield Site({f"{own}.down_proj": (Place(0, block.down.packed.n, 0),)}, (block.down,))
 
 
 def _present(numbers: Tensor) -> list[int]:
@@ -152,7 +180,7 @@ class PackedAdapters:
     """
 
     def __init__(self, model: PackedDecoder) -> None:
-        self._places = [places for _, places in sites(model)]
+        self._places = [site.places for site in sites(model)]
         self._hidden, self._vocab = model.config.hidden_size, model.config.vocab_size
         self.table: tuple[Adapter | None, ...] = (None,)
         self.handles: list[Any] = [None]
@@ -241,10 +269,12 @@ class PlainRows:
         self._numbers = torch.from_numpy(step.adapter).long()
         self._product: Tensor | None = None
 
-    def _groups(self) -> Iterator[tuple[Adapter, Tensor]]:
-        for number in _present(self._numbers):
+    def _groups(self, of: Tensor | None = None) -> Iterator[tuple[Adapter, Tensor]]:
+        """The adapters among all rows, or those of the step that `of` names, and which of them have each."""
+        numbers = self._numbers if of is None else self._numbers[of]
+        for number in _present(numbers):
             if (adapter := self._table[number]) is not None:
-                yield adapter, (self._numbers == number).nonzero()[:, 0]
+                yield adapter, (numbers == number).nonzero()[:, 0]
 
     def embed(self, x: Tensor) -> None:
         """x [rows, hidden], the base's embeddings, in place."""
@@ -256,11 +286,20 @@ class PlainRows:
         """What the next linear gives, y [rows, columns], changed in place. x [rows, inputs]; None: `keep_product`'s."""
         inputs = self._product if x is None else x
         assert inputs is not None
-        for name, where in next(self._places).items():
-            for adapter, rows in self._groups():
+        return self.change(next(self._places), y, inputs)
+
+    def next_places(self, count: int) -> list[Places]:
+        """Of the next linears, which are passed by."""
+        return [next(self._places) for _ in range(count)]
+
+    def change(self, places: Places, y: Tensor, x: Tensor, of: Tensor | None = None) -> Tensor:
+        """What the linear of these places gives, y [rows, columns], changed in place. x [rows, inputs]. of: which rows
+        of the step they are, int64 [rows]; None: all."""
+        for name, where in places.items():
+            for adapter, rows in self._groups(of):
                 if (delta := adapter.deltas.get(name)) is not None:
                     at = rows[:, None], torch.cat([place.columns for place in where])[None, :]
-                    y[at] = add_low_rank(y[at], inputs[rows], _part(delta))
+                    y[at] = add_low_rank(y[at], x[rows], _part(delta))
         return y
 
     def keep_product(self, product: Tensor) -> Tensor:

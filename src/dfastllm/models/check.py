@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import DFastLLMError, ModelLoadError, UnsupportedError
+from dfastllm.errors import DFastLLMError, ModelLoadError
 from dfastllm.models.checkpoint import compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
 from dfastllm.models.gguf.load import open_gguf
 from dfastllm.models.headers import TensorEntry, inventory
 from dfastllm.models.ids import tokenizer_size
-from dfastllm.models.pack import require_packable
 from dfastllm.quant.checkpoint import Stored, stored
 from dfastllm.quant.gguf.types import FLOATS
 
@@ -120,12 +119,6 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         else:
             different = compare(family, model, weights, quantised)
             problems += [Problem("bad_checkpoint", f"{message}.") for message in different]
-    if quantised is not None:
-        hint = "Load the float checkpoint with backend torch or auto."
-        try:
-            require_packable(model.program, info.name, quantised=True, hint=hint)
-        except UnsupportedError as error:
-            problems.append(Problem(error.code, error.message))
     problems += _tokenizer_problems(directory, config.vocab_size)
     return CheckReport(
         directory,
@@ -157,10 +150,6 @@ def _check_gguf(path: Path, dtype: torch.dtype) -> CheckReport:
             sizes[tensor.type.name] += size
             widened = tensor.type.name == "F16" or len(tensor.shape) == 1
             held += 4 * size if widened else tensor.nbytes * (source.stop - source.start) // tensor.shape[0]
-        try:
-            require_packable(model.program, opened.info.name)
-        except UnsupportedError:  # the plain model, its weights expanded
-            held = sum(parameter.nbytes for parameter in parameters.values())
         kind = sizes.most_common(1)[0][0]
         return CheckReport(
             path,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dfastllm.models.config import MoEConfig
 from dfastllm.models.parts import Adapt, Expert
 
-__all__ = ["Mixture", "Router"]
+__all__ = ["Mixture", "Router", "route"]
 
 
 class Router(nn.Module):
@@ -23,27 +23,39 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, adapt: Adapt | None = None, name: str = "") -> tuple[Tensor, Tensor]:
         """x [tokens, hidden] -> weights float32, experts int64, both [tokens, top_k]. name: its own."""
-        config = self.config
         logits = F.linear(x.float(), self.weight.float())  # [tokens, experts]
         if adapt is not None:
             logits = adapt(name, x, logits)
-        if self.bias is None:
-            weights, chosen = logits.softmax(-1).topk(config.top_k, dim=-1)
-        else:
-            scores = 1 / (1 + torch.exp(-logits))  # not torch.sigmoid: see parts.silu
-            chosen = self._within_best_groups(scores + self.bias.float()).topk(config.top_k, dim=-1).indices
-            weights = scores.gather(-1, chosen)
-        if config.normalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * config.scale, chosen
+        return route(logits, self.bias, self.config)
 
-    def _within_best_groups(self, biased: Tensor) -> Tensor:
-        """biased [tokens, experts] with every expert outside the row's best groups at -inf."""
-        grouped = biased.view(len(biased), self.config.groups, -1)
-        group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # [tokens, groups]
-        best = group_score.topk(self.config.groups_kept, dim=-1).indices
-        kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(-1, best, True)
-        return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+
+def route(logits: Tensor, bias: Tensor | None, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """The router's logits float32 [tokens, experts] -> weights float32, experts int64, both [tokens, top_k], the best
+    first, equal ones by their number. bias: of a sigmoid router, None: softmax. See `MoEConfig`."""
+    if bias is None:
+        chosen = _highest(logits, config.top_k)
+        weights = logits.softmax(-1).gather(-1, chosen)
+    else:
+        scores = 1 / (1 + torch.exp(-logits))  # not torch.sigmoid: see parts.silu
+        chosen = _highest(_within_best_groups(scores + bias.float(), config), config.top_k)
+        weights = scores.gather(-1, chosen)
+    if config.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * config.scale, chosen
+
+
+def _highest(values: Tensor, count: int) -> Tensor:
+    """int64 [rows, count]: where the highest of each row lie, the lowest index first of equal ones."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _within_best_groups(biased: Tensor, config: MoEConfig) -> Tensor:
+    """biased [tokens, experts] with every expert outside the row's best groups at -inf."""
+    grouped = biased.view(len(biased), config.groups, -1)
+    group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # [tokens, groups]
+    best = _highest(group_score, config.groups_kept)
+    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(-1, best, True)
+    return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
 
 
 class Mixture(nn.Module):

@@ -1,50 +1,43 @@
 """From a stream of parameters to a PackedDecoder: each layer's ops are joined and packed as soon as its weights are
-there, so that no more than about one layer is held in both forms."""
+there, and an expert as soon as its three matrices are, so that no more than about one layer is held in both forms."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import CheckpointError, UnsupportedError
+from dfastllm.errors import CheckpointError
 from dfastllm.kernels import linear
 from dfastllm.kernels.activations import act_kind
-from dfastllm.kernels.packed import PANEL, Packed, QTensor
+from dfastllm.kernels.packed import PANEL, Packed, QTensor, unpack_panels
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import find_family
-from dfastllm.models.packed import Gated, Mix, Normalise, PackedDecoder, PackedOp, Project, ScaledNorm, Sum, Weights
-from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Norm, Op, Program, Rope
+from dfastllm.models.packed import (
+    FeedForward,
+    Gated,
+    Mix,
+    Normalise,
+    PackedDecoder,
+    PackedOp,
+    Project,
+    Routed,
+    ScaledNorm,
+    Sum,
+    Weights,
+)
+from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Norm, Op, Rope
 
-__all__ = ["pack_decoder", "require_packable"]
+__all__ = ["pack_decoder"]
 
+EXPERT = re.compile(r"(.*\.(?:experts\.\d+|shared))\.(?:gate|up|down)_proj\.weight$")
 HALF = PANEL // 2  # a panel of gate and up holds so many channels of each
 Value = QTensor | Tensor
-
-
-def require_packable(
-    program: Program,
-    name: str,
-    *,
-    quantised: bool = False,
-    hint: str = "Load float weights with backend torch or auto.",
-) -> None:
-    """Raises UnsupportedError, naming the op and the layer, for a program that the kernels cannot run. quantised: the
-    kernels are wanted for the weights' sake, which the message says. hint: the way out where this is called."""
-    bound = ", and quantised weights run on the native runner only" if quantised else ""
-    for i, layer in enumerate(program.layers):
-        for op in layer:
-            if isinstance(op, Experts):
-                raise UnsupportedError(
-                    f"{name}: op experts (layer {i}, a mixture of experts) runs on the torch runner; the native runner "
-                    f"lacks it{bound}.",
-                    param="model",
-                    hint=hint,
-                )
 
 
 def pack_decoder(
@@ -59,15 +52,13 @@ def pack_decoder(
     """Build from a stream of (parameter name as in `Decoder`, matrix or vector). Floating-point matrices become float32
     or bfloat16 panels. shortlist: the only tokens that the head gets, int64 [n] ascending; None: all.
 
-    Raises UnsupportedError as `require_packable` does, CheckpointError for a missing, surplus or mis-shaped parameter
-    or one that is not finite.
+    Raises CheckpointError for a missing, surplus or mis-shaped parameter or one that is not finite.
     """
     program = find_family(info.family).program(config)
-    require_packable(program, info.name)
     wanted = _shapes(config, info)
     waiting: dict[int | None, dict[str, Value]] = {}
-    places = [_place(name) for name in wanted]
-    count = {place: places.count(place) for place in set(places)}
+    experts: dict[int | None, dict[str, FeedForward]] = {}
+    left = Counter(_place(name) for name in wanted)
     layers: dict[int, tuple[PackedOp, ...]] = {}
     seen: set[str] = set()
     for name, value in parts:
@@ -78,9 +69,13 @@ def pack_decoder(
         seen.add(name)
         place = _place(name)
         group = waiting.setdefault(place, {})
-        group[name.removeprefix(f"layers.{place}.")] = _finite(name, value)
-        if place is not None and len(group) == count[place]:
-            layers[place] = _layer(program.layers[place], group)
+        inner = name.removeprefix(f"layers.{place}.")
+        group[inner] = _finite(name, value)
+        left[place] -= 1
+        if expert := EXPERT.match(inner):
+            _settle_expert(expert[1], group, experts.setdefault(place, {}))
+        if place is not None and left[place] == 0:
+            layers[place] = _layer(program.layers[place], group, experts.pop(place, {}))
             del waiting[place], group
     missing = sorted(wanted.keys() - seen)
     if missing:
@@ -123,15 +118,24 @@ def _finite(name: str, value: Value) -> Value:
     return value
 
 
-def _layer(ops: Sequence[Op], parts: Mapping[str, Value]) -> tuple[PackedOp, ...]:
-    """The ops of a layer joined into those of the kernels."""
+def _settle_expert(name: str, parts: dict[str, Value], experts: dict[str, FeedForward]) -> None:
+    """The matrices of an expert become panels as soon as all three are there: a layer may have hundreds of experts."""
+    matrices = [f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")]
+    if all(matrix in parts for matrix in matrices):
+        gate, up, down = (_matrix(parts.pop(matrix)) for matrix in matrices)
+        packed = _interleaved((gate, None), (up, None))
+        experts[name] = FeedForward(packed, Weights(linear.pack(down)), gate.shape[0])
+
+
+def _layer(ops: Sequence[Op], parts: Mapping[str, Value], experts: Mapping[str, FeedForward]) -> tuple[PackedOp, ...]:
+    """The ops of a layer joined into those of the kernels. experts: by their names in the layer."""
     out: list[PackedOp] = []
     norm: ScaledNorm | None = None  # read by the linear that follows
     heads: tuple[ScaledNorm | None, ScaledNorm | None] = (None, None)
     table: int | None = None
     for before, op, after in zip((None, *ops), ops, (*ops[1:], None), strict=False):
         match op, after:
-            case Norm(), Linear():
+            case Norm(), Linear() | Experts():
                 norm = _norm(op, parts)
             case Norm(), _:
                 out.append(Normalise(_norm(op, parts)))
@@ -147,6 +151,10 @@ def _layer(ops: Sequence[Op], parts: Mapping[str, Value]) -> tuple[PackedOp, ...
                 onto = isinstance(after, Add) and after.factor == 1
                 out.append(Project(_side_by_side(_parts(op, parts)), op, norm, onto))
                 norm = None
+            case Experts(), _:
+                onto = isinstance(after, Add) and after.factor == 1
+                out.append(_routed(op, parts, experts, norm, onto))
+                norm = None
             case HeadNorm(), _:
                 heads = _norm(op.q, parts), _norm(op.k, parts)
             case Rope(), _:
@@ -154,9 +162,35 @@ def _layer(ops: Sequence[Op], parts: Mapping[str, Value]) -> tuple[PackedOp, ...
             case Attend(), _:
                 out.append(Mix(op, *heads, table))
                 heads, table = (None, None), None
-            case Add(), _ if not (isinstance(before, Linear) and op.factor == 1):
+            case Add(), _ if not (isinstance(before, Linear | Experts) and op.factor == 1):
                 out.append(Sum(op.factor))
     return tuple(out)
+
+
+def _routed(
+    op: Experts, parts: Mapping[str, Value], experts: Mapping[str, FeedForward], norm: ScaledNorm | None, onto: bool
+) -> Routed:
+    router, bias = parts[f"{op.name}.router.weight"], parts.get(f"{op.name}.router.bias")
+    found = tuple(experts[f"{op.name}.experts.{i}"] for i in range(op.config.experts))
+    if len({block.kinds for block in found}) > 1:  # no file has been seen that stores some experts in another way
+        found = tuple(_as_floats(block) for block in found)
+    return Routed(
+        source=op,
+        router=(router if isinstance(router, Tensor) else router.dequantise()).contiguous(),
+        bias=None if bias is None else _vector(bias),
+        experts=found,
+        shared=experts.get(f"{op.name}.shared"),
+        norm=norm,
+        onto_stream=onto,
+    )
+
+
+def _as_floats(block: FeedForward) -> FeedForward:
+    gated, down = (
+        Weights(linear.pack(QTensor("f32", unpack_panels(w.packed).dequantise())), w.bias)
+        for w in (block.gated, block.down)
+    )
+    return FeedForward(gated, down, block.width)
 
 
 def _norm(op: Norm, parts: Mapping[str, Value]) -> ScaledNorm:

@@ -7,7 +7,7 @@ walk that list, each over the same packed weights, a float32 stream, and K,V tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,25 @@ from dfastllm.kernels.packed import Packed
 from dfastllm.kernels.step import Step
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.parts import inverse_frequencies
-from dfastllm.models.program import Activation, Attend, Linear, Program
+from dfastllm.models.program import Activation, Attend, Experts, Linear, Program
+from dfastllm.models.routed import routed
 
 if TYPE_CHECKING:
     from dfastllm.models.adapted import PackedAdapters
 
-__all__ = ["Gated", "Mix", "Normalise", "PackedDecoder", "PackedOp", "Project", "ScaledNorm", "Sum", "Weights"]
+__all__ = [
+    "FeedForward",
+    "Gated",
+    "Mix",
+    "Normalise",
+    "PackedDecoder",
+    "PackedOp",
+    "Project",
+    "Routed",
+    "ScaledNorm",
+    "Sum",
+    "Weights",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +110,53 @@ class Normalise:
 
 
 @dataclass(frozen=True, eq=False)
+class FeedForward:
+    """An expert: down(silu(gate) * up) of `width` channels. gated: 32 channels of gate and the same 32 of up in
+    turn."""
+
+    gated: Weights
+    down: Weights
+    width: int
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """How the two want their rows."""
+        return act_kind(self.gated.packed.format), act_kind(self.down.packed.format)
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """h <- the sum of the chosen experts' outputs for norm(h) times their weights, and the shared expert's.
+
+    source       the program's op that it is.
+    router       [experts, hidden] as stored.
+    bias         float32 [experts] of a sigmoid router.
+    experts      all of the same `kinds`.
+    onto_stream  x += the sum, and the next branch begins.
+    """
+
+    source: Experts
+    router: Tensor
+    bias: Tensor | None
+    experts: tuple[FeedForward, ...]
+    shared: FeedForward | None = None
+    norm: ScaledNorm | None = None
+    onto_stream: bool = False
+
+    @property
+    def blocks(self) -> tuple[FeedForward, ...]:
+        """The experts, then the shared one."""
+        return self.experts if self.shared is None else (*self.experts, self.shared)
+
+
+@dataclass(frozen=True, eq=False)
 class Sum:
     """x <- x + factor * h, and the next branch begins."""
 
     factor: float
 
 
-PackedOp = Project | Gated | Mix | Normalise | Sum
+PackedOp = Project | Gated | Mix | Normalise | Routed | Sum
 
 
 @dataclass(eq=False)
@@ -144,6 +197,15 @@ class PackedDecoder:
                 yield from op.weights
             elif isinstance(op, Gated):
                 yield op.weights
+            elif isinstance(op, Routed):
+                yield from (weights for block in op.blocks for weights in (block.gated, block.down))
+
+    def _routers(self) -> Iterator[Tensor]:
+        for op in (op for layer in self.layers for op in layer):
+            if isinstance(op, Routed):
+                yield op.router
+                if op.bias is not None:
+                    yield op.bias
 
     def _norms(self) -> Iterator[ScaledNorm]:
         for op in (op for layer in self.layers for op in layer):
@@ -155,7 +217,7 @@ class PackedDecoder:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         matrices = self.embed.nbytes + (self.head.nbytes if self.head else 0) + sum(w.nbytes for w in self._linears())
-        return matrices + sum(norm.weight.nbytes for norm in self._norms())
+        return matrices + sum(t.nbytes for t in (*self._routers(), *(norm.weight for norm in self._norms())))
 
     @property
     def formats(self) -> dict[str, int]:
@@ -265,6 +327,10 @@ class PackedDecoder:
                             x, h = x[want], h[want]
                             if adapted is not None:
                                 adapted.take(want)
+                    case Routed():
+                        assert isinstance(h, Tensor)
+                        made = routed(op, h, adapted)
+                        h = x.add_(made) if op.onto_stream else made
                     case Sum():
                         assert isinstance(h, Tensor)
                         x = x.add_(h, alpha=op.factor)
@@ -337,5 +403,26 @@ def _emit(made: Any, op: PackedOp) -> None:
             made.mix(*norms, eps=eps, table=table, scale=op.op.scale, window=op.op.window, softcap=op.op.softcap)
         case Normalise():
             made.normalise(**norm(op.norm))
+        case Routed():
+            moe = op.source.config
+
+            def bound(blocks: Sequence[FeedForward]) -> list[Any]:
+                return [linear.bound(w.packed, w.bias) for block in blocks for w in (block.gated, block.down)]
+
+            made.experts(
+                router=op.router,
+                bias=op.bias,
+                top_k=moe.top_k,
+                groups=moe.groups,
+                groups_kept=moe.groups_kept,
+                normalise=moe.normalise,
+                scale=moe.scale,
+                experts=bound(op.experts),
+                width=op.experts[0].width,
+                shared=bound(op.blocks[len(op.experts) :]),
+                shared_width=moe.shared_size,
+                onto_stream=op.onto_stream,
+                **norm(op.norm),
+            )
         case Sum():
             made.sum(op.factor)

@@ -23,8 +23,10 @@ from dfastllm.kernels import native, set_threads
 from dfastllm.models import Decoder, PackedDecoder, tiny
 from dfastllm.quant import FORMATS, quantise
 from tests.engine.test_invariance import answers, requests
+from tests.kit.convert_models import grouped
 
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "llada", "dream", "sdar", "fast_dllm_v2")
+MIXTURES = ("qwen3_moe", "llada_moe", "llada2_moe", "sdar_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "llada", "dream", "sdar", "fast_dllm_v2", *MIXTURES)
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 160, "heads": 4, "kv_heads": 2}
 
 
@@ -95,7 +97,7 @@ def test_an_id_without_an_embedding_row_is_named(runner: type[TorchRunner | Nati
         run(160 + above)
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_every_kind_of_span_equal_the_plain_models(family: str) -> None:
     model, packed = packed_of(family)
     pool = Pages(64, 16)
@@ -125,7 +127,16 @@ def test_pages_of_several_blocks_and_scattered_pages() -> None:
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("weights", [None, "bf16", "w8", "w8g", "w6", "w4m", "w4"])
 def test_bits_of_a_row_do_not_depend_on_neighbours_or_threads(weights: str | None, kv: torch.dtype) -> None:
-    model = tiny("llada", seed=6, **WIDE)
+    bits_are_a_rows_own(tiny("llada", seed=6, **WIDE), weights, kv)
+
+
+@pytest.mark.parametrize("weights", [None, "bf16", "w8", "w8g", "w6", "w4m", "w4"])
+@pytest.mark.parametrize("family", ["llada_moe", "llada2_moe"])
+def test_bits_of_a_row_of_a_mixture_do_not_depend_on_neighbours_or_threads(family: str, weights: str | None) -> None:
+    bits_are_a_rows_own(tiny(family, seed=6, **{**grouped(family), **WIDE}), weights, torch.bfloat16)
+
+
+def bits_are_a_rows_own(model: Decoder, weights: str | None, kv: torch.dtype) -> None:
     if weights == "bf16":
         model = model.to(torch.bfloat16)
     packed = assemble.pack(model, None if weights == "bf16" else weights)
@@ -151,8 +162,10 @@ def test_bits_of_a_row_do_not_depend_on_neighbours_or_threads(weights: str | Non
                 assert torch.equal(one[0], many[seeds.index(1)])
 
 
-@pytest.mark.parametrize("family", ["llama", "llada", "sdar"])
-@pytest.mark.parametrize("weights", [None, "w4m"])
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [(f, w) for f in ("llama", "llada", "sdar") for w in (None, "w4m")] + [("qwen3_moe", "w8")],
+)
 def test_same_answers_alone_and_together(family: str, weights: str | None) -> None:
     """Random mixes of options, T = 0 and T > 0: tokens and the bits of every logprob."""
     _, packed = packed_of(family, weights)
@@ -246,8 +259,6 @@ def test_what_it_cannot_run_is_named() -> None:
     model, packed = packed_of("llama")
     with pytest.raises(UnsupportedError, match="multiple of 16"):
         Engine(packed, config=EngineConfig(page_size=8))
-    with pytest.raises(UnsupportedError, match="mixture of experts"):
-        assemble.pack(tiny("llada_moe"))
     with pytest.raises(UnsupportedError, match="native backend"):
         Engine(model, dtype=torch.int8)
 

@@ -25,7 +25,6 @@ from dfastllm.kernels.packed import QTensor
 from dfastllm.models.checkpoint import quantisable
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import find_family
-from dfastllm.models.pack import require_packable
 from dfastllm.quant.checkpoint import QuantConfig
 from dfastllm.quant.formats import require_divisible
 
@@ -113,12 +112,11 @@ def prepare_qat(model: Decoder, config: QatConfig) -> Qat:
     """Put rounding modules in the places of the linear layers, the embedding and the head, switched off. The model is
     changed in place; its parameters and their names stay.
 
-    Raises ValidationError for a model that is prepared already, UnsupportedError for one that nothing would serve
-    quantised (a mixture of experts) and for matrices that the format's groups do not divide; nothing is changed then.
+    Raises ValidationError for a model that is prepared already, UnsupportedError for matrices that the format's groups
+    do not divide; nothing is changed then.
     """
     if any(isinstance(module, QatLinear | QatEmbedding | QatHead) for module in model.modules()):
         raise ValidationError(f"{model.info.name} is prepared for quantisation-aware training already.", param="model")
-    require_packable(model.program, model.info.name, quantised=True, hint="Train it in float: quant.enabled false.")
     options = Options(config.format, head=config.head, search=config.search)
     published = find_family(model.info.family).names.published
     parameters = dict(model.named_parameters())
