@@ -27,9 +27,10 @@ def routed(op: Routed, h: Tensor, adapted: PlainRows | None) -> Tensor:
     norm = {} if op.norm is None else {"norm": op.norm.weight, "eps": op.norm.eps}
     inputs = {kind: linear.prepare(h, kind, **norm) for kind in {"f32", *kinds}}  # type: ignore[arg-type]
     floats = inputs["f32"].dequantise()
-    places = [None] * (1 + 2 * len(op.blocks)) if adapted is None else adapted.next_places(1 + 2 * len(op.blocks))
+    count = 1 + 2 * len(op.blocks)
+    places: list[Places] = [{}] * count if adapted is None else adapted.next_places(count)
     logits = linear_plain.linear(inputs["f32"], QTensor("f32", op.router.float()))
-    if adapted is not None and places[0] is not None:
+    if adapted is not None:
         adapted.change(places[0], logits, floats)
     weights, chosen = route(logits, op.bias, op.source.config)
     out = torch.zeros_like(h)
@@ -49,13 +50,13 @@ def _feed_forward(
     inputs: Acts,
     floats: Tensor,
     adapted: PlainRows | None,
-    places: list[Places | None],
+    places: list[Places],
     rows: Tensor,
 ) -> Tensor:
     """One expert of some rows of the step."""
     up, down = places
     taken, gated, kind = _rows(inputs, rows), block.gated, block.kinds[1]
-    if adapted is None or up is None or down is None:
+    if adapted is None:
         middle = linear.linear_gated(taken, gated.packed, gated.bias, kind=kind, width=block.width)
         return linear.linear(middle, block.down.packed, block.down.bias)
     both = adapted.change(up, linear.linear(taken, gated.packed, gated.bias), floats[rows], rows)

@@ -46,7 +46,7 @@ def test_off_is_the_plain_model_to_the_bit(family: str) -> None:
     found.square().mean().backward()
     for name, parameter in plain.named_parameters():
         gradient = after[name].grad
-        if gradient is None or parameter.grad is None:  # of experts that no row chose, or a bias that only steers the choice
+        if gradient is None or parameter.grad is None:  # of experts that no row chose; a bias steers the choice
             assert gradient is parameter.grad
             assert ".experts." in name or name.endswith("router.bias")
         else:
