@@ -1,4 +1,13 @@
-// Reduces tiles of logits. Included inside a translation unit's own namespace, after simd.h.
+// Reduces tiles of logits.
+#pragma once
+
+#include <cstdint>
+
+#include "linear.h"
+#include "linear_head.h"
+#include "simd.h"
+
+namespace dfk::DFK_ISA {
 
 // Best and second of a panel that has something better than the second so far; sums move on to the new best.
 inline void better(const float* tile, int32_t first_id, HeadPart& part, Floats16& sum, Floats16& weighted) {
@@ -47,3 +56,5 @@ inline void head_rows(const float* tile, int64_t rows, int32_t first_id, bool ch
     store(part.weighted, weighted);
   }
 }
+
+}  // namespace dfk::DFK_ISA

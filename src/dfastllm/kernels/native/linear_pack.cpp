@@ -2,12 +2,16 @@
 #include <cstring>
 
 #include "linear.h"
+#include "linear_natural.h"
 #include "pool.h"
+#include "simd_portable.h"
 
 namespace dfk {
-namespace {
 
-#include "linear_natural.h"
+using DFK_ISA::code_at;
+using DFK_ISA::half_to_float;
+
+namespace {
 
 int64_t group_of(Format f) { return f == Format::w6g ? 16 : 32; }
 

@@ -1,9 +1,20 @@
-// Activations of one row: RMSNorm, quantisation, silu. Included inside a translation unit's own namespace, after simd.h.
+// Activations of one row: RMSNorm, quantisation, silu.
 //
 // kernels/linear_plain.py states the rules of quantisation. A scale of NaN, where a row is not finite, makes the products
 // NaN, so that they are noticed.
 // Over 32 inputs the scale is rounded up to the next of {1, 1.25, 1.5, 1.75} x 2^n, which tiles can multiply with
 // without the units of the dot products, for a tenth of a bit of precision on average.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "linear.h"
+#include "simd.h"
+
+namespace dfk::DFK_ISA {
 
 struct Quantiser { float scale, inverse; };
 
@@ -64,18 +75,6 @@ inline Quantiser group_quantiser(int32_t amax_bits) {
   std::memcpy(&q.scale, &raw, sizeof raw);
   q.inverse = 1.0f / q.scale;
   return q;
-}
-
-inline int32_t sum_16(const int8_t* p) {
-#if defined(__AVX2__)
-  const __m128i shifted = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
-  const __m128i sums = _mm_sad_epu8(shifted, _mm_setzero_si128());
-  return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
-#else
-  int32_t sum = 0;
-  for (int i = 0; i < 16; ++i) sum += p[i];
-  return sum;
-#endif
 }
 
 inline void bf16_16(Floats16 x, uint16_t* p) {
@@ -174,3 +173,5 @@ inline void write_tile(const float* tile, int64_t rows, int64_t channels, const 
     }
   }
 }
+
+}  // namespace dfk::DFK_ISA

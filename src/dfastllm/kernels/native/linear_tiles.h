@@ -1,37 +1,51 @@
-// Integer tiles: one panel (64 output channels) times rows of int8 codes -> float [rows][64]. Included inside a
-// translation unit's own namespace, after <immintrin.h> (x86), <cstring> and linear.h; tiles::w8, w8g, w4g and w6g are
-// of type Tile, and tiles::kByFormat holds those of every format.
+// Integer tiles: one panel (64 output channels) times rows of int8 codes -> float [rows][64]. tiles::w8, w8g, w4g and w6g
+// are of type Tile, and tiles::kByFormat holds those of every format. This is the walk, for all formats and instruction
+// sets; where codes come from is in linear_codes.h, how a group's integer sums are made, and how many rows and channels
+// that takes at a time, in linear_sums_dot.h and linear_sums_pairs.h.
 //
 // Weights are the unsigned operand of the dot product (u8 x s8), so their codes are stored with an offset (128, 8 or
 // 32). Integer sums start at -offset * sum(activation codes) instead of zero, which takes it off again, exactly.
 //
-// What is computed, in this order whatever the number of rows (each line one rounding; fma where the instruction set
-// has it, else two):
-//   w8          y = (float(sum) * scale[n]) * act_scale[m]                          sum over the whole k
-//   w8g, w4g    y = fma(float(sum_g) * act_scale[m, g], scale[g, n], y)             g = 0, 1, 2, ... from y = 0
+// What is computed, in this order whatever the number of rows, and to the same bits on every instruction set (each line
+// one rounding, for products with 2^p are exact):
+//   w8          y = (float(sum) * scale[n]) * act_scale[m], one rounding more        sum over the whole k
+//   w8g, w4g    y = fma(float(sum_g) * 2^p[m, g], factor[m, g] * scale[g, n], y)     g = 0, 1, 2, ... from y = 0
 //   w6g         the same for each half of 16 inputs of group g; for the whole of it in slices of a panel whose halves
-//               share their scales and minima (AVX-512)
+//               share their scales and minima
 //   with minima, after each group: y = fma(-min[g, n], act_scale[m, g] * float(code_sum[m, g]), y), each half of w6g
-// Group activation scales are 1, 1.25, 1.5 or 1.75 times a power of two (linear_prepare.h), which takes 3 bits, and a
-// group's sum takes at most 20, so their product is exact. (AVX2 and the portable kernels multiply in another order,
-// with a rounding more.)
+// Group activation scales are act_scale = factor * 2^p with a factor of 1, 1.25, 1.5 or 1.75 (linear_prepare.h), which
+// takes 3 bits: its product with a scale of float16 is exact.
 // w8 sums fit 32 bits for k up to 133,152 (2^31 / 127^2), past any model's.
 //
 // The panel is walked in slices of 256 inputs (at most 16 KB, half of the L1 cache) and all row blocks of the call pass
 // over a slice. With more than one row block the slice after it is prefetched meanwhile, a little at a time. Panels lie
 // one after another, so the prefetch runs on into the next one; at the end of the matrix it runs past it, which is
-// allowed (prefetches never fault).
+// allowed (prefetches never fault). Few rows take a panel in one pass, which the hardware prefetchers follow.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "linear.h"
+#include "linear_codes.h"
+#include "linear_float.h"
+#include "linear_walk.h"
+#include "simd.h"
 #include "unroll.h"
 
-namespace tiles {
+#if defined(DFK_SIMD_DOT)
+#include "linear_sums_dot.h"
+#else
+#include "linear_sums_pairs.h"
+#endif
 
-constexpr int kSlice = 8;  // groups of 32 inputs
+namespace dfk::DFK_ISA::tiles {
 
 // One row block's walk over one slice.
 struct Block {
   const uint8_t* data;      // panel, at the slice
   const uint16_t* scales;   // [groups][64] float16 bits, at the slice
-  const float* table;       // AVX-512: of scale_table, unless there are few rows
+  const float* table;       // of scale_table, unless there are few rows
   const uint16_t* mins;
   const int8_t* x;          // codes, at the block's first row and the slice
   int64_t stride;
@@ -39,46 +53,159 @@ struct Block {
   int64_t x_scales_stride;
   const int32_t* x_sums;    // the same, [..][2 * groups]
   int groups;
-  bool first;               // of the panel: the tile starts at zero
   float* tile;
 };
 
-// The int32 sums of w8 in a tile's memory -> floats with both scales.
-inline void scale_sums(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile) {
-  const float* scales = static_cast<const float*>(w.scales) + panel * kPanel;
-  for (int64_t r = 0; r < rows; ++r, tile += kPanel) {
-    int32_t sum[kPanel];
-    std::memcpy(sum, tile, sizeof sum);
-    for (int c = 0; c < kPanel; ++c) tile[c] = static_cast<float>(sum[c]) * scales[c] * x.scales[row0 + r];
+// Where the integer sums start, and what minima are multiplied with (less than zero), for the slice, by part of a group; by group how
+// activation scales come in.
+template <class Codes, bool mins, int R> struct Starts {
+  alignas(64) int32_t sum[kStartsAtZero<Codes, mins> ? 1 : R][16];
+  alignas(64) float weighted[mins ? R : 1][16];
+  alignas(64) float power[R][16];      // activation scales are factor * 2^power
+  alignas(64) int32_t variant[R][16];  // factor is (4 + variant) / 4
+
+  explicit Starts(const Block& b) {
+    static_assert(2 * kSlice <= 16, "the sums of a slice fill sixteen lanes");
+    for (int r = 0; r < R; ++r) {
+      const Floats16 x_scales = load(b.x_scales + r * b.x_scales_stride, b.groups);
+      store(power[r], powers(x_scales));
+      store(variant[r], shift_right<21>(bits(x_scales)) & ints16(3));
+      Ints16 sums = load_ints(b.x_sums + r * 2 * b.x_scales_stride, 2 * b.groups);
+      if (Codes::parts == 1) sums = neighbours_added(sums);
+      if (mins) store(weighted[r], (Codes::parts == 2 ? doubled(x_scales) : x_scales) * to_float(sums) * floats16(-1.0f));
+      if (!kStartsAtZero<Codes, mins>) store(sum[r], start_of<Codes>(sums));
+    }
+  }
+};
+
+// Weight scales times each factor an activation scale may have: [groups][4][parts][64] floats. 3 bits more than float16
+// has: exact.
+template <class Codes> inline const float* scale_table(const uint16_t* scales, int64_t groups, void* scratch) {
+  constexpr int side = Codes::parts * kPanel;  // of the table
+  float* const out = reinterpret_cast<float*>(static_cast<char*>(scratch) + kSlice * UnpackedSixes::bytes);
+  float* table = out;
+  for (int64_t g = 0; g < groups; ++g, scales += Codes::side, table += 4 * side) {
+    for (int i = 0; i < side; i += 16) {
+      const Floats16 scale = load_half(scales + i), quarter = scale * floats16(0.25f);
+      Floats16 value = scale;
+      DFK_EACH(v, 4) {
+        store(table + v * side + i, value);
+        value = value + quarter;
+      }
+    }
+  }
+  return out;
+}
+
+// The outputs of R rows x C times 16 channels while a slice is walked: in registers where they fit, else in the tile.
+template <int R, int C> struct Outputs {
+  Floats16 held[kFloatsHeld ? R : 1][kFloatsHeld ? C : 1];
+  float* tile;
+  explicit inline Outputs(float* at) : tile(at) {
+    if constexpr (kFloatsHeld) {
+      DFK_EACH(r, R) {
+        DFK_EACH(c, C) held[r][c] = load(tile + r * kPanel + 16 * c);
+      }
+    }
+  }
+  inline Floats16 get(int r, int c) const {
+    if constexpr (kFloatsHeld) return held[r][c];
+    else return load(tile + r * kPanel + 16 * c);
+  }
+  inline void put(int r, int c, Floats16 y) {
+    if constexpr (kFloatsHeld) held[r][c] = y;
+    else store(tile + r * kPanel + 16 * c, y);
+  }
+  inline void finish() {
+    if constexpr (kFloatsHeld) {
+      DFK_EACH(r, R) {
+        DFK_EACH(c, C) store(tile + r * kPanel + 16 * c, held[r][c]);
+      }
+    }
+  }
+};
+
+// y += sums * activation scale * weight scale (- minima * weighted sums), for group `g`. side: its scales, float16 (few)
+// or the table's.
+template <class Codes, bool mins, int R, int C, bool few>
+inline void add_group(const uint8_t* data, const void* side, const uint16_t* minima, const Inputs<Codes, R>& in,
+                      const Starts<Codes, mins, R>& starts, int g, Outputs<R, C>& y) {
+  DFK_EACH(p, Codes::parts) {
+    Sums<R, C> sum;
+    if constexpr (kStartsAtZero<Codes, mins>) sum = part_sums<Codes, mins, R, C>(data, in, {}, g, p);
+    else sum = part_sums<Codes, mins, R, C>(data, in, starts.sum, g, p);
+    Floats16 scale[C];
+    if (few) {
+      DFK_EACH(c, C) scale[c] = load_half(static_cast<const uint16_t*>(side) + p * kPanel + 16 * c);
+    }
+    DFK_EACH(r, R) {
+      const Floats16 power = floats16(starts.power[r][g]);
+      const int32_t variant = starts.variant[r][g];
+      const float* row = few ? nullptr : static_cast<const float*>(side) + (variant * Codes::parts + p) * kPanel;
+      const Floats16 factor = floats16(few ? 1.0f + 0.25f * static_cast<float>(variant) : 0.0f);
+      DFK_EACH(c, C) {
+        const Floats16 s = times_power(to_float(sum.at[r][c]), power);
+        y.put(r, c, fma(s, few ? scale[c] * factor : load(row + 16 * c), y.get(r, c)));
+      }
+    }
+  }
+  if (!mins) return;
+  DFK_EACH(p, Codes::parts) {
+    Floats16 low[C];
+    DFK_EACH(c, C) low[c] = load_half(minima + p * kPanel + 16 * c);
+    DFK_EACH(r, R) {
+      const Floats16 weighted = floats16(starts.weighted[r][g * Codes::parts + p]);
+      DFK_EACH(c, C) y.put(r, c, fma(low[c], weighted, y.get(r, c)));
+    }
   }
 }
 
-#if defined(__AVX512VNNI__)
-#include "linear_tiles_avx512.h"
-#elif defined(__AVX2__)
-#include "linear_tiles_avx2.h"
-#else
-#include "linear_tiles_scalar.h"
-#endif
+// R rows x C times 16 channels from `channel` on, over groups [first, last) of the slice.
+template <class Codes, bool mins, int R, int C, bool few>
+inline void group_columns(const Block& b, const Inputs<Codes, R>& in, const Starts<Codes, mins, R>& starts, int channel,
+                          int first, int last, Ahead& ahead) {
+  const uint8_t* data = b.data + channel * 4 + first * Codes::bytes;
+  const uint16_t* minima = mins ? b.mins + channel + first * Codes::side : nullptr;
+  Outputs<R, C> y(b.tile + channel);
+  for (int g = first; g < last; ++g, data += Codes::bytes) {
+    ahead.turn();
+    const void* side = few ? static_cast<const void*>(b.scales + channel + g * Codes::side)
+                           : b.table + channel + 4 * g * Codes::parts * kPanel;
+    add_group<Codes, mins, R, C, few>(data, side, minima, in, starts, g, y);
+    if (mins) minima += Codes::side;
+  }
+  y.finish();
+}
 
-#if defined(__AVX2__)  // the walk over a panel with the kernels above
-
-// Per-channel weights: the int32 sums wait in the tile's memory between slices.
-inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
-  const int64_t steps = (w.k + 3) / 4, blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
-  for (int64_t s = 0; s < steps; s += 8 * kSlice) {
-    const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
-    const int64_t turns = (here + 7) / 8 * blocks * channel_passes(static_cast<int>(rows / blocks));
-    Ahead ahead(data + (s + here) * 256, is_channel_single(rows) ? 0 : 8 * kSlice * 256, turns);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const RowBlock block = row_block(rows, blocks, i);
-      const int64_t row = row0 + block.first;
-      const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride + 4 * s;
-      channel_block(block.rows, data + s * 256, codes, x.stride, here, s == 0, x.sums + row, tile + block.first * kPanel, ahead);
+template <class Codes, bool mins, int R, bool few> void group_rows(const Block& b, Ahead& ahead) {
+  constexpr int C = width<Codes>(R, few);
+  const Starts<Codes, mins, R> starts(b);
+  const Inputs<Codes, R> in(b.x, b.stride, b.groups);
+  // Few rows: all channels of a group before the next, as they lie in memory.
+  const int step = few && 16 * C < kPanel ? 1 : b.groups;
+  for (int g = 0; g < b.groups; g += step) {
+    for (int channel = 0; channel < kPanel; channel += 16 * C) {
+      group_columns<Codes, mins, R, C, few>(b, in, starts, channel, g, g + step, ahead);
     }
   }
-  scale_sums(w, x, panel, row0, rows, tile);
+}
+
+// The kernel for `rows` rows, at most block_rows.
+template <class Codes, bool mins, bool few, int R = 1> void group_block(int rows, const Block& b, Ahead& ahead) {
+  if constexpr (few && !few_rows<Codes>(R)) {
+    return;
+  } else {
+    if constexpr (R < block_rows<Codes>()) {
+      if (rows > R) return group_block<Codes, mins, few, R + 1>(rows, b, ahead);
+    }
+    group_rows<Codes, mins, R, few>(b, ahead);
+  }
+}
+
+template <class Codes, bool mins> void group_slice(int rows, const Block& b, bool few, bool unpacked, Ahead& ahead) {
+  if (few) group_block<Codes, mins, true>(rows, b, ahead);
+  else if (unpacked) group_block<typename Codes::Unpacked, mins, false>(rows, b, ahead);
+  else group_block<Codes, mins, false>(rows, b, ahead);
 }
 
 // Groups of the slice after [g, g + here): the panel's next or the first of the next panel.
@@ -87,39 +214,34 @@ inline int64_t groups_ahead(int64_t groups, int64_t g, int64_t here, int64_t sli
   return most < slice ? most : slice;
 }
 
-template <class Codes, bool mins> void group_slice(int rows, const Block& b, bool single, bool unpacked, Ahead& ahead) {
-  if (single) group_block<Codes, mins, true>(rows, b, ahead);
-  else if (unpacked) group_block<typename Codes::Unpacked, mins, false>(rows, b, ahead);
-  else group_block<Codes, mins, false>(rows, b, ahead);
-}
-
 template <class Codes, bool mins>
 void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
   constexpr int64_t side = Codes::parts * kPanel;  // scales of 32 inputs
   constexpr int64_t slice = kSlice / Codes::parts;  // w6g: its unpacked codes and two scales a group fill the L1 cache sooner
-  const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const bool single = is_single<Codes>(rows), unpack = Codes::parts == 2 && blocks > 2;
+  constexpr int64_t most = block_rows<Codes>();
+  const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + most - 1) / most;
+  const bool few = few_rows<Codes>(rows), unpack = Codes::parts == 2 && blocks > 2;
   using Whole = typename Codes::Whole;
+  std::memset(tile, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
   Block b;
   b.table = nullptr;
   b.stride = x.stride;
   b.x_scales_stride = x_groups;
   for (int64_t g = 0; g < groups; g += slice) {
     const int64_t here = groups - g < slice ? groups - g : slice, at = panel * groups + g;
-    const int64_t fetch = single ? 0 : groups_ahead(groups, g, here, slice);
+    const int64_t fetch = few ? 0 : groups_ahead(groups, g, here, slice);
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + at * Codes::bytes;
     b.groups = static_cast<int>(here);
-    b.first = g == 0;
     b.data = unpack ? unpack_sixes(data, here, scratch) : data;
     b.scales = static_cast<const uint16_t*>(w.scales) + at * side;
     b.mins = mins ? w.mins + at * side : nullptr;
     // Depends on the weights alone, so it is the same for every row.
     const bool whole = Codes::parts == 2 && equal_parts(b.scales, here) && (!mins || equal_parts(b.mins, here));
-    if (!single) b.table = whole ? scale_table<Whole>(b.scales, here, scratch) : scale_table<Codes>(b.scales, here, scratch);
+    if (!few) b.table = whole ? scale_table<Whole>(b.scales, here, scratch) : scale_table<Codes>(b.scales, here, scratch);
     Ahead(b.scales + here * side, fetch * side * 2, 1).turn();
     if (mins) Ahead(b.mins + here * side, fetch * side * 2, 1).turn();
-    Ahead ahead(data + here * Codes::bytes, fetch * Codes::bytes,
-                here * blocks * passes<Codes>(static_cast<int>(rows / blocks), single));
+    const int64_t passes = kPanel / 16 / width<Codes>(static_cast<int>(rows / blocks), few);
+    Ahead ahead(data + here * Codes::bytes, fetch * Codes::bytes, here * blocks * passes);
     for (int64_t i = 0; i < blocks; ++i) {
       const RowBlock block = row_block(rows, blocks, i);
       const int64_t row = row0 + block.first;
@@ -127,10 +249,75 @@ void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
       b.x_scales = x.scales + row * x_groups + g;
       b.x_sums = x.sums + 2 * (row * x_groups + g);
       b.tile = tile + block.first * kPanel;
-      if (whole) group_slice<Whole, mins>(block.rows, b, single, unpack, ahead);
-      else group_slice<Codes, mins>(block.rows, b, single, unpack, ahead);
+      if (whole) group_slice<Whole, mins>(block.rows, b, few, unpack, ahead);
+      else group_slice<Codes, mins>(block.rows, b, few, unpack, ahead);
     }
   }
+}
+
+// Per-channel weights: R rows x 64 channels over `steps` registers of 4 inputs. The int32 sums wait in the tile's memory
+// between slices.
+template <int R>
+inline void channel_rows(const uint8_t* data, const int8_t* x, int64_t stride, int64_t steps, int32_t* tile, Ahead& ahead) {
+  constexpr int C = kChannelWidth;
+  const Inputs<Bytes, R> in(x, stride, (steps + 7) / 8);
+  for (int channel = 0; channel < kPanel; channel += 16 * C) {
+    Sums<R, C> sum;
+    DFK_EACH(r, R) {
+      DFK_EACH(c, C) sum.at[r][c] = load_ints(tile + r * kPanel + channel + 16 * c);
+    }
+    for (int64_t i = 0; i < steps; i += 8) {
+      ahead.turn();
+      add_steps<R, C>(data + 256 * i + 4 * channel, in, i / 8, steps - i < 8 ? steps - i : 8, sum);
+    }
+    DFK_EACH(r, R) {
+      DFK_EACH(c, C) store(tile + r * kPanel + channel + 16 * c, sum.at[r][c]);
+    }
+  }
+}
+
+template <int R = 1>
+void channel_block(int rows, const uint8_t* data, const int8_t* x, int64_t stride, int64_t steps, int32_t* tile,
+                   Ahead& ahead) {
+  if constexpr (R < block_rows<Bytes>()) {
+    if (rows > R) return channel_block<R + 1>(rows, data, x, stride, steps, tile, ahead);
+  }
+  channel_rows<R>(data, x, stride, steps, tile, ahead);
+}
+
+// The int32 sums of w8 in a tile's memory -> floats with both scales.
+inline void scale_sums(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile) {
+  const float* scales = static_cast<const float*>(w.scales) + panel * kPanel;
+  for (int64_t r = 0; r < rows; ++r, tile += kPanel) {
+    const Floats16 x_scale = floats16(x.scales[row0 + r]);
+    for (int c = 0; c < kPanel; c += 16) {
+      const Ints16 sum = load_ints(reinterpret_cast<const int32_t*>(tile + c));
+      store(tile + c, to_float(sum) * load(scales + c) * x_scale);
+    }
+  }
+}
+
+inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
+  constexpr int64_t most = block_rows<Bytes>();
+  const int64_t steps = (w.k + 3) / 4, blocks = (rows + most - 1) / most;
+  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
+  int32_t* sums = reinterpret_cast<int32_t*>(tile);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Ints16 start = start_of<Bytes>(ints16(x.sums[row0 + r]));
+    for (int c = 0; c < kPanel; c += 16) store(sums + r * kPanel + c, start);
+  }
+  for (int64_t s = 0; s < steps; s += 8 * kSlice) {
+    const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
+    const int64_t turns = (here + 7) / 8 * blocks * (kPanel / 16 / kChannelWidth);
+    Ahead ahead(data + (s + here) * 256, blocks == 1 ? 0 : 8 * kSlice * 256, turns);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const RowBlock block = row_block(rows, blocks, i);
+      const int64_t row = row0 + block.first;
+      const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride + 4 * s;
+      channel_block(block.rows, data + s * 256, codes, x.stride, here, sums + block.first * kPanel, ahead);
+    }
+  }
+  scale_sums(w, x, panel, row0, rows, tile);
 }
 
 inline void w8g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
@@ -147,8 +334,6 @@ inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
   else group_tile<Sixes, false>(w, x, panel, row0, rows, tile, scratch);
 }
 
-#endif
+constexpr Tile kByFormat[] = {float_tile<float>, float_tile<uint16_t>, w8, w8g, w4g, w6g};
 
-static const Tile kByFormat[] = {float_tile<float>, float_tile<uint16_t>, w8, w8g, w4g, w6g};
-
-}  // namespace tiles
+}  // namespace dfk::DFK_ISA::tiles

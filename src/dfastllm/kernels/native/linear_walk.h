@@ -1,5 +1,12 @@
-// How tiles walk over a panel: row blocks, and what is fetched ahead meanwhile. Included inside a translation unit's own
-// namespace.
+// How tiles walk over a panel: row blocks, and what is fetched ahead meanwhile.
+#pragma once
+
+#include <cstdint>
+
+#include "isa_here.h"
+#include "linear.h"
+
+namespace dfk::DFK_ISA {
 
 // Lines to fetch ahead while a slice is worked on, shared out evenly over the `turns` (groups x passes) of it. Numbers,
 // not pointers: they may leave the array.
@@ -24,3 +31,5 @@ inline RowBlock row_block(int64_t rows, int64_t count, int64_t i) {
   const int64_t first = rows * i / count;
   return {first, static_cast<int>(rows * (i + 1) / count - first)};
 }
+
+}  // namespace dfk::DFK_ISA

@@ -1,6 +1,16 @@
-// Both halves of a low-rank product, a few rows at a time. Included inside a translation unit's own namespace, after simd.h
-// and low_rank.h. However many rows and ranks go together, each sum runs in one fixed order.
-namespace low_rank {
+// Both halves of a low-rank product, a few rows at a time. However many rows and ranks go together, each sum runs in one
+// fixed order.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "linear.h"
+#include "low_rank.h"
+#include "simd.h"
+#include "unroll.h"
+
+namespace dfk::DFK_ISA::low_rank {
 
 struct F32 {
   using T = float;
@@ -21,7 +31,7 @@ using Bf16 = Narrow<load_bf16>;
 using F16 = Narrow<load_half>;
 
 // So many sums of 16 lanes at once: as many as stay in registers.
-#if defined(__AVX512F__)
+#if defined(DFK_SIMD_AVX512)
 constexpr int kRanks = 4, kRows = 4;
 #else
 constexpr int kRanks = 2, kRows = 2;
@@ -137,4 +147,4 @@ inline void spread(const Spread& w) {
   else spread_of<F16>(w);
 }
 
-}  // namespace low_rank
+}  // namespace dfk::DFK_ISA::low_rank

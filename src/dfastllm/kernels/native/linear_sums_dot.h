@@ -1,0 +1,92 @@
+// Integer sums of a group by dot(): instruction sets with a dot product of bytes, and the portable code. See
+// linear_tiles.h; R rows x C times 16 channels.
+//
+// AVX-512: group formats keep R * C int32 sums, R * C floats, the weights and scales in registers: at most 6 x 2. On
+// Zen 4 vpdpbusd shares its two pipes with every multiplication, of floats and of integers, so 32 inputs cost 8 + 1
+// issues a row and register (w6g and minima: 1 more each): 89 % of the vpdpbusd rate at best. Unpacking, conversions,
+// vscalefps (which is how activation scales come in) and loads go to other pipes.
+// 16 registers of 256 bits: 6 x 1, twelve registers of sums; the floats wait in the tile, and 2^p is a multiplication.
+#pragma once
+
+#include <cstdint>
+
+#include "linear_codes.h"
+
+namespace dfk::DFK_ISA::tiles {
+
+template <int R, int C> struct Sums { Ints16 at[R][C]; };
+
+#if defined(DFK_SIMD_AVX512)
+constexpr bool kFloatsHeld = true;  // in registers while a slice is walked
+template <class Codes> constexpr int block_rows() { return 6; }
+// Few rows (then there is no other row block) wait for weights from memory: they walk them in one sequential pass. The
+// hardware prefetchers then bring 25 to 31 GB/s to a core (Zen 4), prefetch instructions 20, and two passes over
+// 32 channels without them 12.
+template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
+// What measured best of what fits.
+template <class Codes> constexpr int width(int rows, bool few) { return few || rows <= 2 ? 4 : 2; }
+constexpr int kChannelWidth = 4;
+#elif defined(DFK_SIMD_AVX2)
+constexpr bool kFloatsHeld = false;
+template <class Codes> constexpr int block_rows() { return 6; }
+template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
+template <class Codes> constexpr int width(int rows, bool) { return rows <= 2 ? 2 : 1; }
+constexpr int kChannelWidth = 1;
+#else
+constexpr bool kFloatsHeld = false;
+template <class Codes> constexpr int block_rows() { return 2; }
+template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 2; }
+template <class Codes> constexpr int width(int, bool) { return 1; }
+constexpr int kChannelWidth = 1;
+#endif
+
+// Where a part's sums start, of the sums of its activation codes.
+template <class Codes, bool mins> constexpr bool kStartsAtZero = mins;
+template <class Codes> inline Ints16 start_of(Ints16 sums) {
+  constexpr int power = Codes::offset == 128 ? 7 : Codes::offset == 32 ? 5 : 3;
+  static_assert(Codes::offset == 1 << power, "an offset of another size");
+  return ints16(0) - shift_left<power>(sums);
+}
+
+// The rows' codes over a slice.
+template <class Codes, int R> struct Inputs {
+  const int8_t* x;
+  int64_t stride;
+  Inputs(const int8_t* codes, int64_t from_row_to_row, int64_t) : x(codes), stride(from_row_to_row) {}
+  const int8_t* at(int r, int64_t group) const { return x + r * stride + 32 * group; }
+};
+
+// Part `p` of group `g` from the starts [row][...] on. data: the group's, at the first channel.
+template <class Codes, bool mins, int R, int C>
+inline Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, const int32_t (&starts)[R][16], int g, int p) {
+  constexpr int steps = 8 / Codes::parts;  // registers of weights that share a scale
+  Sums<R, C> sum;
+  DFK_EACH(r, R) {
+    const Ints16 start = kStartsAtZero<Codes, mins> ? ints16(0) : ints16(starts[r][g * Codes::parts + p]);
+    DFK_EACH(c, C) sum.at[r][c] = start;
+  }
+  DFK_EACH(i, steps) {
+    Codes16 w[C];
+    DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, p * steps + i);
+    DFK_EACH(r, R) {
+      const Codes16 codes = four_codes(in.at(r, g) + 4 * (p * steps + i));
+      DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes);
+    }
+  }
+  return sum;
+}
+
+// sum += codes * activations over `steps` registers of w8 (at most 8) of group g.
+template <int R, int C>
+inline void add_steps(const uint8_t* data, const Inputs<Bytes, R>& in, int64_t g, int64_t steps, Sums<R, C>& sum) {
+  for (int64_t i = 0; i < steps; ++i) {
+    Codes16 w[C];
+    DFK_EACH(c, C) w[c] = load_codes(data + 256 * i + 64 * c);
+    DFK_EACH(r, R) {
+      const Codes16 codes = four_codes(in.at(r, g) + 4 * i);
+      DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes);
+    }
+  }
+}
+
+}  // namespace dfk::DFK_ISA::tiles
