@@ -69,6 +69,10 @@ def test_times_are_those_of_the_whole_history(data: st.DataObject) -> None:
             lag = max(times.get(other, floor), floor) - max(times.get(name, floor), floor)
             ahead = other in times and lag * Fraction(weights[other]) > Fraction(burst, 2)
             assert fairness.before(name, other) == ahead
+    known = {name: fairness.time(name) for name in "abcd" if name in fairness._accounts}
+    hasty = data.draw(st.sets(st.sampled_from(sorted(known)))) if known else set()
+    back = {other for other in known if any(fairness.before(name, other) for name in hasty)}
+    assert fairness.standing_back(known, hasty) == back
     active = [name for name in "abcd" if requests[name]]
     assert fairness.alone == (len(active) <= 1)
     for name in active:

@@ -73,6 +73,53 @@ def test_async_streams(worker: Worker) -> None:
     assert asyncio.run(main()) == [solo(long_request("x", tokens=10 + i)).tokens for i in range(8)]
 
 
+def test_a_step_wakes_an_event_loop_once_for_all_its_streams() -> None:
+    """Each waking writes to the loop's pipe, on the engine's thread: one for each stream and step would be 480 here."""
+    engine, wakings, count = Engine(FakeModel(), config=EngineConfig(), choose=either), [], 24
+
+    async def main(worker: Worker) -> list[tuple[int, ...]]:
+        loop = asyncio.get_running_loop()
+        inner = loop.call_soon_threadsafe
+
+        def counted(callback: Any, *args: Any, **options: Any) -> asyncio.Handle:
+            wakings.append(threading.current_thread().name)
+            return inner(callback, *args, **options)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign,assignment]
+
+        async def ask(i: int) -> tuple[int, ...]:
+            return tokens([e async for e in worker.submit("m", long_request(f"a{i}", tokens=20))])
+
+        return await asyncio.gather(*(ask(i) for i in range(count)))
+
+    with Worker({"m": engine}) as worker:
+        answers = asyncio.run(main(worker))
+        assert answers == [solo(long_request("x", tokens=20)).tokens] * count
+    from_engine = wakings.count("dfastllm-engine")
+    assert 20 <= from_engine <= engine.steps
+
+
+def test_a_loop_that_is_gone_holds_up_no_other(worker: Worker) -> None:
+    """What it read is cancelled; who reads in a loop that lives, and on a thread, gets everything."""
+    ended: list[FinishReason] = []
+    worker.engines["one"].subscribe(lambda stats: ended.extend(finish.reason for finish in stats.finished))
+
+    async def leave() -> None:
+        for i in range(3):
+            await anext(aiter(worker.submit("one", endless(f"gone{i}"))))
+
+    async def stay() -> tuple[int, ...]:
+        return tokens([e async for e in worker.submit("one", long_request("stay", tokens=40))])
+
+    asyncio.run(leave())
+    on_thread = worker.submit("one", long_request("thread", tokens=40))
+    assert asyncio.run(stay()) == tokens(list(on_thread)) == solo(long_request("x", tokens=40)).tokens
+    deadline = time.monotonic() + 10
+    while len(ended) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(ended) == [FinishReason.CANCELLED] * 3 + [FinishReason.LENGTH] * 2
+
+
 def test_two_models_at_once(worker: Worker) -> None:
     streams = [worker.submit(name, long_request(name, tokens=30)) for name in ("one", "two")]
     assert tokens(list(streams[0])) == solo(long_request("x", tokens=30)).tokens

@@ -14,7 +14,7 @@ come at once, and after them it has its share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 __all__ = ["Fairness"]
@@ -87,9 +87,13 @@ class Fairness:
         for account in self._accounts.values():
             account.places = account.pages = 0
         for tenant, pages in held:
-            account = self._accounts[tenant]
-            account.places += 1
-            account.pages += pages
+            self.took(tenant, pages)
+
+    def took(self, tenant: str, pages: int) -> None:
+        """One more request of the tenant runs, which holds so many pages."""
+        account = self._accounts[tenant]
+        account.places += 1
+        account.pages += pages
 
     def charge(self, tenant: str, weight: float, rows: int, step: int = -1) -> None:
         """So many rows ran for the tenant, or because of it; step: in which its own ran."""
@@ -141,6 +145,14 @@ class Fairness:
         account = self._accounts.get(other)
         lag = self.time(other) - self.time(tenant)
         return account is not None and lag * account.weight > HASTE * self.burst
+
+    def standing_back(self, times: Mapping[str, float], hasty: Collection[str]) -> set[str]:
+        """Of all these tenants those that stand back (`before`) for any that waits for a first token. times: `time` of
+        each; hasty: those that wait."""
+        if not hasty:
+            return set()
+        least, limit = min([times[tenant] for tenant in hasty]), HASTE * self.burst
+        return {other for other, time in times.items() if (time - least) * self._accounts[other].weight > limit}
 
     def _held(self, account: _Account, places: int = 0, pages: int = 0) -> float:
         return max((account.places + places) / self.places, (account.pages + pages) / self.pages)

@@ -97,11 +97,17 @@ class Scheduler:
         def key(tenant: str) -> tuple[int, float, float, int]:
             return (self._urgency(queues[tenant][-1], step), *self.fairness.turn(tenant), queues[tenant][-1].order)
 
-        while queues:
+        if queues:
             self._count()
-            tenant = min(queues, key=key)
-            if not self._admit(queues[tenant].pop(), step):
+        while queues:
+            tenant, preempted = min(queues, key=key), self.preempted
+            live = queues[tenant].pop()
+            if not self._admit(live, step):
                 break
+            if self.preempted == preempted:
+                self.fairness.took(tenant, self._known(live))
+            else:
+                self._count()
             if not queues[tenant]:
                 del queues[tenant]
 
@@ -113,8 +119,11 @@ class Scheduler:
 
     def _count(self) -> None:
         """Tell `fairness` who holds what: places, and the pages of the known lengths, whether yet filled or not."""
-        need = self.pages.pages_for
-        self.fairness.hold((s.request.tenant, max(len(s.table.pages), need(len(s.state.tokens)))) for s in self.running)
+        self.fairness.hold([(s.state.request.tenant, self._known(s)) for s in self.running])
+
+    def _known(self, live: Live) -> int:
+        """Pages that a sequence holds, or will when its known length is filled."""
+        return max(len(live.table.pages), self.pages.pages_for(len(live.state.tokens)))
 
     def schedule(self, step: int) -> list[tuple[Live, Span]]:
         """The batch of this step: each chosen sequence with its planned span, pages already allocated."""
@@ -147,18 +156,27 @@ class Scheduler:
 
     def _by_tenant(self, step: int) -> tuple[list[Live], list[Live]]:
         """The running sequences of several tenants in their order: those that may run, and those that stand back for a
-        tenant that waits for a first token."""
+        tenant that waits for a first token. Done for every sequence and step, so without a call where there need be
+        none."""
         fairness, ageing = self.fairness, self.config.ageing_steps or _NEVER
-        time = {tenant: fairness.time(tenant) for tenant in {s.request.tenant for s in self.running}}
-        hasty = {s.request.tenant for s in self.running if s.first_token is None}
-        back = {tenant for tenant in time if any(fairness.before(other, tenant) for other in hasty)}
+        times: dict[str, float] = {}
+        hasty = set()
         queue = []
         for s in self.running:
-            starved = (step - max(s.ran, s.enqueued)) // ageing
-            queue.append((s.request.priority - starved, time[s.request.tenant], s.ran, s.order, starved, s))
-        queue.sort(key=lambda entry: entry[:4])
-        first = [s for *_, starved, s in queue if starved or s.request.tenant not in back]
-        return first, [s for *_, starved, s in queue if not starved and s.request.tenant in back]
+            request = s.state.request
+            tenant = request.tenant
+            if tenant not in times:
+                times[tenant] = fairness.time(tenant)
+            if s.first_token is None:
+                hasty.add(tenant)
+            starved = (step - (s.ran if s.ran > s.enqueued else s.enqueued)) // ageing
+            queue.append((request.priority - starved, times[tenant], s.ran, s.order, starved, s))
+        queue.sort()  # `order` is unique
+        back = fairness.standing_back(times, hasty)
+        if not back:
+            return [entry[5] for entry in queue], []
+        first = [s for *_, starved, s in queue if starved or s.state.request.tenant not in back]
+        return first, [s for *_, starved, s in queue if not starved and s.state.request.tenant in back]
 
     def _place(self, live: Live, rows: int, chosen: list[tuple[Live, Span]]) -> int:
         """Plan one sequence and put it into the batch if rows and pages allow. Returns the rows it takes."""

@@ -57,14 +57,15 @@ class Stream:
 
     def put(self, event: StepEvent | Exception) -> None:
         """Deliver one event (the worker's side)."""
+        if (waiter := self.append(event)) is not None:
+            _wake_loop(waiter[0], [(self, waiter[1])])
+
+    def append(self, event: StepEvent | Exception) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+        """One event more for who reads. In an event loop he sleeps until what is returned is set there; who reads on a
+        thread wakes by himself."""
         with self._lock:
             self._events.put(event)
-            if self._waiter is not None:
-                loop, flag = self._waiter
-                try:
-                    loop.call_soon_threadsafe(flag.set)
-                except RuntimeError:  # the caller's event loop is gone; nobody reads this stream any more
-                    self._cancel(self.request.request_id)
+            return self._waiter
 
     def __iter__(self) -> Iterator[StepEvent]:
         while not self.done:
@@ -102,6 +103,21 @@ class Stream:
                 raise CancelledError(f"request {self.request.request_id!r} was cancelled.")
             if item.finish.reason is FinishReason.TIMEOUT:
                 raise TimeoutError("the request ran past its time limit.")
+
+
+def _wake_loop(loop: asyncio.AbstractEventLoop, woken: Sequence[tuple[Stream, asyncio.Event]]) -> None:
+    """Tell the readers of these streams, all in this loop, that there is something. One call for all of them: each
+    would cost a write to the loop's pipe, on the engine's thread, for every sequence and step."""
+    try:
+        loop.call_soon_threadsafe(_set_all, [flag for _, flag in woken])
+    except RuntimeError:  # the loop is gone; nobody reads these streams any more
+        for stream, _ in woken:
+            stream.cancel()
+
+
+def _set_all(flags: Sequence[asyncio.Event]) -> None:
+    for flag in flags:
+        flag.set()
 
 
 class Worker:
@@ -274,10 +290,13 @@ class Worker:
             self._streams.pop(name).put(error)
 
     def _deliver(self, events: Sequence[StepEvent]) -> None:
+        woken: dict[asyncio.AbstractEventLoop, list[tuple[Stream, asyncio.Event]]] = {}
         for event in events:
             stream = self._streams.get(event.request_id)
             if event.finish is not None:
                 self._streams.pop(event.request_id, None)
                 self._owners.pop(event.request_id, None)
-            if stream is not None:
-                stream.put(event)
+            if stream is not None and (waiter := stream.append(event)) is not None:
+                woken.setdefault(waiter[0], []).append((stream, waiter[1]))
+        for loop, streams in woken.items():
+            _wake_loop(loop, streams)
