@@ -91,7 +91,7 @@ def batching(out: Out = Path("benchmarks"), requests: int = 32, repeats: int = 3
 def tenants(
     out: Out = Path("benchmarks"),
     threads: int = 0,
-    rounds: int = 3,
+    rounds: int = 5,
     shape: Annotated[str, typer.Option(help="Random 8-bit weights of this shape beside demo-ar.")] = "qwen2.5-0.5b",
 ) -> None:
     """One tenant's flood and another's time to first token; 1 to 16 tenants on one engine. Wants an idle machine."""

@@ -97,19 +97,23 @@ class Scheduler:
         def key(tenant: str) -> tuple[int, float, float, int]:
             return (self._urgency(queues[tenant][-1], step), *self.fairness.turn(tenant), queues[tenant][-1].order)
 
-        if queues:
-            self._count()
+        keys: dict[str, tuple[int, float, float, int]] = {}
         while queues:
-            tenant, preempted = min(queues, key=key), self.preempted
+            if not keys:
+                self._count()
+                keys = {tenant: key(tenant) for tenant in queues}
+            tenant, preempted = min(keys, key=keys.__getitem__), self.preempted
             live = queues[tenant].pop()
             if not self._admit(live, step):
                 break
-            if self.preempted == preempted:
-                self.fairness.took(tenant, self._known(live))
-            else:
-                self._count()
             if not queues[tenant]:
-                del queues[tenant]
+                del queues[tenant], keys[tenant]
+            if self.preempted != preempted:
+                keys = {}
+                continue
+            self.fairness.took(tenant, self._known(live))
+            if tenant in keys:  # a place more changes the turn of no other
+                keys[tenant] = key(tenant)
 
     def _urgency(self, live: Live, step: int) -> int:
         """The priority that a waiting sequence has against other tenants: steps count as waited since its tenant last
