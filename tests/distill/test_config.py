@@ -122,6 +122,8 @@ def test_all_weights_of_zero_would_learn_nothing() -> None:
         ("- 1\n", "must hold sections"),
         ("", "must hold sections, got None"),
         ("model: {student: demo-ar}\nmodel: {student: demo-ar}\n", "key 'model' is there twice"),
+        ("[model]: {student: demo-ar}\n", "a key is no text"),
+        ("model: 2026-13-45\n", "is not YAML: month must be in 1..12"),
         ("model: !!python/object/apply:os.getcwd []\n", "is not YAML"),
         ("data: {generate: {}}\n", "model is missing"),
     ],

@@ -1,30 +1,24 @@
-"""GET /admin/v1/view tells of everybody, so it is for the owner's key; where there are no keys, for everybody."""
+"""GET /admin/v1/view tells of everybody, so it is for the owner's key; where there are no keys, for everybody. Keys of
+tenants: tests/server/test_admin.py."""
 
 from __future__ import annotations
 
-import asyncio
-from types import SimpleNamespace
-from typing import Any
+import httpx2 as httpx
 
-import pytest
-
-from dfastllm.errors import ForbiddenError
-from dfastllm.server.view import view
-from dfastllm.tenants import ANYONE, OWNER, Identity, Key, Tenant
 from tests.kit.live import serving
 from tests.kit.served import random_engine
 
 
-def test_only_a_key_with_the_scope_admin_may_look() -> None:
-    tenant = Tenant("tn-1", "one")
+def test_without_keys_everybody_may_look() -> None:
     with serving({"m": random_engine("llama")}) as live:
-        app = SimpleNamespace(state=SimpleNamespace(serving=live.serving))
+        answer = httpx.get(f"{live.url}/admin/v1/view", timeout=60)
+        assert (answer.status_code, [model["name"] for model in answer.json()["models"]]) == (200, ["m"])
 
-        def look(identity: Identity) -> int:
-            request: Any = SimpleNamespace(app=app, state=SimpleNamespace(identity=identity))
-            return asyncio.run(view(request)).status_code
 
-        assert look(ANYONE) == look(OWNER) == 200
-        assert look(Identity(tenant, Key("k", "tn-1", frozenset({"admin"})))) == 200
-        with pytest.raises(ForbiddenError, match="admin"):
-            look(Identity(tenant, Key("k", "tn-1", frozenset({"generate", "metrics", "usage"}))))
+def test_a_server_with_a_key_shows_it_to_that_key_only() -> None:
+    with serving({"m": random_engine("llama")}, api_key="its-own") as live:
+        statuses = [
+            httpx.get(f"{live.url}/admin/v1/view", headers=headers, timeout=60).status_code
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer its-own"})
+        ]
+    assert statuses == [401, 401, 200]

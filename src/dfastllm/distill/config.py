@@ -19,6 +19,7 @@ from pydantic import ValidationError as SchemaError
 from dfastllm.distill.sections import Config
 from dfastllm.errors import ModelNotFoundError, ValidationError
 from dfastllm.llm import resolve
+from dfastllm.text.strict_yaml import StrictLoader
 
 __all__ = ["Config", "changed_keys", "load_config", "parse_config"]
 
@@ -38,7 +39,7 @@ def load_config(path: str | Path, *, files: bool = True) -> Config:
         ) from error
     try:
         raw = _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that there is not
         raise ValidationError(f"{path} is not YAML: {' '.join(str(error).split())}.", param="config") from error
     config = parse_config(raw, str(path))
     if files:
@@ -46,17 +47,8 @@ def load_config(path: str | Path, *, files: bool = True) -> Config:
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain data only; a key that is written twice is an error, since one of the two would be ignored; 2e-4 is a number
-    (YAML 1.1 wants 2.0e-4 and would take it for a word)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+class _Loader(StrictLoader):
+    """2e-4 is a number (YAML 1.1 wants 2.0e-4 and would take it for a word)."""
 
 
 _Loader.add_implicit_resolver(

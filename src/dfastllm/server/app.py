@@ -26,7 +26,7 @@ from dfastllm.server.pipelines import routes as pipelines
 from dfastllm.server.pipelines import schema
 from dfastllm.server.pipelines.kept import Pipelines
 from dfastllm.server.reading import Route
-from dfastllm.server.refusals import http_refusal, known_refusal, parameter_refusal
+from dfastllm.server.refusals import http_refusal, known_refusal, no_socket, parameter_refusal
 from dfastllm.server.replies import (
     AdapterGone,
     Cancelled,
@@ -196,6 +196,7 @@ def create_app(
         openapi_url=None,
         redirect_slashes=False,
     )
+    app.router.default = no_socket
     app.state.serving = serving
     if worker is not None and engines is not None:
         serving.open(worker, engines)

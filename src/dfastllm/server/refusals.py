@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from dfastllm.errors import DFastLLMError, NotReadyError, RateLimitError, UnsupportedError, ValidationError
 from dfastllm.server.body import MISSING, printable
@@ -27,6 +28,7 @@ __all__ = [
     "http_refusal",
     "known_refusal",
     "no_body",
+    "no_socket",
     "parameter_refusal",
     "refused_body",
 ]
@@ -35,6 +37,7 @@ _TAG = re.compile(r"(str|int|float|bool|none|(list|dict|constrained|nullable|fun
 _QUOTED = re.compile(r"'([^']*)'")
 _INDEX = re.compile(r"\.\d+")
 _OF_BODIES = ("unknown_field", "wrong_kind", "missing_feature", "conflict", "too_many")  # what `body`, `bounds` raise
+_NOT_FOUND = ("invalid_request_error", None, "not_found")  # type, param, code
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
@@ -75,6 +78,16 @@ async def http_refusal(request: Request, error: Exception) -> Response:
     body = _object(message, kind, None, _HTTP_CODES.get(error.status_code, "invalid_request"))
     headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
     return JSONResponse(body, error.status_code, headers)
+
+
+async def no_socket(scope: Scope, receive: Receive, send: Send) -> None:
+    """What no route matched. An upgrade to WebSocket gets 404 as any request does, not the bare 403 that closing before
+    the handshake would be."""
+    if scope["type"] != "websocket":
+        raise HTTPException(404)
+    await receive()  # websocket.connect
+    body = _object(f"There is no WebSocket at {scope['path']}; there is one at /ws.", *_NOT_FOUND)
+    await JSONResponse(body, 404)(scope, receive, send)
 
 
 def _allowed(request: Request) -> str:

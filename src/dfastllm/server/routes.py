@@ -120,12 +120,10 @@ async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> Resp
 
 
 def _changing_adapters(request: Request, body: LoadLoraRequest | UnloadLoraRequest) -> tuple[Serving, str]:
-    """The server's, and the actor's name for the audit log. Raises ForbiddenError without the scope `adapters`, and for
-    names that are not the key's."""
+    """The server's, and the actor's name for the audit log. Raises ForbiddenError for names that are not the key's."""
     serving = _serving(request)
     serving.require_ready()
     identity = identity_of(request)
-    identity.require("adapters")
     require_names(identity, body.lora_name, body.model)
     return serving, f"key:{identity.key.id}"
 

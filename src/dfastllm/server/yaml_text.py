@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from dfastllm.errors import PayloadTooLargeError, ValidationError
+from dfastllm.text.strict_yaml import StrictLoader
 
 __all__ = ["read_yaml"]
 
@@ -14,8 +15,8 @@ LONGEST = 1 << 18  # bytes: a second of reading
 _DEEPEST = 64
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses anchors, a key that is written twice, and what nests deeper than bodies of JSON may."""
+class _Loader(StrictLoader):
+    """Refuses anchors as well, and what nests deeper than bodies of JSON may."""
 
     depth = 0
 
@@ -29,15 +30,6 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         self.depth -= 1
         return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                said = f"key {key.value!r} is there twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
-                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
 
 def read_yaml(data: bytes) -> Any:

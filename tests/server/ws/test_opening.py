@@ -313,14 +313,22 @@ def test_an_upgrade_while_it_stops(live: Live, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_other_paths_are_no_websockets(keyed: Live, reached: list[Request]) -> None:
-    """Every route of HTTP, asked for with an upgrade: none runs."""
+    """Routes of HTTP and none, asked for with an upgrade: none runs, and the refusal is typed as any other."""
     for path in ("/v1/completions", "/v1/models", "/metrics", "/nowhere", "/ws/"):
         with keyed.connect() as client:
             client.sendall(
                 f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
                 "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
             )
-            assert client.recv(4096).split(b"\r\n")[0].split(b" ")[1] in (b"403", b"404")
+            answer = client.recv(65536)
+            while b"\r\n\r\n" not in answer or not answer.endswith(b"}"):
+                answer += client.recv(65536)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 404 "), path
+        assert b"x-request-id: " in head.lower()
+        error = json.loads(body)["error"]
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "not_found", None)
+        assert error["message"] == f"There is no WebSocket at {path}; there is one at /ws."
     assert reached == []
     with upgraded(keyed) as client:
         assert client
