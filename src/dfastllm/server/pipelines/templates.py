@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
-from jinja2 import meta
 from jinja2.exceptions import SecurityError
 
 from dfastllm.errors import ValidationError
@@ -41,7 +40,7 @@ class Template:
             raise ValidationError(f"{where} has {len(source)} characters; a template may have {_LONGEST}.", param=where)
         try:
             self._compiled, _ = _SANDBOX.compiled(source)
-            self.names = frozenset(meta.find_undeclared_variables(_SANDBOX.parse(source))) - set(_SANDBOX.globals)
+            self.names = _SANDBOX.names(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValidationError(
                 f"{where} is no template: {error.message} at line {error.lineno}.", param=where

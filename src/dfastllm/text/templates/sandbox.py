@@ -23,6 +23,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import TrackingCodeGenerator
 from jinja2.parser import Parser
 from jinja2.runtime import str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -90,6 +91,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _check_tree(tree)
         literals = frozenset(one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str))
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None), None), literals
+
+    def names(self, source: str) -> frozenset[str]:
+        """What a template that compiles reads and does not set itself, functions of the sandbox left out."""
+        reader = _Names(self)
+        reader.visit(self.parse(source))
+        return frozenset(reader.undeclared_identifiers) - set(self.globals)
 
     def rendered(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
         """The template's text. Raises what the template raises, and TooMuch."""
@@ -363,6 +370,17 @@ class _Metered(CodeGenerator):
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
         with self._charging(not _constant(pair.value for pair in node.items), "built"), self._keeping(True):
             super().visit_Dict(node, frame)
+
+
+class _Names(TrackingCodeGenerator):
+    """Jinja's own finder of names, which would compute what is constant: a text of a thousand million characters."""
+
+    def __init__(self, environment: Sandbox) -> None:
+        super().__init__(environment)
+        self.optimizer = None
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        raise nodes.Impossible
 
 
 def _asked(method: str, value: nodes.Node) -> nodes.Call:
