@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfastllm.bench.cpu.cases import AIMS, CASES, aim_for
+from dfastllm.bench.cpu.cases import AIMS, CASES, MIXTURE_CASES, aim_for
 from dfastllm.bench.cpu.ceilings import Ceilings, floor_seconds, measure_ceilings
 from dfastllm.bench.cpu.compare import Contest, Pace, finished, verdict
 from dfastllm.bench.cpu.environment import PEERS, Environment, default_cache
@@ -96,7 +96,7 @@ def test_verdict_says_when_the_interval_holds_the_aim(low: float, median: float,
 def test_shapes_have_the_sizes_they_are_named_after() -> None:
     millions = {name: shape.parameters / 1e6 for name, shape in SHAPES.items()}
     assert millions == pytest.approx(
-        {"qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1543, "llada-0.5b": 500, "llada-1b": 1000}, rel=0.02
+        {"qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1543, "llada-0.5b": 500, "llada-1b": 1000, "moe-a1b-4l": 1859}, rel=0.02
     )
 
 
@@ -111,8 +111,13 @@ def test_shape_arithmetic_agrees_with_a_built_model(name: str) -> None:
     model = skeleton(config, info, torch.float32)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert matrices == shape.parameters
-    assert shape.streamed(4 * matrices) == pytest.approx(4 * (shape.body + shape.head), abs=4)
-    assert shape.flops(1, 1, 0) == 2 * (shape.body + shape.head)
+    parts = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
+    if shape.experts:  # those of a row
+        parts |= {own: size * shape.chosen // shape.experts for own, size in parts.items() if ".experts." in own}
+    one = sum(size for own, size in parts.items() if shape.tied or own != "embed.weight")
+    assert shape.streamed(4 * matrices) == pytest.approx(4 * one, abs=4)
+    assert shape.streamed(4 * matrices, 10**6) == pytest.approx(4 * (shape.body + shape.head), abs=4)
+    assert shape.flops(1, 1, 0) == 2 * one
     assert info.kind == ("diffusion" if name.startswith("llada") else "ar")
 
 
@@ -127,6 +132,9 @@ def test_every_aim_is_of_a_case() -> None:
     assert all(case in CASES for aims in AIMS.values() for case in aims)
     assert aim_for("llama.cpp", "Q4_0", "decode, 16 concurrent") == 2.5
     assert aim_for("llama.cpp", "Q4_0", "block of 128, one row") is None
+    assert set(MIXTURE_CASES) <= set(CASES)
+    assert aim_for("pytorch", "w8g", "decode, batch 1", mixture=True) == 3.0
+    assert aim_for("llama.cpp", "Q4_0", "prefill 512", mixture=True) is None
     assert [c.name for c in named_cases(["decode"])] == ["decode, batch 1", "decode, 16 concurrent"]
 
 

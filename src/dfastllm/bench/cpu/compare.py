@@ -89,7 +89,7 @@ class Contest:
         """The turns' sides are ours, peer and made."""
         ours, peer, made = ([turn.seconds[side] for turn in turns] for side in ("ours", "peer", "made"))
         ratio = paired_ratio(peer, ours)
-        aim = aim_for(self.peer, self.format, case.name)
+        aim = aim_for(self.peer, self.format, case.name, mixture=self.shape.experts > 0)
         shares = [turn.foreign for turn in turns if turn.foreign is not None]
         return Row(
             shape=self.shape.name,
@@ -106,8 +106,8 @@ class Contest:
             aim=aim,
             verdict=verdict(ratio, aim),
             flops=self.shape.flops(case.tokens, case.head_rows, round(case.keys)),
-            ours_streamed=self.shape.streamed(self.ours_bytes),
-            peer_streamed=self.shape.streamed(self.peer_bytes),
+            ours_streamed=self.shape.streamed(self.ours_bytes, case.tokens),
+            peer_streamed=self.shape.streamed(self.peer_bytes, case.tokens),
             foreign=summarise(shares).median if shares else None,
             foreign_most=max(shares) if shares else None,
         )

@@ -26,6 +26,7 @@ from dfastllm.models import Decoder, build
 __all__ = ["PAIRS", "Plan", "against_llamacpp", "against_openvino", "against_torch", "ensure_gguf"]
 
 SEED = 0
+ARCHITECTURES = {"qwen2": "qwen2", "llada": "llama", "qwen3_moe": "qwen3moe"}  # of the files llama.cpp gets
 # What a peer's format is measured against. OpenVINO's int8 has one scale a channel as w8 has, but is about as near to
 # float on a real model as w8g is (`bench fidelity`, benchmarks/cpu/README.md): w8 is shown for what its speed costs.
 PAIRS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -64,7 +65,7 @@ def ensure_gguf(worker: Peer, shape: Shape, formats: Sequence[str], cache: Path,
     A LLaDA shape is written as the Llama model of the same sizes: llama.cpp runs its `llada` architecture without any
     K,V cache, so a block on a cache can only be asked of the other."""
     directory = cache / "models" / f"gguf-{shape.name}"
-    published = shape.published() | {"architecture": "qwen2" if shape.family == "qwen2" else "llama"}
+    published = shape.published() | {"architecture": ARCHITECTURES[shape.family]}
     worker.call("make", shape=published, directory=str(directory), formats=list(formats), seed=SEED, threads=threads)
     return {name: directory / f"{name}.gguf" for name in formats}
 

@@ -29,8 +29,8 @@ def _vocabulary(size: int) -> tuple[list[str], list[int]]:
 
 
 def write_base(shape: dict[str, Any], path: Path, seed: int) -> None:
-    """A float16 GGUF of `shape` (fields of a Hugging Face config, `architecture` qwen2 or llama) with weights drawn
-    from N(0, 0.02), norms of one and small biases."""
+    """A float16 GGUF of `shape` (fields of a Hugging Face config, `architecture` qwen2, llama or qwen3moe) with weights
+    drawn from N(0, 0.02), norms of one and small biases."""
     import gguf
 
     architecture = shape["architecture"]
@@ -48,6 +48,13 @@ def write_base(shape: dict[str, Any], path: Path, seed: int) -> None:
     writer.add_layer_norm_rms_eps(shape["rms_norm_eps"])
     writer.add_vocab_size(shape["vocab_size"])
     writer.add_file_type(1)
+    experts = shape.get("num_experts", 0)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(shape["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(shape["moe_intermediate_size"])
+        writer.add_key_length(hidden // heads)
+        writer.add_value_length(hidden // heads)
     tokens, types = _vocabulary(shape["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -59,8 +66,8 @@ def write_base(shape: dict[str, Any], path: Path, seed: int) -> None:
 
     random = np.random.default_rng(seed)
 
-    def matrix(name: str, rows: int, columns: int) -> None:
-        weight = random.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.02)
+    def matrix(name: str, *size: int) -> None:
+        weight = random.standard_normal(size, dtype=np.float32) * np.float32(0.02)
         writer.add_tensor(f"{name}.weight", weight.astype(np.float16))
 
     def vector(name: str, size: int, mean: float, deviation: float) -> None:
@@ -78,9 +85,13 @@ def write_base(shape: dict[str, Any], path: Path, seed: int) -> None:
             if architecture == "qwen2":
                 vector(f"blk.{i}.{name}.bias", rows, 0.0, 0.1)
         matrix(f"blk.{i}.attn_output", hidden, hidden)
-        matrix(f"blk.{i}.ffn_gate", inner, hidden)
-        matrix(f"blk.{i}.ffn_up", inner, hidden)
-        matrix(f"blk.{i}.ffn_down", hidden, inner)
+        if experts:
+            vector(f"blk.{i}.attn_q_norm.weight", hidden // heads, 1.0, 0.0)
+            vector(f"blk.{i}.attn_k_norm.weight", hidden // heads, 1.0, 0.0)
+            router = random.standard_normal((experts, hidden), dtype=np.float32) * np.float32(0.02)
+            writer.add_tensor(f"blk.{i}.ffn_gate_inp.weight", router)
+        for name, *size in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+            matrix(f"blk.{i}.ffn_{name}{'_exps' if experts else ''}", *((experts, *size) if experts else size))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
