@@ -54,8 +54,7 @@ class Runner(Protocol):
         ...
 
     def check_adapter(self, adapter: Adapter) -> None:
-        """On any thread: raises UnsupportedError for an adapter of what the runner cannot compute (experts on the
-        native one)."""
+        """On any thread: raises UnsupportedError for an adapter of what the runner cannot compute."""
         ...
 
     def adapters(self, table: Sequence[Adapter | None]) -> None:
