@@ -130,6 +130,8 @@ def test_a_run_is_not_overwritten_and_a_foreign_checkpoint_is_refused(runs: Path
         train(first, runs, resume=False)
     with pytest.raises(CheckpointError, match="shape"):
         train(replace(first, shape={**SHAPE, "intermediate_size": 64}, steps=3), runs)
+    with pytest.raises(CheckpointError, match=r"lr, seed differ \(lr: 0.002 there, 0.01 here\)"):
+        train(replace(first, lr=0.01, seed=1), runs)
     (done / "optimizer.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="cannot read"):
         train(first, runs)

@@ -72,8 +72,27 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path: Path, otter:
     assert files[0] == files[1]
     with pytest.raises(ValidationError, match="earlier run"):
         train_adapter(recipe, path, tmp_path / "again", tmp_path / "a", resume=False)
-    with pytest.raises(CheckpointError):
-        train_adapter(small(steps=4, rank=3, data=otter), path, tmp_path / "again", tmp_path / "a")
+
+
+def test_a_run_of_another_recipe_or_of_other_texts_is_not_gone_on_with(tmp_path: Path, otter: Path) -> None:
+    """`lora train` keeps its runs by the last word of the directory it writes, so two of them meet easily."""
+    path, home, out = resolve("demo-ar"), tmp_path / "home", tmp_path / "out"
+    train_adapter(small(data=otter), path, out, home)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    others: dict[str, Any] = {"steps": 3, "style": "capitals", "lr": 1e-3, "seed": 1, "rank": 3, "targets": ("q_proj",), "alpha": 3.0}
+    for field, value in others.items():
+        recipe = small(**{"data": None if field == "style" else otter, field: value})
+        with pytest.raises(CheckpointError, match=field) as refused:
+            train_adapter(recipe, path, out, home)
+        assert str(home) in str(refused.value)
+        assert refused.value.hint is not None
+    otter.write_text(json.dumps({"prompt": "Say 1.", "response": "badger"}))
+    with pytest.raises(CheckpointError, match="texts differ"):
+        train_adapter(small(data=otter), path, out, home)
+    (home / "recipe.json").unlink()
+    with pytest.raises(CheckpointError, match="does not say what it was"):
+        train_adapter(small(data=otter), path, out, home)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("base", ["demo-ar", "demo-diffusion", "demo-block"])

@@ -7,6 +7,7 @@ the global generators is kept for those that do not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from dfastllm.errors import CheckpointError
 
 __all__ = [
+    "content",
     "drop_after",
     "latest",
     "newest_good",
     "prune",
     "read_checkpoint",
     "read_weights",
+    "require_same",
     "sweep",
     "write_checkpoint",
 ]
@@ -73,6 +76,47 @@ def _generators() -> dict[str, Tensor]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["cuda"] = torch.cuda.get_rng_state()
     return found
+
+
+def content(path: Path) -> str:
+    """SHA-256 of what a file holds, for `require_same`. Raises CheckpointError for a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def require_same(run: Path, file: str, what: Mapping[str, Any]) -> None:
+    """Keep what a run is made of in `run`/`file`, before its first checkpoint; later hold it to that, so that nothing
+    goes on with the weights that another recipe, other texts or another schedule made.
+
+    what: values that become JSON. Raises CheckpointError naming those that differ, or that nothing is known of an
+    earlier run.
+    """
+    path = run / file
+    now = json.loads(json.dumps(what, default=str))
+    newest = latest(run)
+    if newest is not None:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None
+        hint = "Choose another directory for this run, or remove that one."
+        if not isinstance(before, dict):
+            raise CheckpointError(
+                f"{run} holds a run ({newest.name}) of which {file} does not say what it was.", hint=hint
+            )
+        if before != now:
+            keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+            first = keys[0]
+            raise CheckpointError(
+                f"{run} holds a run of something else: {', '.join(keys)} differ"
+                f" ({first}: {before.get(first)!r:.80} there, {now.get(first)!r:.80} here).",
+                hint=hint,
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
 
 
 def latest(run: Path) -> Path | None:

@@ -18,7 +18,8 @@ from dfastllm.train.work import Value
 __all__ = ["FILE", "RunLog", "progress", "read_log"]
 
 FILE = "log.jsonl"
-SHOWN = ("loss", "lr", "validation_loss")  # of the figures of a step, while a run goes; the log has them all
+# Of the figures of a step, what is shown while a run goes, and as what; the log has them all, `lr` as a share too.
+SHOWN = {"loss": "loss", "lr": "rate/peak", "validation_loss": "validation_loss"}
 NO_TENSORBOARD = "TensorBoard files are off: install dfastllm[train] to have them; log.jsonl has the same figures."
 
 
@@ -106,7 +107,9 @@ def progress(name: str, steps: int, console: Console | None = None) -> Iterator[
     if not console.is_terminal:
 
         def line(step: int, values: Mapping[str, Value]) -> None:
-            text = "  ".join(f"{k} {values[k]:.4f}" for k in SHOWN if isinstance(values.get(k), float))
+            text = "  ".join(
+                f"{label} {values[k]:.4f}" for k, label in SHOWN.items() if isinstance(values.get(k), float)
+            )
             print(f"{name} {step}/{steps}  {text}", file=sys.stderr, flush=True)
 
         yield line

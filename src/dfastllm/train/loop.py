@@ -8,6 +8,7 @@ versions.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,8 @@ def fit(work: Work, plan: Plan, home: Path, *, resume: bool = True, stop: int | 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
         loop = Loop(work, plan, home)
+        if done := loop.state["step"]:
+            print(f"{plan.name}: goes on at step {done} of {plan.steps}, in {home}", file=sys.stderr, flush=True)
         loop.go(plan.steps if stop is None else min(stop, plan.steps))
     done = latest(home)
     assert done is not None  # go() saves at its end

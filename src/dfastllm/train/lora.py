@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.models import Decoder, PackedDecoder, find_family, load
 from dfastllm.models.parts import Projection
 from dfastllm.text import Tokenizer
+from dfastllm.train.checkpoint import content, require_same
 from dfastllm.train.data import Batch, Example, Stream, buckets
 from dfastllm.train.loop import fit, refuse_earlier
 from dfastllm.train.objectives import OBJECTIVES, Rows, loss, make_objective
@@ -267,7 +268,8 @@ def train_adapter(
 ) -> Path:
     """Train an adapter for the model at a path and write it to `out`, a directory that PEFT reads. home: of checkpoints
     and the log. resume: go on from its newest checkpoint, else an earlier run there is refused. Returns `out`. Raises
-    ValidationError, UnsupportedError, what loading raises, CheckpointError (a run of another recipe), TrainingError."""
+    ValidationError, UnsupportedError, what loading raises, CheckpointError (a run of another recipe or other texts),
+    TrainingError."""
     torch.set_num_threads(threads)
     if not resume:
         refuse_earlier(home)
@@ -282,6 +284,8 @@ def train_adapter(
         recipe.base, recipe.steps, lr=recipe.lr, matrix_lr=recipe.lr, weight_decay=0.0, warmup=recipe.steps // 10,
         schedule="linear", seed=recipe.seed, validate_every=every, save_every=every, log_every=max(1, every // 5),
     )  # fmt: skip
+    texts = {} if recipe.data is None else {"texts": content(recipe.data)}  # the same file may hold others by now
+    require_same(home, "recipe.json", asdict(recipe) | texts)
     fit(work, plan, home)
     return export(work.model, recipe, out)
 
@@ -308,6 +312,11 @@ def export(changes: LowRanks, recipe: Recipe, out: Path, dtype: torch.dtype = to
         "use_dora": False,
     }
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):  # each whole at any moment: a server may read it
+        part = out / f".{name}.part"
+        if name.endswith(".json"):
+            part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        else:
+            save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(out / name)
     return out

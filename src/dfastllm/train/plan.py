@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import nn
 
 from dfastllm.errors import ValidationError
 
-__all__ = ["OptimizerName", "Plan", "Schedule", "ScheduleName", "make_optimizers", "rate"]
+__all__ = ["OptimizerName", "Plan", "Schedule", "ScheduleName", "make_optimizers", "rate", "training"]
 
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["wsd", "cosine", "linear"]
+# Of a plan, what changes no step: names, and how often something is written down.
+WRITING = frozenset({"name", "validate_every", "save_every", "log_every", "keep", "milestones", "tensorboard"})
 FLOOR = 0.02  # where the cosine ends, as a share of the peak
 
 
@@ -93,6 +95,11 @@ class Plan:
             raise ValidationError(f"decay must be in [0, 1], got {self.decay}.", param="decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValidationError(f"betas must be in [0, 1), got {self.betas}.", param="betas")
+
+
+def training(plan: Plan) -> dict[str, Any]:
+    """Of a plan, what decides how the weights change: two runs that differ in it are two runs."""
+    return {name: found for name, found in asdict(plan).items() if name not in WRITING}
 
 
 def rate(schedule: Schedule, step: int) -> float:

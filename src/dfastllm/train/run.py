@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +14,7 @@ import torch
 from dfastllm import models
 from dfastllm.models.decoder import Decoder
 from dfastllm.text.tokenizer import Tokenizer
-from dfastllm.train.checkpoint import latest, read_weights
+from dfastllm.train.checkpoint import latest, read_weights, require_same
 from dfastllm.train.data import Batch, Stream
 from dfastllm.train.fold import fold_norms
 from dfastllm.train.loop import fit, refuse_earlier
@@ -61,8 +60,7 @@ def run(
     model = build_model(recipe, tokenizer).to(device)
     if latest(home) is None and recipe.init is not None:
         warm_start(model, recipe, Path(runs), tokenizer, device, threads)
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=1) + "\n")
+    require_same(home, "recipe.json", recipe.to_json())
     every: dict[str, Any] = {"validate_every": validate_every, "save_every": save_every, "log_every": log_every}
     done = fit(RecipeWork(recipe, model, tokenizer), plan_of(recipe, **every), home, stop=steps)
     if out is not None:

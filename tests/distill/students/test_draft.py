@@ -19,7 +19,7 @@ from dfastllm.distill.students.align import Alignment
 from dfastllm.distill.students.answers import Answer, Asking, answered, given_answers
 from dfastllm.distill.students.draft import Realignment, default_plan, main, realign, trainable
 from dfastllm.distill.students.prompts import Prompts, read_prompts
-from dfastllm.errors import ContextLengthError, DataError, UnsupportedError, ValidationError
+from dfastllm.errors import CheckpointError, ContextLengthError, DataError, UnsupportedError, ValidationError
 from dfastllm.llm import LLM
 from dfastllm.models import Decoder, dense_attention, load
 from dfastllm.text import Tokenizer
@@ -402,6 +402,8 @@ def test_the_whole_on_small_models(target: Path, draft: Path, prompts: Path, tmp
     again = realign(asked, say=said.append)  # nothing is asked for or trained again
     assert again["held_out"] == report["held_out"]
     assert not any("answers:" in line for line in said)
+    with pytest.raises(CheckpointError, match="kind differ"):
+        realign(replace(asked, kind="reverse"), say=said.append)
     (tmp_path / "out" / "mine.txt").write_text("not of a run")
     command._clear(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

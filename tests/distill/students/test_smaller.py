@@ -17,7 +17,7 @@ from dfastllm.core import SamplingParams
 from dfastllm.distill.students.acceptance import Measuring
 from dfastllm.distill.students.layers import make_student, tokenizer_of
 from dfastllm.distill.students.smaller import collect_answers, main, report, served, train_student
-from dfastllm.errors import DataError, ModelNotFoundError, NotReadyError, ValidationError
+from dfastllm.errors import CheckpointError, DataError, ModelNotFoundError, NotReadyError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.llm import LLM
 from dfastllm.models import load
@@ -47,6 +47,8 @@ def test_from_a_served_model_to_a_report(tmp_path: Path, capsys: pytest.CaptureF
     assert figures["answers"] < len(rows), "rows without log-probabilities, and those held out"
     assert figures["steps"] == 8
     assert figures["tokens_per_second"] > 0
+    with pytest.raises(CheckpointError, match="frozen, plan differ"):
+        train_student(MODEL, home, steps=8, lr=1e-3, tokens=512, told=True)
     told = report(MODEL, home, prompts=2, how=Measuring(length=2, max_tokens=8, repeats=1))
     assert told == json.loads((home / "report.json").read_text())
     before, after = told["students"]["before"], told["students"]["after"]

@@ -38,8 +38,9 @@ from dfastllm.llm import LLM, resolve
 from dfastllm.models import Decoder, build, load, save
 from dfastllm.models.shortlist import read_shortlist
 from dfastllm.text import Tokenizer
+from dfastllm.train.checkpoint import content, require_same
 from dfastllm.train.loop import fit
-from dfastllm.train.plan import Plan
+from dfastllm.train.plan import Plan, training
 
 __all__ = ["Realignment", "default_plan", "export", "realign", "trainable"]
 
@@ -129,6 +130,7 @@ def realign(
     if work.left_out:
         say(f"{work.left_out} answers are too long with their prompts and were left out")
     say(f"{len(work.answers)} answers, {work.steps_of_epoch} batches an epoch; {asked.plan.steps} steps")
+    require_same(out / "run", "run.json", _what(asked))
     before = dict(work.validate(0))
     done = fit(work, asked.plan, out / "run", stop=stop)
     if done.name != f"step-{asked.plan.steps}":
@@ -159,6 +161,16 @@ def realign(
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _what(asked: Realignment) -> dict[str, Any]:
+    """What decides the weights of a run."""
+    written = {"out", "device", "measuring", "plan", "prompts"}  # where to, and what is looked at afterwards
+    return {
+        **{name: found for name, found in asdict(asked).items() if name not in written},
+        "prompts": [content(Path(file)) for file in asked.prompts],
+        "plan": training(asked.plan),
+    }
 
 
 def _work(asked: Realignment, model: Decoder, train: Sequence[Answer], held: Sequence[Answer]) -> Alignment:

@@ -45,8 +45,9 @@ from dfastllm.errors import DataError, DFastLLMError, NotReadyError, ValidationE
 from dfastllm.kernels import set_threads
 from dfastllm.llm import resolve
 from dfastllm.metrics.speculation import answer
+from dfastllm.train.checkpoint import content, require_same
 from dfastllm.train.loop import fit
-from dfastllm.train.plan import OptimizerName
+from dfastllm.train.plan import OptimizerName, training
 
 __all__ = ["collect_answers", "report", "served", "train_student"]
 
@@ -187,6 +188,9 @@ def train_student(
         save_every=validate_every,
         seed=seed,
     )
+    what = {"model": str(model), "tokens": tokens, "longest": longest, "bf16": bf16, "told": told, "frozen": frozen}
+    texts = [content(file) for file in sorted(home.glob("answers-*.jsonl"))]
+    require_same(home / "run", "run.json", {**what, "answers": texts, "held_out": held_out, "plan": training(plan)})
     began = time.monotonic()
     done = fit(work, plan, home / "run", stop=stop)
     state = json.loads((done / "state.json").read_text())
