@@ -4,7 +4,11 @@ a file does not change them, taken."""
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.kit.adapters import model_of, with_peft
 
+import dfastllm.lora.read as reading
 from dfastllm.errors import AdapterError
 from dfastllm.lora import Adapter, LoraConfig, read_adapter, read_config
+from dfastllm.lora.patterns import MOST_EXPRESSIONS, Patterns, weighed
 from dfastllm.models import Decoder, adapter_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -100,12 +106,109 @@ def test_settings_without_influence(model: Decoder, made: Path, copy: Path) -> N
 
 
 def test_scales_and_ranks() -> None:
-    config = LoraConfig(8, 16.0, {r"layers\.\d+\.q_proj": 4, "v_proj": 2}, {"v_proj": 6.0})
+    config = LoraConfig(8, 16.0, Patterns({r"layers\.\d+\.q_proj": 4, "v_proj": 2}), Patterns({"v_proj": 6.0}))
     assert (config.rank_of("model.layers.3.q_proj"), config.scale_of("model.layers.3.q_proj")) == (4, 4.0)
     assert (config.rank_of("a.v_proj"), config.scale_of("a.v_proj")) == (2, 3.0)
     assert (config.rank_of("a.vv_proj"), config.scale_of("a.vv_proj")) == (8, 2.0)
-    stabilised = LoraConfig(9, 6.0, {}, {}, rank_stabilised=True)
+    stabilised = LoraConfig(9, 6.0, Patterns({}), Patterns({}), rank_stabilised=True)
     assert stabilised.scale_of("x") == 2.0
+
+
+def of_peft(patterns: dict[str, int], module: str) -> int:
+    """peft/utils/other.py, get_pattern_key, written down again."""
+    return next((held for pattern, held in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), 0)
+
+
+def test_patterns_choose_what_peft_chooses() -> None:
+    draw = random.Random(3)
+    words = ["layers", "1", "11", "q_proj", "k_proj", "proj", "mlp"]
+    expressions = [r".*\.q_proj", r"layers\.(1|11)\.mlp", r"^mlp\.\w+", "q_proj|k_proj", r"[a-z]+\.1", "mlp..?", "(1)1"]
+    for _ in range(400):
+        plain = [".".join(draw.choices(words, k=draw.randint(1, 3))) for _ in range(4)]
+        mixed = draw.sample([*plain, *draw.sample(expressions, 3)], 5)
+        patterns = {pattern: place for place, pattern in enumerate(mixed, 1)}
+        module = ".".join(draw.choices(words, k=draw.randint(1, 5)))
+        assert Patterns(patterns).of(module, 0) == of_peft(patterns, module), (patterns, module)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        (r"(\w+\.?)+!", "repeats a group"),  # doubles with each character of the name
+        (r"(a|a)*x", "repeats a group"),
+        (r"(?:q|q){1,40}x", "repeats a group"),
+        (r".*.*.*.*.*!", "may take"),
+        (r"a?" * 30 + "a" * 30, "may take"),
+        (r"(a|a|a|a)" * 12 + "!", "may take"),
+        (r"(a)\1+!", "refers back"),
+        (r"(?P<n>a)b*", "of a kind"),
+        ("(", "no regular expression"),
+        ("a)|(b", "no regular expression"),
+        ("x*" * 200, "characters"),
+    ],
+)
+def test_patterns_that_could_take_for_ever(pattern: str, why: str, model: Decoder, copy: Path) -> None:
+    change(copy, rank_pattern={pattern: 4})
+    with pytest.raises(AdapterError, match=why) as refused:
+        read(model, copy)
+    assert refused.value.param == "rank_pattern"
+
+
+def test_patterns_that_are_written_are_taken() -> None:
+    for pattern in (
+        r"^model\.layers\.\d+\.self_attn\.q_proj",
+        r".*\.(0|1|2|3)\..*proj",
+        r"layers\.[0-9]+\.mlp",
+        r"a\+b\.[\]+]x",
+    ):
+        assert weighed(pattern) > 0
+    with pytest.raises(ValueError, match="more than 64"):
+        Patterns({f"x.*{n}": 1 for n in range(MOST_EXPRESSIONS + 1)})
+    many = Patterns({f"layers.{layer}.experts.{i}.up_proj": layer for layer in range(48) for i in range(128)})
+    began = time.process_time()
+    assert [many.of(f"model.layers.{layer}.experts.127.up_proj", -1) for layer in range(48)] == list(range(48))
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1" + "0" * 5000, "1e400", "NaN", "-1", "0", "1.5", "true", '"8"'])
+def test_ranks_that_are_none(number: str, model: Decoder, copy: Path) -> None:
+    config = copy / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    for field in ("r", "lora_alpha"):
+        if field == "lora_alpha" and number in ("-1", "0", "1.5"):
+            continue  # these scale, if oddly
+        config.write_text(json.dumps(fields | {field: "HERE"}).replace('"HERE"', number))
+        with pytest.raises(AdapterError) as refused:
+            read(model, copy)
+        assert field in str(refused.value) or "digits" in str(refused.value)
+
+
+@pytest.mark.parametrize("how", ["cut", "written over", "replaced"])
+def test_files_that_change_while_they_are_read(
+    how: str, model: Decoder, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map of a file that is cut is a bus error, which ends the server; data of two files together are neither's."""
+    weights = copy / "adapter_model.safetensors"
+    plain = reading.read_tensor
+    done: list[str] = []
+
+    def disturbed(entry: Any, name: str, file: Any = None) -> torch.Tensor:
+        if len(done) == 1:
+            if how == "cut":
+                os.truncate(weights, 600)
+            elif how == "written over":
+                weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
+            else:
+                other = copy / "other"
+                other.write_bytes(weights.read_bytes()[:-64] + bytes(64))
+                other.replace(weights)
+        done.append(name)
+        return plain(entry, name, file)
+
+    monkeypatch.setattr(reading, "read_tensor", disturbed)
+    with pytest.raises(AdapterError, match=r"ends inside tensor|was changed while it was read"):
+        read(model, copy)
+    assert len(done) > 1
 
 
 @pytest.mark.parametrize(
@@ -158,11 +261,18 @@ def test_files_that_are_none(model: Decoder, copy: Path, tmp_path: Path) -> None
     config.write_text("[]")
     refused("JSON object")
     config.write_text("{" + " " * (1 << 20) + "}")
-    refused("bytes, wanted at most")
+    refused("more than 1,048,576 bytes")
     config.write_text("{")
     refused("cannot be read as JSON")
+    config.write_bytes(b"\xef\xbb\xbf" + fields.encode())  # as some editors begin a file
+    refused(r"adapter_model\.bin: a pickle")
     config.unlink()
     refused(r"adapter_config\.json is missing")
+    os.mkfifo(config)  # would be waited for
+    refused("is no file")
+    config.unlink()
+    config.symlink_to("/dev/zero")  # would be read without end
+    refused("is no file")
     with pytest.raises(AdapterError, match="is not a directory"):
         read(model, tmp_path / "nowhere")
     assert fields

@@ -246,6 +246,8 @@ def test_overlong_and_garbled(llada: Path) -> None:
         ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "malformed header entry"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "takes 8 bytes"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "hole"),
+        ({"dtype": "F32", "shape": [10**4000, 10**4000], "data_offsets": [0, 8]}, "malformed header entry"),
+        ({"dtype": "F32", "shape": [2**62] * 400, "data_offsets": [0, 8]}, "malformed header entry"),
     ],
 )
 def test_malformed_header_entries(llada: Path, entry: Any, said: str) -> None:

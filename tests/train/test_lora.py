@@ -79,7 +79,8 @@ def test_a_run_of_another_recipe_or_of_other_texts_is_not_gone_on_with(tmp_path:
     path, home, out = resolve("demo-ar"), tmp_path / "home", tmp_path / "out"
     train_adapter(small(data=otter), path, out, home)
     before = (out / "adapter_model.safetensors").read_bytes()
-    others: dict[str, Any] = {"steps": 3, "style": "capitals", "lr": 1e-3, "seed": 1, "rank": 3, "targets": ("q_proj",), "alpha": 3.0}
+    others: dict[str, Any] = {"steps": 3, "style": "capitals", "lr": 1e-3, "seed": 1, "rank": 3, "alpha": 3.0}
+    others["targets"] = ("q_proj",)
     for field, value in others.items():
         recipe = small(**{"data": None if field == "style" else otter, field: value})
         with pytest.raises(CheckpointError, match=field) as refused:

@@ -116,7 +116,7 @@ def _pair(name: str, text: str) -> tuple[str, Any]:
         raise ValidationError(f"{name} must be NAME=VALUE; got {text!r}.", param=name)
     try:
         return key, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # plain text; a number of more digits than Python reads is one too
         return key, value
 
 

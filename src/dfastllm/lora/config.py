@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from dfastllm.core import value
 from dfastllm.errors import AdapterError
+from dfastllm.lora.patterns import Patterns
 
 __all__ = ["CONFIG_FILE", "LoraConfig", "read_config"]
 
-T = TypeVar("T")
 Bias = Literal["none", "all", "lora_only"]
 CONFIG_FILE = "adapter_config.json"
 MOST_BYTES = 1 << 20  # of the file; rank_pattern of a mixture's every expert takes some 100 kB
+MOST_RANK = 1 << 20  # that a config may name; what is served has limits of its own
+MOST_ALPHA = 1e9
 BIASES = ("none", "all", "lora_only")
 
 # Where the weights came from, how they were trained, and which modules were chosen: the tensors tell which these are.
@@ -83,12 +84,13 @@ class LoraConfig:
     lora_bias        B has a bias of its own.
     saved            modules that were trained whole (modules_to_save).
     tied             the embedding's adapter is the head's too (ensure_weight_tying).
+    base             what the adapter was trained for, by its own word.
     """
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns[int]
+    alpha_pattern: Patterns[float]
     rank_stabilised: bool = False
     magnitudes: bool = False
     bias: Bias = "none"
@@ -96,41 +98,38 @@ class LoraConfig:
     lora_bias: bool = False
     saved: tuple[str, ...] = ()
     tied: bool = False
+    base: str = ""
 
     def rank_of(self, module: str) -> int:
         """Of a module by its published name."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return self.rank_pattern.of(module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """What a module's B A is multiplied by."""
         rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return self.alpha_pattern.of(module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 def read_config(directory: Path) -> LoraConfig:
     """adapter_config.json of a directory. Raises AdapterError naming the field, what it holds and what is wanted."""
     path = directory / CONFIG_FILE
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise AdapterError(f"{path} has {path.stat().st_size} bytes, wanted at most {MOST_BYTES}.")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+            raise AdapterError(f"{path} is no file.")
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise AdapterError(f"{path} has more than {MOST_BYTES:,} bytes.")
+        raw = json.loads(text.decode("utf-8-sig"))
     except FileNotFoundError:
         raise AdapterError(
             f"{CONFIG_FILE} is missing in {directory}.", hint="Give the directory that PEFT's save_pretrained wrote."
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(raw, dict):
         raise AdapterError(f"{path} must hold a JSON object, got {type(raw).__name__}.")
     return _Fields(raw, path).config()
-
-
-def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
-    """The value of the first pattern that names the module, or the end of its name: PEFT's rule."""
-    for pattern, found in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return found
-    return default
 
 
 class _Fields:
@@ -152,12 +151,12 @@ class _Fields:
         if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
             raise self._wrong("modules_to_save", "a list of module names")
         ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
-        if any(rank != int(rank) or rank < 1 for rank in ranks.values()):
-            raise self._wrong("rank_pattern", "whole ranks of 1 or more")
+        if not all(_is_rank(rank) for rank in ranks.values.values()):
+            raise self._wrong("rank_pattern", f"whole ranks of 1 to {MOST_RANK:,}")
         return LoraConfig(
-            rank=int(self._number("r", 8, whole=True)),
-            alpha=self._number("lora_alpha", 8),
-            rank_pattern={name: int(rank) for name, rank in ranks.items()},
+            rank=self._rank(),
+            alpha=self._alpha(),
+            rank_pattern=Patterns({name: int(rank) for name, rank in ranks.values.items()}),
             alpha_pattern=alphas,
             rank_stabilised=self._flag("use_rslora"),
             magnitudes=self._flag("use_dora"),
@@ -166,6 +165,7 @@ class _Fields:
             lora_bias=self._flag("lora_bias"),
             saved=tuple(saved),
             tied=self._flag("ensure_weight_tying"),
+            base=str(self.raw.get("base_model_name_or_path") or ""),
         )
 
     def _refuse(self) -> None:
@@ -201,28 +201,37 @@ class _Fields:
             raise self._wrong(name, "true or false")
         return bool(held)
 
-    def _number(self, name: str, default: float, *, whole: bool = False) -> float:
-        held = self.raw.get(name, default)
-        if not _is_number(held) or (whole and (held != int(held) or held < 1)):
-            raise self._wrong(name, "a whole number of 1 or more" if whole else "a number")
+    def _rank(self) -> int:
+        held = self.raw.get("r", 8)
+        if not _is_rank(held):
+            raise self._wrong("r", f"a whole number of 1 to {MOST_RANK:,}")
+        return int(held)
+
+    def _alpha(self) -> float:
+        held = self.raw.get("lora_alpha", 8)
+        if not _is_number(held):
+            raise self._wrong("lora_alpha", f"a number of at most {MOST_ALPHA:,.0f}")
         return float(held)
 
-    def _patterns(self, name: str) -> dict[str, float]:
+    def _patterns(self, name: str) -> Patterns[float]:
         held = self.raw.get(name) or {}
         if not isinstance(held, dict) or not all(_is_number(found) for found in held.values()):
             raise self._wrong(name, "an object of module names and numbers")
-        for pattern in held:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise AdapterError(
-                    f"{self.path}: {name} has {pattern!r}, which is no regular expression: {error}.", param=name
-                ) from error
-        return {pattern: float(found) for pattern, found in held.items()}
+        try:
+            return Patterns({pattern: float(found) for pattern, found in held.items()})
+        except ValueError as error:
+            raise AdapterError(
+                f"{self.path}: {name}: {error}.", param=name, hint="Name the modules in full, without wildcards."
+            ) from error
 
 
 def _is_number(held: Any) -> bool:
-    return isinstance(held, int | float) and not isinstance(held, bool) and math.isfinite(held)
+    """Whether it is a number that a scale can be made of. A whole one may have any number of digits in JSON."""
+    return isinstance(held, int | float) and not isinstance(held, bool) and -MOST_ALPHA <= held <= MOST_ALPHA
+
+
+def _is_rank(held: Any) -> bool:
+    return _is_number(held) and 1 <= held <= MOST_RANK and held == int(held)
 
 
 KNOWN = (

@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from dfastllm.errors import AdapterError
-from dfastllm.lora.config import CONFIG_FILE, read_config
-from dfastllm.lora.read import WEIGHTS_FILE
+from dfastllm.errors import AdapterError, CheckpointError
+from dfastllm.lora.config import read_config
+from dfastllm.lora.keys import parse_key
+from dfastllm.lora.read import weights_of
+from dfastllm.quant.header import BYTES, read_header
 
 __all__ = ["outline"]
 
 
 def outline(directory: Path) -> dict[str, Any]:
-    """base, rank, alpha, kind (what it is beside plain LoRA), layers (last words of their names), tensors, bytes.
-    Raises AdapterError."""
+    """base, rank, alpha, kind (what it is beside plain LoRA), layers (last words of their names), tensors, bytes
+    (of the tensors, which is what it takes in memory). Raises AdapterError."""
     config = read_config(directory)
-    raw = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    file = directory / WEIGHTS_FILE
-    names: set[str] = set()
-    count = 0
+    file = weights_of(directory)
     try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (it is no dict)
-                count += 1
-                words = [
-                    word for word in name.split(".") if not word.startswith(("lora_", "weight", "bias", "default"))
-                ]
-                names.add(words[-1])
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}.") from error
+        header = read_header(file)
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint="The file is damaged or incomplete.") from error
     kinds = {
         "DoRA": config.magnitudes,
         "rank-stabilised": config.rank_stabilised,
-        "ranks by layer": bool(config.rank_pattern),
+        "ranks by layer": bool(config.rank_pattern.values),
         f"biases ({config.bias})": config.bias != "none",
         f"whole {', '.join(config.saved)}": bool(config.saved),
     }
     return {
-        "base": str(raw.get("base_model_name_or_path") or ""),
+        "base": config.base,
         "rank": config.rank,
         "alpha": config.alpha,
         "kind": [name for name, has in kinds.items() if has],
-        "layers": sorted(names),
-        "tensors": count,
-        "bytes": file.stat().st_size,
+        "layers": sorted({parse_key(name, str(file)).module.rpartition(".")[2] for name in header}),
+        "tensors": len(header),
+        "bytes": sum(math.prod(entry.shape) * BYTES.get(entry.dtype, 0) for entry in header.values()),
     }

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import BinaryIO, Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dfastllm.core import value
-from dfastllm.errors import AdapterError
+from dfastllm.errors import AdapterError, CheckpointError
 from dfastllm.lora.adapter import EMBED, HEAD, Adapter, Delta
 from dfastllm.lora.config import CONFIG_FILE, LoraConfig, read_config
 from dfastllm.lora.deltas import Parts, build
 from dfastllm.lora.keys import EXPERTS, Key, experts_of, finite, parse_key
+from dfastllm.quant.header import TensorEntry, header_of
+from dfastllm.quant.stream import read_tensor
 
-__all__ = ["MAX_RANK", "WEIGHTS_FILE", "Base", "read_adapter"]
+__all__ = ["MAX_RANK", "WEIGHTS_FILE", "Base", "read_adapter", "weights_of"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RANK = 512
@@ -55,8 +57,15 @@ class Entry:
     """A tensor of the file, by its header."""
 
     key: Key
-    shape: tuple[int, ...]
-    dtype: str
+    where: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.where.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.where.dtype
 
     @property
     def nbytes(self) -> int:
@@ -73,12 +82,14 @@ def read_adapter(path: str | Path, base: Base, *, max_rank: int = MAX_RANK, max_
     directory = Path(path)
     if not directory.is_dir():
         raise AdapterError(f"{directory} is not a directory.", hint=f"Give the directory that has {CONFIG_FILE}.")
+    before = _stamps(directory)
     config = read_config(directory)
-    file = _weights(directory)
-    where = str(file)
+    path = weights_of(directory)
+    where = str(path)
     try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            entries = _entries(tensors, where)
+        # Neither mapped nor opened twice: somebody may write the file, or put another in its place, while it is read.
+        with path.open("rb", buffering=0) as file:
+            entries = _entries(header_of(cast(BinaryIO, file), path), where)
             modules = _modules(entries, base, where)
             for own, found in modules.items():
                 _check(own, found, config, base, max_rank, where)
@@ -88,15 +99,30 @@ def read_adapter(path: str | Path, base: Base, *, max_rank: int = MAX_RANK, max_
                     f"{where} has {total} bytes of tensors, wanted at most {max_bytes}.",
                     hint="Raise the memory that adapters may take.",
                 )
-            deltas, notes = _deltas(tensors, modules, config, base, where)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{where} cannot be read: {error}.", hint="The file is damaged or incomplete.") from error
+            deltas, notes = _deltas(file, modules, config, base, where)
+    except (CheckpointError, OSError) as error:
+        said = error.message if isinstance(error, CheckpointError) else f"{where} cannot be read: {error}."
+        raise AdapterError(said, hint="The file is damaged or incomplete.") from error
+    if _stamps(directory) != before:
+        raise AdapterError(f"{directory} was changed while it was read.", hint="Load it again when it is written.")
     if not deltas:
         raise AdapterError(f"{where} holds no adapter: none of its tensors changes the model.")
     return Adapter.of(deltas, notes)
 
 
-def _weights(directory: Path) -> Path:
+def _stamps(directory: Path) -> list[tuple[int, ...]]:
+    """What changes when one of the two files is written or takes another's place."""
+    found: list[tuple[int, ...]] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            about = (directory / name).stat()
+            found.append((about.st_ino, about.st_size, about.st_mtime_ns))
+        except OSError:
+            found.append(())
+    return found
+
+
+def weights_of(directory: Path) -> Path:
     """The weights of a directory. Raises AdapterError where they are pickled, or there are none."""
     file = directory / WEIGHTS_FILE
     if file.is_file():
@@ -111,15 +137,13 @@ def _weights(directory: Path) -> Path:
     raise AdapterError(f"{WEIGHTS_FILE} is missing in {directory}.")
 
 
-def _entries(tensors: Any, where: str) -> list[Entry]:
+def _entries(header: Mapping[str, TensorEntry], where: str) -> list[Entry]:
     """The header of the file. Raises AdapterError for a tensor that is no part of an adapter."""
-    names = sorted(tensors.keys())
-    if len(names) > MAX_TENSORS:
-        raise AdapterError(f"{where} has {len(names)} tensors, wanted at most {MAX_TENSORS}.")
+    if len(header) > MAX_TENSORS:
+        raise AdapterError(f"{where} has {len(header)} tensors, wanted at most {MAX_TENSORS}.")
     found = []
-    for name in names:
-        part = tensors.get_slice(name)
-        entry = Entry(parse_key(name, where), tuple(part.get_shape()), part.get_dtype())
+    for name, at in sorted(header.items()):
+        entry = Entry(parse_key(name, where), at)
         if entry.dtype not in DTYPES:
             raise AdapterError(
                 f"{where}: tensor {name} has dtype {entry.dtype}, wanted one of {', '.join(DTYPES)}.", param=name
@@ -259,16 +283,15 @@ def _count(own: str, base: Base) -> int:
 
 
 def _deltas(
-    tensors: Any, modules: Mapping[str, Module], config: LoraConfig, base: Base, where: str
+    file: RawIOBase, modules: Mapping[str, Module], config: LoraConfig, base: Base, where: str
 ) -> tuple[dict[str, Delta], tuple[str, ...]]:
     """The deltas by own name, and what was left out on the way."""
     notes: list[str] = []
     deltas: dict[str, Delta] = {}
     for own, entries in modules.items():
         scale = config.scale_of(next(iter(entries.values())).key.module)
-        # A copy: memory of its own, aligned, whatever becomes of the file.
         parts: Parts = {
-            part: finite(entry.key.name, tensors.get_tensor(entry.key.name).clone(), where)
+            part: finite(entry.key.name, read_tensor(entry.where, entry.key.name, file), where)
             for part, entry in entries.items()
         }
         if _fused(own):

@@ -10,7 +10,9 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
 
@@ -49,7 +51,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class Entry(Protocol):
-    """Where a tensor lies (models.headers.TensorEntry): dtype in safetensors' spelling, offset in bytes from the start
+    """Where a tensor lies (quant.header.TensorEntry): dtype in safetensors' spelling, offset in bytes from the start
     of the file."""
 
     @property
@@ -62,8 +64,10 @@ class Entry(Protocol):
     def offset(self) -> int: ...
 
 
-def read_tensor(entry: Entry, name: str) -> Tensor:
-    """The tensor, in memory of its own: a mapped file would count as resident a second time. Raises CheckpointError."""
+def read_tensor(entry: Entry, name: str, file: RawIOBase | None = None) -> Tensor:
+    """The tensor, in memory of its own: a mapped file would count as resident a second time, and one that is cut while
+    it is read would kill the process. file: the entry's, where it is open already, unbuffered. Raises
+    CheckpointError."""
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, which is not read.")
     out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -71,11 +75,11 @@ def read_tensor(entry: Entry, name: str) -> Tensor:
         return out
     view = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
     try:
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
+        with nullcontext(file) if file is not None else entry.file.open("rb", buffering=0) as opened:
+            opened.seek(entry.offset)
             at = 0
             while at < len(view):
-                got = file.readinto(view[at:])
+                got = opened.readinto(view[at:])
                 if not got:
                     raise CheckpointError(f"{entry.file} ends inside tensor {name!r}.")
                 at += got
