@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kit.isas import lesser
 from tests.kit.weights import CASES, exact
 from torch import Tensor
 
@@ -146,8 +147,6 @@ def test_zero_rows_give_zero(format: str, mins: bool) -> None:
 @pytest.mark.skipif("DFASTLLM_ISA" in os.environ, reason="one instruction set was asked for")
 def test_every_instruction_set() -> None:
     """This file again under each lesser instruction set that the machine has."""
-    sets = ["avx512", "avx2", "scalar"]
-    lesser = sets[sets.index(native().isa()) + 1 :]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     started = {
         name: subprocess.Popen(
@@ -157,7 +156,7 @@ def test_every_instruction_set() -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for name in lesser
+        for name in lesser(native().isa())
     }
     for name, process in started.items():
         output, _ = process.communicate()

@@ -122,6 +122,8 @@ struct AttentionOps {
 extern const AttentionOps attention_scalar;
 #if defined(DFK_X86)
 extern const AttentionOps attention_avx2, attention_avx512;
+#elif defined(DFK_ARM)
+extern const AttentionOps attention_neon;
 #endif
 const AttentionOps& attention_ops();
 

@@ -3,10 +3,14 @@
 
 namespace dfk {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa {
+  scalar,
+  avx2, avx512,         // x86-64
+  neon, dotprod, i8mm,  // 64-bit ARM: each has the ones before
+};
 
-// The best one that this build has, this CPU supports and the operating system saves registers for. DFASTLLM_ISA
-// (scalar, avx2, avx512) asks for a lesser one; asking for one that is not available is an error at import.
+// The best one that this build has, this CPU supports and the operating system saves registers for. DFASTLLM_ISA asks for
+// a lesser one by its name; asking for one that is not available is an error at import.
 Isa isa();
 
 const char* isa_name();

@@ -3,7 +3,11 @@
 // to run on a CPU without it. So code of two units is shared only where both are compiled with the same flags.
 #pragma once
 
-#if defined(__AVX512BF16__)
+#if defined(DFK_PORTABLE)  // a unit may ask for it, whatever its flags allow
+#define DFK_ISA scalar
+#define DFK_SIMD_PORTABLE
+#define DFK_SIMD_DOT
+#elif defined(__AVX512BF16__)
 #define DFK_ISA avx512
 #define DFK_SIMD_AVX512
 #define DFK_SIMD_DOT  // the vocabulary has dot(): 4 products of bytes are added to a lane
@@ -18,6 +22,22 @@
 #elif defined(__AVX2__)
 #define DFK_ISA avx2
 #define DFK_SIMD_AVX2
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#define DFK_ISA i8mm
+#define DFK_SIMD_NEON
+#define DFK_SIMD_DOT
+#define DFK_SIMD_MATRIX  // and matrix products of 2 channels and 2 rows
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define DFK_ISA dotprod
+#define DFK_SIMD_NEON
+#define DFK_SIMD_DOT
+#define DFK_SIMD_SIGNED  // dot() takes signed weights
+#elif defined(__aarch64__)
+#define DFK_ISA neon
+#define DFK_SIMD_NEON
+#define DFK_SIMD_DOT
+#define DFK_SIMD_SIGNED
+#define DFK_SIMD_DOT_TWICE  // and two steps at once
 #else
 #define DFK_ISA scalar
 #define DFK_SIMD_PORTABLE

@@ -96,13 +96,17 @@ void each_tile(const Share* shares, int64_t count, const Acts& x, Finish&& finis
 }  // namespace
 
 const LinearOps& linear_ops() {
+  switch (isa()) {
 #if defined(DFK_X86)
-  static const LinearOps& chosen =
-      isa() == Isa::avx512 ? linear_avx512 : isa() == Isa::avx2 ? linear_avx2 : linear_scalar;
-  return chosen;
-#else
-  return linear_scalar;
+    case Isa::avx512: return linear_avx512;
+    case Isa::avx2: return linear_avx2;
+#elif defined(DFK_ARM)
+    case Isa::i8mm: return linear_i8mm;
+    case Isa::dotprod: return linear_dotprod;
+    case Isa::neon: return linear_neon;
 #endif
+    default: return linear_scalar;
+  }
 }
 
 namespace {

@@ -85,6 +85,8 @@ constexpr size_t kTileScratch = 64 * 1024;
 extern const LinearOps linear_scalar;
 #if defined(DFK_X86)
 extern const LinearOps linear_avx2, linear_avx512;
+#elif defined(DFK_ARM)
+extern const LinearOps linear_neon, linear_dotprod, linear_i8mm;
 #endif
 const LinearOps& linear_ops();
 

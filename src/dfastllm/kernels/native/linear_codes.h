@@ -23,8 +23,13 @@ constexpr int kSlice = 8;  // groups of 32 inputs that all row blocks pass over 
 struct Bytes {  // w8, w8g
   using Unpacked = Bytes;
   using Whole = Bytes;
+#if defined(DFK_SIMD_SIGNED)  // codes below 128, those of the other formats, are the same signed
+  static constexpr int offset = 0, parts = 1, side = kPanel, bytes = 2048;
+  static inline Codes16 at(const uint8_t* p, int i) { return load_wide_codes(p + 256 * i); }
+#else
   static constexpr int offset = 128, parts = 1, side = kPanel, bytes = 2048;
   static inline Codes16 at(const uint8_t* p, int i) { return load_codes(p + 256 * i); }
+#endif
 };
 
 struct Nibbles {  // w4g

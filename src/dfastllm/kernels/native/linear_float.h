@@ -29,6 +29,8 @@ constexpr int kMemoryRows = 11;  // with no more, a product waits for memory
 constexpr int kFloatRows = 6, kFloatWidth = 4;
 #elif defined(DFK_SIMD_AVX2)
 constexpr int kFloatRows = 6, kFloatWidth = 1;
+#elif defined(DFK_SIMD_NEON)  // 20 of 32 registers, 8 of weights (bfloat16)
+constexpr int kFloatRows = 5, kFloatWidth = 1;
 #else
 constexpr int kFloatRows = 2, kFloatWidth = 1;
 #endif

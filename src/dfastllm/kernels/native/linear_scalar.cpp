@@ -1,3 +1,4 @@
+#define DFK_PORTABLE
 #include "linear_isa.h"
 
 namespace dfk {

@@ -32,6 +32,12 @@ template <class Codes> constexpr int block_rows() { return 6; }
 template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
 template <class Codes> constexpr int width(int rows, bool) { return rows <= 2 ? 2 : 1; }
 constexpr int kChannelWidth = 1;
+#elif defined(DFK_SIMD_NEON)  // 32 registers of 128 bits: 6 x 4 of sums, 4 of weights
+constexpr bool kFloatsHeld = false;
+template <class Codes> constexpr int block_rows() { return 6; }
+template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
+template <class Codes> constexpr int width(int rows, bool) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int kChannelWidth = 1;
 #else
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr int block_rows() { return 2; }
@@ -41,10 +47,11 @@ constexpr int kChannelWidth = 1;
 #endif
 
 // Where a part's sums start, of the sums of its activation codes.
-template <class Codes, bool mins> constexpr bool kStartsAtZero = mins;
+template <class Codes, bool mins> constexpr bool kStartsAtZero = mins || Codes::offset == 0;
 template <class Codes> inline Ints16 start_of(Ints16 sums) {
+  if (Codes::offset == 0) return ints16(0);
   constexpr int power = Codes::offset == 128 ? 7 : Codes::offset == 32 ? 5 : 3;
-  static_assert(Codes::offset == 1 << power, "an offset of another size");
+  static_assert(Codes::offset == 0 || Codes::offset == 1 << power, "an offset of another size");
   return ints16(0) - shift_left<power>(sums);
 }
 
@@ -56,6 +63,38 @@ template <class Codes, int R> struct Inputs {
   const int8_t* at(int r, int64_t group) const { return x + r * stride + 32 * group; }
 };
 
+// sum += codes * activations of 4 inputs, register `i` of group g. data: the group's, at the first channel.
+template <class Codes, int R, int C>
+inline void add_step(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
+  Codes16 w[C];
+  DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, i);
+  DFK_EACH(r, R) {
+    const Codes16 codes = four_codes(in.at(r, g) + 4 * i);
+    DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes);
+  }
+}
+
+// The same of as many registers as go together.
+#if defined(DFK_SIMD_DOT_TWICE)
+constexpr int kTogether = 2;
+template <class Codes, int R, int C>
+inline void add_together(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
+  Codes16 w[C], next[C];
+  DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, i);
+  DFK_EACH(c, C) next[c] = Codes::at(data + 64 * c, i + 1);
+  DFK_EACH(r, R) {
+    const Codes16 codes = four_codes(in.at(r, g) + 4 * i), more = four_codes(in.at(r, g) + 4 * i + 4);
+    DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes, next[c], more);
+  }
+}
+#else
+constexpr int kTogether = 1;
+template <class Codes, int R, int C>
+inline void add_together(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
+  add_step(data, in, g, i, sum);
+}
+#endif
+
 // Part `p` of group `g` from the starts [row][...] on. data: the group's, at the first channel.
 template <class Codes, bool mins, int R, int C>
 inline Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, const int32_t (&starts)[R][16], int g, int p) {
@@ -65,28 +104,16 @@ inline Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, con
     const Ints16 start = kStartsAtZero<Codes, mins> ? ints16(0) : ints16(starts[r][g * Codes::parts + p]);
     DFK_EACH(c, C) sum.at[r][c] = start;
   }
-  DFK_EACH(i, steps) {
-    Codes16 w[C];
-    DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, p * steps + i);
-    DFK_EACH(r, R) {
-      const Codes16 codes = four_codes(in.at(r, g) + 4 * (p * steps + i));
-      DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes);
-    }
-  }
+  DFK_EACH(i, steps / kTogether) add_together(data, in, g, p * steps + kTogether * i, sum);
   return sum;
 }
 
 // sum += codes * activations over `steps` registers of w8 (at most 8) of group g.
 template <int R, int C>
 inline void add_steps(const uint8_t* data, const Inputs<Bytes, R>& in, int64_t g, int64_t steps, Sums<R, C>& sum) {
-  for (int64_t i = 0; i < steps; ++i) {
-    Codes16 w[C];
-    DFK_EACH(c, C) w[c] = load_codes(data + 256 * i + 64 * c);
-    DFK_EACH(r, R) {
-      const Codes16 codes = four_codes(in.at(r, g) + 4 * i);
-      DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes);
-    }
-  }
+  int i = 0;
+  for (; i + kTogether <= steps; i += kTogether) add_together(data, in, g, i, sum);
+  for (; i < steps; ++i) add_step(data, in, g, i, sum);
 }
 
 }  // namespace dfk::DFK_ISA::tiles

@@ -1,7 +1,7 @@
 // Integer tiles: one panel (64 output channels) times rows of int8 codes -> float [rows][64]. tiles::w8, w8g, w4g and w6g
 // are of type Tile, and tiles::kByFormat holds those of every format. This is the walk, for all formats and instruction
 // sets; where codes come from is in linear_codes.h, how a group's integer sums are made, and how many rows and channels
-// that takes at a time, in linear_sums_dot.h and linear_sums_pairs.h.
+// that takes at a time, in linear_sums_dot.h, linear_sums_pairs.h and linear_sums_matrix.h.
 //
 // Weights are the unsigned operand of the dot product (u8 x s8), so their codes are stored with an offset (128, 8 or
 // 32). Integer sums start at -offset * sum(activation codes) instead of zero, which takes it off again, exactly.
@@ -33,7 +33,9 @@
 #include "simd.h"
 #include "unroll.h"
 
-#if defined(DFK_SIMD_DOT)
+#if defined(DFK_SIMD_MATRIX)
+#include "linear_sums_matrix.h"
+#elif defined(DFK_SIMD_DOT)
 #include "linear_sums_dot.h"
 #else
 #include "linear_sums_pairs.h"

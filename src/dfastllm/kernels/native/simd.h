@@ -36,6 +36,9 @@
 //   doubled(floats)                                      lanes 0, 0, 1, 1, ... 7, 7
 //   sum_16(p)                                            of 16 int8
 //   dot(sum, w, x)          (DFK_SIMD_DOT)               sum + 4 products of every lane, w unsigned, x signed bytes
+//   load_wide_codes(p)      (DFK_SIMD_SIGNED)            64 bytes with an offset of 128, without it: for a dot of signed bytes
+//   dot(sum, w, x, w_next, x_next)  (DFK_SIMD_DOT_TWICE) both at once
+//   eight_inputs, add_matrix, ...   (DFK_SIMD_MATRIX)    see simd_neon.h
 //   pair_products(w, x), widened(pairs, factors), ...    (AVX2 without it, see there)
 //   Bf16Pairs, add_bf16_pairs                            products of bfloat16 pairs, see linear_float.h
 //
@@ -49,6 +52,8 @@
 #include "simd_avx512.h"
 #elif defined(DFK_SIMD_AVX2)
 #include "simd_avx2.h"
+#elif defined(DFK_SIMD_NEON)
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif

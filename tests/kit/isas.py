@@ -1,0 +1,12 @@
+"""The instruction sets of native kernels: which ones a machine that has one has besides."""
+
+from __future__ import annotations
+
+__all__ = ["CHAINS", "lesser"]
+
+CHAINS = (("avx512", "avx2", "scalar"), ("i8mm", "dotprod", "neon", "scalar"))  # each has those after it
+
+
+def lesser(isa: str) -> tuple[str, ...]:
+    """What a machine whose kernels use `isa` can be asked for instead."""
+    return next(chain[chain.index(isa) + 1 :] for chain in CHAINS if isa in chain)
