@@ -7,7 +7,7 @@ stays the plain torch `Decoder`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,20 +20,23 @@ from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, pack_decoder
 from dfastllm.models import load as load_decoder
+from dfastllm.models.basis import Basis, basis_of, format_for
 from dfastllm.models.checkpoint import (
+    basis_in,
     fill,
     named_dtype,
     quant_config,
     quantisable,
     read_model,
-    read_weights,
+    read_stored,
     skeleton,
     stored_dtype,
 )
 from dfastllm.models.gguf import GgufModel, open_gguf
 from dfastllm.models.headers import inventory
 from dfastllm.models.shortlist import read_shortlist
-from dfastllm.quant import FORMATS, find_format, quantise
+from dfastllm.quant import FORMATS, quantise
+from dfastllm.quant.formats import EIGHT_BITS, require_format
 from dfastllm.quant.gguf.memory import return_freed
 from dfastllm.text import Tokenizer
 from dfastllm.text.gguf import read_tokenizer
@@ -64,7 +67,7 @@ class Loaded:
 @dataclass(frozen=True)
 class _Source:
     """A checkpoint of either kind, not yet read. parts: (own parameter name, value), read when its turn comes; notes
-    gains a sentence for each weight that is not kept as stored."""
+    gains a sentence for each weight that is not kept as stored. basis: what the parts are turned to already."""
 
     config: DecoderConfig
     info: ModelInfo
@@ -72,6 +75,7 @@ class _Source:
     quantised: bool
     parts: Iterator[tuple[str, QTensor | Tensor]]
     notes: list[str]
+    basis: Basis | None = None
 
 
 def load(
@@ -88,7 +92,9 @@ def load(
     """A model and its tokenizer from a Hugging Face directory or a GGUF file.
 
     dtype: what floating-point weights are held in, None: as stored (float16, which CPUs compute poorly, as float32).
-    quantization: quantise floating-point matrices while loading, to w8, w8g, w6, w4m or w4.
+    quantization: quantise floating-point matrices while loading, to w8, w8g, w6, w4m or w4. w8r and w8gr: all
+        matrices, those of a quantised file too, of the model in another basis (`models.basis`). 8bit: w8r, or w8g where
+        the model has no such basis.
     backend: native: packed weights and our kernels; torch: the plain model; auto: native where it can be.
     max_len: the longest context that will be served, None: the model's own. It chooses between the factors of longrope.
     drafting: it writes drafts for another model, so packed weights get a head of the tokens of its shortlist alone
@@ -102,7 +108,7 @@ def load(
     if dtype is not None:
         named_dtype(dtype)
     if quantization is not None:
-        find_format(quantization, "quantization")
+        require_format(quantization, (*FORMATS, EIGHT_BITS), "quantization")
     path = Path(path)
     if is_gguf(path):
         with open_gguf(path, name=name, max_len=max_len) as gguf:
@@ -187,9 +193,10 @@ def _from_directory(path: Path, dtype: torch.dtype | str | None, name: str | Non
     family, config, info = read_model(path, name, max_len)
     stored = stored_dtype(inventory(path), quant_config(path))
     chosen = stored if dtype is None else named_dtype(dtype)
-    model = skeleton(config, info, chosen)
-    parts = read_weights(path, family, model)
-    return _Source(config, info, chosen, quant_config(path) is not None, parts, [])
+    basis = basis_in(path, skeleton(config, info, chosen))
+    held = config if basis is None else replace(config, tied=False)
+    parts = read_stored(path, family, skeleton(held, info, chosen))
+    return _Source(config, info, chosen, quant_config(path) is not None, parts, [], basis)
 
 
 def _from_gguf(gguf: GgufModel, dtype: torch.dtype | str | None) -> _Source:
@@ -206,25 +213,31 @@ def _from_gguf(gguf: GgufModel, dtype: torch.dtype | str | None) -> _Source:
 
 
 def _assemble(source: _Source, quantization: str | None, shortlist: Tensor | None = None) -> PackedDecoder:
-    """Packs a source's weights, quantising float matrices first where asked."""
-    matrices = set(quantisable(skeleton(source.config, source.info, torch.float32)))
+    """Packs a source's weights, quantising float matrices first where asked, and all of them for a format that turns
+    them."""
+    shapes = skeleton(replace(source.config, tied=False), source.info, torch.float32)
+    matrices, program = set(quantisable(shapes)), shapes.program
+    chosen = None if quantization is None else FORMATS[format_for(quantization, program, source.info.name)]
+    basis, given = source.basis, source.parts
+    if basis is None and chosen is not None and chosen.turned:
+        basis = basis_of(program, source.info.name, tied=source.config.tied)
+        given = basis.turned(given)
     dtype = source.dtype
     if dtype == torch.float16:
         dtype = torch.float32
         source.notes.append("float16 weights are held as float32: float16 products are slow on CPUs")
 
     def parts() -> Iterator[tuple[str, QTensor | Tensor]]:
-        for own, value in source.parts:
+        for own, value in given:
             if isinstance(value, QTensor) or own not in matrices:
                 yield own, value
-            elif quantization is not None:
+            elif chosen is not None:
                 outer = own in ("embed.weight", "lm_head.weight")
-                chosen = FORMATS[quantization]
                 yield own, quantise(value, FORMATS[chosen.head] if outer and chosen.head else chosen, name=own)
             else:
                 yield own, value.to(dtype if value.dtype != torch.float32 or not source.quantised else value.dtype)
 
     kv = torch.bfloat16 if source.quantised or quantization is not None else dtype
-    packed = pack_decoder(source.config, source.info, parts(), kv, notes=source.notes, shortlist=shortlist)
+    packed = pack_decoder(source.config, source.info, parts(), kv, notes=source.notes, shortlist=shortlist, basis=basis)
     return_freed()
     return packed

@@ -20,15 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-FORMATS = "w8, w8g, w6, w4m, w4, gguf-q8_0 or gguf-q4_0"  # a test compares this with the formats there are
+FORMATS = "w8, w8r, w8g, w8gr, w6, w4m, w4, gguf-q8_0 or gguf-q4_0"  # a test compares this with the formats there are
 
 
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A shipped model's name or a Hugging Face directory.")],
-    format: Annotated[str, typer.Option(help=f"{FORMATS}. w4m: 4 bits with a minimum.")],
     out: Annotated[Path, typer.Option(help="Directory to write (gguf-...: the file).")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help=f"{FORMATS}. 8bit: w8r, or w8g for a model that w8r cannot hold. r: the model in another basis. "
+            "w4m: 4 bits with a minimum."
+        ),
+    ] = "8bit",
     head: Annotated[
-        str, typer.Option(help="Format of embedding and head; float keeps them. \\[default: w8g; w8 with w8]")
+        str,
+        typer.Option(
+            help="Format of embedding and head; float keeps them. \\[default: w8g; with 8 bits the format itself]"
+        ),
     ] = "",
     calibrate: Annotated[
         str, typer.Option(help="none; aware: scales weighted by the activations seen; gptq.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,10 +28,19 @@ from dfastllm.convert.simulate import simulate
 from dfastllm.convert.source import Source
 from dfastllm.errors import ValidationError
 from dfastllm.kernels.packed import QTensor
-from dfastllm.models.checkpoint import load, read_model, read_weights, skeleton
+from dfastllm.models.basis import Basis, basis_of, format_for
+from dfastllm.models.checkpoint import basis_in, load, read_model, read_stored, skeleton
 from dfastllm.quant.calibrate import InputStatistics
-from dfastllm.quant.checkpoint import QuantConfig, plan, write
-from dfastllm.quant.formats import FORMATS, Format, find_format, quantise, require_divisible
+from dfastllm.quant.checkpoint import QuantConfig, Rotation, plan, write
+from dfastllm.quant.formats import (
+    EIGHT_BITS,
+    FORMATS,
+    Format,
+    find_format,
+    quantise,
+    require_divisible,
+    require_format,
+)
 from dfastllm.quant.gptq import gptq
 from dfastllm.quant.partial import place, storing
 from dfastllm.quant.stream import Planned, SafetensorsWriter
@@ -50,13 +59,13 @@ Progress = Callable[[int, int, str], None]  # (weights done, weights in all, nam
 class Options:
     """How to quantise.
 
-    format: of the layers' matrices. head: of embedding and head, "float" keeps them; "": `format` where that has 8
-    bits, else w8g. calibration: none, aware (scales weighted by the squares of the inputs) or gptq; it runs on
-    `samples` samples of the task mix's training split, or of `text` (a text or .jsonl file). act_order: see
-    `quant.gptq`. search False: plain rounding to nearest, for comparison.
+    format: of the layers' matrices; 8bit: w8r, or w8g for a model that cannot be turned. head: of embedding and head,
+    "float" keeps them; "": `format` where that has 8 bits, else w8g. calibration: none, aware (scales weighted by the
+    squares of the inputs) or gptq; it runs on `samples` samples of the task mix's training split, or of `text` (a text
+    or .jsonl file). act_order: see `quant.gptq`. search False: plain rounding to nearest, for comparison.
     """
 
-    format: str
+    format: str = EIGHT_BITS
     head: str = ""
     calibration: Calibration = "none"
     text: Path | None = None
@@ -66,12 +75,23 @@ class Options:
     search: bool = True
 
     def __post_init__(self) -> None:
-        find_format(self.format)
+        require_format(self.format, (*FORMATS, EIGHT_BITS))
         if self.head not in ("", "float"):
             find_format(self.head, "head")
         if self.calibration not in CALIBRATIONS:
             raise ValidationError(
                 f"calibrate must be {', '.join(CALIBRATIONS)}, got {self.calibration!r}.", param="calibrate"
+            )
+        turned = self.format == EIGHT_BITS or FORMATS[self.format].turned
+        if self.head in FORMATS and FORMATS[self.head].turned and not turned:
+            raise ValidationError(
+                f"head {self.head} is of a model in another basis, format {self.format} is not.", param="head"
+            )
+        if turned and self.calibration != "none":
+            raise ValidationError(
+                f"{self.format} is written without calibration, which is of the matrices of a model's own basis.",
+                param="calibrate",
+                hint="Take another format, or none: at 8 bits calibration changes next to nothing.",
             )
         if self.samples < 1:
             raise ValidationError(f"samples must be at least 1, got {self.samples}.", param="samples")
@@ -81,6 +101,11 @@ class Options:
     @property
     def head_format(self) -> str:
         return self.head or FORMATS[self.format].head or self.format
+
+    def settled(self, source: Source) -> Options:
+        """The same with the format that 8bit stands for; see `models.basis.format_for`."""
+        program = source.family.program(source.config)
+        return replace(self, format=format_for(self.format, program, source.info.name))
 
     def of(self, name: str) -> Format | None:
         """The format of a matrix (own name); None: it stays as it is."""
@@ -109,13 +134,18 @@ def quantise_model(
     directory = Path(out)
     source = Source(model)
     _require_writable(directory, source, force)
-    for name, (_, k) in source.matrices.items():
+    options = options.settled(source)
+    basis = _basis(source, options)
+    matrices = dict(source.matrices)
+    if basis is not None and basis.tied:
+        matrices["lm_head.weight"] = matrices["embed.weight"]
+    for name, (_, k) in matrices.items():
         format = options.of(name)
         if format is not None:
             require_divisible(format, k, source.published(name))
     weights: list[WeightReport] = []
-    with SafetensorsWriter(directory, _planned(source, options), shard_bytes=shard_bytes) as writer:
-        for name, value, line in quantised(source, options):
+    with SafetensorsWriter(directory, _planned(source, matrices, options), shard_bytes=shard_bytes) as writer:
+        for name, value, line in quantised(source, options, basis):
             published = source.published(name)
             if isinstance(value, QTensor):
                 write(writer, published, value)
@@ -124,7 +154,7 @@ def quantise_model(
             weights.append(line)
             if progress is not None:
                 progress(len(weights), len(source.names), name)
-    _write_small_files(directory, source, options)
+    _write_small_files(directory, source, options, basis)
     after = sum(weight.nbytes for weight in weights)
     report = Report(
         source=source.info.name,
@@ -154,19 +184,32 @@ def _require_writable(directory: Path, source: Source, force: bool) -> None:
         )
 
 
-def _planned(source: Source, options: Options) -> dict[str, Planned]:
+def _basis(source: Source, options: Options) -> Basis | None:
+    """What the matrices are turned to before they are rounded. Raises UnsupportedError."""
+    if not FORMATS[options.format].turned:
+        return None
+    return basis_of(source.family.program(source.config), source.info.name, tied=source.config.tied)
+
+
+def _planned(source: Source, matrices: Mapping[str, tuple[int, int]], options: Options) -> dict[str, Planned]:
     found: dict[str, Planned] = {}
-    for name in source.names:
-        format = options.of(name) if name in source.matrices else None
+    for name in dict.fromkeys((*source.names, *matrices)):
+        format = options.of(name) if name in matrices else None
         if format is None:
-            found[source.published(name)] = Planned(source.dtype(name), source.shapes[name])
+            known = name if name in source.shapes else "embed.weight"  # a tied head, turned
+            found[source.published(name)] = Planned(source.dtype(known), source.shapes[known])
         else:
-            found |= plan(source.published(name), format, source.matrices[name])
+            found |= plan(source.published(name), format, matrices[name])
     return found
 
 
-def quantised(source: Source, options: Options) -> Iterator[tuple[str, QTensor | Tensor, WeightReport]]:
-    """(own name, what is written, its report) of every parameter."""
+def quantised(
+    source: Source, options: Options, basis: Basis | None = None
+) -> Iterator[tuple[str, QTensor | Tensor, WeightReport]]:
+    """(own name, what is written, its report) of every parameter; of a basis those of the turned model."""
+    if basis is not None:
+        yield from _turned(source, options, basis)
+        return
     reports: dict[str, WeightReport] = {}
 
     def one(name: str, weight: Tensor, statistics: InputStatistics | None) -> QTensor | Tensor:
@@ -195,6 +238,19 @@ def quantised(source: Source, options: Options) -> Iterator[tuple[str, QTensor |
         yield name, value, reports.pop(name)
 
 
+def _turned(source: Source, options: Options, basis: Basis) -> Iterator[tuple[str, QTensor | Tensor, WeightReport]]:
+    for name, value in basis.turned((name, source.tensor(name)) for name in source.names):
+        known, published = name if name in source.shapes else "embed.weight", source.published(name)
+        format = options.of(name) if known in source.matrices else None
+        if format is None:
+            kept = value.to(source.dtype(known))
+            yield name, kept, weight_report(published, kept, kept, "float", kept.nbytes, 0)
+            continue
+        found = quantise(value, format, search=options.search, name=published)
+        nbytes = format.nbytes(*source.matrices[known])
+        yield name, found, weight_report(published, value, found, format.name, nbytes, 0)
+
+
 def _round(weight: Tensor, format: Format, options: Options, statistics: InputStatistics | None, name: str) -> QTensor:
     importance = None if statistics is None else statistics.importance
     if importance is not None and statistics is not None and statistics.gram is not None:
@@ -210,8 +266,9 @@ def _examples(source: Source, options: Options) -> list[Example]:
     return task_examples(tokenizer, "train", options.samples, options.seed)
 
 
-def _write_small_files(directory: Path, source: Source, options: Options) -> None:
-    config = QuantConfig(options.format, options.head_format, options.calibration)
+def _write_small_files(directory: Path, source: Source, options: Options, basis: Basis | None) -> None:
+    rotation = None if basis is None else Rotation(basis.seed, basis.block)
+    config = QuantConfig(options.format, options.head_format, options.calibration, rotation)
     text = json.dumps({**source.config_json, "quantization_config": config.to_json()}, indent=2) + "\n"
     for file in source.files():
         with storing(directory / file.name, file.stat().st_size):
@@ -230,9 +287,12 @@ def measure(model: str | Path, out: str | Path, report: Report, *, per_task: int
     examples = task_examples(Tokenizer.load(source.directory), "test", 6 * per_task, seed)
     float_model = load(source.directory, dtype=torch.float32)
     before, reference = mean_loss(float_model, examples), log_probabilities(float_model, examples)
-    family, _, _ = read_model(Path(out))
-    weights: Sequence[tuple[str, QTensor | Tensor]] = list(read_weights(Path(out), family, float_model))
-    rounded = simulate(float_model, weights)
+    family, config, info = read_model(Path(out))
+    basis = basis_in(Path(out), float_model)
+    held = config if basis is None else replace(config, tied=False)
+    shapes = skeleton(held, info, torch.float32)
+    weights: Sequence[tuple[str, QTensor | Tensor]] = list(read_stored(Path(out), family, shapes))
+    rounded = simulate(float_model, weights, basis=basis)
     after, found = mean_loss(rounded, examples), log_probabilities(rounded, examples)
     distance, agreement = divergence(reference, found)
     del float_model, rounded, weights, reference, found

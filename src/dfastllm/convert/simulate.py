@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dfastllm.errors import ValidationError
 from dfastllm.kernels.packed import FORMS, QTensor
+from dfastllm.models.basis import Basis, Turn
 from dfastllm.models.decoder import Decoder
 
 __all__ = ["ACTIVATIONS", "Activations", "SimulatedLinear", "round_activations", "simulate"]
@@ -42,25 +43,34 @@ def round_activations(x: Tensor, how: Activations) -> Tensor:
 
 
 class SimulatedLinear(nn.Module):
-    """y = round(x) W^T + bias, float32."""
+    """y = round(x) W^T + bias, float32; turn: of x before it is rounded."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, how: Activations) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, how: Activations, turn: Turn | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.float(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         self.how = how
+        self.turn = turn
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(round_activations(x.float(), self.how), self.weight, self.bias)
+        wide = x.float() if self.turn is None else self.turn.apply(x.float())
+        return F.linear(round_activations(wide, self.how), self.weight, self.bias)
 
 
 def simulate(
-    model: Decoder, weights: Iterable[tuple[str, QTensor | Tensor]], *, activations: Activations | None = None
+    model: Decoder,
+    weights: Iterable[tuple[str, QTensor | Tensor]],
+    *,
+    activations: Activations | None = None,
+    basis: Basis | None = None,
 ) -> Decoder:
     """Change a float32 model in place into what kernels would compute from these weights (own names); returned for
-    convenience. activations: the same rounding everywhere; None: each format's own."""
+    convenience. activations: the same rounding everywhere; None: each format's own. basis: what the weights are
+    turned to; norms come as they were."""
     for name, weight in weights:
         module, _, leaf = name.rpartition(".")
+        if basis is not None and module in basis.norms:
+            weight = torch.full(weight.shape, 1.0 - basis.norms[module])  # its gain is folded into what follows
         if not isinstance(weight, QTensor):
             setattr(model.get_submodule(module), leaf, nn.Parameter(weight.float(), requires_grad=False))
             continue
@@ -72,6 +82,8 @@ def simulate(
                 model.lm_head = SimulatedLinear(wide, None, how)  # type: ignore[assignment]
             continue
         parent, _, child = module.rpartition(".")
-        linear = model.get_submodule(module)
-        setattr(model.get_submodule(parent), child, SimulatedLinear(wide, getattr(linear, "bias", None), how))
+        bias = getattr(getattr(model.get_submodule(parent), child), "bias", None)  # a tied model has no head yet
+        side = None if basis is None else basis.sides[module]
+        turn = side.inputs if side is not None and side.late else None
+        setattr(model.get_submodule(parent), child, SimulatedLinear(wide, bias, how, turn))
     return model

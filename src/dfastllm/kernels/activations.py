@@ -129,6 +129,12 @@ def check_ban(ban: tuple[int, ...], topk: int, n: int) -> None:
         raise ValidationError(f"topk must not be negative, got {topk}.", param="topk")
 
 
+def check_block(block: int, k: int) -> None:
+    """Raises ValidationError unless block is a power of two that divides k."""
+    if block < 1 or block & (block - 1) or k % block:
+        raise ValidationError(f"block must be a power of two that divides {k}, got {block}.", param="block")
+
+
 def check_ids(ids: Tensor, n: int) -> None:
     """Raises ValidationError unless ids is contiguous int64 [count] on the CPU with values in [0, n)."""
     if ids.dtype != torch.int64 or ids.ndim != 1 or not ids.is_contiguous() or ids.is_cuda:

@@ -25,6 +25,7 @@ from dfastllm.kernels.activations import (
     act_kind,
     check_acts,
     check_ban,
+    check_block,
     check_choice,
     check_ids,
     check_rows,
@@ -56,16 +57,23 @@ _STATS = np.dtype(
 _CHOICE = np.dtype([("token", "i4"), ("logit", "f4")])
 
 
-def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Acts:
+def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.0, block: int = 1) -> Acts:
     """x float32 [rows, k] as inputs of `kind` (see `act_kind`); with norm [k], RMSNorm first: x / sqrt(mean(x^2) + eps)
-    * norm. linear_plain.prepare states the quantisation."""
+    * norm. block above 1: stretches of so many inputs go through the Hadamard transform first (linear_plain.hadamard),
+    of rows without a norm. linear_plain.prepare states the quantisation."""
     check_rows(x)
     check_vector("norm", norm, x.shape[1])
     check_choice("kind", kind, ACT_KINDS)
+    check_block(block, x.shape[1])
+    if block > 1 and norm is not None:
+        raise ValidationError("rows are normed or turned, not both.", param="block")
     module = native()
     if module is None:
-        return plain.prepare(x, kind, norm=norm, eps=eps)
+        return plain.prepare(plain.hadamard(x, block), kind, norm=norm, eps=eps)
     out = _acts(kind, *x.shape)
+    if block > 1:
+        module.prepare_turned(x.data_ptr(), x.stride(0), block, describe_acts(out))
+        return out
     module.prepare(x.data_ptr(), x.stride(0), _address(norm), eps, describe_acts(out))
     return out
 
@@ -100,10 +108,11 @@ def linear_gated(
     kind: str,
     width: int | None = None,
     activation: str = "silu",
+    block: int = 1,
 ) -> Acts:
-    """activation(gate) * up prepared for the next linear. The weight holds 32 channels of the gate and the same 32 of
-    the up projection in turn (bias [n] too), n a multiple of 64; width (default n / 2): how many of the products exist,
-    the last up to 31 pairs of channels being padding."""
+    """activation(gate) * up prepared for the next linear, `block` as in `prepare`. The weight holds 32 channels of the
+    gate and the same 32 of the up projection in turn (bias [n] too), n a multiple of 64; width (default n / 2): how
+    many of the products exist, the last up to 31 pairs of channels being padding."""
     n, k = _shape(weight)
     width = n // 2 if width is None else width
     if n % PANEL or not n // 2 - 32 < width <= n // 2:
@@ -114,14 +123,15 @@ def linear_gated(
     check_choice("kind", kind, ACT_KINDS)
     check_choice("activation", activation, ACTIVATIONS)
     check_vector("bias", bias, n)
+    check_block(block, width)
     acts = _prepared(x, weight.format, k)
     module = native()
     if module is None or isinstance(weight, QTensor):
-        return plain.linear_gated(acts, weight, bias, kind=kind, width=width, activation=activation)
+        return plain.linear_gated(acts, weight, bias, kind=kind, width=width, activation=activation, block=block)
     out = _acts(kind, acts.rows, width)
-    h = torch.empty(acts.rows, width) if kind == "row8" else None
+    h = torch.empty(acts.rows, width) if kind == "row8" or block > 1 else None
     number = ACTIVATIONS.index(activation)
-    module.linear_gated(describe(weight, bias), describe_acts(acts), number, _address(h), describe_acts(out))
+    module.linear_gated(describe(weight, bias), describe_acts(acts), number, _address(h), describe_acts(out), block)
     return out
 
 

@@ -13,7 +13,7 @@ from dfastllm.kernels.activations import Acts, HeadStats
 from dfastllm.kernels.packed import Packed, QTensor, unpack_panels
 from dfastllm.kernels.token_set import TokenSet
 
-__all__ = ["gate_product", "linear", "linear_gated", "prepare", "softcap", "stats_of", "weight_rows"]
+__all__ = ["gate_product", "hadamard", "linear", "linear_gated", "prepare", "softcap", "stats_of", "weight_rows"]
 
 LEAST_AMAX = 2.0**-100  # below it codes are zero: 127 / amax would overflow
 
@@ -49,6 +49,20 @@ def prepare(x: Tensor, kind: str, *, norm: Tensor | None = None, eps: float = 0.
     return Acts(kind, rows, k, data, scales, sums)
 
 
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """x float32 [rows, k], each stretch of `block` (a power of two that divides k) times the Hadamard matrix of that
+    order in Sylvester's arrangement, over sqrt(block); x itself where block is 1. Stages of butterflies (a, b) -> (a +
+    b, a - b), partners 1, 2, 4 ... apart, then the factor in float32: the native kernels give the same bits."""
+    if block == 1:
+        return x
+    y, apart = x.contiguous(), 1
+    while apart < block:
+        a, b = y.view(len(x), -1, 2, apart).unbind(dim=2)
+        y = torch.stack((a + b, a - b), dim=2).view(x.shape)
+        apart *= 2
+    return y * (1.0 / torch.tensor(float(block), dtype=x.dtype).sqrt())
+
+
 def linear(
     x: Acts, weight: Packed | QTensor, bias: Tensor | None = None, *, accumulate: Tensor | None = None
 ) -> Tensor:
@@ -61,10 +75,10 @@ def linear(
 
 
 def linear_gated(
-    x: Acts, weight: Packed | QTensor, bias: Tensor | None, *, kind: str, width: int, activation: str
+    x: Acts, weight: Packed | QTensor, bias: Tensor | None, *, kind: str, width: int, activation: str, block: int
 ) -> Acts:
     """activation(gate) * up of a weight that holds 32 channels of the gate and the same 32 of up in turn."""
-    return prepare(gate_product(linear(x, weight, bias), width, activation), kind)
+    return prepare(hadamard(gate_product(linear(x, weight, bias), width, activation), block), kind)
 
 
 def gate_product(y: Tensor, width: int, activation: str) -> Tensor:

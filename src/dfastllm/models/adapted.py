@@ -23,6 +23,7 @@ from dfastllm.lora import EMBED, HEAD, Adapter, Base, Delta
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import find_family
 from dfastllm.models.packed import Gated, PackedDecoder, Project, Routed, Weights
+from dfastllm.models.turned import require_turnable, turned_adapter
 
 __all__ = [
     "NEVER",
@@ -53,7 +54,8 @@ class _Base:
     def __init__(self, model: Decoder | PackedDecoder) -> None:
         self.model = model
         self.name = model.info.name
-        self.tied = model.config.tied
+        basis = model.basis if isinstance(model, PackedDecoder) else None
+        self.tied = model.config.tied if basis is None else basis.tied
         self._names = find_family(model.info.family).names
         with torch.device("meta"):
             shell = model if isinstance(model, Decoder) else Decoder(model.config, model.info)
@@ -84,6 +86,15 @@ class _Base:
 
 
 def _packed_value(model: PackedDecoder, own: str) -> Tensor:
+    """A matrix or bias out of the panels; of a turned model turned back."""
+    value = _held_value(model, own)
+    if model.basis is None:
+        return value
+    gain = model.basis.sides[own.rpartition(".")[0]].gain
+    return model.basis.back(own, value, None if gain is None else model.gains[gain])
+
+
+def _held_value(model: PackedDecoder, own: str) -> Tensor:
     """A matrix or bias out of the panels."""
     module, _, leaf = own.rpartition(".")
     if module in (EMBED, HEAD):
@@ -176,28 +187,38 @@ def require_numbers(step: Step, table: Sequence[Adapter | None]) -> None:
 class PackedAdapters:
     """A table of adapters for a packed decoder: their native forms, or what the plain twin adds.
 
-    Nothing is copied: the kernels read an adapter's matrices where they lie.
+    Nothing is copied: the kernels read an adapter's matrices where they lie. A turned model gets turned ones, float32.
     """
 
     def __init__(self, model: PackedDecoder) -> None:
         self._places = [site.places for site in sites(model)]
         self._hidden, self._vocab = model.config.hidden_size, model.config.vocab_size
-        self.table: tuple[Adapter | None, ...] = (None,)
+        self._basis, self._gains = model.basis, model.gains
+        self.table: tuple[Adapter | None, ...] = (None,)  # as they were given
+        self._held: tuple[Adapter | None, ...] = (None,)  # as they are computed with
         self.handles: list[Any] = [None]
 
     def set(self, table: Sequence[Adapter | None]) -> None:
         """See `engine.runners.Runner.adapters`. Raises ValidationError, UnsupportedError."""
         if not table or table[0] is not None:
             raise ValidationError("number 0 of a table of adapters stands for none.", param="adapter")
-        known = {id(adapter): handle for adapter, handle in zip(self.table, self.handles, strict=True)}
+        known = {
+            id(given): (held, handle) for given, held, handle in zip(self.table, self._held, self.handles, strict=True)
+        }
         for adapter in table:
             if adapter is not None and id(adapter) not in known:
                 self.require(adapter)
-        if native() is None:
-            self.handles = [None] * len(table)
-        else:
-            self.handles = [None if a is None else known.get(id(a)) or self._handle(a) for a in table]
+        made: list[tuple[Adapter | None, Any]] = [
+            (None, None) if adapter is None else known.get(id(adapter)) or self._made(adapter) for adapter in table
+        ]
+        self._held = tuple(held for held, _ in made)
+        self.handles = [handle for _, handle in made]
         self.table = tuple(table)
+
+    def _made(self, adapter: Adapter) -> tuple[Adapter, Any]:
+        """What the twin and what the kernels compute with."""
+        held = adapter if self._basis is None else turned_adapter(adapter, self._basis, self._gains)
+        return held, None if native() is None else self._handle(held)
 
     def require(self, adapter: Adapter) -> None:
         """Raises UnsupportedError for an adapter of matrices that these linears have not."""
@@ -208,6 +229,8 @@ class PackedAdapters:
                 param="lora",
                 hint="Load the model with backend torch.",
             )
+        if self._basis is not None:
+            require_turnable(adapter, self._basis)
 
     def _handle(self, adapter: Adapter) -> Any:
         made = native().Adapter(len(self._places))
@@ -234,7 +257,7 @@ class PackedAdapters:
         the rows' adapters, in place."""
         for number in _present(numbers):
             rows = (numbers == number).nonzero()[:, 0]
-            some, adapter = logits[rows], self.table[number]
+            some, adapter = logits[rows], self._held[number]
             assert adapter is not None
             if (handle := self.handles[number]) is not None:
                 handle.logits(hidden[rows].contiguous(), some)
@@ -256,7 +279,7 @@ class PackedAdapters:
         if not step.adapter.any():
             return None
         require_numbers(step, self.table)
-        return PlainRows(self.table, self._places, step)
+        return PlainRows(self._held, self._places, step)
 
 
 class PlainRows:

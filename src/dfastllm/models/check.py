@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import DFastLLMError, ModelLoadError
-from dfastllm.models.checkpoint import compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
+from dfastllm.errors import DFastLLMError, ModelLoadError, UnsupportedError
+from dfastllm.models.checkpoint import basis_in, compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
 from dfastllm.models.gguf.load import open_gguf
@@ -109,6 +109,8 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
     family, config, info = described
     quantised = quant_config(directory)
     chosen = wanted or stored_dtype(found or {}, quantised)
+    if quantised is not None and quantised.rotation is not None:
+        config = replace(config, tied=False)
     model = skeleton(config, info, chosen)
     weights: dict[str, Stored] = {}
     if found is not None:
@@ -119,6 +121,10 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         else:
             different = compare(family, model, weights, quantised)
             problems += [Problem("bad_checkpoint", f"{message}.") for message in different]
+    try:
+        basis_in(directory, model)
+    except UnsupportedError as error:
+        problems.append(Problem(error.code, error.message))
     problems += _tokenizer_problems(directory, config.vocab_size)
     return CheckReport(
         directory,

@@ -24,6 +24,7 @@ from torch import nn
 from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.kernels.packed import QTensor
+from dfastllm.models.basis import Basis, basis_of
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible
@@ -36,6 +37,7 @@ from dfastllm.quant.stream import cut_shards
 
 __all__ = [
     "DTYPES",
+    "basis_in",
     "build",
     "compare",
     "config_json",
@@ -46,6 +48,7 @@ __all__ = [
     "quant_config",
     "quantisable",
     "read_model",
+    "read_stored",
     "read_weights",
     "save",
     "skeleton",
@@ -218,8 +221,26 @@ def fill(
 
 
 def read_weights(directory: Path, family: Family, model: Decoder) -> Iterator[tuple[str, QTensor | torch.Tensor]]:
-    """(own parameter name, weight) of every parameter of `model` (a skeleton will do), read when its turn comes. Raises
-    CheckpointError before the first one if the directory's tensors are not the model's."""
+    """(own parameter name, weight) of every parameter of `model` (a skeleton will do), read when its turn comes; those
+    of a turned checkpoint turned back, as floats. Raises CheckpointError before the first one if the directory's
+    tensors are not the model's."""
+    parts = read_stored(directory, family, model)
+    basis = basis_in(directory, model)
+    return parts if basis is None else basis.undone(parts)
+
+
+def basis_in(directory: Path, model: Decoder) -> Basis | None:
+    """What the matrices of a directory are turned to; None: nothing. model: a skeleton will do."""
+    config = quant_config(directory)
+    if config is None or config.rotation is None:
+        return None
+    rotation = config.rotation
+    return basis_of(model.program, model.info.name, tied=model.config.tied, seed=rotation.seed, block=rotation.block)
+
+
+def read_stored(directory: Path, family: Family, model: Decoder) -> Iterator[tuple[str, QTensor | torch.Tensor]]:
+    """As `read_weights`, but as they lie in the files. A turned checkpoint has a head beside the embedding: `model` is
+    then one that is not tied."""
     found = inventory(directory)
     problems = compare(family, model, stored(found), quant_config(directory))
     if problems:

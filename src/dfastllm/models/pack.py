@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dfastllm.errors import CheckpointError
 from dfastllm.kernels import linear
 from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.packed import PANEL, Packed, QTensor, unpack_panels
+from dfastllm.models.basis import Basis
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import find_family
@@ -31,7 +33,7 @@ from dfastllm.models.packed import (
     Sum,
     Weights,
 )
-from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Norm, Op, Rope
+from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Matrix, Norm, Op, Rope
 
 __all__ = ["pack_decoder"]
 
@@ -48,19 +50,24 @@ def pack_decoder(
     *,
     notes: list[str] | None = None,
     shortlist: Tensor | None = None,
+    basis: Basis | None = None,
 ) -> PackedDecoder:
     """Build from a stream of (parameter name as in `Decoder`, matrix or vector). Floating-point matrices become float32
     or bfloat16 panels. shortlist: the only tokens that the head gets, int64 [n] ascending; None: all.
+    basis: what the matrices were turned to (`Basis.turned`); norms come as they were, and a head of its own always.
 
     Raises CheckpointError for a missing, surplus or mis-shaped parameter or one that is not finite.
     """
     program = find_family(info.family).program(config)
+    if basis is not None:
+        config = replace(config, tied=False)
     wanted = _shapes(config, info)
     waiting: dict[int | None, dict[str, Value]] = {}
     experts: dict[int | None, dict[str, FeedForward]] = {}
     left = Counter(_place(name) for name in wanted)
     layers: dict[int, tuple[PackedOp, ...]] = {}
     seen: set[str] = set()
+    gains: dict[str, Tensor] = {}
     for name, value in parts:
         if name not in wanted or name in seen:
             raise CheckpointError(f"unexpected parameter {name}.")
@@ -75,13 +82,14 @@ def pack_decoder(
         if expert := EXPERT.match(inner):
             _settle_expert(expert[1], group, experts.setdefault(place, {}))
         if place is not None and left[place] == 0:
-            layers[place] = _layer(program.layers[place], group, experts.pop(place, {}))
+            layer = _Layer(place, group, experts.pop(place, {}), basis, gains)
+            layers[place] = layer.ops(program.layers[place])
             del waiting[place], group
     missing = sorted(wanted.keys() - seen)
     if missing:
         raise CheckpointError(f"missing parameter(s) {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}.")
     outer = waiting[None]
-    last = _norm(program.norm, outer)
+    last = _norm(program.norm, outer, None if basis is None else gains)
     return PackedDecoder(
         config=config,
         info=info,
@@ -93,6 +101,8 @@ def pack_decoder(
         head=_head(outer, config.tied, shortlist),
         notes=notes or [],
         shortlist=shortlist,
+        basis=basis,
+        gains=gains,
     )
 
 
@@ -127,44 +137,68 @@ def _settle_expert(name: str, parts: dict[str, Value], experts: dict[str, FeedFo
         experts[name] = FeedForward(packed, Weights(linear.pack(down)), gate.shape[0])
 
 
-def _layer(ops: Sequence[Op], parts: Mapping[str, Value], experts: Mapping[str, FeedForward]) -> tuple[PackedOp, ...]:
-    """The ops of a layer joined into those of the kernels. experts: by their names in the layer."""
-    out: list[PackedOp] = []
-    norm: ScaledNorm | None = None  # read by the linear that follows
-    heads: tuple[ScaledNorm | None, ScaledNorm | None] = (None, None)
-    table: int | None = None
-    for before, op, after in zip((None, *ops), ops, (*ops[1:], None), strict=False):
-        match op, after:
-            case Norm(), Linear() | Experts():
-                norm = _norm(op, parts)
-            case Norm(), _:
-                out.append(Normalise(_norm(op, parts)))
-            case Linear(), Gate():
-                follows = ops[ops.index(after) + 1]
-                assert isinstance(follows, Linear)
-                into = _matrix(parts[f"{follows.matrices[0].name}.weight"])
-                gate, up = _parts(op, parts)
-                packed = _interleaved(gate, up)
-                out.append(Gated(packed, op, after.activation, gate[0].shape[0], act_kind(into.format), norm))
-                norm = None
-            case Linear(), _:
-                onto = isinstance(after, Add) and after.factor == 1
-                out.append(Project(_side_by_side(_parts(op, parts)), op, norm, onto))
-                norm = None
-            case Experts(), _:
-                onto = isinstance(after, Add) and after.factor == 1
-                out.append(_routed(op, parts, experts, norm, onto))
-                norm = None
-            case HeadNorm(), _:
-                heads = _norm(op.q, parts), _norm(op.k, parts)
-            case Rope(), _:
-                table = op.table
-            case Attend(), _:
-                out.append(Mix(op, *heads, table))
-                heads, table = (None, None), None
-            case Add(), _ if not (isinstance(before, Linear | Experts) and op.factor == 1):
-                out.append(Sum(op.factor))
-    return tuple(out)
+class _Layer:
+    """The ops of a layer joined into those of the kernels. experts: by their names in the layer. gains: where those go
+    that a basis has folded into matrices."""
+
+    def __init__(
+        self,
+        index: int,
+        parts: Mapping[str, Value],
+        experts: Mapping[str, FeedForward],
+        basis: Basis | None,
+        gains: dict[str, Tensor],
+    ) -> None:
+        self._prefix, self._parts, self._experts = f"layers.{index}.", parts, experts
+        self._basis, self._gains = basis, gains
+
+    def ops(self, ops: Sequence[Op]) -> tuple[PackedOp, ...]:
+        out: list[PackedOp] = []
+        parts = self._parts
+        norm: ScaledNorm | None = None  # read by the linear that follows
+        heads: tuple[ScaledNorm | None, ScaledNorm | None] = (None, None)
+        table: int | None = None
+        for before, op, after in zip((None, *ops), ops, (*ops[1:], None), strict=False):
+            match op, after:
+                case Norm(), Linear() | Experts():
+                    norm = self._norm(op)
+                case Norm(), _:
+                    out.append(Normalise(self._norm(op)))
+                case Linear(), Gate():
+                    follows = ops[ops.index(after) + 1]
+                    assert isinstance(follows, Linear)
+                    out.append(self._gated(op, after, follows.matrices[0], norm))
+                    norm = None
+                case Linear(), _:
+                    onto = isinstance(after, Add) and after.factor == 1
+                    out.append(Project(_side_by_side(_parts(op, parts)), op, norm, onto))
+                    norm = None
+                case Experts(), _:
+                    onto = isinstance(after, Add) and after.factor == 1
+                    out.append(_routed(op, parts, self._experts, norm, onto))
+                    norm = None
+                case HeadNorm(), _:
+                    heads = _norm(op.q, parts), _norm(op.k, parts)
+                case Rope(), _:
+                    table = op.table
+                case Attend(), _:
+                    out.append(Mix(op, *heads, table))
+                    heads, table = (None, None), None
+                case Add(), _ if not (isinstance(before, Linear | Experts) and op.factor == 1):
+                    out.append(Sum(op.factor))
+        return tuple(out)
+
+    def _norm(self, op: Norm) -> ScaledNorm:
+        folded = self._basis is not None and f"{self._prefix}{op.name}" in self._basis.norms
+        return _norm(op, self._parts, self._gains if folded else None, self._prefix)
+
+    def _gated(self, op: Linear, gate: Gate, follows: Matrix, norm: ScaledNorm | None) -> Gated:
+        """follows: the matrix that reads the products."""
+        gate_up = _parts(op, self._parts)
+        kind = act_kind(_matrix(self._parts[f"{follows.name}.weight"]).format)
+        turn = None if self._basis is None else self._basis.sides[f"{self._prefix}{follows.name}"].inputs
+        block = 1 if turn is None else turn.power
+        return Gated(_interleaved(*gate_up), op, gate.activation, gate_up[0][0].shape[0], kind, norm, block)
 
 
 def _routed(
@@ -193,8 +227,14 @@ def _as_floats(block: FeedForward) -> FeedForward:
     return FeedForward(gated, down, block.width)
 
 
-def _norm(op: Norm, parts: Mapping[str, Value]) -> ScaledNorm:
-    return ScaledNorm(_vector(parts[f"{op.name}.weight"]) + op.offset, op.eps)
+def _norm(op: Norm, parts: Mapping[str, Value], gains: dict[str, Tensor] | None = None, prefix: str = "") -> ScaledNorm:
+    """gains: where the weight goes, by own name, of a norm whose gain is folded into what follows; the norm itself then
+    has ones."""
+    weight = _vector(parts[f"{op.name}.weight"]) + op.offset
+    if gains is not None:
+        gains[f"{prefix}{op.name}"] = weight
+        weight = torch.ones_like(weight)
+    return ScaledNorm(weight, op.eps)
 
 
 Part = tuple[QTensor, Tensor | None]  # rows of a matrix and of its bias

@@ -31,6 +31,7 @@ from dfastllm.models.routed import routed
 
 if TYPE_CHECKING:
     from dfastllm.models.adapted import PackedAdapters
+    from dfastllm.models.basis import Basis
 
 __all__ = [
     "FeedForward",
@@ -81,7 +82,8 @@ class Project:
 @dataclass(frozen=True, eq=False)
 class Gated:
     """h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the linear that follows. The
-    matrix holds 32 channels of gate and the same 32 of up in turn. source: the program's linear that it is."""
+    matrix holds 32 channels of gate and the same 32 of up in turn. source: the program's linear that it is. block above
+    1: the products are turned in stretches of so many (`models.basis`)."""
 
     weights: Weights
     source: Linear
@@ -89,6 +91,7 @@ class Gated:
     width: int
     kind: str
     norm: ScaledNorm | None = None
+    block: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +171,7 @@ class PackedDecoder:
     (see `models.shortlist`); its logits have as many columns. dtype: what the floating-point weights were stored in,
     and so the default of the K,V pages.
     notes: what was converted at load, for people.
+    basis: what its matrices were turned to; gains: of the norms that are folded into them, float32 by own name.
     """
 
     config: DecoderConfig
@@ -181,6 +185,8 @@ class PackedDecoder:
     notes: list[str] = field(default_factory=list)
     seed: int | None = None  # of random weights
     shortlist: Tensor | None = None
+    basis: Basis | None = None
+    gains: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _native: dict[str, Any] = field(default_factory=dict, repr=False)
     _tables: dict[str, list[Any]] = field(default_factory=dict, repr=False)  # of adapters, that `_native` have
 
@@ -312,12 +318,18 @@ class PackedDecoder:
                         rows = _prepared(h, act_kind(w.packed.format), op.norm)
                         if adapted is None:
                             h = linear.linear_gated(
-                                rows, w.packed, w.bias, kind=op.kind, width=op.width, activation=op.activation
+                                rows,
+                                w.packed,
+                                w.bias,
+                                kind=op.kind,
+                                width=op.width,
+                                activation=op.activation,
+                                block=op.block,
                             )
                         else:
                             both = adapted.add(linear.linear(rows, w.packed, w.bias), _floats(h, op.norm))
                             product = adapted.keep_product(gate_product(both, op.width, op.activation))
-                            h = linear.prepare(product, op.kind)
+                            h = linear.prepare(product, op.kind, block=op.block)
                     case Mix():
                         assert isinstance(h, Tensor)
                         h = self._mix(
@@ -395,7 +407,8 @@ def _emit(made: Any, op: PackedOp) -> None:
             made.project(linears, onto_stream=op.onto_stream, **norm(op.norm))
         case Gated():
             bound = linear.bound(op.weights.packed, op.weights.bias)
-            made.gated(bound, activation=op.activation, width=op.width, kind=op.kind, **norm(op.norm))
+            how = {"activation": op.activation, "width": op.width, "kind": op.kind, "block": op.block}
+            made.gated(bound, **how, **norm(op.norm))
         case Mix():
             norms = [None if n is None else n.weight for n in (op.q_norm, op.k_norm)]
             eps = 0.0 if op.q_norm is None else op.q_norm.eps

@@ -6,6 +6,10 @@
     NAME.scales   w8: F32 [n]. Others: F16 [n, k / group]
     NAME.mins     F16 [n, k / group], where the format has minima
 
+    "rotation": {"kind": "hadamard", "seed": 0, "block": 256}, beside a format whose matrices were turned, names the
+    basis (`models.basis`): codes are those of turned matrices, norms lie in the file as they were, and the head has a
+    matrix of its own also where it was tied.
+
 NAME is the published name of the weight that they stand for; tensors kept in float have their own name. The parts tell
 the format by themselves (bytes of codes per scale), so a directory may mix formats. Knows no model: names are text
 here, and which tensors there must be is for `models` to say.
@@ -29,6 +33,7 @@ from dfastllm.quant.stream import DTYPES, Entry, Planned, SafetensorsWriter, rea
 __all__ = [
     "METHOD",
     "QuantConfig",
+    "Rotation",
     "Stored",
     "pack_bits",
     "plan",
@@ -43,21 +48,51 @@ __all__ = [
 METHOD = "dfastllm"
 VERSION = 1
 PARTS = ("codes", "scales", "mins")
+_ROTATION = "hadamard"
 # bytes of codes under one scale -> natural form
 _KIND_OF_BYTES = {form.group * form.bits // 8: name for name, form in FORMS.items() if form.group}
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """The basis of a turned checkpoint; see `models.basis.basis_of`."""
+
+    seed: int
+    block: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": _ROTATION, **asdict(self)}
+
+    @staticmethod
+    def parse(raw: object, where: str) -> Rotation:
+        """Raises ModelLoadError for a basis of another kind, or numbers that no basis has."""
+        known = isinstance(raw, Mapping) and raw.get("kind") == _ROTATION
+        numbers = [raw.get(name) if isinstance(raw, Mapping) else None for name in ("seed", "block")]
+        seed, block = numbers
+        if not known or type(seed) is not int or type(block) is not int or block < 1 or block & (block - 1):
+            raise ModelLoadError(
+                f'{where}: quantization_config.rotation must be {{"kind": "{_ROTATION}", "seed": a whole number, '
+                f'"block": a power of two}}, got {raw!r:.120}.',
+                param="quantization_config",
+                hint="Quantise the original again, or install a newer dfastllm.",
+            )
+        return Rotation(seed, block)
+
+
+@dataclass(frozen=True, slots=True)
 class QuantConfig:
     """config.json's `quantization_config`. format: of the layers' matrices; head: of embedding and head ("float": kept
-    as they were); calibration: none, aware or gptq."""
+    as they were); calibration: none, aware or gptq; rotation: the basis of a format that has turned matrices."""
 
     format: str
     head: str
     calibration: str = "none"
+    rotation: Rotation | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "version": VERSION, **asdict(self)}
+        said = {"format": self.format, "head": self.head, "calibration": self.calibration}
+        turned = {} if self.rotation is None else {"rotation": self.rotation.to_json()}
+        return {"quant_method": METHOD, "version": VERSION, **said, **turned}
 
     @staticmethod
     def parse(raw: object, where: str = "config.json") -> QuantConfig:
@@ -91,7 +126,14 @@ class QuantConfig:
                     f"got {raw.get(field)!r:.80}.",
                     param="quantization_config",
                 )
-        return QuantConfig(raw["format"], raw["head"], raw["calibration"])
+        turned = FORMATS[raw["format"]].turned
+        if not turned and raw.get("rotation") is not None:
+            raise ModelLoadError(
+                f"{where}: quantization_config.rotation is given, but format {raw['format']} has no turned matrices.",
+                param="quantization_config",
+            )
+        rotation = Rotation.parse(raw.get("rotation"), where) if turned else None
+        return QuantConfig(raw["format"], raw["head"], raw["calibration"], rotation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ forms (`dfastllm.kernels.packed`) says what codes, scales and minima mean; how a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,17 @@ from dfastllm.errors import CheckpointError, UnsupportedError, ValidationError
 from dfastllm.kernels.packed import FORMS, QTensor
 from dfastllm.quant.scales import Grid, encode, fit
 
-__all__ = ["FORMATS", "Format", "assemble", "find_format", "quantise", "require_divisible", "require_finite"]
+__all__ = [
+    "EIGHT_BITS",
+    "FORMATS",
+    "Format",
+    "assemble",
+    "find_format",
+    "quantise",
+    "require_divisible",
+    "require_finite",
+    "require_format",
+]
 
 CHUNK = 1 << 17  # weights searched at once: temporaries stay in the cache
 DEVICE_CHUNK = 1 << 24  # on other devices, which want much work at a time
@@ -23,7 +34,8 @@ DEVICE_CHUNK = 1 << 24  # on other devices, which want much work at a time
 class Format:
     """name: on the command line. kind: the natural form in kernels.packed, where `grid`'s codes are stored plus `zero`.
     group: inputs that share a scale; 0: one scale per output channel. head: the format of the embedding and the head,
-    which decide every token, beside layers of this one; None: this one."""
+    which decide every token, beside layers of this one; None: this one. turned: of a model in another basis
+    (`models.basis`), whose turned matrices are rounded."""
 
     name: str
     kind: str
@@ -31,6 +43,7 @@ class Format:
     zero: int
     summary: str
     head: str | None = None
+    turned: bool = False
 
     @property
     def group(self) -> int:
@@ -56,11 +69,16 @@ _SIX = (-30.5, -31.5, -32.0, -32.5, -33.5, -35.0, 31.0)
 _EIGHT = (127.0, 128.0, 130.0, 134.0, 140.0)
 _RANGE = (13.5, 14.2, 14.7, 15.0, 15.4, 16.0, 17.0, 18.5)
 
+EIGHT_BITS = "8bit"  # what stands for w8r, or for w8g where a model cannot be turned (`models.basis.format_for`)
 FORMATS = {
     f.name: f
     for f in (
         Format("w8", "w8", Grid(-127, 127, half=False, tries=_EIGHT), 0, "8 bits, a float32 scale per channel"),
+        Format(
+            "w8r", "w8", Grid(-127, 127, half=False, tries=_EIGHT), 0, "w8 of the model in another basis", turned=True
+        ),
         Format("w8g", "w8g", Grid(-127, 127, tries=_EIGHT), 0, "8 bits, a float16 scale per 32 inputs"),
+        Format("w8gr", "w8g", Grid(-127, 127, tries=_EIGHT), 0, "w8g of the model in another basis", turned=True),
         Format("w6", "w6g", Grid(-32, 31, tries=_SIX), 32, "6 bits, a float16 scale per 16 inputs", "w8g"),
         Format(
             "w4m", "w4g", Grid(0, 15, minimum=True, tries=_RANGE), 0, "4 bits, scale and minimum per 32 inputs", "w8g"
@@ -72,9 +90,14 @@ FORMATS = {
 
 def find_format(name: str, param: str = "format") -> Format:
     """By name. Raises ValidationError listing the formats there are."""
-    if name not in FORMATS:
-        raise ValidationError(f"{param} must be {', '.join(FORMATS)}, got {name!r}.", param=param)
+    require_format(name, FORMATS, param)
     return FORMATS[name]
+
+
+def require_format(name: str, known: Iterable[str], param: str = "format") -> None:
+    """Raises ValidationError listing the names that are known."""
+    if name not in known:
+        raise ValidationError(f"{param} must be {', '.join(known)}, got {name!r}.", param=param)
 
 
 def require_divisible(format: Format, k: int, name: str) -> None:

@@ -88,6 +88,13 @@ class QatConfig:
                     hint=f"Or name a format: {', '.join(FORMATS)}.",
                 )
             object.__setattr__(self, "format", OF_BITS[wanted])
+        for name in (self.format, self.head):
+            if name in FORMATS and FORMATS[name].turned:
+                raise UnsupportedError(
+                    f"{name} rounds the matrices of a model in another basis; training rounds those of its own.",
+                    param="format",
+                    hint="Train for w8g, or quantise the trained model.",
+                )
         has = find_format(self.format).code_bits
         if bits not in (None, has):
             raise ValidationError(

@@ -140,11 +140,12 @@ void bind_forward(nb::module_& m) {
       .def(
           "gated",
           [](BoundForward& self, const BoundLinear& linear, const MaybeArray& norm, float eps, const std::string& activation,
-             int64_t width, const std::string& kind) {
+             int64_t width, const std::string& kind, int64_t block) {
             self.add(Gated{self.take(linear), self.take(norm, eps), named<Activation>(kActivations, activation, "activation"),
-                           width, named<ActKind>(kKinds, kind, "kind of rows")});
+                           width, named<ActKind>(kKinds, kind, "kind of rows"), block});
           },
-          nb::arg("linear"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation"), nb::arg("width"), nb::arg("kind"))
+          nb::arg("linear"), nb::arg("norm").none(), nb::arg("eps"), nb::arg("activation"), nb::arg("width"), nb::arg("kind"),
+          nb::arg("block"))
       .def(
           "mix",
           [](BoundForward& self, const MaybeArray& q_norm, const MaybeArray& k_norm, float eps, int64_t table, float scale,

@@ -42,11 +42,15 @@ void bind_linear(nb::module_& m) {
   m.def("prepare", [](Address x, int64_t ldx, Address norm, float eps, const ActsTuple& out) {
     prepare(at<float>(x), ldx, at<float>(norm), eps, acts_of(out));
   }, release());
+  m.def("prepare_turned", [](Address x, int64_t ldx, int64_t block, const ActsTuple& out) {
+    prepare_turned(at<float>(x), ldx, block, acts_of(out));
+  }, release());
   m.def("linear", [](const LinearTuple& w, const ActsTuple& x, Address y, int64_t ldy, bool accumulate) {
     linear(linear_of(w), acts_of(x), at<float>(y), ldy, accumulate);
   }, release());
-  m.def("linear_gated", [](const LinearTuple& w, const ActsTuple& x, int activation, Address h, const ActsTuple& out) {
-    linear_gated(linear_of(w), acts_of(x), static_cast<Activation>(activation), at<float>(h), acts_of(out));
+  m.def("linear_gated", [](const LinearTuple& w, const ActsTuple& x, int activation, Address h, const ActsTuple& out,
+                           int64_t block) {
+    linear_gated(linear_of(w), acts_of(x), static_cast<Activation>(activation), at<float>(h), acts_of(out), block);
   }, release());
   m.def("softcap", [](Address x, int64_t count, float cap) { softcap(at<float>(x), count, cap); }, release());
   // barred: words, of_row, and [rows] of (int32 token, float logit)

@@ -109,6 +109,9 @@ void Forward::add(Op op) {
     if (gated->linear.n != (gated->width + kPanel / 2 - 1) / (kPanel / 2) * kPanel) {
       throw std::invalid_argument("gate and up must alternate by 32 channels.");
     }
+    if (gated->block < 1 || (gated->block & (gated->block - 1)) != 0 || gated->width % gated->block != 0) {
+      throw std::invalid_argument("a gate turns stretches of a power of two that divides its width.");
+    }
     gated->site = static_cast<int64_t>(sites_.size());
     sites_.push_back({width_, gated->linear.n});
     width_ = gated->width;
@@ -243,10 +246,11 @@ struct Forward::Pass {
       linear(op.linear, in, both, n, false);
       if (adapted) f.low_rank_.apply(both, n);
       gate_rows(both, n, op.activation, rows, op.width, product);
-      prepare(product, op.width, nullptr, 0.0f, f.next_at_);
+      if (op.block > 1) prepare_turned(product, op.width, op.block, f.next_at_);
+      else prepare(product, op.width, nullptr, 0.0f, f.next_at_);
       gated = product;
     } else {
-      linear_gated(op.linear, in, op.activation, product, f.next_at_);
+      linear_gated(op.linear, in, op.activation, product, f.next_at_, op.block);
     }
     ready = &f.next_at_;
     width = op.width;

@@ -33,13 +33,15 @@ struct Project {
   int64_t site = -1;  // its number among the linears of all layers that adapters may change
 };
 
-// h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the Project that follows.
+// h <- activation(gate) * up of norm(h), `width` channels, prepared as `kind` for the Project that follows; block > 1: turned
+// (prepare_turned).
 struct Gated {
   Linear linear;  // 32 gate, 32 up channels per panel
   Norm norm;
   Activation activation;
   int64_t width;
   ActKind kind;
+  int64_t block;
   int64_t site = -1;  // the Project that follows has the next
 };
 

@@ -157,6 +157,19 @@ void prepare(const float* x, int64_t ldx, const float* norm, float eps, const Ac
   });
 }
 
+void prepare_turned(const float* x, int64_t ldx, int64_t block, const Acts& out) {
+  const LinearOps& ops = linear_ops();
+  const int64_t step = 1 + 4096 / out.stride;
+  parallel((out.rows + step - 1) / step, [&](int64_t task, int) {
+    float* const turned = reinterpret_cast<float*>(thread_scratch(static_cast<size_t>(out.k) * sizeof(float)));
+    const int64_t end = (task + 1) * step < out.rows ? (task + 1) * step : out.rows;
+    for (int64_t row = task * step; row < end; ++row) {
+      ops.hadamard(x + row * ldx, out.k, block, turned);
+      ops.prepare_row(turned, nullptr, 0.0f, out, row);
+    }
+  });
+}
+
 void linear(const Share* shares, int64_t count, const Acts& x, float* y, int64_t ldy, bool accumulate) {
   const auto write = linear_ops().write_tile;
   each_tile(shares, count, x, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, const float* tile) {
@@ -175,11 +188,12 @@ void softcap(float* x, int64_t count, float cap) {
   });
 }
 
-void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out) {
+void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out,
+                  int64_t block) {
   const LinearOps& ops = linear_ops();
   const auto gate_mul = ops.gate_mul[static_cast<int>(activation)];
   constexpr int64_t half = kPanel / 2;
-  const bool through_h = out.kind == ActKind::row8;
+  const bool through_h = out.kind == ActKind::row8 || block > 1;
   each_tile(shares, count, x, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, float* tile) {
     const int64_t column = panel * half, width = out.k - column < half ? out.k - column : half;
     if (width <= 0) return;
@@ -192,7 +206,8 @@ void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation 
       if (!through_h) ops.prepare_32(product, out, row + r, column);
     }
   });
-  if (through_h) prepare(h, out.k, nullptr, 0.0f, out);
+  if (block > 1) prepare_turned(h, out.k, block, out);
+  else if (through_h) prepare(h, out.k, nullptr, 0.0f, out);
 }
 
 void gate_rows(const float* both, int64_t n, Activation activation, int64_t rows, int64_t width, float* out) {

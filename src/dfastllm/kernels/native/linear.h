@@ -63,6 +63,9 @@ struct LinearOps {
   // 32 values x in [-inf, inf] into columns [column, column + 32) of row `row` of out; out.kind is not row8 (whose scale
   // needs the whole row).
   void (*prepare_32)(const float* x, const Acts& out, int64_t row, int64_t column);
+  // x [k] -> out [k], other memory: each stretch of `block` (a power of two that divides k) times the Hadamard matrix, over
+  // sqrt(block).
+  void (*hadamard)(const float* x, int64_t k, int64_t block, float* out);
   const Tile* tile;  // by Format
   void (*gate_mul[2])(const float* gate, const float* up, float* out, int64_t count);  // by Activation
   void (*softcap)(float* x, int64_t count, float cap);  // cap * tanh(x / cap); NaN where x is not finite
@@ -93,6 +96,10 @@ const LinearOps& linear_ops();
 // x [rows][ldx] float -> acts, with RMSNorm first if norm is not null.
 void prepare(const float* x, int64_t ldx, const float* norm, float eps, const Acts& out);
 
+// The same of rows whose stretches of `block` inputs go through the Hadamard transform first (x is not changed): the inputs
+// of a linear whose weights were turned so (models/basis.py).
+void prepare_turned(const float* x, int64_t ldx, int64_t block, const Acts& out);
+
 // Rows [row0, row0 + rows) of some inputs, which are w's: one of several products that are one piece of work, as those of
 // a mixture's experts are. All w of a call have the same n and k and take the inputs' kind.
 struct Share {
@@ -109,12 +116,14 @@ inline void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool a
 
 // w holds, panel by panel, 32 channels of the gate and the 32 same channels of the up projection (bias in that order
 // too). h[m, i] = activation(gate) * up is prepared for the next linear in `out` (kind of its format, k: the width of h, which
-// is a multiple of 32 or the last panel is padded with zero weights). A row8 `out` goes through `h` [rows][out.k] float
-// and `h` may be null only for the others, which do not touch it. The shares hold all rows.
-void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out);
-inline void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out) {
+// is a multiple of 32 or the last panel is padded with zero weights). block > 1: the products are turned,
+// as by prepare_turned. A row8 or turned `out` goes through `h` [rows][out.k] float and `h` may be null only for the others,
+// which do not touch it. The shares hold all rows.
+void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out,
+                  int64_t block = 1);
+inline void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out, int64_t block = 1) {
   const Share whole{&w, 0, x.rows};
-  linear_gated(&whole, 1, x, activation, h, out);
+  linear_gated(&whole, 1, x, activation, h, out, block);
 }
 
 // Gate and up, 32 channels of each in turn [rows][n] -> activation(gate) * up [rows][width].

@@ -34,6 +34,7 @@
 //   highest(x), total(floats)                            of all lanes; total: halves, quarters, ... in that order
 //   neighbours_added(ints)                               lanes 0 + 1, 2 + 3, ... in lanes 0 to 7; above them anything
 //   doubled(floats)                                      lanes 0, 0, 1, 1, ... 7, 7
+//   crossed<n>(floats)                                   lane i: what lane i ^ n holds; n is 1, 2, 4 or 8
 //   sum_16(p)                                            of 16 int8
 //   dot(sum, w, x)          (DFK_SIMD_DOT)               sum + 4 products of every lane, w unsigned, x signed bytes
 //   load_wide_codes(p)      (DFK_SIMD_SIGNED)            64 bytes with an offset of 128, without it: for a dot of signed bytes

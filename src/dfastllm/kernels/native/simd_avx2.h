@@ -188,6 +188,12 @@ inline Floats16 doubled(Floats16 x) {
   return {_mm256_permutevar8x32_ps(x.a, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
           _mm256_permutevar8x32_ps(x.a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
 }
+template <int n> inline Floats16 crossed(Floats16 x) {
+  if constexpr (n == 1) return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
+  else if constexpr (n == 2) return {_mm256_permute_ps(x.a, 0x4e), _mm256_permute_ps(x.b, 0x4e)};
+  else if constexpr (n == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+  else return {x.b, x.a};
+}
 inline int32_t sum_16(const int8_t* p) {
   const __m128i shifted = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
   const __m128i sums = _mm_sad_epu8(shifted, _mm_setzero_si128());

@@ -103,6 +103,12 @@ inline Ints16 neighbours_added(Ints16 a) {
 inline Floats16 doubled(Floats16 a) {
   return {_mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), a.v)};
 }
+template <int n> inline Floats16 crossed(Floats16 a) {
+  if constexpr (n == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+  else if constexpr (n == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+  else if constexpr (n == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  else return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+}
 inline int32_t sum_16(const int8_t* p) {
   const __m128i shifted = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
   const __m128i sums = _mm_sad_epu8(shifted, _mm_setzero_si128());

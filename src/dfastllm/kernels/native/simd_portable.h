@@ -219,6 +219,12 @@ inline Floats16 doubled(Floats16 x) {
   for (int i = 0; i < 16; ++i) to[i] = from[i / 2];
   return load(to);
 }
+template <int n> inline Floats16 crossed(Floats16 x) {
+  float from[16], to[16];
+  store(from, x);
+  for (int i = 0; i < 16; ++i) to[i] = from[i ^ n];
+  return load(to);
+}
 inline int32_t sum_16(const int8_t* p) {
   int32_t sum = 0;
   for (int i = 0; i < 16; ++i) sum += p[i];
