@@ -29,7 +29,7 @@ def test_backend_auto_takes_the_kernels_where_they_are_built() -> None:
     assert forced.formats == {"bf16": sum(forced.formats.values())}
 
 
-@pytest.mark.parametrize("weights", ["w8", "w8g", "w6", "w4m", "w4"])
+@pytest.mark.parametrize("weights", ["w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4"])
 def test_a_shipped_model_quantised_while_loading_still_answers(weights: str) -> None:
     sums = [(3, 4), (12, 30), (21, 17), (40, 50), (8, 9), (33, 25)]
     with LLM("demo-ar", quantization=weights) as llm:

@@ -198,7 +198,9 @@ for format, mins in CASES:
     norm = torch.linspace(0.5, 2, 160)
     weight = pack(random_qtensor(format, 192, 160, mins=mins))
     acts = prepare(x, act_kind(format), norm=norm, eps=1e-6)
-    bits.append([acts.data.double().tolist(), None if acts.scales is None else acts.scales.tolist()])
+    turned = prepare(x, act_kind(format), block=32)
+    for rows in (acts, turned):
+        bits.append([rows.data.double().tolist(), None if rows.scales is None else rows.scales.tolist()])
     y, h = linear(acts, weight), linear_gated(acts, weight, kind="f32")
     stats = head_stats(acts, weight, ban=(3,), entropy=True, topk=4)
     results = (y, h.data, stats.token, stats.norm, stats.entropy)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfastllm.kernels.step import Step
 from dfastllm.models import Decoder, dense_attention, find_family, pack_decoder, tiny
+from dfastllm.models.basis import basis_of
 from dfastllm.models.packed import PackedDecoder
 
 LINEARS = r".*\.(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj)"
@@ -106,6 +107,13 @@ def pack(model: Decoder, weights: Any = None) -> PackedDecoder:
     """The packed form of the same weights; weights: (name, value) in another form."""
     parts = [(name, p.data) for name, p in model.named_parameters()] if weights is None else weights
     return pack_decoder(model.config, model.info, parts, torch.float32)
+
+
+def turned(model: Decoder) -> PackedDecoder:
+    """The same in another basis."""
+    basis = basis_of(model.program, model.info.name, tied=model.config.tied)
+    parts = basis.turned((name, p.data) for name, p in model.named_parameters())
+    return pack_decoder(model.config, model.info, parts, torch.float32, basis=basis)
 
 
 def step_of(sequences: Sequence[Sequence[int]], adapters: Sequence[int], *, causal: bool = True) -> Step:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kit.adapters import ATTENTION, LINEARS, model_of, pack, step_of, wanted, with_peft
+from tests.kit.adapters import ATTENTION, LINEARS, model_of, pack, step_of, turned, wanted, with_peft
 from tests.kit.convert_models import grouped
 
 from dfastllm import assemble
 from dfastllm.engine.runners import Runner
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.engine.runners.torch import TorchRunner
-from dfastllm.errors import ValidationError
+from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels import native, set_threads
 from dfastllm.lora import Adapter, read_adapter
 from dfastllm.models import FAMILIES, Decoder, adapter_base, tiny_config
@@ -253,3 +253,67 @@ def test_a_number_without_an_adapter_is_refused(numbers: list[int], tmp_path: Pa
             runner.run(step_of(SEQUENCES[:1], numbers))
         with pytest.raises(ValidationError, match="stands for none"):
             runner.adapters([read(model, tmp_path)])
+
+
+TURNED = [f for f in ("llama", "qwen2", "qwen3", "phi3", "llada", "smollm3", "granite") if f in FAMILIES]
+
+
+@pytest.mark.parametrize("variant", ["linears", "patterns", "all biases", "bias of B", "embedding and head", "saved"])
+@pytest.mark.parametrize("family", TURNED)
+def test_on_a_turned_base_as_peft_computes_it(family: str, variant: str, tmp_path: Path) -> None:
+    """The base in another basis, in float32: the same numbers, beside a neighbour without an adapter, by the kernels
+    and by their twin."""
+    model = model_of(family)
+    config = dict(VARIANTS[variant])
+    if model.config.tied:
+        config = {**config, "target_modules": ATTENTION, "modules_to_save": None}
+    causal = model.info.kind == "ar"
+    made = with_peft(model, tmp_path, **config)
+    packed = turned(model)
+    adapter = read_adapter(tmp_path, adapter_base(packed))
+    assert adapter.hash == read(model, tmp_path).hash or "bias" in variant  # whose shift is computed with the base's
+    sequence, other = SEQUENCES[:2]
+    expected = wanted(made, sequence, causal=causal)
+    assert (expected - wanted(model, sequence, causal=causal)).abs().max() > 1e-3
+    runner = NativeRunner(packed, 64, torch.float32, 16)
+    runner.adapters([None, adapter])
+    got = runner.run(step_of([other, sequence], [0, 1], causal=causal)).logits()
+    close(got[3:], expected)
+    close(got[:3], wanted(model, other, causal=causal))
+
+
+@pytest.mark.parametrize("variant", ["dora", "dora of both"])
+def test_dora_on_a_turned_base(variant: str, tmp_path: Path) -> None:
+    """Of matrices whose outputs stay, DoRA is right, its norms those of the base as it was; of others it is refused."""
+    model = model_of("llama")
+    packed = turned(model)
+    runner = NativeRunner(packed, 64, torch.float32, 16)
+    with_peft(model, tmp_path / "all", **VARIANTS[variant])
+    with pytest.raises(UnsupportedError, match=r"a DoRA adapter of .* scales its outputs one by one"):
+        runner.adapters([None, read_adapter(tmp_path / "all", adapter_base(packed))])
+    made = with_peft(model, tmp_path / "some", use_dora=True, target_modules=r".*\.(q_proj|gate_proj|up_proj)|lm_head")
+    runner.adapters([None, read_adapter(tmp_path / "some", adapter_base(packed))])
+    close(runner.run(step_of(SEQUENCES[:1], [1])).logits(), wanted(made, SEQUENCES[0]))
+
+
+@pytest.mark.skipif(native() is None, reason="no native kernels")
+def test_the_twin_of_a_turned_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen2")
+    with_peft(model, tmp_path, **VARIANTS["embedding and head"])
+    packed = turned(model)
+    adapter = read_adapter(tmp_path, adapter_base(packed))
+    got = []
+    for _ in range(2):
+        runner = NativeRunner(packed, 64, torch.float32, 16)
+        runner.adapters([None, adapter])
+        got.append(runner.run(step_of(SEQUENCES, [1, 0, 1, 1])).logits())
+        for module in (
+            "models.packed",
+            "models.adapted",
+            "kernels.linear",
+            "kernels.attention",
+            "engine.runners.native",
+        ):
+            monkeypatch.setattr(f"dfastllm.{module}.native", lambda: None)
+    monkeypatch.undo()
+    close(got[0], got[1])

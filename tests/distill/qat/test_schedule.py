@@ -55,7 +55,7 @@ def test_bits_and_format(raw: dict[str, Any], format: str, bits: int) -> None:
         ({"tries": 0}, "tries"),
         ({"weight_bits": 3}, "weight_bits must be 8 or 4, got 3"),
         ({"weight_bits": True}, "weight_bits"),
-        ({"format": "w5"}, "format must be w8, w8g"),
+        ({"format": "w5"}, "format must be w8, w8r, w8g"),
         ({"head": "w5"}, "head must be"),
         ({"format": "w4", "weight_bits": 8}, "format w4 has 4 bits a weight, but weight_bits is 8"),
     ],
@@ -69,6 +69,9 @@ def test_what_is_wrong_is_named(raw: dict[str, Any], match: str) -> None:
 def test_other_activations_are_not_supported() -> None:
     with pytest.raises(UnsupportedError, match="act_bits must be 8, got 4"):
         QatConfig.of({"act_bits": 4})
+    for wrong in ({"format": "w8r"}, {"format": "w8", "head": "w8gr"}):
+        with pytest.raises(UnsupportedError, match="rounds the matrices of a model in another basis"):
+            QatConfig.of(wrong)
     with pytest.raises(ValidationError, match="quant must be an object"):
         QatConfig.of([1])  # type: ignore[arg-type]
 

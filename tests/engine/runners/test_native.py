@@ -125,7 +125,7 @@ def test_pages_of_several_blocks_and_scattered_pages() -> None:
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("weights", [None, "bf16", "w8", "w8g", "w6", "w4m", "w4"])
+@pytest.mark.parametrize("weights", [None, "bf16", "w8", "w8r", "w8g", "w6", "w4m", "w4"])
 def test_bits_of_a_row_do_not_depend_on_neighbours_or_threads(weights: str | None, kv: torch.dtype) -> None:
     bits_are_a_rows_own(tiny("llada", seed=6, **WIDE), weights, kv)
 
