@@ -31,9 +31,33 @@ from dfastllm.bench.cpu.weights import packed
 from dfastllm.core import Span
 from dfastllm.llm import LLM
 from dfastllm.models import build
+from tests.models.test_program import native_logits, torch_logits
 
 QWEN = Shape("tiny-qwen", "qwen2", 64, 2, 4, 2, 96, 300, False, 1e4)
 LLADA = Shape("tiny-llada", "llada", 64, 2, 2, 2, 96, 300, False, 1e4)
+
+
+MIXTURE = Shape("tiny-moe", "qwen3_moe", 64, 2, 4, 2, 96, 300, False, 1e4, experts=6, chosen=2)
+
+
+def test_a_mixtures_file_for_the_peer_is_the_model_we_measure(tmp_path: Path) -> None:
+    """Written with the gguf package, as llama.cpp's quantiser gets it."""
+    pytest.importorskip("gguf")
+    from dfastllm.bench.cpu.peers.llamacpp import write_base
+    from dfastllm.models.gguf import open_gguf
+
+    path = tmp_path / "m.gguf"
+    write_base(MIXTURE.published() | {"architecture": "qwen3moe"}, path, seed=0)
+    with open_gguf(path) as opened:
+        config, info = MIXTURE.own()
+        assert (opened.config, opened.info.kind) == (config, info.kind)
+        tensors = {name: tuple(value.shape) for name, value, _ in opened.tensors()}
+    built = build(config, info)
+    assert tensors == {name: tuple(p.shape) for name, p in built.named_parameters()}
+    ids = torch.tensor([3, 41, 7, 250, 18])
+    plain, packed = (assemble.load(path, backend=b, dtype="float32").model for b in ("torch", "native"))  # type: ignore[arg-type]
+    wanted = torch_logits(plain, ids, torch.arange(5))  # type: ignore[arg-type]
+    assert (native_logits(packed, ids) - wanted).abs().max() <= 1e-5  # type: ignore[arg-type]
 
 
 def ours(native: bool) -> Ours:
