@@ -231,8 +231,11 @@ def bits_agree(model: Any, kv: torch.dtype | None, batch: Sequence[Request], **c
     return [second[r.request_id][2].usage.cached_tokens for r in batch]
 
 
-@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("family_name", ["llama", "sdar", "fast_dllm_v2"])
+@pytest.mark.parametrize(
+    ("family_name", "kv"),
+    [(f, kv) for f in ("llama", "sdar", "fast_dllm_v2") for kv in (torch.float32, torch.bfloat16, torch.int8)]
+    + [("qwen3_moe", torch.float32)],
+)
 def test_native_bits_are_those_of_a_request_alone(family_name: str, kv: torch.dtype) -> None:
     """Among others a block model whose prompt ends on a block's end, where the first step is fused with the last chunk
     of the prompt, and one page or block beyond."""
