@@ -94,6 +94,20 @@ def test_limits_are_set_and_lifted(cli: Any, file: Path) -> None:
     assert not as_json(cli, "tenants", "set", "acme2", "--enabled")[0]["disabled"]
 
 
+def test_each_line_is_whole_where_there_is_no_terminal(cli: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is piped can be read by grep and cut; and a note is shown as it was written, brackets and all."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cli("tenants", "create", "acme")
+    notes = [f"[/b] [red]{'note ' * 30}".strip(), "[bold]x[/bold]", "ключ 🗝 ّ"]
+    keys = [cli("keys", "create", "acme", "--note", note).stdout.strip() for note in notes]
+    listed = cli("keys", "list").stdout.splitlines()
+    for text, note in zip(keys, notes, strict=True):
+        (line,) = [line for line in listed if line.startswith(text.split("_")[1])]
+        assert line.rstrip().endswith(note)
+    audited = cli("tenants", "audit").stdout.splitlines()
+    assert len(audited) == 1 + 1 + len(notes)
+
+
 def test_usage_fits_a_terminal(cli: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     name = "a-tenant-with-the-longest-name-that-is-taken-0123456789-0123456789"[:64]

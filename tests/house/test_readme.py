@@ -6,7 +6,10 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +111,33 @@ def test_house_tests_parse() -> None:
         names = [n.name for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)]
         doubles = {name for name in names if names.count(name) > 1}
         assert doubles == set(), path
+
+
+def test_a_part_that_was_installed_brings_what_every_command_needs(tmp_path: Path) -> None:
+    """Once `./run setup tenants`, then any command: nothing is installed a second time; another part is."""
+    for name in ("run", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for folder in ("src/dfastllm/kernels/native", "tests/kernels/native_driver", "venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "src/dfastllm/kernels/native/a.cpp").touch()
+    (tmp_path / "tests/kernels/native_driver/a.cpp").touch()
+    log = tmp_path / "log"
+    for name in ("python", "dfastllm"):
+        program = tmp_path / "venv/bin" / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >>{shlex.quote(str(log))}\n')
+        program.chmod(0o755)
+
+    def installed(*words: str) -> list[str]:
+        log.write_text("")
+        environment = {**os.environ, "VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+        subprocess.run(["./run", *words], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        return [line.split()[-1] for line in log.read_text().splitlines() if "--editable" in line]
+
+    assert installed("setup", "tenants") == [".[tenants]"]
+    assert installed("tenants", "list") == installed("serve") == installed("setup", "tenants") == []
+    assert log.read_text() == ""
+    assert installed("setup", "sandbox") == [".[sandbox]"]
+    assert installed("setup", "dev") == [".[dev]"]
+    (tmp_path / "pyproject.toml").write_text("other")
+    assert installed("serve") == ["."]
+    assert installed("setup", "tenants") == [".[tenants]"]

@@ -209,6 +209,22 @@ def test_an_older_form_of_a_row_changes_nothing(store: Store, tmp_path: Path) ->
         assert tokens(store.database) == {"one": 9}
 
 
+def test_a_file_that_is_taken_away_owes_nothing_in_the_end(tmp_path: Path) -> None:
+    """SQLite goes on writing to a file that has no name any more."""
+    file, away = tmp_path / "x.db", tmp_path / "away.db"
+    database = Database(str(file), create=True)
+    with opened(database, tmp_path / "j") as ledger:
+        asyncio.run(serve(ledger, "before", [1, 2]))
+        file.rename(away)
+        asyncio.run(serve(ledger, "while", [3] * 4))
+        assert not ledger.health().up
+        assert b"while" in (tmp_path / "j").read_bytes()
+        away.rename(file)
+        until(lambda: ledger.health().up)
+    assert tokens(database) == {"before": 3, "while": 12}
+    database.close()
+
+
 def test_a_database_that_hangs_holds_a_request_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(databases, "TIMEOUT", 0.3)
     database = Database(str(tmp_path / "x.db"), create=True)

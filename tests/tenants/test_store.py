@@ -181,6 +181,9 @@ def test_who_is_refused_and_what_they_are_told(store: Store, monkeypatch: pytest
         ({"expires": 1.0}, "expires"),
         ({"expires": float("inf")}, "expires"),
         ({"note": "x" * 201}, "note"),
+        ({"note": "two\nlines"}, "note"),
+        ({"note": "\0"}, "note"),  # PostgreSQL takes none
+        ({"note": "\udcff"}, "note"),  # of a command line that is not UTF-8
         ({"secret": "x"}, "secret"),
     ],
 )
@@ -378,6 +381,33 @@ def test_a_file_that_others_may_open_is_told_of(tmp_path: Path, caplog: pytest.L
     (tmp_path / "x.db").chmod(0o640)
     Database(str(tmp_path / "x.db")).close()
     assert "chmod 600" in caplog.text
+
+
+def test_a_file_that_was_removed_or_replaced_is_no_database(tmp_path: Path) -> None:
+    """Not what is still open, whose rows would be lost with the process, and no new file in its place."""
+    file = tmp_path / "x #1?.db"
+    store = Store(str(file), create=True)
+    store.create_tenant("acme", actor="me")
+    away = tmp_path / "away"
+    away.mkdir()
+
+    def move(start: Path, goal: Path) -> None:
+        for part in start.glob("x *"):  # its log of writes lies beside it
+            part.rename(goal / part.name)
+
+    move(tmp_path, away)
+    with pytest.raises(DatabaseError, match="removed or replaced"):
+        store.create_tenant("beta", actor="me")
+    with pytest.raises(DatabaseError, match="removed or replaced"):
+        store.tenants()
+    assert not file.exists()
+    Store(str(file), create=True).close()
+    with pytest.raises(DatabaseError, match="removed or replaced"):
+        store.tenants()
+    file.unlink()
+    move(away, tmp_path)
+    assert [tenant.name for tenant in store.tenants()] == ["acme"]
+    store.close()
 
 
 def test_sqlite_as_it_is_opened(tmp_path: Path) -> None:

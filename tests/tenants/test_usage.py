@@ -69,6 +69,9 @@ def test_sums(store: Store) -> None:
     theirs = [row for row in rows if row["tenant_id"] == acme]
     assert used(store.database, by=("model",), tenant_id=acme) == by_hand(theirs, ("model",))
     assert used(store.database, since=5000.0) == []
+    for until in (1000.0, 999.0):
+        with pytest.raises(ValidationError, match="since must lie before until"):
+            used(store.database, since=1000.0, until=until)
     with pytest.raises(ValidationError, match="by must be of: tenant, model, adapter, key"):
         used(store.database, by=("colour",))
 

@@ -32,9 +32,10 @@ CONTROLS = {
 
 
 def console(*, stderr: bool = False) -> Console:
+    """Takes text as it stands: a name or a path may hold what rich would read as markup, `[/b]`."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, markup=False)
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,16 +67,20 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: int) -> None:
-    """A result for people; the last `right` columns hold numbers. Long words are folded to the terminal's width."""
+    """A result for people; the last `right` columns hold numbers. What is long is folded to the terminal's width; where
+    there is no terminal each row is one line, which `grep` and `cut` can read."""
     from rich.table import Table
 
+    out = console()
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = 1 << 16
     table = Table(box=None, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
         number = index >= len(columns) - right
         table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in rows:
         table.add_row(*(printable(str(cell)) for cell in row))
-    console().print(table)
+    out.print(table)
 
 
 def day(seconds: float | None) -> str:
@@ -191,8 +196,10 @@ def usage(
     if as_json:
         print_json([usage_record(row, groups) for row in rows])
         return
-    counts = [(r.requests, r.ok, r.requests - r.ok, r.prompt_tokens, r.completion_tokens, r.seconds) for r in rows]
-    texts = [[*row.group, *(f"{n:,.0f}" for n in count)] for row, count in zip(rows, counts, strict=True)]
+    counts = [(r.requests, r.ok, r.requests - r.ok, r.prompt_tokens, r.completion_tokens) for r in rows]
+    texts = [
+        [*row.group, *(f"{n:,}" for n in count), f"{row.seconds:,.1f}"] for row, count in zip(rows, counts, strict=True)
+    ]
     print_table([*groups, "requests", "ok", "not ok", "prompt", "completion", "seconds"], texts, right=6)
 
 

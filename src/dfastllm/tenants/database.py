@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dfastllm.errors import DatabaseError, UnsupportedError, ValidationError
 from dfastllm.tenants.tables import no_database, prepare, sa
@@ -119,20 +122,56 @@ def _sqlite(url: sa.URL, file: Path, create: bool) -> sa.Engine:
             ) from None
     if file.stat().st_mode & 0o077:
         log.warning("others of this machine may open %s, which holds hashes of keys: chmod 600 it", file)
-    engine = sa.create_engine(url.set(query={}), connect_args={"timeout": TIMEOUT})
+    there = _which(file)
+
+    def connect() -> sqlite3.Connection:
+        """Makes no file: SQLite by itself would put an empty one in the place of one that was removed."""
+        name = f"file:{quote(str(file.absolute()))}?mode=rw"
+        return sqlite3.connect(name, uri=True, timeout=TIMEOUT, check_same_thread=False)
+
+    engine = sa.create_engine(url.set(query={}), creator=connect)
 
     @sa.event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # BEGIN is ours, below; the driver's own is late, and no writer's
-        for pragma in ("journal_mode=WAL", f"synchronous={synchronous}", "foreign_keys=ON"):
+        _write_ahead(connection)
+        for pragma in (f"synchronous={synchronous}", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
+        if _which(file) != there:  # what is written to a file without a name is lost with the process
+            raise DatabaseError(
+                f"The database of tenants ({file}) does not answer: its file was removed or replaced.",
+                hint="Put it back, or start the server again with the one that is to hold.",
+            )
         writes = connection.get_execution_options().get("dfastllm_writes")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _write_ahead(connection: Any) -> None:
+    """Set the journal's mode, which is kept in the file. Where two set it at once, SQLite refuses one of them without
+    waiting."""
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def _which(file: Path) -> tuple[int, int] | None:
+    """Tells a file from another one of its name; None: it is not there."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _postgres(url: sa.URL) -> sa.Engine:

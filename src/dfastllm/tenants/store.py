@@ -12,6 +12,7 @@ import hmac
 import json
 import secrets
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,8 @@ class Store:
     def create_key(self, tenant: str, *, actor: str, **fields: Any) -> tuple[Key, str]:
         """A new key of a tenant and its text, which is kept nowhere. fields: scopes (only `generate` where not given),
         models, adapters, expires, note. Raises TenantNotFoundError and ValidationError."""
+        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in fields.get("note") or ""):
+            raise ValidationError("note must be one line of text.", param="note")  # and a text that databases take
         with self.database.writing() as connection:
             owner = _tenant(connection, tenant)
             given = _listed({"scopes": ("generate",), **fields}, _KEY)

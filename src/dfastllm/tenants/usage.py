@@ -62,7 +62,9 @@ def used(
     tenant_id: str | None = None,
 ) -> list[Used]:
     """Sums over the requests that began in [since, until), most tokens first. tenant_id: of this tenant only. Raises
-    ValidationError for an unknown `by`, DatabaseError."""
+    ValidationError for an unknown `by` and for a span of no time, DatabaseError."""
+    if since is not None and until is not None and since >= until:
+        raise ValidationError("since must lie before until.", param="since")
     for word in by:
         if word not in BY:
             raise ValidationError(f"by must be of: {', '.join(BY)}; got {word[:80]!r}.", param="by")
