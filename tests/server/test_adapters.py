@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dfastllm.engine import Engine
@@ -98,7 +101,7 @@ def test_choices_that_cannot_be(live: Live) -> None:
     assert "no adapter 'none'" in refused(live, path, {**ASK, "model": "base", "lora": "none"}, 404, "lora")
     refused(live, path, {**ASK, "model": "base", "adapter_id": "none"}, 404, "adapter_id")
     refused(live, path, {**ASK, "model": "base:none"}, 404, "lora")
-    refused(live, path, {**ASK, "model": "none"}, 404, "model")
+    assert "base, canvas; adapters: one." in refused(live, path, {**ASK, "model": "none"}, 404, "model")
     refused(live, path, {**ASK, "model": "canvas", "lora": "one"}, 404, "lora")
     assert "send one" in refused(live, path, {**ASK, "model": "one", "lora": "two"}, 400, "lora")
     assert "scale 0.5" in refused(
@@ -127,6 +130,7 @@ def test_loaded_replaced_and_unloaded_while_the_server_runs(live: Live, root: Pa
     assert (gone.status_code, gone.json()["parent"]) == (200, "base")
     refused(live, "/v1/completions", {**ASK, "model": "more"}, 404, "model")
     refused(live, "/v1/unload_lora_adapter", {"lora_name": "more", "model": "base"}, 404, "lora")
+    assert "there are: one" in refused(live, "/v1/unload_lora_adapter", {"lora_name": "more"}, 404, "lora_name")
     assert text(live, model="one") == one
 
 
@@ -136,6 +140,40 @@ def test_no_path_leads_out_of_the_root(path: str, live: Live, root: Path) -> Non
     assert refused(live, "/v1/load_lora_adapter", body, 400, "lora_path").startswith("lora_path must lie below")
     absent = {**body, "lora_path": f"{root}-absent"}
     assert refused(live, "/v1/load_lora_adapter", absent, 400, "lora_path").startswith("lora_path must lie below")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "\x1b[31mred", "a\u202eb", " a", "a:b", "base"])
+def test_names_that_cannot_be(name: str, live: Live) -> None:
+    """They would be lines of the log, colours of a terminal, addresses that no route has."""
+    body = {"lora_name": name, "lora_path": "two", "model": "base"}
+    refused(live, "/v1/load_lora_adapter", body, 400, "lora_name")
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "日本語 🎉", 'q"\\', "x" * 256, "none", "a%2Fb"])
+def test_names_that_can_be(name: str, live: Live) -> None:
+    two = text(live, model=load(live, name, "two")["id"])
+    assert text(live, model="base", lora=name) == two == text(live, model=f"base:{name}")
+    assert live.get(f"/v1/models/{quote(name, safe='')}").json()["id"] == name
+    assert live.metric("lora_requests_total", model_name="base", lora_name=name) == 3
+    assert live.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
+
+
+def test_an_adapter_whose_numbers_overflow_fails_alone_and_by_name(live: Live, root: Path) -> None:
+    huge = root / "huge"
+    huge.mkdir(exist_ok=True)
+    (huge / "adapter_config.json").write_bytes((root / "one" / "adapter_config.json").read_bytes())
+    tensors = load_file(root / "one" / "adapter_model.safetensors")
+    save_file({name: torch.full_like(t, 3e38) for name, t in tensors.items()}, huge / "adapter_model.safetensors")
+    load(live, "huge", "huge")
+    one, plain = text(live, model="one"), text(live, model="base")
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(live.post, "/v1/completions", {**ASK, "model": "huge"}) for _ in range(3)]
+        beside = [pool.submit(text, live, model=name) for name in ("one", "base") * 3]
+        assert [each.result() for each in beside] == [one, plain] * 3
+        for each in asked:
+            error = each.result().json()["error"]
+            assert (each.result().status_code, error["param"]) == (500, "lora")
+            assert "its adapter 'huge' gave logits that are not finite" in error["message"]
 
 
 def test_bad_directories_are_refused_by_name(live: Live, root: Path) -> None:

@@ -29,6 +29,7 @@ from dfastllm.lora import Adapter
 __all__ = ["Adapters", "Lease", "Named", "Read"]
 
 Read = Callable[[Path], Adapter]
+NAME = 256  # characters; it goes into logs, addresses and labels of metrics as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,11 @@ class Adapters:
         """Read the adapter in a directory and let the name stand for it. replace: also where the name stands for one
         already; requests that run go on with the one they have. Raises ValidationError for a name that cannot be or is
         taken, AdapterError for a directory that cannot be used."""
-        if not name or name != name.strip() or ":" in name:
+        if not name or name != name.strip() or ":" in name or not name.isprintable() or len(name) > NAME:
             raise ValidationError(
-                f"an adapter's name must be text without ':' and outer spaces, got {name!r:.80}.", param="lora_name"
+                f"an adapter's name must be at most {NAME} printable characters without ':' and outer spaces, "
+                f"got {name!r:.80}.",
+                param="lora_name",
             )
         with self._reading:
             if not replace and name in self._names:

@@ -301,7 +301,7 @@ class Engine:
         if not finite.all():
             for i, spot in enumerate(_spots(chosen)):
                 if not finite[spot.start : spot.stop].all():
-                    out[i] = GenerationError("the model gave logits that are not finite.")
+                    out[i] = _not_finite(chosen[i][0])
         return out
 
     def _commit(self, chosen: Chosen, commits: Sequence[Commit | Exception]) -> list[CanvasUpdate | None]:
@@ -371,6 +371,20 @@ class Engine:
                 fn(stats)
             except Exception:  # the step is done, and its events are owed to their readers
                 log.exception("a subscriber of the step's counters failed")
+
+
+def _not_finite(live: Live) -> GenerationError:
+    """For a row whose logits are NaN or infinite. Its neighbours are not touched by it."""
+    if live.lease is None:
+        return GenerationError(
+            "the model gave logits that are not finite.",
+            hint="Its weights, or what they are computed in, do not hold this prompt; try float32 (dtype).",
+        )
+    return GenerationError(
+        f"the model with its adapter {live.lease.name!r} gave logits that are not finite.",
+        param="lora",
+        hint="The adapter's numbers are too large for the model; unload it, or train it anew at a lower rate.",
+    )
 
 
 def _loras(lives: Iterable[Live]) -> tuple[str, ...]:

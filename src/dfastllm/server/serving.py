@@ -194,6 +194,8 @@ class Serving:
             known = ", ".join(sorted(seen)) or "none"
             if name is None:
                 raise ValidationError(f"model is required where several are served: {known}.", param="model")
+            if adapters := ", ".join(row[0] for row in self.adapters_seen_by(identity)):
+                known += f"; adapters: {adapters:.500}"
             raise ModelNotFoundError(f"There is no model {name[:200]!r}; served here: {known}.", param="model")
         return seen[name]
 
@@ -217,7 +219,7 @@ class Serving:
         known = sorted(named.name for _, of, named in self.adapters_seen_by(identity) if of == model)
         if name not in known:
             there = ", ".join(known) or "none"
-            raise AdapterNotFoundError(f"there is no adapter {name[:200]!r}; there are: {there}.", param="lora")
+            raise AdapterNotFoundError(f"there is no adapter {name[:200]!r}; there are: {there:.500}.", param="lora")
 
     def submit(self, identity: Identity, model: str, admission: Admission) -> Stream:
         """Queue a request that was admitted, as the identity's: the one way from a route to the engine. Raises what

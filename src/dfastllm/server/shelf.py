@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dfastllm.errors import (
     AdapterError,
+    AdapterNotFoundError,
     DFastLLMError,
     StorageError,
     UnsupportedError,
@@ -122,8 +123,8 @@ class Shelf:
         """Forget an adapter; requests that run on it end as they would have. Returns its model. Raises UnsupportedError
         where this is off, AdapterNotFoundError, ValidationError, StorageError."""
         root = self._open_root()
-        if model is None and (found := self.find(name)) is not None:
-            model, name = found
+        if model is None:
+            model, name = self.find(name) or self._left_out(name)
         model, adapters = self._of(model, "model")
         with self._writing:
             if self._kept.pop((model, name), None) is not None:  # one that could not be restored is forgotten so too
@@ -134,6 +135,16 @@ class Shelf:
         log.info("adapter %s of %s: unloaded", name, model)
         return model
 
+    def _left_out(self, name: str) -> tuple[str, str]:
+        """(model, adapter) of one that was loaded at run time and could not be restored. Raises AdapterNotFoundError."""
+        found = [key for key in self._kept if key[1] == name]
+        if not found:
+            known = ", ".join(row[0] for row in self.named()) or "none"
+            raise AdapterNotFoundError(
+                f"no adapter {name[:200]!r} is loaded; there are: {known:.500}.", param="lora_name"
+            )
+        return found[0]
+
     def _has(self, model: str, name: str) -> bool:
         return any(named.name == name for named in self._models[model].named())
 
@@ -143,8 +154,8 @@ class Shelf:
             model = next(iter(self._models))
         if model is None or model not in self._models:
             known = ", ".join(sorted(self._models))
-            got = "which model is it for" if model is None else f"no model {model[:200]!r} is served"
-            raise ValidationError(f"{got}? There are: {known}.", param=param)
+            got = "which model is it for?" if model is None else f"no model {model[:200]!r} is served."
+            raise ValidationError(f"{got} There are: {known}.", param=param)
         return model, self._models[model]
 
     def _free(self, model: str, name: str, param: str) -> None:
