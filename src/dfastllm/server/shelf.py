@@ -136,7 +136,8 @@ class Shelf:
         return model
 
     def _left_out(self, name: str) -> tuple[str, str]:
-        """(model, adapter) of one that was loaded at run time and could not be restored. Raises AdapterNotFoundError."""
+        """(model, adapter) of one that was loaded at run time and could not be restored. Raises
+        AdapterNotFoundError."""
         found = [key for key in self._kept if key[1] == name]
         if not found:
             known = ", ".join(row[0] for row in self.named()) or "none"
