@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
+from websockets.asyncio.server import ServerConnection, serve
 
 from dfastllm_client import (
     AsyncClient,
+    AsyncWebSocketClient,
     AuthenticationError,
     Backoff,
     CancelledError,
@@ -264,10 +266,95 @@ def test_the_key_the_id_and_the_options_are_sent() -> None:
     assert body == {"prompt": "x", "model": "m", "max_tokens": 4, "threshold": 0.5, "block_length": 8}
 
 
-@pytest.mark.parametrize("bad", [{}, {"prompt": "x", "messages": []}, {"prompt": "x", "n": 2}])
-def test_options_that_cannot_be_are_refused_before_they_are_sent(bad: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequestError):
-        against([], lambda client: client.generate(bad))
+@pytest.mark.parametrize("transport", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("bad", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "x", "messages": []}, "prompt"),
+        ({"prompt": "x", "n": 2}, "n"),
+        ({"prompt": ["x", "y"]}, "prompt"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature"),
+        ({"prompt": "x", "top_p": float("inf")}, "top_p"),
+        ({"prompt": "x", "stop": {"a"}}, "stop"),
+        ({"prompt": "x", "threshold": object()}, "threshold"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "x", "timeout": "1"}, "timeout"),
+        ({"prompt": "x", "timeout": float("nan")}, "timeout"),
+        (b"x", "prompt"),
+        (5, "prompt"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_they_are_sent(bad: Any, param: str, transport: str) -> None:
+    """As ClientErrors, which say that nothing was sent; a NaN is no null."""
+    how = {"http": lambda: against([], lambda client: client.generate(bad)), "websocket": lambda: _nowhere(bad)}
+    with pytest.raises(InvalidRequestError) as refused:
+        how[transport]()
+    assert (refused.value.param, refused.value.status) == (param, None)
+
+
+def _nowhere(bad: Any) -> None:
+    """A call over a WebSocket whose server hears nothing of it."""
+    asyncio.run(_sent_nowhere(bad))
+
+
+async def _sent_nowhere(bad: Any) -> None:
+    async def talk(socket: ServerConnection) -> None:
+        await socket.send('{"status": "connected", "version": "1", "tenant_id": "t"}')
+        heard.extend([text async for text in socket])
+
+    heard: list[Any] = []
+    async with serve(talk, "127.0.0.1", 0) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        async with AsyncWebSocketClient(f"ws://127.0.0.1:{port}") as client:
+            try:
+                await client.generate(bad)
+            finally:
+                await client.disconnect()
+                await asyncio.sleep(0.05)
+                assert heard == []
+
+
+def test_token_ids_are_a_prompt() -> None:
+    seen: list[Any] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content)["prompt"])
+        return ok(request)
+
+    against([answer], lambda client: client.generate([5, 6]))
+    assert seen == [[5, 6]]
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://x", "http://", "http://h:99999", "http://[::1"])
+def test_no_address(url: str) -> None:
+    """A mistyped address is no call that "may have run"."""
+    for client in (AsyncClient, AsyncWebSocketClient):
+        with pytest.raises(InvalidRequestError, match="url of a"):
+            client(url)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5", True])
+def test_no_time_limit(timeout: Any) -> None:
+    for client in (AsyncClient, AsyncWebSocketClient):
+        with pytest.raises(InvalidRequestError, match="timeout"):
+            client(timeout=timeout)
+
+
+def test_a_closed_client_says_so() -> None:
+    async def closed(client: AsyncClient) -> None:
+        await client.aclose()
+        await client.generate("x")
+
+    with pytest.raises(ConnectionFailedError, match="client is closed"):
+        against([], closed)
+    client = Client("http://server", transport=httpx.MockTransport(ok))
+    stream = client.generate_stream("x")
+    client.close()
+    for call in (lambda: client.generate("x"), client.health, lambda: next(stream)):
+        with pytest.raises(ConnectionFailedError, match="client is closed"):
+            call()
+    stream.close()
 
 
 def test_no_json_is_a_protocol_error() -> None:

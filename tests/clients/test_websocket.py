@@ -151,6 +151,25 @@ def test_a_stream_that_broke_says_what_came() -> None:
     assert received.request_id.startswith("c-")
 
 
+def test_a_call_that_is_larger_than_the_server_takes_is_refused_and_the_others_are_lost() -> None:
+    """The server closes with 1009 and never read it: it did not run, so it is no call that may have."""
+
+    async def work(client: AsyncWebSocketClient) -> list[Any]:
+        small = asyncio.create_task(client.generate("x"))
+        await asyncio.sleep(0.1)
+        return await asyncio.gather(small, client.generate("x" * 3_000_000), return_exceptions=True)
+
+    async def silent(socket: ServerConnection) -> None:  # which takes a megabyte, as the library's default is
+        await say(socket, CONNECTED)
+        async for _ in socket:
+            pass
+
+    small, large = against([silent, answers], work)
+    assert isinstance(small, ConnectionLostError)
+    assert isinstance(large, InvalidRequestError)
+    assert (large.status, large.code) == (413, "payload_too_large")
+
+
 def test_what_costs_nothing_is_asked_again() -> None:
     async def goes(socket: ServerConnection) -> None:
         await say(socket, CONNECTED)

@@ -1,6 +1,6 @@
 import { type Backoff, BACKOFF } from "./backoff.js";
 import { Limit } from "./limit.js";
-import { type CallOptions, type GenerationOptions, callBody } from "./options.js";
+import { type CallOptions, type GenerationOptions, callBody, milliseconds } from "./options.js";
 import type { GenerationResult, HealthStatus, PipelineEvent, PipelineResult, RuntimeMetadata, TokenData } from "./results.js";
 import { type End, type PipelineStream, Stream, type TokenStream } from "./stream.js";
 import type { Message } from "./wire.js";
@@ -30,7 +30,7 @@ export abstract class Calls {
 
   constructor(options: CommonOptions) {
     this.model = options.model;
-    this.timeoutMs = options.timeoutMs ?? 300_000;
+    this.timeoutMs = milliseconds(options.timeoutMs ?? 300_000, "timeoutMs");
     this.backoff = { ...BACKOFF, ...options.backoff };
   }
 
@@ -84,7 +84,8 @@ export abstract class Calls {
   /** When a call with these options must end here: some time after the server should have ended it. */
   protected limit(options: CallOptions | string, id = requestId()): Limit {
     const { timeout, signal }: CallOptions = typeof options === "string" ? {} : options;
-    return new Limit(id, timeout === undefined ? this.timeoutMs : timeout * 1000 + GRACE_MS, signal);
+    const ms = timeout === undefined || timeout === null ? this.timeoutMs : milliseconds(timeout, "timeout", 1000) + GRACE_MS;
+    return new Limit(id, ms, signal);
   }
 
   /** What `work` gives within its limit. */

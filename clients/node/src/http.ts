@@ -9,6 +9,7 @@ import {
   ofResponse,
 } from "./errors.js";
 import { type Limit, again } from "./limit.js";
+import { packed } from "./options.js";
 import { AnswerReader, PipelineReader, health, ofAnswer, openapiMetadata } from "./reading.js";
 import type { GenerationResult, HealthStatus, PipelineEvent, PipelineResult, RuntimeMetadata, TokenData } from "./results.js";
 import { EventReader } from "./sse.js";
@@ -42,6 +43,14 @@ const NEVER_SENT = new Set([
   "UND_ERR_CONNECT_TIMEOUT",
 ]);
 
+function isUrl(text: string): boolean {
+  try {
+    return new URL(text).hostname !== "";
+  } catch {
+    return false;
+  }
+}
+
 /** Calls over HTTP: the OpenAI routes of a dfastllm server and its own. */
 export class Client extends Calls {
   readonly url: string;
@@ -50,9 +59,10 @@ export class Client extends Calls {
 
   constructor(options: ClientOptions = {}) {
     super(options);
-    this.url = (options.url ?? "http://127.0.0.1:8000").replace(/\/+$/, "").replace(/\/v1$/, "");
-    if (!/^https?:\/\/./.test(this.url)) {
-      throw new InvalidRequestError(`The url of a server is like http://host:8000, got ${this.url}.`, { param: "url" });
+    const url = options.url ?? "http://127.0.0.1:8000";
+    this.url = String(url).replace(/\/+$/, "").replace(/\/v1$/, "");
+    if (!/^https?:\/\/./.test(this.url) || !isUrl(this.url)) {
+      throw new InvalidRequestError(`The url of a server is like http://host:8000, got ${url}.`, { param: "url" });
     }
     this.#headers = { ...options.headers };
     if (options.apiKey !== undefined) this.#headers["authorization"] = `Bearer ${options.apiKey}`;
@@ -206,7 +216,7 @@ export class Client extends Calls {
         method,
         headers,
         signal: limit.signal,
-        ...(sending.body !== undefined && { body: JSON.stringify(sending.body) }),
+        ...(sending.body !== undefined && { body: packed(sending.body) }),
       });
     } catch (error) {
       throw this.#broken(error, limit, !!sending.repeat);

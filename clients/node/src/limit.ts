@@ -8,6 +8,8 @@ import {
   TimeoutError,
 } from "./errors.js";
 
+const MOST_MS = 2 ** 31 - 1;
+
 /** When a call must end: its time limit (from `start`) and the caller's AbortSignal as one signal; until `clear`. */
 export class Limit {
   readonly signal: AbortSignal;
@@ -29,12 +31,18 @@ export class Limit {
     const { ms, requestId, given } = this;
     if (ms !== undefined) {
       this.#ends = Date.now() + ms;
-      this.#timer = setTimeout(() => {
+      this.#wait(() => {
         this.#end(new TimeoutError(`The call took longer than ${ms / 1000} s, and was ended.`, { requestId }));
-      }, ms);
+      });
     }
     if (given?.aborted) this.#abort();
     else given?.addEventListener("abort", this.#abort, { once: true });
+  }
+
+  /** Call `then` when the time is up. A timer takes 24 days at most, and fires at once for more. */
+  #wait(then: () => void): void {
+    const left = this.#ends - Date.now();
+    this.#timer = setTimeout(() => (left > MOST_MS ? this.#wait(then) : then()), Math.min(left, MOST_MS));
   }
 
   /** End the call now. */

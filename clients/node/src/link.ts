@@ -14,6 +14,7 @@ import {
   ofFrame,
 } from "./errors.js";
 import type { Limit } from "./limit.js";
+import { packed } from "./options.js";
 import { object } from "./sse.js";
 
 /** What this client uses of a WebSocket: that of browsers, of Node 22 and of the `ws` package. */
@@ -28,6 +29,13 @@ export interface Socket {
 export type SocketClass = new (url: string) => Socket;
 
 const OPEN = 1;
+const TOO_LARGE = 1009; // the close code
+
+function tooLarge(size: number, why: string, requestId: string): ClientError {
+  const more = why ? `: ${why}` : "";
+  const message = `The call has ${size} bytes, which is more than the server takes${more}.`;
+  return new InvalidRequestError(message, { status: 413, code: "payload_too_large", requestId });
+}
 
 /** A server's address as that of its WebSocket: http becomes ws, and no path becomes /ws. */
 export function address(url: string): string {
@@ -51,6 +59,8 @@ export class Exchange {
   readonly #frames: (Json | ClientError)[] = [];
   #wake: (() => void) | undefined;
   #running = false;
+  /** Bytes that were sent. */
+  size = 0;
   readonly #ended = (): void => this.take(this.#limit.error ?? new CancelledError("The call was aborted."));
 
   constructor(link: Link, limit: Limit) {
@@ -61,7 +71,9 @@ export class Exchange {
 
   /** Throws ConnectionFailedError while it is certain that nothing was sent. */
   send(call: Json): void {
-    this.#link.send(call, this.#limit.requestId);
+    const text = packed(call);
+    this.size = new TextEncoder().encode(text).length;
+    this.#link.send(text, this.#limit.requestId);
     this.#running = true;
   }
 
@@ -103,7 +115,7 @@ export class Exchange {
     const id = this.#limit.requestId;
     this.#link.forget(id);
     if (this.#running && this.#link.isOpen) {
-      this.#link.send({ id: `${id}-end`, function: "cancel", params: { id } }, id);
+      this.#link.send(packed({ id: `${id}-end`, function: "cancel", params: { id } }), id);
     }
     this.#running = false;
   }
@@ -172,11 +184,11 @@ export class Link {
   }
 
   /** Throws ConnectionFailedError where the connection had ended: nothing was sent then. */
-  send(frame: Json, requestId: string): void {
+  send(text: string, requestId: string): void {
     if (!this.isOpen) {
       throw new ConnectionFailedError(`The connection had ended (${this.why}). The call was not sent.`, { requestId });
     }
-    this.#socket.send(JSON.stringify(frame));
+    this.#socket.send(text);
   }
 
   close(): void {
@@ -221,7 +233,12 @@ export class Link {
     };
     this.#socket.onclose = (event: { code: number; reason: string }) => {
       if (this.why === "it is open") this.why = `close code ${event.code} ${event.reason}`.trim();
+      const largest = Math.max(0, ...[...this.#exchanges.values()].map((exchange) => exchange.size));
       for (const [requestId, exchange] of this.#exchanges) {
+        if (event.code === TOO_LARGE && exchange.size === largest) {
+          exchange.take(tooLarge(largest, event.reason, requestId)); // the server never read it: it did not run
+          continue;
+        }
         const message = `The connection broke (${this.why}). The call was sent and is not sent again: it may have run.`;
         exchange.take(new ConnectionLostError(message, { requestId }));
       }

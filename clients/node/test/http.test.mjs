@@ -92,6 +92,58 @@ test("what may have run is never sent again", async () => {
   }
 });
 
+test("what cannot be sent is refused before it is, and no NaN becomes a null", async () => {
+  const circle = {};
+  circle.self = circle;
+  const cases = [
+    [{}, "prompt"],
+    [{ prompt: "x", messages: [] }, "prompt"],
+    [{ prompt: "x", n: 2 }, "n"],
+    [{ prompt: ["x", "y"] }, "prompt"],
+    [{ prompt: "x", temperature: NaN }, "temperature"],
+    [{ prompt: "x", topP: Infinity }, "top_p"],
+    [{ prompt: "x", stop: () => "a" }, "stop"],
+    [{ prompt: "x", threshold: 1n }, "threshold"],
+    [{ prompt: "x", ruleOptions: circle }, undefined],
+    [{ prompt: "x", timeout: "1" }, "timeout"],
+    [{ prompt: "x", timeout: NaN }, "timeout"],
+    [{ prompt: "x", timeout: 0 }, "timeout"],
+    [5, "prompt"],
+    [null, "prompt"],
+    [[5, 6], "prompt"],
+  ];
+  for (const [bad, param] of cases) {
+    await against([], async (client, seen) => {
+      const refused = (error) => error instanceof InvalidRequestError && error.param === param && error.status === undefined;
+      await assert.rejects(client.generate(bad), refused, String(param));
+      await assert.rejects(async () => {
+        for await (const _ of client.generateStream(bad));
+      }, refused);
+      assert.equal(seen.length, 0);
+    });
+  }
+  await against([ok], async (client, seen) => {
+    await client.generate({ prompt: [5, 6] });
+    assert.deepEqual(seen[0].body.prompt, [5, 6]);
+  });
+});
+
+test("addresses and time limits that cannot be", async () => {
+  for (const url of ["", "127.0.0.1:8000", "ftp://x", "http://", "http://h:99999", "http://[::1", 5]) {
+    assert.throws(() => new Client({ url }), InvalidRequestError, String(url));
+  }
+  for (const timeoutMs of [0, -1, NaN, Infinity, "5"]) assert.throws(() => new Client({ timeoutMs }), InvalidRequestError);
+});
+
+test("a time limit of more than 24 days is no limit of a millisecond", async () => {
+  await against([ok, ok], async (client) => {
+    assert.equal(String(await client.generate({ prompt: "x", timeout: 3e6 })), "42");
+    await new Promise((later) => setTimeout(later, 5));
+  });
+  const slow = (_, response) => setTimeout(() => ok(_, response), 30);
+  await against([slow], async (client) => assert.equal(String(await client.generate("x")), "42"), { timeoutMs: 2 ** 32 });
+});
+
 test("attempts end with the refusal, and no wait goes beyond the time limit", async () => {
   await against([refuses(429, "0"), refuses(429, "0"), refuses(429, "0"), ok], async (client, seen) => {
     await assert.rejects(client.generate("x"), { name: "RateLimitError", retryAfter: 0, param: "p", status: 429 });

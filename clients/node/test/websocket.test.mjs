@@ -85,6 +85,19 @@ test("a call that was not sent is sent on the next connection", async () => {
   });
 });
 
+test("a call that is larger than the server takes is refused, and the others are lost", async () => {
+  const silent = (talk) => {
+    talk.say(CONNECTED);
+    let bytes = 0;
+    talk.socket.on("message", (data) => (bytes = data.length) > 1000 && talk.socket.close(1009, "too large"));
+  };
+  await against([silent, answers], async (client) => {
+    const small = assert.rejects(client.generate("x"), ConnectionLostError);
+    const large = assert.rejects(client.generate("x".repeat(3000)), { status: 413, code: "payload_too_large" });
+    await Promise.all([small, large]);
+  });
+});
+
 test("a call that was sent is not sent again", async () => {
   const heard = [];
   const goes = async (talk) => {

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from .options import GenerationOptions, generation_options
+from .errors import InvalidRequestError
+from .options import GenerationOptions, generation_options, seconds
 from .results import GenerationResult, HealthStatus, PipelineEvent, PipelineResult, RuntimeMetadata, TokenData
 from .streams import AsyncPipelineStream, AsyncStream, AsyncTokenStream, End
 
 __all__ = ["GRACE", "AsyncCalls", "GivenOptions"]
 
-GivenOptions = GenerationOptions | Mapping[str, Any] | str | None
+GivenOptions = GenerationOptions | Mapping[str, Any] | str | Sequence[int] | None
 GRACE = 2.0  # seconds after a call's own time limit, in which the server's word about it comes
 
 
@@ -22,9 +23,13 @@ class AsyncCalls(ABC):
 
     model: what calls run on that name none.
     timeout: seconds that a call without a limit of its own may take; None: no limit.
+
+    Raises InvalidRequestError for a limit that is none.
     """
 
     def __init__(self, model: str | None, timeout: float | None) -> None:
+        if timeout is not None and seconds(timeout) <= 0:
+            raise InvalidRequestError(f"timeout must be above 0, or None, got {timeout!r}.", param="timeout")
         self.model = model
         self.timeout = timeout
 

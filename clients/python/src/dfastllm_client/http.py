@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -16,12 +16,13 @@ from .errors import (
     ClientError,
     ConnectionFailedError,
     ConnectionLostError,
+    InvalidRequestError,
     NotFoundError,
     ProtocolError,
     Received,
     of_response,
 )
-from .options import GenerationOptions, http_body
+from .options import GenerationOptions, http_body, packed
 from .reading import AnswerReader, PipelineReader, health, of_answer, openapi_metadata
 from .results import GenerationResult, HealthStatus, PipelineEvent, PipelineResult, RuntimeMetadata, TokenData
 from .sse import EventReader
@@ -57,7 +58,7 @@ class AsyncClient(AsyncCalls):
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         super().__init__(model, timeout)
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = _address(url)
         self.backoff = backoff or Backoff()
         key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(
@@ -158,8 +159,9 @@ class AsyncClient(AsyncCalls):
     ) -> httpx.Response:
         """One request. repeat: it changes nothing, so a broken one counts as never sent. refusals: they are raised."""
         names = {} if request_id is None else {"X-Request-ID": request_id}
+        self._require_open(request_id)
         try:
-            response = await self._http.request(method, path, json=body, headers=names, params=params)
+            response = await self._http.request(method, path, **_content(body, names), params=params)
         except _NEVER_SENT as error:
             raise _failed(self.url, error, request_id) from error
         except httpx.TransportError as error:
@@ -223,7 +225,8 @@ class AsyncClient(AsyncCalls):
         raise _lost(self.url, None, id)
 
     async def _open(self, path: str, body: Mapping[str, Any], id: str) -> httpx.Response:
-        request = self._http.build_request("POST", path, json=body, headers={"X-Request-ID": id})
+        self._require_open(id)
+        request = self._http.build_request("POST", path, **_content(body, {"X-Request-ID": id}))
         try:
             response = await self._http.send(request, stream=True)
             if response.status_code >= 400:
@@ -234,6 +237,29 @@ class AsyncClient(AsyncCalls):
         except httpx.TransportError as error:
             raise _lost(self.url, error, id) from error
         return response
+
+    def _require_open(self, id: str | None) -> None:
+        if self._http.is_closed:
+            raise ConnectionFailedError("This client is closed; make another. Nothing was sent.", request_id=id)
+
+
+def _address(url: str) -> str:
+    """A server's address, without /v1. Raises InvalidRequestError."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        known = False
+    if not known:
+        raise InvalidRequestError(f"The url of a server is like http://host:8000, got {url!r}.", param="url")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _content(body: Mapping[str, Any] | None, headers: dict[str, str]) -> dict[str, Any]:
+    """What httpx takes for a body and its headers. Raises InvalidRequestError."""
+    if body is None:
+        return {"headers": headers}
+    return {"content": packed(body).encode(), "headers": {**headers, "Content-Type": "application/json"}}
 
 
 def _failed(url: str, error: Exception, id: str | None) -> ClientError:

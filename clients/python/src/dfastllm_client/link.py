@@ -27,19 +27,25 @@ from .errors import (
     of_frame,
     of_response,
 )
+from .options import packed
 
 __all__ = ["Exchange", "Frame", "Link", "address"]
 
 Frame = Mapping[str, Any]
+TOO_LARGE = 1009  # the close code
 _MOST_BYTES = 16 * 2**20  # of a message; an answer of a hundred thousand tokens is one
 
 
 def address(url: str) -> str:
     """A server's address as that of its WebSocket: http becomes ws, and no path becomes /ws. Raises
     InvalidRequestError."""
-    parts = urlsplit(url)
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    if scheme not in ("ws", "wss") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+        known = scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        known = False
+    if not known:
         raise InvalidRequestError(f"The url of a WebSocket is like ws://host:8000/ws, got {url!r}.", param="url")
     return urlunsplit((scheme, parts.netloc, parts.path if parts.path.strip("/") else "/ws", parts.query, ""))
 
@@ -52,12 +58,16 @@ class Exchange:
         self._id = id
         self._frames: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._running = False
+        self.size = 0  # bytes that were sent
 
     async def send(self, call: Frame) -> None:
-        """Raises ConnectionFailedError while it is certain that nothing was sent."""
+        """Raises ConnectionFailedError while it is certain that nothing was sent, InvalidRequestError for what cannot
+        be."""
+        text = packed(call)
+        self.size = len(text.encode())
         self._running = True  # before it is: a cancelled write may have gone out
         try:
-            await self._link.send(call, self._id)
+            await self._link.send(text, self._id)
         except ConnectionFailedError:
             self._running = False
             raise
@@ -149,10 +159,9 @@ class Link:
     def forget(self, id: str) -> None:
         self._exchanges.pop(id, None)
 
-    async def send(self, frame: Frame, id: str) -> None:
+    async def send(self, text: str, id: str) -> None:
         """Raises ConnectionFailedError where the connection was closed before: nothing was sent then. A connection that
         breaks later ends the exchanges that wait on it."""
-        text = json.dumps(frame, allow_nan=False)
         if not self.is_open:
             raise ConnectionFailedError(f"The connection had ended ({self.why}). The call was not sent.", request_id=id)
         try:
@@ -165,7 +174,7 @@ class Link:
 
         async def sending() -> None:
             if self.is_open:
-                await self.send(frame, "")
+                await self.send(packed(frame), "")
 
         task = asyncio.get_running_loop().create_task(sending())
         self._posts.add(task)
@@ -189,12 +198,22 @@ class Link:
         finally:
             if self.why == "it is open":
                 self.why = f"close code {self._socket.close_code} {self._socket.close_reason or ''}".strip()
-            for exchange in list(self._exchanges.values()):
-                exchange.take(None)
+            waiting = list(self._exchanges.values())
+            largest = max((exchange.size for exchange in waiting), default=0)
+            for exchange in waiting:
+                too_large = self._socket.close_code == TOO_LARGE and exchange.size == largest
+                exchange.take(_refusal(largest, self._socket.close_reason) if too_large else None)
 
     async def close(self) -> None:
         await asyncio.gather(*self._posts, return_exceptions=True)
         await self._socket.close()
+
+
+def _refusal(size: int, why: str | None) -> Frame:
+    """The end of a call that was the message for whose size the server closed the connection: it did not run."""
+    message = f"The call has {size:,} bytes, which is more than the server takes{f': {why}' if why else ''}."
+    details = {"status": 413, "code": "payload_too_large"}
+    return {"status": "error", "error": {"code": "INVALID_PARAMS", "message": message, "details": details}}
 
 
 def _read(message: str | bytes) -> Frame:

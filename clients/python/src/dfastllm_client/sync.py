@@ -6,10 +6,11 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from .calls import AsyncCalls, GivenOptions
-from .errors import Received
+from .errors import ConnectionFailedError, Received
 from .http import AsyncClient
 from .results import GenerationResult, HealthStatus, PipelineEvent, PipelineResult, RuntimeMetadata, TokenData
 from .streams import AsyncStream
@@ -31,7 +32,11 @@ class _Loop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` gives. An interrupt (Ctrl-C) cancels it, on the server too."""
+        """What `work` gives. An interrupt (Ctrl-C) cancels it, on the server too. Raises ConnectionFailedError after
+        `stop`."""
+        if self._loop.is_closed():
+            work.close()
+            raise ConnectionFailedError("This client is closed; make another. Nothing was sent.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -99,7 +104,9 @@ class Stream(Generic[Piece, Result]):
         return (piece.text for piece in self if piece.text)
 
     def close(self) -> None:
-        self._loop.run(self._stream.aclose())
+        """End the call where it stands; nothing after its end, or the client's."""
+        with suppress(ConnectionFailedError):
+            self._loop.run(self._stream.aclose())
 
 
 TokenStream = Stream[TokenData, GenerationResult]
