@@ -61,3 +61,17 @@ def test_without_huge_pages_it_is_ordinary_memory(monkeypatch: pytest.MonkeyPatc
     piece = hugepages.empty(hugepages.SLAB)
     assert piece.data_ptr() % 64 == 0
     assert piece.fill_(3).sum(dtype=torch.int64) == 3 * hugepages.SLAB
+
+
+@pytest.mark.parametrize("rows", [3, 300_000])
+def test_tensors_in_one_memory(rows: int) -> None:
+    """Of ordinary and of huge pages: each on its boundary, none over another."""
+    given = [torch.randn(rows, 3).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    memory = hugepages.Memory(sum(hugepages.aligned_size(tensor) for tensor in given))
+    kept = [memory.put(tensor.T) for tensor in given]
+    assert all(
+        torch.equal(a, b.T) and a.dtype == b.dtype and a.is_contiguous() for a, b in zip(kept, given, strict=True)
+    )
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in kept)
+    with pytest.raises(RuntimeError):
+        memory.put(given[0])

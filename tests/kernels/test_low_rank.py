@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfastllm.kernels import native, set_threads
-from dfastllm.kernels.low_rank import LowRank, Place, add_low_rank
+from dfastllm.kernels.low_rank import LowRank, Place, add_low_rank, pack_outputs, unpack_outputs
 
 needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def test_against_float64(
     shift = torch.randn(n, generator=draw) if dora else None
     handle = native().Adapter(1)
     at = [(place.first, place.count, place.column, place.stride) for place in places]
-    handle.add(0, n, a, b, 0.7, factor, shift, at)
+    handle.add(0, n, a, None if b is None else pack_outputs(b), 0.7, factor, shift, at)
 
     x, y = torch.randn(rows, k, generator=draw), torch.randn(rows, width, generator=draw)
     index = torch.randperm(rows, generator=draw)[: max(1, rows - 3)].int()
@@ -74,6 +74,11 @@ def test_against_float64(
     untouched[columns] = False
     assert torch.equal(got[:, untouched], y[:, untouched])
 
+    for tile_rows in (1, 7, rows):  # as a linear adds it to its tiles
+        tiled = y.clone()
+        native().low_rank(handle, 0, x, index.sort().values, tiled, tile_rows)
+        assert torch.equal(tiled, got)
+
     part = LowRank(a, b, 0.7, factor, shift)
     assert (add_low_rank(y[:, columns], x, part)[index] - got[:, columns][index]).abs().max() <= 6e-6 * size
     for threads in (2, 3):
@@ -83,15 +88,26 @@ def test_against_float64(
         assert torch.equal(few[index[0]], got[index[0]])
 
 
+@pytest.mark.parametrize("out", [1, 32, 45, 128])
+def test_outputs_in_units(out: int) -> None:
+    b = torch.arange(3.0 * out).view(3, out)
+    packed = pack_outputs(b)
+    assert packed.shape == (-(-out // 32), 3, 32)
+    assert packed.is_contiguous()
+    assert packed.sum() == b.sum()  # what pads is zero
+    assert torch.equal(unpack_outputs(packed, out), b)
+
+
 @needs_native
 def test_what_does_not_fit_is_refused() -> None:
     handle = native().Adapter(2)
-    a, b = torch.zeros(3, 8), torch.zeros(3, 5)
+    a, b = torch.zeros(3, 8), torch.zeros(1, 3, 32)
     whole = [(0, 5, 0, 32)]
     for wrong in (
         (0, 5, a, b.bfloat16(), 1.0, None, None, whole),  # of two types
-        (0, 5, a, b[:, ::2], 1.0, None, None, whole),  # not contiguous
-        (0, 5, a, torch.zeros(2, 5), 1.0, None, None, whole),  # of two ranks
+        (0, 5, a, b[:, :, ::2], 1.0, None, None, whole),  # not contiguous
+        (0, 5, a, torch.zeros(1, 2, 32), 1.0, None, None, whole),  # of two ranks
+        (0, 33, a, b, 1.0, None, None, [(0, 33, 0, 32)]),  # of fewer outputs
         (0, 5, a, None, 1.0, None, None, whole),  # without B
         (0, 5, a, b, 1.0, torch.zeros(4), None, whole),  # a factor of other channels
         (0, 5, a.double(), b.double(), 1.0, None, None, whole),

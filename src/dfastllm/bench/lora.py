@@ -66,7 +66,7 @@ def random_adapter(model: PackedDecoder, names: Sequence[str], rank: int, dtype:
         if name.endswith(".weight") and own.rpartition(".")[2] in names:
             out, inputs = shape
             a, b = (torch.randn(rank, size, generator=draw).mul_(0.02).to(dtype) for size in (inputs, out))
-            deltas[own] = Delta(a, b, 2.0)
+            deltas[own] = Delta.of(a, b, 2.0)
     return Adapter.of(deltas)
 
 

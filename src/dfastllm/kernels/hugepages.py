@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfastllm.kernels.packed import aligned
 
-__all__ = ["empty"]
+__all__ = ["Memory", "aligned_size", "empty"]
 
 HUGE = 2 << 20
 SLAB = 32 << 20
@@ -27,6 +27,30 @@ LINE = 64
 _lock = threading.Lock()
 _slab: weakref.ref[mmap.mmap] | None = None
 _used = 0  # bytes of the slab
+
+
+def aligned_size(tensor: Tensor) -> int:
+    """Bytes that a tensor takes of a `Memory`."""
+    return -(-tensor.nbytes // LINE) * LINE
+
+
+class Memory:
+    """So many bytes that belong together: they go when the last tensor of them does. They share no mapping with others,
+    so that what is loaded and given up again and again leaves nothing behind."""
+
+    def __init__(self, size: int) -> None:
+        if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory = aligned(size, torch.uint8)
+        else:
+            memory, start = _mapping(size)
+            self._memory = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
+        self._used = 0
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy on the next 64-byte boundary. Raises RuntimeError where there is no room."""
+        piece = self._memory[self._used : self._used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self._used += aligned_size(tensor)
+        return piece.copy_(tensor)
 
 
 def empty(size: int) -> Tensor:

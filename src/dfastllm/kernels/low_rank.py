@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dfastllm.core import value
 
-__all__ = ["LowRank", "Place", "add_low_rank", "low_rank", "steady_product"]
+__all__ = ["LowRank", "Place", "add_low_rank", "low_rank", "pack_outputs", "steady_product", "unpack_outputs"]
 
 STEADY = 16
+UNIT = 32  # outputs of B that the native kernels find side by side
 
 
 @value(frozen=True, slots=True)
@@ -43,6 +44,18 @@ class LowRank:
     scale: float
     factor: Tensor | None
     shift: Tensor | None
+
+
+def pack_outputs(b: Tensor) -> Tensor:
+    """B [rank, out] as the native kernels read it: [ceil(out / 32), rank, 32], zero beyond `out`."""
+    rank, out = b.shape
+    wide = F.pad(b, (0, -out % UNIT))
+    return wide.view(rank, -1, UNIT).transpose(0, 1).contiguous()
+
+
+def unpack_outputs(packed: Tensor, out: int) -> Tensor:
+    """[rank, out] of `pack_outputs`."""
+    return packed.transpose(0, 1).reshape(packed.shape[1], -1)[:, :out]
 
 
 def low_rank(x: Tensor, part: LowRank, least: int = 1) -> Tensor | float:

@@ -57,7 +57,7 @@ def build(own: str, parts: Parts, scale: float, base: Weights, notes: list[str])
         shift = more if shift is None else shift + more
     if a is None and factor is None and shift is None and full is None:
         return None
-    return Delta(_settled(a), _settled(b), scale, factor, shift, full)
+    return Delta.of(a, b, scale, factor, shift, full)
 
 
 def norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, by_column: bool) -> Tensor:
@@ -77,10 +77,6 @@ def norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, by_column: bool
 
 def _pair(parts: Parts) -> tuple[Tensor | None, Tensor | None]:
     return (parts["a"], parts["b"].T) if "a" in parts else (None, None)
-
-
-def _settled(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _full(own: str, matrix: str, parts: Parts, base: Weights, notes: list[str]) -> Tensor | None:

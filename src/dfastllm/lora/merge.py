@@ -15,9 +15,10 @@ def merged(name: str, delta: Delta, weight: Tensor) -> Tensor:
     if delta.full is not None:
         whole = whole.clone()
         whole[: len(delta.full)] = delta.full.float()
-    if delta.a is not None and delta.b is not None:
-        a, b = delta.a.float(), delta.b.float()  # [rank, in], [rank, out]
-        whole = whole + delta.scale * (a.T @ b if name == EMBED else b.T @ a)
+    b = delta.natural_b
+    if delta.a is not None and b is not None:
+        change = delta.a.float().T @ b.float() if name == EMBED else b.float().T @ delta.a.float()
+        whole = whole + delta.scale * change
     return whole if delta.factor is None else whole * delta.factor[:, None]
 
 

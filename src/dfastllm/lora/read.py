@@ -312,7 +312,7 @@ def _of_experts(own: str, parts: Parts, scale: float, base: Base) -> dict[str, D
             {"down_proj": b} if name == "down_proj" else dict(zip(("gate_proj", "up_proj"), b.chunk(2), strict=True))
         )
         for matrix, rows in halves.items():
-            found[f"{experts}.{i}.{matrix}"] = Delta(a.contiguous(), rows.T.contiguous(), scale)
+            found[f"{experts}.{i}.{matrix}"] = Delta.of(a, rows.T, scale)
     return found
 
 
@@ -322,4 +322,4 @@ def _of_head(embed: Delta) -> Delta:
         raise AdapterError("a DoRA adapter of an embedding cannot be tied to the head.", param="ensure_weight_tying")
     if embed.a is None or embed.b is None:
         return embed
-    return Delta(embed.b, embed.a, embed.scale, full=embed.full)
+    return Delta.of(embed.natural_b, embed.a, embed.scale, full=embed.full)

@@ -164,7 +164,7 @@ def _present(numbers: Tensor) -> list[int]:
 
 
 def _part(delta: Delta) -> LowRank:
-    return LowRank(delta.a, delta.b, delta.scale, delta.factor, delta.shift)
+    return LowRank(delta.a, delta.natural_b, delta.scale, delta.factor, delta.shift)
 
 
 def _arguments(delta: Delta) -> dict[str, Any]:
@@ -243,7 +243,7 @@ class PackedAdapters:
         if (embed := adapter.deltas.get(EMBED)) is not None:
             made.embed(self._hidden, full=embed.full, **_arguments(embed))
         if (head := adapter.deltas.get(HEAD)) is not None:
-            rows = self._vocab if head.b is None else head.b.shape[1]
+            rows = head.outputs or self._vocab
             made.head(rows, full=head.full, **_arguments(head))
         return made
 
@@ -342,10 +342,11 @@ def _embedded(delta: Delta, ids: Tensor, x: Tensor, least: int = 1) -> Tensor:
         known = ids < len(delta.full)
         x = torch.where(known[:, None], delta.full[ids.clamp(max=len(delta.full) - 1)].float(), x)
     part = _part(delta)
-    if delta.a is not None and delta.b is not None:
+    b = delta.natural_b
+    if delta.a is not None and b is not None:
         known = ids < delta.a.shape[1]
         column = delta.a[:, ids.clamp(max=delta.a.shape[1] - 1)].float().T * known[:, None]
-        x = x + steady_product(column * delta.scale, delta.b.T, least)
+        x = x + steady_product(column * delta.scale, b.T, least)
         part = LowRank(None, None, 1.0, delta.factor, delta.shift)
     return add_low_rank(x, x, part)
 
@@ -356,7 +357,7 @@ def _head_rows(delta: Delta, hidden: Tensor, logits: Tensor, least: int = 1) -> 
     if delta.full is not None:
         whole = steady_product(hidden, delta.full, least)
         logits = torch.cat((whole, logits[:, len(delta.full) :]), dim=1)
-    known = logits.shape[1] if delta.b is None else delta.b.shape[1]
+    known = delta.outputs or logits.shape[1]
     return torch.cat((add_low_rank(logits[:, :known], hidden, _part(delta), least), logits[:, known:]), dim=1)
 
 
@@ -365,14 +366,7 @@ def on_device(adapter: Adapter, device: torch.device) -> Adapter:
     if device.type == "cpu":
         return adapter
 
-    def moved(delta: Delta) -> Delta:
-        a, b, factor, shift, full = (
-            None if tensor is None else tensor.to(device)
-            for tensor in (delta.a, delta.b, delta.factor, delta.shift, delta.full)
-        )
-        return Delta(a, b, delta.scale, factor, shift, full)
-
-    deltas = {name: moved(delta) for name, delta in adapter.deltas.items()}
+    deltas = {name: delta.moved(lambda tensor: tensor.to(device)) for name, delta in adapter.deltas.items()}
     return dataclasses.replace(adapter, deltas=deltas)
 
 

@@ -43,9 +43,10 @@ def turned_adapter(adapter: Adapter, basis: Basis, gains: Mapping[str, Tensor]) 
 
 def _turned(delta: Delta, side: Side, whole: Side, gain: Tensor | None) -> Delta:
     """side: of A and B; whole: of a matrix that takes the place of the base's."""
-    return Delta(
+    b = delta.natural_b
+    return Delta.of(
         None if delta.a is None else _inputs(delta.a, side, gain),
-        None if delta.b is None else side.outputs(delta.b.double()).float().contiguous(),
+        None if b is None else side.outputs(b.double()).float(),
         delta.scale,
         delta.factor,
         None if delta.shift is None else side.outputs(delta.shift.double()).float().contiguous(),

@@ -1,6 +1,7 @@
 // The golden rows: every kernel on fixed inputs, one line of JSON a result.
 #include "modes.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -197,6 +198,19 @@ void heads(Report& report) {
   head(report, kKinds[4], 0.0f, true);
 }
 
+// B [rank][n] as an adapter holds it.
+Array<char> in_units(const Array<char>& b, int64_t rank, int64_t n, int64_t bytes) {
+  Array<char> units(dfk::round_up(n, dfk::kUnit) * rank * bytes);
+  std::fill(units.data(), units.data() + units.count(), '\0');
+  for (int64_t j = 0; j < rank; ++j) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t to = (i / dfk::kUnit * rank + j) * dfk::kUnit + i % dfk::kUnit;
+      std::memcpy(units.data() + to * bytes, b.data() + (j * n + i) * bytes, static_cast<size_t>(bytes));
+    }
+  }
+  return units;
+}
+
 void adapters(Report& report) {
   const char* const names[] = {"f32", "bf16", "f16"};
   for (int type = 0; type < 3; ++type) {
@@ -214,15 +228,16 @@ void adapters(Report& report) {
         else std::memcpy(side->data() + 2 * i, &narrow, 2);
       }
     }
+    const Array<char> units = in_units(b, rank, n, bytes);
     const Array<float> factor = bells(numbers, n), shift = bells(numbers, n);
-    const std::vector<dfk::Delta> deltas = {{static_cast<dfk::Element>(type), rank, k, n, a.data(), b.data(), 0.5f, factor.data(),
+    const std::vector<dfk::Delta> deltas = {{static_cast<dfk::Element>(type), rank, k, n, a.data(), units.data(), 0.5f, factor.data(),
                                              shift.data(), {{0, n, 0, 32}}}};
     const Array<float> x = bells(numbers, rows * k), y = bells(numbers, rows * n), plain(rows * rank);
     const int32_t which[] = {8, 0, 3, 4, 5};
     dfk::LowRank work;
     work.clear();
     work.add(deltas, which, 5);
-    work.gather(x.data(), k, k, nullptr, 0.0f);
+    work.take(x.data(), k, k, nullptr, 0.0f);
     work.apply(y.data(), n);
     report.floats(std::string("low rank ") + names[type], y.data(), y.count());
     dfk::natural_linear(static_cast<dfk::Element>(type), a.data(), rank, k, x.data(), k, rows, plain.data(), rank);

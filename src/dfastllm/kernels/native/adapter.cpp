@@ -47,9 +47,7 @@ void adapt_embedding(const Adapter& adapter, int64_t id, int64_t hidden, float* 
     const char* const column = static_cast<const char*>(d.a) + id * element_bytes(d.type);
     if (d.rank > 0 && id < d.k) ops.widen(d.type, column, d.rank, d.k, t.data());
     for (float& value : t) value *= d.scale;
-    for (int64_t c = 0; c < hidden; c += kSpreadColumns) {
-      ops.spread({&d, c, std::min(kSpreadColumns, hidden - c), c, 32, t.data(), &row, 1, x, hidden});
-    }
+    ops.spread({&d, 0, hidden, t.data(), &row, 1, 0, x, hidden});
   }
 }
 
@@ -60,9 +58,8 @@ void adapt_head(const Adapter& adapter, const float* x, int64_t k, int64_t rows,
     std::vector<int32_t> all(static_cast<size_t>(rows));
     std::iota(all.begin(), all.end(), 0);
     LowRank work;
-    work.clear();
     work.add(adapter.head, all.data(), rows);
-    work.gather(x, k, k, nullptr, 0.0f);
+    work.take(x, k, k, nullptr, 0.0f);
     work.apply(y, vocab);
   }
 }

@@ -5,6 +5,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "gil.h"
 
 namespace nb = nanobind;
@@ -42,7 +44,7 @@ Delta delta_of(BoundAdapter& self, int64_t n, const MaybeArray& a, const MaybeAr
     require_array(*a, "A", a->dtype(), "its own type", {-1, -1});
     d.rank = static_cast<int64_t>(a->shape(0));
     d.k = static_cast<int64_t>(a->shape(1));
-    require_array(*b, "B", a->dtype(), "A's type", {d.rank, n});
+    require_array(*b, "B", a->dtype(), "A's type", {(n + kUnit - 1) / kUnit, d.rank, kUnit});
     d.a = keep(self, *a);
     d.b = keep(self, *b);
   }
@@ -56,6 +58,22 @@ Full full_of(BoundAdapter& self, const AnyArray& rows) {
   const Element type = element_of(rows, "a matrix");
   require_array(rows, "a matrix", rows.dtype(), "its own type", {-1, -1});
   return {type, static_cast<int64_t>(rows.shape(0)), keep(self, rows)};
+}
+
+void by_tiles(const LowRank& work, float* y, int64_t rows, int64_t columns, int64_t step) {
+  std::vector<float> tile(static_cast<size_t>(step * kPanel));
+  for (int64_t row = 0; row < rows; row += step) {
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      const int64_t here = std::min(step, rows - row), wide = std::min(kPanel, columns - column);
+      const auto each_row = [&](auto copy) {
+        for (int64_t r = 0; r < here; ++r) copy(tile.data() + r * kPanel, y + (row + r) * columns + column);
+      };
+      each_row([&](float* part, const float* from) { std::copy(from, from + wide, part); });
+      work.fetch(column, row, here);
+      work.add_to(tile.data(), column, row, here);
+      each_row([&](const float* part, float* to) { std::copy(part, part + wide, to); });
+    }
+  }
 }
 
 }  // namespace
@@ -105,8 +123,10 @@ void bind_adapter(nb::module_& m) {
              dfk::Unlocked unlocked;
              adapt_head(self, x, k, rows, y, vocab);
            });
-  // Rows `index` of y [rows, m] are changed in place by one adapter's sums at one site, of the same rows of x.
-  m.def("low_rank", [](const BoundAdapter& adapter, int64_t site, const AnyArray& x, const AnyArray& index, const AnyArray& y) {
+  // Rows `index` of y [rows, m] are changed in place by one adapter's sums at one site, of the same rows of x: all at once, or
+  // tile by tile, `tile_rows` rows each, as a linear does it (index ascending).
+  m.def("low_rank", [](const BoundAdapter& adapter, int64_t site, const AnyArray& x, const AnyArray& index, const AnyArray& y,
+                       int64_t tile_rows) {
     const float* const from = array_of<float>(x, "x", "float32", {-1, -1});
     const int64_t rows = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
     const int32_t* const which = array_of<int32_t>(index, "index", "int32", {-1});
@@ -121,9 +141,9 @@ void bind_adapter(nb::module_& m) {
     }
     dfk::Unlocked unlocked;
     LowRank work;
-    work.clear();
     work.add(deltas, which, count);
-    work.gather(from, k, k, nullptr, 0.0f);
-    work.apply(to, static_cast<int64_t>(y.shape(1)));
-  });
+    work.take(from, k, k, nullptr, 0.0f);
+    if (tile_rows <= 0) return work.apply(to, static_cast<int64_t>(y.shape(1)));
+    by_tiles(work, to, rows, static_cast<int64_t>(y.shape(1)), tile_rows);
+  }, nb::arg("adapter"), nb::arg("site"), nb::arg("x"), nb::arg("index"), nb::arg("y"), nb::arg("tile_rows") = 0);
 }

@@ -132,7 +132,7 @@ void require_mixture(const Mixture& m) {
 
 size_t MixtureWork::bytes_held() const {
   size_t total = low_rank_.bytes_held();
-  for (const Buffer* b : {&normed_memory_, &inputs_memory_, &taken_memory_, &middle_, &logits_, &product_, &both_, &parts_,
+  for (const Buffer* b : {&normed_memory_, &inputs_memory_, &taken_memory_, &middle_, &logits_, &product_, &parts_,
                           &shared_memory_, &floats_}) {
     total += b->size();
   }
@@ -175,12 +175,12 @@ void MixtureWork::route(const Mixture& m, const AdaptedRows& adapted, int64_t si
   parallel(across * ((rows + kRouterRows - 1) / kRouterRows), [&](int64_t task, int) {
     const int64_t e = task % across * kRouterExperts, row = task / across * kRouterRows;
     ops.dots(router.type, static_cast<const char*>(router.weight) + e * k * element_bytes(router.type), k,
-             std::min(kRouterExperts, experts - e), x + row * normed_.stride, normed_.stride, std::min(kRouterRows, rows - row),
-             1.0f, logits + row * experts + e, experts);
+             std::min(kRouterExperts, experts - e), x + row * normed_.stride, normed_.stride, nullptr,
+             std::min(kRouterRows, rows - row), 1.0f, logits + row * experts + e, experts);
   });
   if (adapted.touches(site)) {
     adapted.fill(site, low_rank_);
-    low_rank_.gather(x, normed_.stride, k, nullptr, 0.0f);
+    low_rank_.take(x, normed_.stride, k, nullptr, 0.0f);
     low_rank_.apply(logits, experts);
   }
   chosen_.resize(static_cast<size_t>(rows * router.top_k));
@@ -205,22 +205,15 @@ void MixtureWork::run_shared(const Mixture& m, const float* x, int64_t ldx, cons
   const Acts middle = room(middle_, act_kind(block.down.format), rows, m.shared_width);
   const bool touched = adapted.touches(up) || adapted.touches(down);
   float* const product = room_between(middle, touched);
-  if (touched) {
-    float* const both = both_.floats(static_cast<size_t>(rows * block.gated.n));
-    linear(block.gated, inputs_, both, block.gated.n, false);
-    adapted.fill(up, low_rank_);
-    low_rank_.gather(floats, normed_.stride, hidden, nullptr, 0.0f);
-    low_rank_.apply(both, block.gated.n);
-    gate_rows(both, block.gated.n, Activation::silu, rows, m.shared_width, product);
-    prepare(product, m.shared_width, nullptr, 0.0f, middle);
-    linear(block.down, middle, out, hidden, false);
-    adapted.fill(down, low_rank_);
-    low_rank_.gather(product, m.shared_width, m.shared_width, nullptr, 0.0f);
-    low_rank_.apply(out, hidden);
-  } else {
-    linear_gated(block.gated, inputs_, Activation::silu, product, middle);
-    linear(block.down, middle, out, hidden, false);
-  }
+  const auto changes = [&](int64_t of, const float* from, int64_t stride, int64_t k) -> const LowRank* {
+    if (!adapted.touches(of)) return nullptr;
+    adapted.fill(of, low_rank_);
+    low_rank_.take(from, stride, k, nullptr, 0.0f);
+    return &low_rank_;
+  };
+  const Adapted upper{changes(up, floats, normed_.stride, hidden)};
+  linear_gated(block.gated, inputs_, Activation::silu, product, middle, 1, upper, touched);
+  linear(block.down, middle, out, hidden, false, {changes(down, product, m.shared_width, m.shared_width)});
   shared_ = out;
 }
 
@@ -262,7 +255,7 @@ void MixtureWork::take_inputs() {
 }
 
 void MixtureWork::run_experts(const Mixture& m, const AdaptedRows& adapted, int64_t site) {
-  const int64_t taken = taken_.rows, hidden = m.hidden(), n = m.experts[0].gated.n;
+  const int64_t taken = taken_.rows, hidden = m.hidden();
   const auto share_out = [&](Linear FeedForward::*which) {
     shares_.clear();
     for (const int32_t e : busy_) {
@@ -277,27 +270,23 @@ void MixtureWork::run_experts(const Mixture& m, const AdaptedRows& adapted, int6
   float* const product = room_between(middle, touched);
   float* const parts = parts_.floats(static_cast<size_t>(taken * hidden));
   const int64_t busy = share_out(&FeedForward::gated);
+  const LowRank* work = nullptr;
   if (touched) {
-    float* const both = both_.floats(static_cast<size_t>(taken * n));
-    linear(shares_.data(), busy, taken_, both, n, false);
     float* const floats = floats_.floats(static_cast<size_t>(taken * hidden));
     for (int64_t i = 0; i < taken; ++i) {
       const float* const from = static_cast<const float*>(normed_.data) + row_[static_cast<size_t>(i)] * normed_.stride;
       std::copy(from, from + hidden, floats + i * hidden);
     }
-    adapt(m, adapted, site, 0, floats, hidden, both, n);
-    gate_rows(both, n, Activation::silu, taken, m.width, product);
-    prepare(product, m.width, nullptr, 0.0f, middle);
-  } else {
-    linear_gated(shares_.data(), busy, taken_, Activation::silu, product, middle);
+    work = changes(m, adapted, site, 0, floats, hidden);
   }
+  linear_gated(shares_.data(), busy, taken_, Activation::silu, product, middle, 1, {work}, touched);
   share_out(&FeedForward::down);
-  linear(shares_.data(), busy, middle, parts, hidden, false);
-  if (touched) adapt(m, adapted, site, 1, product, m.width, parts, hidden);
+  if (touched) work = changes(m, adapted, site, 1, product, m.width);
+  linear(shares_.data(), busy, middle, parts, hidden, false, {work});
 }
 
-void MixtureWork::adapt(const Mixture& m, const AdaptedRows& adapted, int64_t site, int which, const float* x, int64_t k,
-                        float* y, int64_t n) {
+const LowRank* MixtureWork::changes(const Mixture& m, const AdaptedRows& adapted, int64_t site, int which, const float* x,
+                                    int64_t k) {
   low_rank_.clear();
   std::vector<int32_t> some;
   for (int64_t e = 0; e < m.router.experts; ++e) {
@@ -312,9 +301,9 @@ void MixtureWork::adapt(const Mixture& m, const AdaptedRows& adapted, int64_t si
       if (!some.empty()) low_rank_.add(deltas, some.data(), static_cast<int64_t>(some.size()));
     }
   }
-  if (low_rank_.empty()) return;
-  low_rank_.gather(x, k, k, nullptr, 0.0f);
-  low_rank_.apply(y, n);
+  if (low_rank_.empty()) return nullptr;
+  low_rank_.take(x, k, k, nullptr, 0.0f);
+  return &low_rank_;
 }
 
 // Each row's sum, over its experts in ascending order, then the shared one.

@@ -70,9 +70,9 @@ class MixtureWork {
   void take_inputs();
   void run_experts(const Mixture& m, const AdaptedRows& adapted, int64_t site);
   void collect(const Mixture& m, int64_t row0, int64_t rows, float* out, bool accumulate);
-  // What the rows' adapters change of each expert's gate with up (`which` 0) or down (1): y of inputs x [taken][k].
-  void adapt(const Mixture& m, const AdaptedRows& adapted, int64_t site, int which, const float* x, int64_t k, float* y,
-             int64_t n);
+  // What the rows' adapters change of each expert's gate with up (`which` 0) or down (1), of inputs x [taken][k]; null:
+  // nothing.
+  const LowRank* changes(const Mixture& m, const AdaptedRows& adapted, int64_t site, int which, const float* x, int64_t k);
 
   Acts normed_{};                 // all rows as floats, for the router and adapters
   Acts inputs_{};                 // all rows as the experts take them
@@ -87,7 +87,7 @@ class MixtureWork {
   std::vector<Share> shares_;
   std::vector<int32_t> adapter_;  // [rows]: the number of its group among the adapted rows, -1: none
   LowRank low_rank_;
-  Buffer normed_memory_, inputs_memory_, taken_memory_, middle_, logits_, product_, both_, parts_, shared_memory_, floats_;
+  Buffer normed_memory_, inputs_memory_, taken_memory_, middle_, logits_, product_, parts_, shared_memory_, floats_;
 };
 
 }  // namespace dfk

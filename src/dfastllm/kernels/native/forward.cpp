@@ -32,7 +32,7 @@ void Forward::require(const Step& step, const KvMemory& cache) const {
 }
 
 size_t Forward::bytes_held() const {
-  size_t total = x_.size() + wide_.size() + mixed_.size() + h_.size() + tail_.size() + next_.size() + pairs_.size();
+  size_t total = x_.size() + wide_.size() + mixed_.size() + h_.size() + tail_.size() + next_.size();
   total += low_rank_.bytes_held() + mixture_.bytes_held();
   for (const Buffer& b : acts_) total += b.size();
   for (const std::vector<Buffer>* side : {&cos_, &sin_}) {
@@ -195,7 +195,7 @@ struct Forward::Pass {
   const float* h = nullptr;
   int64_t width = 0;
   const Acts* ready = nullptr;
-  const float* gated = nullptr;  // what `ready` was prepared of, where the Project that follows is adapted
+  const float* gated = nullptr;  // what `ready` was prepared of: there where the Project that follows is adapted
   KvLayer cache{}, own{};
 
   void begin() {
@@ -207,9 +207,8 @@ struct Forward::Pass {
   void operator()(const Project& op) {
     int64_t n = 0, column = 0;
     for (const Linear& w : op.linears) n += w.n;
-    const bool adapted = f.adapted_.touches(op.site), straight = op.onto_stream && !adapted;
-    float* const out = straight ? x : f.wide_.floats(0);
-    if (adapted) take_inputs(op.site, ready != nullptr ? gated : h, op.norm);
+    float* const out = op.onto_stream ? x : f.wide_.floats(0);
+    const LowRank* const work = take_inputs(op.site, ready != nullptr ? gated : h, op.norm);
     bool done[4] = {};
     for (const Linear& w : op.linears) {
       const ActKind kind = act_kind(w.format);
@@ -218,48 +217,33 @@ struct Forward::Pass {
                        : made           ? f.at_[static_cast<int>(kind)]
                                         : f.prepared(kind, h, width, rows, width, op.norm);
       made = true;
-      linear(w, in, out + column, n, straight);
+      linear(w, in, out + column, n, op.onto_stream, {work, column});
       column += w.n;
     }
     ready = nullptr;
-    if (adapted) f.low_rank_.apply(out, n);
-    if (adapted && op.onto_stream) {  // the sum that `linear` makes, which rounds the same
-      in_pieces(rows * n, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) x[i] += out[i];
-      });
-    }
     if (op.onto_stream) return begin();
     h = out;
     width = n;
   }
 
   void operator()(const Gated& op) {
-    const bool adapted = f.adapted_.touches(op.site);
-    if (adapted) take_inputs(op.site, h, op.norm);
+    const LowRank* const work = take_inputs(op.site, h, op.norm);
     const Acts& in = f.prepared(act_kind(op.linear.format), h, width, rows, width, op.norm);
     f.next_at_ = acts_at(f.next_.bytes(acts_bytes(op.kind, rows, op.width)), op.kind, rows, op.width);
     float* const product = f.h_.floats(static_cast<size_t>(rows * op.width));
-    if (adapted || f.adapted_.touches(op.site + 1)) {
-      // The steps of linear_gated one by one, on the same numbers: other rows' bits stay.
-      const int64_t n = op.linear.n;
-      float* const both = f.pairs_.floats(static_cast<size_t>(rows * n));
-      linear(op.linear, in, both, n, false);
-      if (adapted) f.low_rank_.apply(both, n);
-      gate_rows(both, n, op.activation, rows, op.width, product);
-      if (op.block > 1) prepare_turned(product, op.width, op.block, f.next_at_);
-      else prepare(product, op.width, nullptr, 0.0f, f.next_at_);
-      gated = product;
-    } else {
-      linear_gated(op.linear, in, op.activation, product, f.next_at_, op.block);
-    }
+    const bool kept = f.adapted_.touches(op.site + 1);
+    linear_gated(op.linear, in, op.activation, product, f.next_at_, op.block, {work, 0}, kept);
+    gated = product;
     ready = &f.next_at_;
     width = op.width;
   }
 
-  // Takes the inputs of a site's adapted rows, before anything overwrites them.
-  void take_inputs(int64_t site, const float* from, const Norm& norm) {
+  // What adapters add to a site's linear, of its inputs; null: nothing.
+  const LowRank* take_inputs(int64_t site, const float* from, const Norm& norm) {
+    if (!f.adapted_.touches(site)) return nullptr;
     f.adapted_.fill(site, f.low_rank_);
-    f.low_rank_.gather(from, width, width, norm.weight, norm.eps);
+    f.low_rank_.take(from, width, width, norm.weight, norm.eps);
+    return &f.low_rank_;
   }
 
   void operator()(const Mix& op) {

@@ -143,7 +143,6 @@ class Forward {
   AdaptedRows adapted_;    // of the step
   LowRank low_rank_;
   MixtureWork mixture_;
-  Buffer pairs_;           // gate and up, where adapters change them before the activation
 };
 
 }  // namespace dfk

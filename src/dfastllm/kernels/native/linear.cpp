@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "low_rank.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -61,7 +62,7 @@ struct Cut {
 
 // finish(w, panel, row0, rows, tile) for every panel and block of rows of every share, on the pool.
 template <class Finish>
-void each_tile(const Share* shares, int64_t count, const Acts& x, Finish&& finish) {
+void each_tile(const Share* shares, int64_t count, const Acts& x, const Adapted& adapted, Finish&& finish) {
   if (count <= 0) return;
   const int64_t panels = panels_of(*shares[0].w);
   Cut single;
@@ -86,6 +87,7 @@ void each_tile(const Share* shares, int64_t count, const Acts& x, Finish&& finis
         const int64_t piece = at - cuts[i].first, panel = piece / cuts[i].blocks;
         const int64_t row = piece % cuts[i].blocks * cuts[i].block, left = share.rows - row;
         const int64_t rows = left < cuts[i].block ? left : cuts[i].block;
+        if (adapted.work) adapted.work->fetch(adapted.column + panel * kPanel, share.row0 + row, rows);
         linear_ops().tile[static_cast<int>(share.w->format)](*share.w, x, panel, share.row0 + row, rows, tile, memory);
         finish(*share.w, panel, share.row0 + row, rows, tile);
       }
@@ -170,12 +172,17 @@ void prepare_turned(const float* x, int64_t ldx, int64_t block, const Acts& out)
   });
 }
 
-void linear(const Share* shares, int64_t count, const Acts& x, float* y, int64_t ldy, bool accumulate) {
+void linear(const Share* shares, int64_t count, const Acts& x, float* y, int64_t ldy, bool accumulate, const Adapted& adapted) {
   const auto write = linear_ops().write_tile;
-  each_tile(shares, count, x, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, const float* tile) {
-    const int64_t channel = panel * kPanel, left = w.n - channel;
-    write(tile, rows, left < kPanel ? left : kPanel, w.bias ? w.bias + channel : nullptr, y + row * ldy + channel, ldy,
-          accumulate);
+  each_tile(shares, count, x, adapted, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, float* tile) {
+    const int64_t channel = panel * kPanel, left = w.n - channel, channels = left < kPanel ? left : kPanel;
+    const float* bias = w.bias ? w.bias + channel : nullptr;
+    if (adapted.work) {
+      if (bias) write(tile, rows, channels, bias, tile, kPanel, false);
+      bias = nullptr;
+      adapted.work->add_to(tile, adapted.column + channel, row, rows);
+    }
+    write(tile, rows, channels, bias, y + row * ldy + channel, ldy, accumulate);
   });
 }
 
@@ -189,39 +196,27 @@ void softcap(float* x, int64_t count, float cap) {
 }
 
 void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out,
-                  int64_t block) {
+                  int64_t block, const Adapted& adapted, bool keep) {
   const LinearOps& ops = linear_ops();
   const auto gate_mul = ops.gate_mul[static_cast<int>(activation)];
   constexpr int64_t half = kPanel / 2;
   const bool through_h = out.kind == ActKind::row8 || block > 1;
-  each_tile(shares, count, x, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, float* tile) {
+  each_tile(shares, count, x, adapted, [&](const Linear& w, int64_t panel, int64_t row, int64_t rows, float* tile) {
     const int64_t column = panel * half, width = out.k - column < half ? out.k - column : half;
     if (width <= 0) return;
     if (w.bias) ops.write_tile(tile, rows, kPanel, w.bias + panel * kPanel, tile, kPanel, false);
+    if (adapted.work) adapted.work->add_to(tile, panel * kPanel, row, rows);
     for (int64_t r = 0; r < rows; ++r) {
       alignas(64) float product[half];  // zeroed where it must be only: GCC does it with `rep stos`, 4 % of a forward
       if (width < half) std::fill(product + width, product + half, 0.0f);
       float* to = through_h ? h + (row + r) * out.k + column : product;
       gate_mul(tile + r * kPanel, tile + r * kPanel + half, to, width);
       if (!through_h) ops.prepare_32(product, out, row + r, column);
+      if (!through_h && keep) std::memcpy(h + (row + r) * out.k + column, product, static_cast<size_t>(width) * sizeof(float));
     }
   });
   if (block > 1) prepare_turned(h, out.k, block, out);
   else if (through_h) prepare(h, out.k, nullptr, 0.0f, out);
-}
-
-void gate_rows(const float* both, int64_t n, Activation activation, int64_t rows, int64_t width, float* out) {
-  const auto gate_mul = linear_ops().gate_mul[static_cast<int>(activation)];
-  constexpr int64_t half = kPanel / 2;
-  const int64_t panels = n / kPanel, step = 1 + 128 / panels;  // rows that are worth a task
-  parallel((rows + step - 1) / step, [&](int64_t task, int) {
-    for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) {
-      for (int64_t p = 0; p < panels; ++p) {
-        const float* const gate = both + r * n + p * kPanel;
-        gate_mul(gate, gate + half, out + r * width + p * half, std::min(half, width - p * half));
-      }
-    }
-  });
 }
 
 }  // namespace dfk

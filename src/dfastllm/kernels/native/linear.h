@@ -50,6 +50,7 @@ Acts acts_at(void* memory, ActKind kind, int64_t rows, int64_t k);
 
 struct HeadPart;  // linear_head.h
 struct Spread;    // low_rank.h
+class LowRank;    // low_rank.h
 enum class Element : int;
 
 // One panel of output channels for rows [row0, row0 + rows) of acts -> tile [rows][64] float, scales applied, no bias.
@@ -75,9 +76,9 @@ struct LinearOps {
   // The head's statistics (linear_head_rows.h).
   void (*head_rows)(const float* tile, int64_t rows, int32_t first_id, bool check, bool entropy, HeadPart* parts,
                     float* maxima);
-  // out[row][j] = scale * (x[row] . a[j]), x [rows][ldx], a [count][k], out [rows][ldo].
-  void (*dots)(Element type, const void* a, int64_t k, int64_t count, const float* x, int64_t ldx, int64_t rows, float scale,
-               float* out, int64_t ldo);
+  // out[r][j] = scale * (x[index[r]] . a[j]), x [..][ldx], index [rows] or null: all in order, a [count][k], out [rows][ldo].
+  void (*dots)(Element type, const void* a, int64_t k, int64_t count, const float* x, int64_t ldx, const int32_t* index,
+               int64_t rows, float scale, float* out, int64_t ldo);
   // `count` elements, `stride` apart, as floats.
   void (*widen)(Element type, const void* from, int64_t count, int64_t stride, float* out);
   void (*spread)(const Spread& work);  // the second half of a low-rank product, into the rows of a linear
@@ -107,27 +108,33 @@ struct Share {
   int64_t row0, rows;
 };
 
+// What adapters add to a linear after its bias: `work` of which the linear's columns begin at `column`; null: nothing. The
+// bits of rows without an adapter are those without any.
+struct Adapted {
+  const LowRank* work = nullptr;
+  int64_t column = 0;
+};
+
 // y [rows][ldy]: bias added; accumulate: y += instead of y =. Rows of no share stay as they are.
-void linear(const Share* shares, int64_t count, const Acts& x, float* y, int64_t ldy, bool accumulate);
-inline void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate) {
+void linear(const Share* shares, int64_t count, const Acts& x, float* y, int64_t ldy, bool accumulate,
+            const Adapted& adapted = {});
+inline void linear(const Linear& w, const Acts& x, float* y, int64_t ldy, bool accumulate, const Adapted& adapted = {}) {
   const Share whole{&w, 0, x.rows};
-  linear(&whole, 1, x, y, ldy, accumulate);
+  linear(&whole, 1, x, y, ldy, accumulate, adapted);
 }
 
 // w holds, panel by panel, 32 channels of the gate and the 32 same channels of the up projection (bias in that order
 // too). h[m, i] = activation(gate) * up is prepared for the next linear in `out` (kind of its format, k: the width of h, which
 // is a multiple of 32 or the last panel is padded with zero weights). block > 1: the products are turned,
-// as by prepare_turned. A row8 or turned `out` goes through `h` [rows][out.k] float and `h` may be null only for the others,
-// which do not touch it. The shares hold all rows.
+// as by prepare_turned. A row8 or turned `out` goes through `h` [rows][out.k] float, and `keep` asks for the products
+// (not turned) there too; else `h` may be null. The shares hold all rows.
 void linear_gated(const Share* shares, int64_t count, const Acts& x, Activation activation, float* h, const Acts& out,
-                  int64_t block = 1);
-inline void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out, int64_t block = 1) {
+                  int64_t block = 1, const Adapted& adapted = {}, bool keep = false);
+inline void linear_gated(const Linear& w, const Acts& x, Activation activation, float* h, const Acts& out, int64_t block = 1,
+                         const Adapted& adapted = {}, bool keep = false) {
   const Share whole{&w, 0, x.rows};
-  linear_gated(&whole, 1, x, activation, h, out, block);
+  linear_gated(&whole, 1, x, activation, h, out, block, adapted, keep);
 }
-
-// Gate and up, 32 channels of each in turn [rows][n] -> activation(gate) * up [rows][width].
-void gate_rows(const float* both, int64_t n, Activation activation, int64_t rows, int64_t width, float* out);
 
 // x <- cap * tanh(x / cap) in place; NaN where x is not finite, which a cap would hide.
 void softcap(float* x, int64_t count, float cap);

@@ -1,4 +1,4 @@
-// Low-rank products on the pool: cut into tasks, both halves one after the other.
+// Low-rank products: t = scale * A x cut into tasks for the pool, B t for tiles of a linear or for all of its output.
 #include "low_rank.h"
 
 #include <algorithm>
@@ -8,15 +8,34 @@
 namespace dfk {
 namespace {
 
-constexpr int64_t kPieceRanks = 8, kPieceRows = 32;  // of a task of the first half
-constexpr int64_t kPieceOutputs = 64;                // of a task of natural_linear
+constexpr int64_t kPieceRows = 8;      // of a task of the first half: its rows of x stay in a core's L2
+constexpr int64_t kPieceRanks = 4;     // at least, of such a task
+constexpr int64_t kPieceColumns = 512; // of a task of `apply`
+constexpr int64_t kPieceOutputs = 64;  // of a task of natural_linear
+constexpr int64_t kLine = 64;          // bytes
 
 }  // namespace
+
+// What of a place lies in the panel of columns [column, column + kPanel): `count` of its outputs (0 or less: none) from
+// number `skip` on, at `column` of the panel.
+struct LowRank::Overlap {
+  int64_t skip, count, column;
+
+  static Overlap of(const Place& p, int64_t column) {
+    if (p.stride == kPanel) {  // one half of every panel
+      const int64_t skip = (column - p.column / kPanel * kPanel) / 2;
+      return {skip, skip < 0 ? 0 : std::min(kPanel / 2, p.count - skip), p.column % kPanel};
+    }
+    const int64_t before = column - p.column, skip = std::max<int64_t>(before, 0), at = skip - before;
+    return {skip, std::min(kPanel - at, p.count - skip), at};
+  }
+};
 
 bool fits(const Delta& delta, int64_t k, int64_t columns) {
   const auto within = [&](const Place& p) {
     const int64_t last = p.column + (p.count - 1) / 32 * p.stride + (p.count - 1) % 32;
-    return p.first >= 0 && p.count > 0 && p.first + p.count <= delta.n && p.column >= 0 && p.stride >= 32 && last < columns;
+    const bool plain = p.stride == 32, halves = p.stride == kPanel && p.column % 32 == 0;
+    return p.first >= 0 && p.count > 0 && p.first + p.count <= delta.n && p.column >= 0 && (plain || halves) && last < columns;
   };
   return (delta.rank == 0 || delta.k == k) && std::all_of(delta.places.begin(), delta.places.end(), within);
 }
@@ -36,48 +55,105 @@ void LowRank::add(const std::vector<Delta>& deltas, const int32_t* rows, int64_t
   }
 }
 
-void LowRank::gather(const float* x, int64_t ldx, int64_t k, const float* norm, float eps) {
-  const int64_t rows = static_cast<int64_t>(rows_.size());
-  in_ = acts_at(x_.bytes(acts_bytes(ActKind::f32, rows, k)), ActKind::f32, rows, k);
-  const auto prepare_row = linear_ops().prepare_row;
-  const int64_t step = 1 + 8192 / in_.stride;
-  parallel((rows + step - 1) / step, [&](int64_t task, int) {
-    const int64_t end = std::min(rows, (task + 1) * step);
-    for (int64_t i = task * step; i < end; ++i) prepare_row(x + rows_[static_cast<size_t>(i)] * ldx, norm, eps, in_, i);
+void LowRank::take(const float* x, int64_t ldx, int64_t k, const float* norm, float eps) {
+  t_.floats(static_cast<size_t>(sums_));
+  pieces_.clear();
+  int64_t most = 0;
+  for (size_t g = 0, last; g < groups_.size(); g = last) {
+    for (last = g; last < groups_.size() && groups_[last].row0 == groups_[g].row0; ++last) {
+      most = std::max(most, groups_[last].delta->rank);
+    }
+    for (int64_t row = 0; row < groups_[g].rows; row += kPieceRows) {
+      pieces_.push_back({g, last, row, std::min(kPieceRows, groups_[g].rows - row), 0});
+    }
+  }
+  if (most == 0) return;
+  // Few rows: their ranks are shared out too, so that every thread has work.
+  const int64_t count = static_cast<int64_t>(pieces_.size()), threads = thread_count();
+  const int64_t wanted = threads == 1 ? 1 : (4 * threads + count - 1) / count;
+  const int64_t parts = std::min(wanted, (most + kPieceRanks - 1) / kPieceRanks);
+  parallel(count * parts, [&](int64_t task, int) {
+    Piece piece = pieces_[static_cast<size_t>(task / parts)];
+    piece.part = task % parts;
+    take_piece(piece, parts, x, ldx, k, norm, eps);
   });
 }
 
-void LowRank::apply(float* y, int64_t ldy) {
+void LowRank::take_piece(const Piece& piece, int64_t parts, const float* x, int64_t ldx, int64_t k, const float* norm,
+                         float eps) {
   const LinearOps& ops = linear_ops();
-  float* const t = t_.floats(static_cast<size_t>(sums_));
-  const float* const x = static_cast<const float*>(in_.data);
-  pieces_.clear();
-  spreads_.clear();
+  const int32_t* row = rows_.data() + groups_[piece.group].row0 + piece.row;
+  if (norm != nullptr) {
+    const int64_t width = round_up(k, 32);
+    float* const rows = reinterpret_cast<float*>(thread_scratch(static_cast<size_t>(piece.rows * width) * sizeof(float)));
+    const Acts out{ActKind::f32, piece.rows, k, width, rows, nullptr, nullptr};
+    for (int64_t r = 0; r < piece.rows; ++r) ops.prepare_row(x + row[r] * ldx, norm, eps, out, r);
+    x = rows;
+    ldx = width;
+    row = nullptr;
+  }
+  for (size_t g = piece.group; g < piece.last; ++g) {
+    const Delta& d = *groups_[g].delta;
+    const int64_t share = round_up((d.rank + parts - 1) / parts, kPieceRanks), first = piece.part * share;
+    if (first >= d.rank) continue;
+    const char* const a = static_cast<const char*>(d.a) + first * k * element_bytes(d.type);
+    float* const t = t_.floats(0) + groups_[g].t + piece.row * d.rank + first;
+    ops.dots(d.type, a, k, std::min(share, d.rank - first), x, ldx, row, piece.rows, d.scale, t, d.rank);
+  }
+}
+
+template <class F>
+void LowRank::each_stretch(int64_t column, int64_t row0, int64_t rows, F&& f) const {
+  const int32_t *of = nullptr, *first = nullptr, *last = nullptr;
   for (const Group& g : groups_) {
-    const Delta& d = *g.delta;
-    for (int64_t rank = 0; rank < d.rank; rank += kPieceRanks) {
-      for (int64_t row = 0; row < g.rows; row += kPieceRows) {
-        pieces_.push_back({&d, rank, std::min(kPieceRanks, d.rank - rank), g.row0 + row, std::min(kPieceRows, g.rows - row),
-                           g.t + row * d.rank + rank});
-      }
+    const int32_t* const all = rows_.data() + g.row0;
+    if (all[0] >= row0 + rows || all[g.rows - 1] < row0) continue;
+    if (all != of) {
+      of = all;
+      first = std::lower_bound(all, all + g.rows, row0);
+      last = std::lower_bound(first, all + g.rows, row0 + rows);
     }
-    for (const Place& p : d.places) {
-      for (int64_t c = 0; c < p.count; c += kSpreadColumns) {
-        for (int64_t row = 0; row < g.rows; row += kSpreadRows) {
-          spreads_.push_back({&d, p.first + c, std::min(kSpreadColumns, p.count - c), p.column + c / 32 * p.stride, p.stride,
-                              t + g.t + row * d.rank, rows_.data() + g.row0 + row, std::min(kSpreadRows, g.rows - row), y,
-                              ldy});
-        }
-      }
+    if (first == last) continue;
+    for (const Place& p : g.delta->places) {
+      const Overlap at = Overlap::of(p, column);
+      if (at.count > 0) f(g, p.first + at.skip, at, first, last - first);
     }
   }
-  parallel(static_cast<int64_t>(pieces_.size()), [&](int64_t task, int) {
-    const Piece& p = pieces_[static_cast<size_t>(task)];
-    const Delta& d = *p.delta;
-    const char* const a = static_cast<const char*>(d.a) + p.rank0 * d.k * element_bytes(d.type);
-    ops.dots(d.type, a, d.k, p.ranks, x + p.row0 * in_.stride, in_.stride, p.rows, d.scale, t + p.t, d.rank);
+}
+
+void LowRank::fetch(int64_t column, int64_t row0, int64_t rows) const {
+  each_stretch(column, row0, rows, [](const Group& g, int64_t first, const Overlap& at, const int32_t*, int64_t) {
+    const Delta& d = *g.delta;
+    const int64_t unit = d.rank * kUnit * element_bytes(d.type);
+    const char* b = static_cast<const char*>(d.b) + first / kUnit * unit;
+    const char* const end = b + (first % kUnit + at.count + kUnit - 1) / kUnit * unit;
+    for (; b < end; b += kLine) __builtin_prefetch(b, 0, 2);
   });
-  parallel(static_cast<int64_t>(spreads_.size()), [&](int64_t task, int) { ops.spread(spreads_[static_cast<size_t>(task)]); });
+}
+
+void LowRank::add_to(float* tile, int64_t column, int64_t row0, int64_t rows) const {
+  const auto spread = linear_ops().spread;
+  const float* const sums = static_cast<const float*>(t_.data());
+  each_stretch(column, row0, rows, [&](const Group& g, int64_t first, const Overlap& at, const int32_t* row, int64_t here) {
+    const float* const t = sums + g.t + (row - rows_.data() - g.row0) * g.delta->rank;
+    spread({g.delta, first, at.count, t, row, here, row0, tile + at.column, kPanel});
+  });
+}
+
+void LowRank::apply(float* y, int64_t ldy) const {
+  const auto spread = linear_ops().spread;
+  const float* const sums = static_cast<const float*>(t_.data());
+  for (const Group& g : groups_) {
+    for (const Place& p : g.delta->places) {
+      const int64_t wide = p.stride == 32 ? kPieceColumns : 32, pieces = (p.count + wide - 1) / wide;
+      const int64_t blocks = (g.rows + kPieceRows - 1) / kPieceRows;
+      parallel(pieces * blocks, [&](int64_t task, int) {
+        const int64_t c = task / blocks * wide, row = task % blocks * kPieceRows;
+        spread({g.delta, p.first + c, std::min(wide, p.count - c), sums + g.t + row * g.delta->rank,
+                rows_.data() + g.row0 + row, std::min(kPieceRows, g.rows - row), 0, y + p.column + c / 32 * p.stride, ldy});
+      });
+    }
+  }
 }
 
 void natural_linear(Element type, const void* a, int64_t n, int64_t k, const float* x, int64_t ldx, int64_t rows, float* y,
@@ -86,7 +162,7 @@ void natural_linear(Element type, const void* a, int64_t n, int64_t k, const flo
   parallel((n + kPieceOutputs - 1) / kPieceOutputs, [&](int64_t task, int) {
     const int64_t first = task * kPieceOutputs;
     const char* const from = static_cast<const char*>(a) + first * k * element_bytes(type);
-    ops.dots(type, from, k, std::min(kPieceOutputs, n - first), x, ldx, rows, 1.0f, y + first, ldy);
+    ops.dots(type, from, k, std::min(kPieceOutputs, n - first), x, ldx, nullptr, rows, 1.0f, y + first, ldy);
   });
 }
 

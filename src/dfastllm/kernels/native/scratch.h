@@ -12,6 +12,7 @@ class Buffer {
  public:
   void* bytes(size_t count);
   float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
+  const void* data() const { return data_.get(); }
   size_t size() const { return size_; }
 
  private:
