@@ -21,6 +21,7 @@ from dfastllm.kernels.packed import QTensor
 from dfastllm.models import Decoder, DecoderConfig, PackedDecoder, pack_decoder
 from dfastllm.models import load as load_decoder
 from dfastllm.models.basis import Basis, basis_of, format_for
+from dfastllm.models.bigram import Bigram, read_bigram
 from dfastllm.models.checkpoint import (
     basis_in,
     fill,
@@ -58,10 +59,11 @@ def is_gguf(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with the tokenizer that came with it."""
+    """A model with the tokenizer that came with it, and the bigram head that one has which drafts blocks."""
 
     model: Decoder | PackedDecoder
     tokenizer: Tokenizer
+    bigram: Bigram | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def load(
         the model has no such basis.
     backend: native: packed weights and our kernels; torch: the plain model; auto: native where it can be.
     max_len: the longest context that will be served, None: the model's own. It chooses between the factors of longrope.
-    drafting: it writes drafts for another model, so packed weights get a head of the tokens of its shortlist alone
-        where the directory has one (`models.shortlist`); the plain torch model says them all.
+    drafting: it writes drafts for another model. So packed weights of an autoregressive one get a head of the tokens of
+        its shortlist alone where the directory has one (`models.shortlist`; the plain torch model says them all), and
+        with a masked one comes its bigram head, where it has one (`models.bigram`).
 
     Raises ModelLoadError, CheckpointError, TokenizerError, ValidationError for an unknown name, UnsupportedError for
     what cannot go together.
@@ -123,11 +126,12 @@ def load(
     tokenizer = Tokenizer.load(path)
     tokenizer.check_fits(info.vocab_size, info.mask_id)
     quantised = quantization is not None or quant_config(path) is not None
+    bigram = read_bigram(path, info.vocab_size) if drafting and info.kind != "ar" else None
     if _packed_is_right(device, backend, quantised):
-        shortlist = read_shortlist(path, info.vocab_size) if drafting else None
+        shortlist = read_shortlist(path, info.vocab_size) if drafting and info.kind == "ar" else None
         source = _from_directory(path, dtype, name, max_len)
-        return Loaded(_assemble(source, quantization, shortlist), tokenizer)
-    return Loaded(load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len), tokenizer)
+        return Loaded(_assemble(source, quantization, shortlist), tokenizer, bigram)
+    return Loaded(load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len), tokenizer, bigram)
 
 
 def dequantised(path: str | Path, dtype: torch.dtype | str | None = None) -> Loaded:

@@ -40,8 +40,7 @@ from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig, Stream, Worker
 from dfastllm.engine.adapters import Named
 from dfastllm.engine.admission import Admission
-from dfastllm.engine.speculate.canvas import DraftCanvas
-from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
+from dfastllm.engine.speculate import check_vocabulary, model_drafter
 from dfastllm.errors import (
     AdapterNotFoundError,
     AdaptersBusyError,
@@ -251,10 +250,9 @@ def _drafters(
         method = each.params.method
         if method in drafters:
             raise ValidationError(f"speculative_config names two models for {method}.", param="speculative_config")
-        loaded = assemble.load(resolve(each.model), device=device, drafting=each.params.method == "draft_model")
+        loaded = assemble.load(resolve(each.model), device=device, drafting=True)
         check_vocabulary(target.model.info, target.tokenizer, loaded.model.info, loaded.tokenizer)
-        kind = DraftModel if method == "draft_model" else DraftCanvas
-        drafters[method] = kind(loaded.model, config, device=device)
+        drafters[method] = model_drafter(method, loaded.model, config, bigram=loaded.bigram, device=device)
     return drafters
 
 

@@ -19,18 +19,19 @@ import numpy as np
 
 from dfastllm import assemble
 from dfastllm.core import Draft, ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams
+from dfastllm.decode.draft import Drafter
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.speculate.canvas import DraftCanvas
-from dfastllm.engine.speculate.model import DraftModel
+from dfastllm.engine.speculate import model_drafter
 from dfastllm.llm import resolve
 from dfastllm.metrics.records import Spread, spread
 from dfastllm.metrics.speculation import answer, counts
+from dfastllm.options import SpeculativeMethod
 from dfastllm.tasks import MIXED, draw
 
 __all__ = ["DRAFTERS", "LENGTHS", "Oracle", "acceptance", "engine_of", "oracle", "plot", "speed", "verify_costs"]
 
 TARGET = "demo-ar"
-DRAFTERS: Mapping[str, tuple[str, str | None]] = {  # label -> method, drafting model
+DRAFTERS: Mapping[str, tuple[SpeculativeMethod, str | None]] = {  # label -> method, drafting model
     "ngram": ("ngram", None),
     "suffix": ("suffix", None),
     "demo-draft": ("draft_model", "demo-draft"),
@@ -47,10 +48,10 @@ def engine_of(label: str, places: int = 64) -> Engine:
     # packed, with kernels or twins: bfloat16 on the torch backend rounds by the batch's shape
     loaded = assemble.load(resolve(TARGET), backend="native")
     method, name = DRAFTERS[label]
-    drafters = {}
+    drafters: dict[str, Drafter] = {}
     if name is not None:
-        model = assemble.load(resolve(name), backend="native").model
-        drafters[method] = (DraftModel if method == "draft_model" else DraftCanvas)(model, config)
+        draft = assemble.load(resolve(name), backend="native", drafting=True)
+        drafters[method] = model_drafter(method, draft.model, config, bigram=draft.bigram)
     return Engine(loaded.model, loaded.tokenizer, config, drafters=drafters)
 
 
@@ -66,7 +67,7 @@ def prompts(engine: Engine, task: str, count: int) -> list[tuple[int, ...]]:
 
 
 def asking(label: str, k: int | None, **options: Any) -> SpeculativeParams:
-    method: Any = DRAFTERS[label][0]
+    method = DRAFTERS[label][0]
     return SpeculativeParams(method, k or ADAPTIVE_MOST, adaptive=k is None, prompt_lookup_min=2, **options)
 
 

@@ -32,6 +32,7 @@ COPIED = (
     "vocab.json",
     "merges.txt",
     "shortlist.json",
+    "bigram.safetensors",
     "README.md",
     "LICENSE",
 )

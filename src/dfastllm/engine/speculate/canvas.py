@@ -2,6 +2,7 @@
 
 The text, then mask tokens; the rows of the masks propose what follows, all at once. How far ahead the draft reaches
 costs next to nothing, but its tokens do not know each other, so they agree with the target less the further they are.
+A bigram head (`bigram`) chooses them from left to right, so that they agree with each other.
 
 A block-causal model keeps exact K,V of the blocks the text has filled. A full-attention model has none to keep: each
 draft runs over the text, its last `window` tokens at most.
@@ -9,7 +10,7 @@ draft runs over the text, its last `window` tokens at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,11 @@ from dfastllm.engine.batch import pack
 from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners import Runnable, runner_for
+from dfastllm.engine.speculate.bigram import Wanted, chained
 from dfastllm.engine.speculate.model import Mirror, Mirrors, ends
-from dfastllm.errors import UnsupportedError
+from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.kernels.rows import Rows
+from dfastllm.models.bigram import Bigram
 
 if TYPE_CHECKING:
     from dfastllm.models import PackedDecoder
@@ -40,8 +44,10 @@ class DraftCanvas:
     window  tokens of the text that a full-attention model sees at most.
     canvas  mask tokens it gets at least, if more than are drafted: with fewer its guesses are a little worse.
             A block-causal model gets the rest of its block, and further blocks as far as the draft reaches.
+    bigram  chooses the tokens from left to right; None: each row says its own.
 
-    Raises UnsupportedError for an autoregressive model or one without a mask token.
+    Raises UnsupportedError for an autoregressive model or one without a mask token, ValidationError for a bigram head
+    of another vocabulary.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class DraftCanvas:
         device: torch.device | str = "cpu",
         window: int = WINDOW,
         canvas: int = CANVAS,
+        bigram: Bigram | None = None,
     ) -> None:
         info = model.info
         if info.kind == "ar" or info.mask_id is None:
@@ -61,7 +68,12 @@ class DraftCanvas:
                 param="speculative_config",
                 hint="Use method draft_model for an autoregressive one.",
             )
+        if bigram is not None and bigram.vocabulary != info.vocab_size:
+            raise ValidationError(
+                f"a bigram head of {bigram.vocabulary} tokens; {info.name} has {info.vocab_size}.", param="bigram"
+            )
         self.info = info
+        self.bigram = bigram
         self.mask = info.mask_id
         self.window, self.canvas = window, canvas
         self.mirrors = Mirrors(config, extra=info.block) if info.kind == "block" else None
@@ -81,23 +93,40 @@ class DraftCanvas:
         return 1
 
     @torch.inference_mode()
-    def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> list[Draft]:
+    def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
         drafts = [Draft((), len(seq.tokens)) for seq, _ in wanted]
+        for numbers, some, rows in self.rows(wanted):
+            for number, (seq, _), found in zip(numbers, some, self._chosen(some, rows), strict=True):
+                drafts[number] = _draft(seq, found)
+        return drafts
+
+    @torch.inference_mode()
+    def rows(self, wanted: Sequence[Wanted]) -> Iterator[tuple[list[int], list[Wanted], Rows]]:
+        """What the model says where drafts are wanted, forward by forward: numbers of the drafts, the drafts
+        themselves (shorter where the context ends), and their rows, one for each token. A draft that does not fit has
+        none."""
         if self.mirrors is None:
             none = Mirror(PageTable(self.pages))
-            self._write([_Task(n, s, min(m, self.info.max_len - 1), none) for n, (s, m) in enumerate(wanted)], drafts)
-            return drafts
+            most = self.info.max_len - 1
+            yield from self._forwards([_Task(n, s, min(m, most), none) for n, (s, m) in enumerate(wanted)])
+            return
         tasks = [_Task(n, seq, most, self.mirrors.of(seq)) for n, (seq, most) in enumerate(wanted)]
         tasks = [t for t in tasks if self._stop(t) <= self.info.max_len]
         for group in self.mirrors.fitting(tasks, lambda t: (t.mirror, self._stop(t))):
-            self._write(group, drafts)
-        return drafts
+            yield from self._forwards(group)
+
+    def _chosen(self, wanted: Sequence[Wanted], rows: Rows) -> list[list[Proposal]]:
+        """For each draft what its rows propose."""
+        if self.bigram is not None:
+            return chained(self.bigram, wanted, rows, (self.mask,))
+        found = iter(pick([Cell(seq, None, j) for seq, most in wanted for j in range(most)], rows, (self.mask,)))
+        return [[next(found) for _ in range(most)] for _, most in wanted]
 
     def _stop(self, task: _Task) -> int:
         """End of the last block that a draft of a block-causal model reaches into."""
         return -(-(len(task.seq.tokens) + task.most) // self.info.block) * self.info.block
 
-    def _write(self, tasks: list[_Task], drafts: list[Draft]) -> None:
+    def _forwards(self, tasks: list[_Task]) -> Iterator[tuple[list[int], list[Wanted], Rows]]:
         while tasks:
             batch: list[tuple[_Task, Span]] = []
             left = self.most_rows
@@ -114,11 +143,8 @@ class DraftCanvas:
                 if self.mirrors is not None:
                     task.mirror.kv_len = min(span.stop, len(task.seq.tokens) // self.info.block * self.info.block)
             deciding = [task for task, span in batch if span.want]
-            cells = [Cell(t.seq, None, j) for t in deciding for j in range(t.most)]
-            found = pick(cells, rows, (self.mask,))
-            for task in deciding:
-                drafts[task.number] = task.draft(found[: task.most])
-                found = found[task.most :]
+            if deciding:
+                yield [task.number for task in deciding], [(task.seq, task.most) for task in deciding], rows
             tasks = [*tasks[len(batch) :], *(task for task, span in batch if not span.want)]
 
     def _span(self, task: _Task) -> Span:
@@ -153,8 +179,9 @@ class _Task:
     most: int
     mirror: Mirror
 
-    def draft(self, found: Sequence[Proposal]) -> Draft:
-        """What the rows propose, up to the first token that ends the text."""
-        end = next((j + 1 for j, p in enumerate(found) if ends(self.seq, p.token)), len(found))
-        probs = [p.probs for p in found[:end] if p.probs is not None]
-        return Draft(tuple([p.token for p in found[:end]]), len(self.seq.tokens), torch.stack(probs) if probs else None)
+
+def _draft(seq: SequenceState, found: Sequence[Proposal]) -> Draft:
+    """What the rows propose, up to the first token that ends the text."""
+    end = next((j + 1 for j, p in enumerate(found) if ends(seq, p.token)), len(found))
+    probs = [p.probs for p in found[:end] if p.probs is not None]
+    return Draft(tuple([p.token for p in found[:end]]), len(seq.tokens), torch.stack(probs) if probs else None)
