@@ -282,7 +282,7 @@ def _drafts(parts: _Parts) -> str:
     assert report is not None  # its one step was made
     before, rows = report["held_out"]["before"], report["drafts"]
     return (
-        f"{report['prompts']['train']} answers; divergence {before['validation_loss']:.4g}, best token equal "
+        f"{report['prompts']['train']} answers; loss {before['validation_loss']:.4g}, best token equal "
         f"{before['agreement']:.0%}; {rows[0]['per_verify']:.2f} draft tokens accepted in a verifying forward"
     )
 

@@ -17,7 +17,8 @@ from dfastllm.distill.students import draft as command
 from dfastllm.distill.students.acceptance import ALL, Measuring, measure_drafts, table
 from dfastllm.distill.students.align import Alignment
 from dfastllm.distill.students.answers import Answer, Asking, answered, given_answers
-from dfastllm.distill.students.draft import Realignment, default_plan, main, realign, trainable
+from dfastllm.distill.students.draft import Realignment, default_plan, main, realign
+from dfastllm.distill.students.lessons import trainable
 from dfastllm.distill.students.prompts import Prompts, read_prompts
 from dfastllm.errors import CheckpointError, ContextLengthError, DataError, UnsupportedError, ValidationError
 from dfastllm.llm import LLM

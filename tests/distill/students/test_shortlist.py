@@ -11,8 +11,9 @@ import torch
 
 from dfastllm.distill.students.align import Alignment
 from dfastllm.distill.students.answers import Answer
-from dfastllm.distill.students.draft import Realignment, default_plan, realign, trainable
+from dfastllm.distill.students.draft import Realignment, default_plan, realign
 from dfastllm.distill.students.layers import make_student
+from dfastllm.distill.students.lessons import trainable
 from dfastllm.distill.students.shortlist import covered, frequent, main
 from dfastllm.errors import ValidationError
 from dfastllm.models import dense_attention, load

@@ -25,7 +25,7 @@ from dfastllm.core import Request, SamplingParams, SpeculativeParams, StepStats
 from dfastllm.distill.data.rows import RowFile
 from dfastllm.distill.students.layers import tokenizer_of
 from dfastllm.engine import Engine, EngineConfig
-from dfastllm.engine.speculate.model import DraftModel, check_vocabulary
+from dfastllm.engine.speculate import check_vocabulary, model_drafter
 from dfastllm.errors import DataError, DFastLLMError, GenerationError
 from dfastllm.kernels import set_threads
 from dfastllm.llm import resolve
@@ -36,7 +36,6 @@ from dfastllm.text import chat_prompt
 __all__ = ["Acceptance", "Measuring", "measure_drafts", "table"]
 
 ALL = "all"
-METHOD: SpeculativeMethod = "draft_model"
 PAGE = 16
 
 
@@ -111,13 +110,18 @@ def measure_drafts(
     changed an answer, which none may.
     """
     room = max(len(ids) for _, ids in prompts) + how.max_tokens + how.length
-    engines = dict(_engines(target, drafts, how, room))
+    methods: dict[str, SpeculativeMethod] = {}
+    engines = {}
+    for label, method, engine in _engines(target, drafts, how, room):
+        methods[label], engines[label] = method, engine
     groups: dict[str, list[Request]] = {}
     for number, (group, ids) in enumerate(prompts):
         sampling = SamplingParams(temperature=how.temperature, max_tokens=how.max_tokens, seed=number)
         groups.setdefault(group, []).append(Request(f"p{number}", tuple(ids), sampling))
-    fixed = SpeculativeParams(METHOD, how.length, adaptive=False)
-    paced = SpeculativeParams(METHOD, how.length, adaptive=True)
+    fixed, paced = (
+        {label: SpeculativeParams(method, how.length, adaptive=adaptive) for label, method in methods.items()}
+        for adaptive in (False, True)
+    )
     found: dict[str, list[_Part]] = {label: [] for label in drafts}
     steps = {label: _Steps() for label in engines}
     for label, engine in engines.items():
@@ -127,12 +131,12 @@ def measure_drafts(
             with steps[label].kept("plain"):
                 plain = answer(engine, requests)
             with steps[label].kept("drafted"):
-                counted = answer(engine, _asking(requests, fixed))
+                counted = answer(engine, _asking(requests, fixed[label]))
             _check(plain, counted, label)
-            answer(engine, _asking(requests, paced))  # what the engine learns of the draft here it may keep
+            answer(engine, _asking(requests, paced[label]))  # what the engine learns of the draft here it may keep
             seconds: list[tuple[float, float]] = []
             for _ in range(how.repeats):
-                runs = answer(engine, requests), answer(engine, _asking(requests, paced))
+                runs = answer(engine, requests), answer(engine, _asking(requests, paced[label]))
                 _check(*runs, label)
                 seconds.append((runs[0].seconds, runs[1].seconds))
             plain_s, drafted_s = (statistics.median(times) for times in zip(*seconds, strict=True))
@@ -181,17 +185,18 @@ class _Steps:
 
 def _engines(
     target: str | Path, drafts: Mapping[str, str | Path], how: Measuring, room: int
-) -> Iterator[tuple[str, Engine]]:
-    """One engine for each draft, all over the same target; nothing is shared between requests. room: K,V positions that
-    a request may need."""
+) -> Iterator[tuple[str, SpeculativeMethod, Engine]]:
+    """One engine for each draft, all over the same target, and the method that its kind drafts by; nothing is shared
+    between requests. room: K,V positions that a request may need."""
     pages = how.together * (-(-room // PAGE) + 1)
     config = EngineConfig(max_sequences=how.together, kv_tokens=pages * PAGE, page_size=PAGE, prefix_caching=False)
     loaded = assemble.load(resolve(target))
     for label, model in drafts.items():
         draft = assemble.load(resolve(model), quantization=how.quantization, drafting=True)
         check_vocabulary(loaded.model.info, loaded.tokenizer, draft.model.info, draft.tokenizer)
-        drafter = DraftModel(draft.model, config)
-        yield label, Engine(loaded.model, loaded.tokenizer, config, drafters={METHOD: drafter})
+        method: SpeculativeMethod = "draft_model" if draft.model.info.kind == "ar" else "diffusion"
+        drafter = model_drafter(method, draft.model, config, bigram=draft.bigram)
+        yield label, method, Engine(loaded.model, loaded.tokenizer, config, drafters={method: drafter})
 
 
 def _asking(requests: Sequence[Request], speculative: SpeculativeParams) -> list[Request]:

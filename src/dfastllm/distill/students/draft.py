@@ -1,8 +1,9 @@
 """A draft model re-aligned to its target on the user's own traffic.
 
-The target answers the prompts itself, in this process, with the engine that serves it; the draft learns the target's
-distributions on these answers (`align`); how much of its drafts is accepted, and what that gains, is measured before
-and after on prompts that it has not seen (`acceptance`).
+The target answers the prompts itself, in this process, with the engine that serves it; an autoregressive draft learns
+the target's distributions on these answers (`align`), a masked one gets a bigram head that learns which tokens follow
+each other there (`bigram`); how much of its drafts is accepted, and what that gains, is measured before and after on
+prompts that were not learned from (`acceptance`).
 
 `python -m dfastllm.distill.students.draft TARGET DRAFT PROMPTS.jsonl OUT`, or `dfastllm distill` with kd.draft. Prompts
 are what `dfastllm serve --record-prompts` writes, or any distillation set. OUT gets answers.jsonl, run (checkpoints and
@@ -15,7 +16,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,26 +23,21 @@ from typing import Any
 
 import torch
 
-from dfastllm import assemble
-from dfastllm.assemble import is_gguf, model_info
+from dfastllm.assemble import model_info
 from dfastllm.distill.losses.divergence import DIVERGENCES, Divergence
 from dfastllm.distill.students.acceptance import Acceptance, Measuring, measure_drafts, table
-from dfastllm.distill.students.align import Alignment
 from dfastllm.distill.students.answers import Answer, Asking, answered, given_answers
-from dfastllm.distill.students.layers import small_files, tokenizer_of
+from dfastllm.distill.students.lessons import RANK, lesson_of
 from dfastllm.distill.students.prompts import Prompts, read_prompts
 from dfastllm.engine.speculate.model import check_vocabulary
 from dfastllm.errors import DFastLLMError, UnsupportedError, ValidationError
 from dfastllm.kernels import set_threads
 from dfastllm.llm import LLM, resolve
-from dfastllm.models import Decoder, build, load, save
-from dfastllm.models.shortlist import read_shortlist
-from dfastllm.text import Tokenizer
 from dfastllm.train.checkpoint import content, require_same
 from dfastllm.train.loop import fit
 from dfastllm.train.plan import Plan, training
 
-__all__ = ["Realignment", "default_plan", "export", "realign", "trainable"]
+__all__ = ["Realignment", "default_plan", "realign"]
 
 Say = Callable[[str], None]  # a line for people
 
@@ -67,6 +62,7 @@ class Realignment:
     tokens         of a batch.
     bf16           matrix products in bfloat16.
     frozen         the draft's embedding, and a head that is tied to it, stay as they are.
+    rank           of the bigram head that a masked draft gets; None: lessons.RANK.
     device         where the draft is trained; the engine that answers and measures runs on the CPU.
     plan           of the training.
     measuring      of the drafts.
@@ -85,6 +81,7 @@ class Realignment:
     tokens: int = 2048
     bf16: bool = False
     frozen: bool = False
+    rank: int | None = None
     device: str = "cpu"
     plan: Plan = field(default_factory=lambda: default_plan())
     measuring: Measuring = field(default_factory=Measuring)
@@ -117,20 +114,21 @@ def realign(
     prompts = replace(prompts, held=prompts.held[:HELD_MOST])
     for note in prompts.notes:
         say(note)
-    model, tokenizer = trainable(asked.draft, asked.device)
+    lesson = lesson_of(asked)
     with LLM(asked.target) as llm:
         if llm.info.kind != "ar":
             raise UnsupportedError(
                 f"{llm.info.name} is of kind {llm.info.kind}; drafts are for autoregressive targets.", param="target"
             )
-        check_vocabulary(llm.info, llm.tokenizer, model.info, tokenizer)
+        check_vocabulary(llm.info, llm.tokenizer, lesson.info, lesson.tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         train, held = _answers(llm, prompts, asked, say)
-    work = _work(asked, model, train, held)
+        target = llm.info
+    work = lesson.work(target, train, held)
     if work.left_out:
         say(f"{work.left_out} answers are too long with their prompts and were left out")
     say(f"{len(work.answers)} answers, {work.steps_of_epoch} batches an epoch; {asked.plan.steps} steps")
-    require_same(out / "run", "run.json", _what(asked))
+    require_same(out / "run", "run.json", {**_what(asked), **lesson.also})
     before = dict(work.validate(0))
     done = fit(work, asked.plan, out / "run", stop=stop)
     if done.name != f"step-{asked.plan.steps}":
@@ -138,7 +136,7 @@ def realign(
         return None
     after = dict(work.validate(asked.plan.steps))
     state = json.loads((done / "state.json").read_text(encoding="utf-8"))
-    place = export(model, asked.draft, out / "draft")
+    place = lesson.export(work, out / "draft")
     rows = measure_drafts(
         asked.target,
         {"before": asked.draft, "after": place},
@@ -173,24 +171,6 @@ def _what(asked: Realignment) -> dict[str, Any]:
     }
 
 
-def _work(asked: Realignment, model: Decoder, train: Sequence[Answer], held: Sequence[Answer]) -> Alignment:
-    target = trainable(asked.target, asked.device)[0].requires_grad_(False) if asked.whole else None
-    return Alignment(
-        model,
-        target,
-        train,
-        held,
-        temperature=asked.asking.temperature,
-        kind=asked.kind,
-        tokens=asked.tokens,
-        longest=min(asked.longest, model.config.max_len),
-        seed=asked.plan.seed,
-        bf16=asked.bf16,
-        shortlist=read_shortlist(resolve(asked.draft), model.config.vocab_size),
-        frozen=asked.frozen,
-    )
-
-
 def _clear(out: Path) -> None:
     """Remove what an earlier run left, and nothing else that may lie there."""
     for name in ("answers.jsonl", "report.json"):
@@ -219,14 +199,6 @@ def gain_interval(rows: Sequence[Acceptance], draws: int = 2000) -> dict[str, li
         if len(ratios):
             found[group] = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return found
-
-
-def trainable(name: str | Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
-    """A model with float32 weights that want gradients, and its tokenizer. Raises what loading raises."""
-    path = resolve(name)
-    model = assemble.dequantised(path, "float32").model if is_gguf(path) else load(path, dtype="float32")
-    assert isinstance(model, Decoder)  # what both give
-    return model.to(device).requires_grad_(True), tokenizer_of(path)
 
 
 def _answers(llm: LLM, prompts: Prompts, asked: Realignment, say: Say) -> tuple[list[Answer], list[Answer]]:
@@ -258,14 +230,6 @@ def _tenths(say: Say) -> Callable[[int, int], None]:
     return show
 
 
-def export(model: Decoder, origin: str | Path, out: Path) -> Path:
-    """A Hugging Face directory, bfloat16, with the origin's tokenizer."""
-    copy = build(model.config, replace(model.info, name=out.name))
-    copy.load_state_dict(model.state_dict())
-    with tempfile.TemporaryDirectory() as place:
-        return save(copy.to(torch.bfloat16), out, files=small_files(resolve(origin), Path(place)))
-
-
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m dfastllm.distill.students.draft",
@@ -273,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("target", help="a shipped model's name, a directory or a GGUF file")
-    add("draft", help="a smaller one of the same vocabulary")
+    add("draft", help="a smaller one of the same vocabulary, or a masked one, which gets a bigram head")
     add("prompts", nargs="+", help="files of JSON lines, as dfastllm serve --record-prompts writes them")
     add("out", type=Path, help="directory for answers, checkpoints, the draft and the report")
     add("--given", action="store_true", help="the rows' teacher_text are the target's own answers; make none")
@@ -296,6 +260,7 @@ def parser() -> argparse.ArgumentParser:
     add("--longest", type=int, default=1024, help="tokens of a prompt and its answer; longer ones are left out")
     add("--bf16", action="store_true", help="matrix products in bfloat16")
     add("--frozen", action="store_true", help="leave the draft's embedding, and a head tied to it, as they are")
+    add("--rank", type=int, help=f"of the bigram head that a masked draft gets (default {RANK})")
     add("--warmup", type=int, default=20, help="steps")
     add("--weight-decay", type=float, default=0.01)
     add("--save-every", type=int, default=100, help="steps between checkpoints, and between validations")
@@ -329,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokens=args.tokens,
             bf16=args.bf16,
             frozen=args.frozen,
+            rank=args.rank,
             plan=default_plan(
                 steps=args.steps,
                 lr=args.lr,

@@ -84,6 +84,7 @@ def realign_as(
         tokens=settings.batch_tokens,
         bf16=config.train.bf16,
         frozen=settings.frozen,
+        rank=settings.rank,
         device=device,
         plan=plan,
         measuring=Measuring(

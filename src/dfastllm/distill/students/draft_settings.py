@@ -13,7 +13,8 @@ Count = Annotated[int, Field(ge=1)]
 
 class DraftSettings(BaseModel):
     """A draft model (model.student) that learns its target (kd.local_teacher) on the target's own answers to the
-    prompts of `data`. kd.divergence is taken at the temperature of the answers.
+    prompts of `data`. An autoregressive one is trained itself, and kd.divergence is taken at the temperature of the
+    answers. A masked one stays as it is and gets a bigram head: then top, frozen and kd.divergence are refused.
 
     temperature   of the answers; 0: greedy, and then the divergence is taken at 1.
     max_tokens    of an answer.
@@ -23,7 +24,8 @@ class DraftSettings(BaseModel):
                   learned from, and rows without one are left out.
     frozen        the draft's embedding, and a head that is tied to it, stay as they are.
     held_out      share of the prompts that is only measured on.
-    batch_tokens  of a step, padding included.
+    batch_tokens  of a step, padding included; of a bigram head, draft tokens.
+    rank          of the bigram head; None: 16.
     length        draft tokens at most, when drafts are measured.
     repeats       of the timed runs.
     quantization  of the drafts when they are measured: w8, w8g, w6, w4m or w4; None: as stored.
@@ -38,6 +40,7 @@ class DraftSettings(BaseModel):
     frozen: bool = False
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     batch_tokens: Count = 2048
+    rank: Count | None = None
     length: Annotated[int, Field(ge=1, le=64)] = 5
     repeats: Count = 3
     quantization: Literal["w8", "w8g", "w6", "w4m", "w4"] | None = None

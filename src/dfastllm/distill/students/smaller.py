@@ -34,8 +34,9 @@ from dfastllm.distill.students.acceptance import Measuring, measure_drafts, tabl
 from dfastllm.distill.students.align import Alignment
 from dfastllm.distill.students.answers import Answer, given_answers
 from dfastllm.distill.students.chats import chats
-from dfastllm.distill.students.draft import default_plan, export, trainable
+from dfastllm.distill.students.draft import default_plan
 from dfastllm.distill.students.layers import make_student, tokenizer_of
+from dfastllm.distill.students.lessons import export, trainable
 from dfastllm.distill.students.prompts import read_prompts
 from dfastllm.distill.teacher.collect import collect
 from dfastllm.distill.teacher.judge import KEEPABLE

@@ -20,7 +20,7 @@ from dfastllm.decode.draft.verify import Cell, edited
 from dfastllm.kernels.rows import DenseRows, Rows
 from dfastllm.models.bigram import Bigram
 
-__all__ = ["CANDIDATES", "Candidates", "Wanted", "best_chain", "candidates", "chained"]
+__all__ = ["CANDIDATES", "Candidates", "Wanted", "best_chain", "candidates", "chained", "likeliest"]
 
 CANDIDATES = 32
 NEVER = -1e30  # a logit; -inf would make the draw's arithmetic no number
@@ -54,9 +54,15 @@ class Candidates:
 
 
 def candidates(head: Bigram, rows: Rows, ban: tuple[int, ...]) -> Candidates:
-    """The likeliest tokens of each row. ban: ids that are never drafted."""
-    told = rows.stats(ban=ban, top=min(CANDIDATES, rows.vocab))
-    return Candidates(told.ids, told.logits, head.after.numpy()[told.ids])
+    """What `likeliest` gives, with what the head has of it."""
+    ids, logits = likeliest(rows, ban)
+    return Candidates(ids, logits, head.after.numpy()[ids])
+
+
+def likeliest(rows: Rows, ban: tuple[int, ...]) -> tuple[Ints, Floats]:
+    """The tokens of each row that can be drafted, likeliest first, and their logits. ban: ids that never are."""
+    told = rows.stats(ban=ban, top=min(CANDIDATES, rows.vocab - len(ban)))
+    return told.ids, told.logits
 
 
 def chained(head: Bigram, wanted: Sequence[Wanted], rows: Rows, ban: tuple[int, ...]) -> list[list[Proposal]]:
