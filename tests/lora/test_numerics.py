@@ -255,7 +255,7 @@ def test_a_number_without_an_adapter_is_refused(numbers: list[int], tmp_path: Pa
             runner.adapters([read(model, tmp_path)])
 
 
-TURNED = [f for f in ("llama", "qwen2", "qwen3", "phi3", "llada", "smollm3", "granite") if f in FAMILIES]
+TURNED = ("llama", "qwen2", "qwen3", "phi3", "llada", "smollm3", "granite", "llada2_moe")
 
 
 @pytest.mark.parametrize("variant", ["linears", "patterns", "all biases", "bias of B", "embedding and head", "saved"])

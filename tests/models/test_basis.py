@@ -25,17 +25,13 @@ from dfastllm.models.basis import Basis, Turn, basis_of, format_for
 from dfastllm.models.gguf import write_gguf
 from tests.kit.adapters import model_of, step_of, turned
 from tests.kit.cli_models import write_tokenizer
-from tests.kit.convert_models import SIZES
+from tests.kit.convert_models import SIZES, grouped
 
 REFUSED = {  # what keeps a wiring from it
     "exaone4": "attn_post_norm.*mlp_post_norm",
     "gemma2": "attn_post_norm.*mlp_post_norm",
     "gemma3": "attn_post_norm.*mlp_post_norm",
     "olmo2": "attn_post_norm.*mlp_post_norm",
-    "llada2_moe": "mixture of experts",
-    "llada_moe": "mixture of experts",
-    "qwen3_moe": "mixture of experts",
-    "sdar_moe": "mixture of experts",
 }
 TURNED = [name for name in sorted(models.FAMILIES) if name not in REFUSED]
 SEQUENCES = ([5, 9, 11, 3, 17, 2, 8, 30, 31, 7, 7, 12], [4, 4, 7])
@@ -122,8 +118,9 @@ def test_sizes_that_are_no_power_of_two(family: str, shape: dict[str, Any]) -> N
 
 @pytest.mark.skipif(native() is None, reason="no native kernels")
 @pytest.mark.parametrize("form", [None, "w8r", "w8gr"])
-def test_the_twin_is_the_native_forward(form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("llama", **SIZES)
+@pytest.mark.parametrize("family", ["llama", "llada2_moe"])
+def test_the_twin_is_the_native_forward(family: str, form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(family, **grouped(family))
     packed = turned(model) if form is None else assemble.pack(model, form)
     got = logits(packed)
     for module in ("models.packed", "models.adapted", "kernels.linear", "kernels.attention", "engine.runners.native"):
@@ -176,14 +173,14 @@ def test_outlier_channels_cost_the_turned_model_nothing() -> None:
 def saved(tmp_path: Path, family: str = "qwen2", **shape: Any) -> tuple[Decoder, Path]:
     directory = tmp_path / "float"
     ids = write_tokenizer(directory)
-    model = model_of(family, ids=ids, **{**SIZES, **shape})
+    model = model_of(family, ids=ids, **{**grouped(family), **shape})
     return model, models.save(model, directory)
 
 
 @pytest.mark.parametrize("form", ["w8r", "w8gr"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_directory_loads_as_what_loading_would_make(form: str, tied: bool, tmp_path: Path) -> None:
-    _, source = saved(tmp_path, tied=tied)
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen2", True), ("qwen3_moe", False)])
+def test_a_directory_loads_as_what_loading_would_make(form: str, family: str, tied: bool, tmp_path: Path) -> None:
+    _, source = saved(tmp_path, family, tied=tied)
     out = tmp_path / "out"
     report = quantise_model(source, out, Options(form))
     assert (report.format, report.head) == (form, form)
@@ -212,9 +209,10 @@ def test_eight_bits_are_the_most_faithful_that_the_model_allows(tmp_path: Path) 
     assert not (tmp_path / "refused").exists()
 
 
-def test_the_torch_model_of_a_turned_directory_is_in_its_own_basis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "llada2_moe"])
+def test_the_torch_model_of_a_turned_directory_is_in_its_own_basis(family: str, tmp_path: Path) -> None:
     """So that merging, exporting and training know nothing of it."""
-    model, source = saved(tmp_path)
+    model, source = saved(tmp_path, family)
     out = tmp_path / "out"
     quantise_model(source, out, Options("w8gr"))
     back = models.load(out)

@@ -293,12 +293,27 @@ class _Walk:
             case Attend():
                 self._before = Side(inputs=_heads(op.heads, op.dim))
             case Gate():
-                power = min(self._block, self._width & -self._width)
-                self._before = Side(inputs=Turn(self._width, power), late=True)
+                self._before = self._products(self._width)
             case Experts():
-                self.reasons.append("op experts (a mixture of experts) is not turned")
+                self._experts(op)
             case Add():
                 self._fresh, self._before = True, Side(inputs=self._stream)
+
+    def _experts(self, op: Experts) -> None:
+        moe = op.config
+        name = f"{self._prefix}{op.name}"
+        self.sides[f"{name}.router"] = self._before
+        blocks = {f"experts.{i}": moe.intermediate_size for i in range(moe.experts)}
+        for block, width in ({**blocks, "shared": moe.shared_size} if moe.shared_size else blocks).items():
+            for part in ("gate", "up"):
+                self.sides[f"{name}.{block}.{part}_proj"] = replace(self._before, parts=((width, None),))
+            inputs = self._products(width)
+            self.sides[f"{name}.{block}.down_proj"] = replace(inputs, parts=((op.hidden, self._stream),))
+        self._fresh, self._before = False, Side()
+
+    def _products(self, width: int) -> Side:
+        """Of a gate."""
+        return Side(inputs=Turn(width, min(self._block, width & -width)), late=True)
 
     def _linear(self, op: Linear, turns: list[Turn | None]) -> None:
         for matrix in op.matrices:

@@ -80,7 +80,7 @@ def pack_decoder(
         group[inner] = _finite(name, value)
         left[place] -= 1
         if expert := EXPERT.match(inner):
-            _settle_expert(expert[1], group, experts.setdefault(place, {}))
+            _settle_expert(expert[1], group, experts.setdefault(place, {}), f"layers.{place}.", basis)
         if place is not None and left[place] == 0:
             layer = _Layer(place, group, experts.pop(place, {}), basis, gains)
             layers[place] = layer.ops(program.layers[place])
@@ -128,13 +128,23 @@ def _finite(name: str, value: Value) -> Value:
     return value
 
 
-def _settle_expert(name: str, parts: dict[str, Value], experts: dict[str, FeedForward]) -> None:
-    """The matrices of an expert become panels as soon as all three are there: a layer may have hundreds of experts."""
+def _settle_expert(
+    name: str, parts: dict[str, Value], experts: dict[str, FeedForward], prefix: str, basis: Basis | None
+) -> None:
+    """The matrices of an expert become panels as soon as all three are there: a layer may have hundreds of experts.
+    prefix: of its layer."""
     matrices = [f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")]
     if all(matrix in parts for matrix in matrices):
         gate, up, down = (_matrix(parts.pop(matrix)) for matrix in matrices)
         packed = _interleaved((gate, None), (up, None))
-        experts[name] = FeedForward(packed, Weights(linear.pack(down)), gate.shape[0])
+        block = _block(basis, f"{prefix}{name}.down_proj")
+        experts[name] = FeedForward(packed, Weights(linear.pack(down)), gate.shape[0], block)
+
+
+def _block(basis: Basis | None, own: str) -> int:
+    """How many inputs of this matrix the kernels turn together, 1: none."""
+    turn = None if basis is None else basis.sides[own].inputs
+    return 1 if turn is None else turn.power
 
 
 class _Layer:
@@ -196,8 +206,7 @@ class _Layer:
         """follows: the matrix that reads the products."""
         gate_up = _parts(op, self._parts)
         kind = act_kind(_matrix(self._parts[f"{follows.name}.weight"]).format)
-        turn = None if self._basis is None else self._basis.sides[f"{self._prefix}{follows.name}"].inputs
-        block = 1 if turn is None else turn.power
+        block = _block(self._basis, f"{self._prefix}{follows.name}")
         return Gated(_interleaved(*gate_up), op, gate.activation, gate_up[0][0].shape[0], kind, norm, block)
 
 
@@ -224,7 +233,7 @@ def _as_floats(block: FeedForward) -> FeedForward:
         Weights(linear.pack(QTensor("f32", unpack_panels(w.packed).dequantise())), w.bias)
         for w in (block.gated, block.down)
     )
-    return FeedForward(gated, down, block.width)
+    return FeedForward(gated, down, block.width, block.block)
 
 
 def _norm(op: Norm, parts: Mapping[str, Value], gains: dict[str, Tensor] | None = None, prefix: str = "") -> ScaledNorm:

@@ -114,12 +114,13 @@ class Normalise:
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """An expert: down(silu(gate) * up) of `width` channels. gated: 32 channels of gate and the same 32 of up in
-    turn."""
+    """An expert: down(silu(gate) * up) of `width` channels. gated: 32 channels of gate and the same 32 of up in turn.
+    block above 1: the products are turned in stretches of so many before down, as those of a Gated."""
 
     gated: Weights
     down: Weights
     width: int
+    block: int = 1
 
     @property
     def kinds(self) -> tuple[str, str]:
@@ -432,8 +433,10 @@ def _emit(made: Any, op: PackedOp) -> None:
                 scale=moe.scale,
                 experts=bound(op.experts),
                 width=op.experts[0].width,
+                block=op.experts[0].block,
                 shared=bound(op.blocks[len(op.experts) :]),
                 shared_width=moe.shared_size,
+                shared_block=1 if op.shared is None else op.shared.block,
                 onto_stream=op.onto_stream,
                 **norm(op.norm),
             )

@@ -57,11 +57,11 @@ def _feed_forward(
     up, down = places
     taken, gated, kind = _rows(inputs, rows), block.gated, block.kinds[1]
     if adapted is None:
-        middle = linear.linear_gated(taken, gated.packed, gated.bias, kind=kind, width=block.width)
+        middle = linear.linear_gated(taken, gated.packed, gated.bias, kind=kind, width=block.width, block=block.block)
         return linear.linear(middle, block.down.packed, block.down.bias)
     both = adapted.change(up, linear.linear(taken, gated.packed, gated.bias), floats[rows], rows)
     product = gate_product(both, block.width, "silu")
-    out = linear.linear(linear.prepare(product, kind), block.down.packed, block.down.bias)
+    out = linear.linear(linear.prepare(product, kind, block=block.block), block.down.packed, block.down.bias)
     return adapted.change(down, out, product, rows)
 
 

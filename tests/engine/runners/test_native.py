@@ -130,7 +130,7 @@ def test_bits_of_a_row_do_not_depend_on_neighbours_or_threads(weights: str | Non
     bits_are_a_rows_own(tiny("llada", seed=6, **WIDE), weights, kv)
 
 
-@pytest.mark.parametrize("weights", [None, "bf16", "w8", "w8g", "w6", "w4m", "w4"])
+@pytest.mark.parametrize("weights", [None, "bf16", "w8", "w8r", "w8g", "w6", "w4m", "w4"])
 @pytest.mark.parametrize("family", ["llada_moe", "llada2_moe"])
 def test_bits_of_a_row_of_a_mixture_do_not_depend_on_neighbours_or_threads(family: str, weights: str | None) -> None:
     bits_are_a_rows_own(tiny(family, seed=6, **{**grouped(family), **WIDE}), weights, torch.bfloat16)

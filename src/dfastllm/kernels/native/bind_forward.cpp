@@ -162,9 +162,10 @@ void bind_forward(nb::module_& m) {
           "experts",
           // router: float32, bfloat16 or float16 [experts, hidden]; bias: of a sigmoid router. experts, shared: (gate with
           // up, down), alternating.
-          [](BoundForward& self, const AnyArray& router, const MaybeArray& bias, int64_t top_k, int64_t groups, int64_t groups_kept,
-             bool normalise, float scale, const std::vector<BoundLinear*>& experts, int64_t width,
-             const std::vector<BoundLinear*>& shared, int64_t shared_width, const MaybeArray& norm, float eps, bool onto_stream) {
+          [](BoundForward& self, const AnyArray& router, const MaybeArray& bias, int64_t top_k, int64_t groups,
+             int64_t groups_kept, bool normalise, float scale, const std::vector<BoundLinear*>& experts, int64_t width,
+             int64_t block, const std::vector<BoundLinear*>& shared, int64_t shared_width, int64_t shared_block,
+             const MaybeArray& norm, float eps, bool onto_stream) {
             require_array(router, "a router", router.dtype(), "its own type", {-1, self.hidden()});
             const int64_t count = static_cast<int64_t>(router.shape(0));
             Experts op{self.take(norm, eps), {}, onto_stream};
@@ -176,13 +177,19 @@ void bind_forward(nb::module_& m) {
               self.held.push_back(*bias);
             }
             m.width = width;
+            m.block = block;
             m.shared_width = shared_width;
-            for (size_t i = 0; i + 1 < experts.size(); i += 2) m.experts.push_back({self.take(*experts[i]), self.take(*experts[i + 1])});
-            for (size_t i = 0; i + 1 < shared.size(); i += 2) m.shared.push_back({self.take(*shared[i]), self.take(*shared[i + 1])});
+            m.shared_block = shared_block;
+            const auto pair_up = [&self](const std::vector<BoundLinear*>& from, std::vector<FeedForward>& to) {
+              for (size_t i = 0; i + 1 < from.size(); i += 2) to.push_back({self.take(*from[i]), self.take(*from[i + 1])});
+            };
+            pair_up(experts, m.experts);
+            pair_up(shared, m.shared);
             self.add(std::move(op));
           },
           nb::kw_only(), nb::arg("router"), nb::arg("bias").none(), nb::arg("top_k"), nb::arg("groups"), nb::arg("groups_kept"),
-          nb::arg("normalise"), nb::arg("scale"), nb::arg("experts"), nb::arg("width"), nb::arg("shared"), nb::arg("shared_width"),
+          nb::arg("normalise"), nb::arg("scale"), nb::arg("experts"), nb::arg("width"), nb::arg("block"), nb::arg("shared"),
+          nb::arg("shared_width"), nb::arg("shared_block"),
           nb::arg("norm").none(), nb::arg("eps"), nb::arg("onto_stream"))
       .def("sum", [](BoundForward& self, float factor) { self.add(Sum{factor}); })
       .def("set_adapters",

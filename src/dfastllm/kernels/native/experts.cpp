@@ -71,6 +71,12 @@ void in_stretches(int64_t count, int64_t size, F&& f) {
   parallel((count + step - 1) / step, [&](int64_t task, int) { f(task * step, std::min(count, (task + 1) * step)); });
 }
 
+void require_turn(int64_t block, int64_t width) {
+  if (block < 1 || (block & (block - 1)) != 0 || width % block != 0) {
+    throw std::invalid_argument("a gate turns stretches of a power of two that divides its width.");
+  }
+}
+
 void require_feed_forward(const FeedForward& block, int64_t hidden, int64_t width, ActKind in, ActKind middle) {
   const bool fits = block.gated.k == hidden && block.down.n == hidden && block.down.k == width &&
                     block.gated.n == (width + kPanel / 2 - 1) / (kPanel / 2) * kPanel;
@@ -121,6 +127,8 @@ void require_mixture(const Mixture& m) {
                                 " in " + std::to_string(r.groups_kept) + " of " + std::to_string(r.groups) +
                                 " groups, and experts: " + std::to_string(m.experts.size()) + ".");
   }
+  require_turn(m.block, m.width);
+  if (!m.shared.empty()) require_turn(m.shared_block, m.shared_width);
   if (m.shared.size() > 1) throw std::invalid_argument("a layer has one shared expert, or none.");
   for (const auto* side : {&m.experts, &m.shared}) {
     for (const FeedForward& block : *side) {
@@ -204,7 +212,7 @@ void MixtureWork::run_shared(const Mixture& m, const float* x, int64_t ldx, cons
   prepare(x, ldx, norm, eps, inputs_);
   const Acts middle = room(middle_, act_kind(block.down.format), rows, m.shared_width);
   const bool touched = adapted.touches(up) || adapted.touches(down);
-  float* const product = room_between(middle, touched);
+  float* const product = room_between(middle, m.shared_block, touched);
   const auto changes = [&](int64_t of, const float* from, int64_t stride, int64_t k) -> const LowRank* {
     if (!adapted.touches(of)) return nullptr;
     adapted.fill(of, low_rank_);
@@ -212,14 +220,14 @@ void MixtureWork::run_shared(const Mixture& m, const float* x, int64_t ldx, cons
     return &low_rank_;
   };
   const Adapted upper{changes(up, floats, normed_.stride, hidden)};
-  linear_gated(block.gated, inputs_, Activation::silu, product, middle, 1, upper, touched);
+  linear_gated(block.gated, inputs_, Activation::silu, product, middle, m.shared_block, upper, touched);
   linear(block.down, middle, out, hidden, false, {changes(down, product, m.shared_width, m.shared_width)});
   shared_ = out;
 }
 
 // Memory for products of gate and up before they are prepared, where they go through memory.
-float* MixtureWork::room_between(const Acts& middle, bool touched) {
-  return touched || middle.kind == ActKind::row8 ? product_.floats(static_cast<size_t>(middle.rows * middle.k)) : nullptr;
+float* MixtureWork::room_between(const Acts& middle, int64_t block, bool touched) {
+  return touched || block > 1 || middle.kind == ActKind::row8 ? product_.floats(static_cast<size_t>(middle.rows * middle.k)) : nullptr;
 }
 
 // The rows [row0, row0 + rows) by expert.
@@ -267,7 +275,7 @@ void MixtureWork::run_experts(const Mixture& m, const AdaptedRows& adapted, int6
   bool touched = false;
   for (const int32_t e : busy_) touched = touched || adapted.touches(site + 1 + 2 * e) || adapted.touches(site + 2 + 2 * e);
   const Acts middle = room(middle_, act_kind(m.experts[0].down.format), taken, m.width);
-  float* const product = room_between(middle, touched);
+  float* const product = room_between(middle, m.block, touched);
   float* const parts = parts_.floats(static_cast<size_t>(taken * hidden));
   const int64_t busy = share_out(&FeedForward::gated);
   const LowRank* work = nullptr;
@@ -279,7 +287,7 @@ void MixtureWork::run_experts(const Mixture& m, const AdaptedRows& adapted, int6
     }
     work = changes(m, adapted, site, 0, floats, hidden);
   }
-  linear_gated(shares_.data(), busy, taken_, Activation::silu, product, middle, 1, {work}, touched);
+  linear_gated(shares_.data(), busy, taken_, Activation::silu, product, middle, m.block, {work}, touched);
   share_out(&FeedForward::down);
   if (touched) work = changes(m, adapted, site, 1, product, m.width);
   linear(shares_.data(), busy, middle, parts, hidden, false, {work});

@@ -39,9 +39,10 @@ struct FeedForward {
 struct Mixture {
   Router router;
   int64_t width = 0;                  // of an expert between gate and down
+  int64_t block = 1;                  // above 1: those are turned in stretches of so many before down
   std::vector<FeedForward> experts;   // of one kind of inputs, and one kind of inputs of down
   std::vector<FeedForward> shared;    // one or none
-  int64_t shared_width = 0;
+  int64_t shared_width = 0, shared_block = 1;
 
   int64_t hidden() const { return experts[0].down.n; }
   // Linears that an adapter may change: the router, then gate with up and down of each expert, then of the shared one.
@@ -65,7 +66,7 @@ class MixtureWork {
   void route(const Mixture& m, const AdaptedRows& adapted, int64_t site);
   void run_shared(const Mixture& m, const float* x, int64_t ldx, const float* norm, float eps, const AdaptedRows& adapted,
                   int64_t site);
-  float* room_between(const Acts& middle, bool touched);
+  float* room_between(const Acts& middle, int64_t block, bool touched);
   void group(const Mixture& m, int64_t row0, int64_t rows);
   void take_inputs();
   void run_experts(const Mixture& m, const AdaptedRows& adapted, int64_t site);
