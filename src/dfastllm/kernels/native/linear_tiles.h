@@ -268,10 +268,12 @@ inline void channel_rows(const uint8_t* data, const int8_t* x, int64_t stride, i
     DFK_EACH(r, R) {
       DFK_EACH(c, C) sum.at[r][c] = load_ints(tile + r * kPanel + channel + 16 * c);
     }
-    for (int64_t i = 0; i < steps; i += 8) {
+    int64_t i = 0;
+    for (; i + 8 <= steps; i += 8) {  // a count that GCC knows: with any other it keeps the sums in memory, at half the speed
       ahead.turn();
-      add_steps<R, C>(data + 256 * i + 4 * channel, in, i / 8, steps - i < 8 ? steps - i : 8, sum);
+      add_steps<R, C>(data + 256 * i + 4 * channel, in, i / 8, 8, sum);
     }
+    if (i < steps) add_steps<R, C>(data + 256 * i + 4 * channel, in, i / 8, steps - i, sum);
     DFK_EACH(r, R) {
       DFK_EACH(c, C) store(tile + r * kPanel + channel + 16 * c, sum.at[r][c]);
     }
