@@ -4,7 +4,11 @@ from __future__ import annotations
 
 __all__ = ["CHAINS", "lesser"]
 
-CHAINS = (("avx512", "avx2", "scalar"), ("i8mm", "dotprod", "neon", "scalar"))  # each has those after it
+CHAINS = (  # each has those after it
+    ("avx512", "avx512vl", "avx2", "scalar"),
+    ("avxvnni", "avx2", "scalar"),
+    ("i8mm", "dotprod", "neon", "scalar"),
+)
 
 
 def lesser(isa: str) -> tuple[str, ...]:

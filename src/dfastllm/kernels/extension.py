@@ -1,7 +1,7 @@
 """The compiled kernels, if this installation has them: found once, with the reason.
 
 Environment: DFASTLLM_NATIVE=0 leaves them out (the torch twins run), a path loads that build instead; DFASTLLM_ISA
-(scalar, avx2, avx512; on ARM scalar, neon, dotprod, i8mm) asks for lesser kernels than the CPU has.
+(scalar, avx2, avxvnni, avx512vl, avx512; on ARM scalar, neon, dotprod, i8mm) asks for lesser kernels than the CPU has.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ namespace dfk {
 const AttentionOps& attention_ops() {
 #if defined(DFK_X86)
   if (isa() == Isa::avx512) return attention_avx512;
-  if (isa() == Isa::avx2) return attention_avx2;
+  if (isa() != Isa::scalar) return attention_avx2;
 #elif defined(DFK_ARM)
   if (isa() != Isa::scalar) return attention_neon;
 #endif

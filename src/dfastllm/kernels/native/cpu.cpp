@@ -7,7 +7,9 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(DFK_ARM) && defined(__APPLE__)
+#if defined(DFK_X86)
+#include <cpuid.h>
+#elif defined(DFK_ARM) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(DFK_ARM) && defined(__linux__)
 #include <sys/auxv.h>
@@ -21,13 +23,20 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-// VNNI and BF16 come together with AVX-512 on every CPU since 2020 (Cooper Lake, Sapphire Rapids, Zen 4); the ones
-// before (Skylake-X, Ice Lake without BF16) take the AVX2 kernels.
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+// AVX-VNNI: CPUID leaf 7, subleaf 1, bit 4 of EAX. Alder Lake and its successors have it without AVX-512.
+bool has_avxvnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
 }
+
+// Cascade Lake, Ice Lake, Tiger Lake, Rocket Lake: VNNI on 512 bits, but no BF16.
+bool has_avx512vl() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+
+// Cooper Lake, Sapphire Rapids, Zen 4 and what came after them.
+bool has_avx512() { return has_avx512vl() && __builtin_cpu_supports("avx512bf16"); }
 #elif defined(DFK_ARM)
 #if defined(__APPLE__)
 bool has_feature(const char* name) {
@@ -60,7 +69,11 @@ struct Level {
 constexpr Level kLevels[] = {
 #if defined(DFK_X86)
     {Isa::scalar, "scalar", always, "the CPU has no AVX2"},
-    {Isa::avx2, "avx2", has_avx2, "the CPU has AVX2, FMA and F16C but not AVX-512 with VNNI and BF16"},
+    {Isa::avx2, "avx2", has_avx2, "the CPU has AVX2, FMA and F16C but no VNNI"},
+#if defined(DFK_AVXVNNI)
+    {Isa::avxvnni, "avxvnni", has_avxvnni, "the CPU has AVX-VNNI but not AVX-512 with VNNI"},
+#endif
+    {Isa::avx512vl, "avx512vl", has_avx512vl, "the CPU has AVX-512 with VNNI but no BF16: VNNI on 256 bits"},
     {Isa::avx512, "avx512", has_avx512, "the CPU has AVX-512 with VNNI and BF16"},
 #elif defined(DFK_ARM)
     {Isa::scalar, "scalar", always, "no vector kernels are asked for"},

@@ -5,7 +5,7 @@ namespace dfk {
 
 enum class Isa {
   scalar,
-  avx2, avx512,         // x86-64
+  avx2, avxvnni, avx512vl, avx512,  // x86-64; avx512vl: the instructions of avxvnni, encoded as AVX-512's on 256 bits
   neon, dotprod, i8mm,  // 64-bit ARM: each has the ones before
 };
 

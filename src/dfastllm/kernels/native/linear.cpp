@@ -101,6 +101,10 @@ const LinearOps& linear_ops() {
   switch (isa()) {
 #if defined(DFK_X86)
     case Isa::avx512: return linear_avx512;
+    case Isa::avx512vl: return linear_avx512vl;
+#if defined(DFK_AVXVNNI)
+    case Isa::avxvnni: return linear_avxvnni;
+#endif
     case Isa::avx2: return linear_avx2;
 #elif defined(DFK_ARM)
     case Isa::i8mm: return linear_i8mm;

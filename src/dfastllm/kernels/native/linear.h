@@ -88,7 +88,7 @@ constexpr size_t kTileScratch = 64 * 1024;
 
 extern const LinearOps linear_scalar;
 #if defined(DFK_X86)
-extern const LinearOps linear_avx2, linear_avx512;
+extern const LinearOps linear_avx2, linear_avxvnni, linear_avx512vl, linear_avx512;
 #elif defined(DFK_ARM)
 extern const LinearOps linear_neon, linear_dotprod, linear_i8mm;
 #endif

@@ -3,11 +3,13 @@
 // channels.
 //
 // 8-bit codes: 255 * 127 * 2 does not fit 16 bits. The activations are cut once a row block, x = low + 16 * high with low
-// in [-8, 7] and high in [-8, 8]; products with each fit, and so do sums over a group: 8 * 2 * 255 * 8 = 32,640. Two
-// multiplications and two additions for 32 products, nothing to unpack; no way with fewer is known to us (widened to 16
-// bits: the same, and 1/2 for unpacking; the absolute value of one side with the sign on the other: the same).
+// in [-8, 7] and high in [-8, 8]; products with each fit, and so do sums over a group: 8 * 2 * 255 * 8 = 32,640. The high
+// sums start at -8 times the sum of the codes x that this 16-bit number adds up, which takes 128 off the weights; 16-bit
+// additions wrap around, so only the end must fit, and it does: 16 * (128 * 8 + 8 * 8) = 17,408.
+// Two multiplications and two additions for 32 products, nothing to unpack; no way with fewer is known to us (widened to
+// 16 bits: the same, and 1/2 for unpacking; the absolute value of one side with the sign on the other: the same).
 // 4-bit codes: sums over a group fit as they are, 8 * 2 * 15 * 127 = 30,480. They start at half of the part's start in
-// each 16-bit number, which is within 16,256; 16-bit additions wrap around, so only the end must fit, and it does.
+// each 16-bit number, and end within the same 30,480.
 // 6-bit codes: 2 * 63 * 127 fits, a sum of 4 need not. It starts at minus 32 times the sum of the codes that this 16-bit
 // number adds up, and so ends within 4 * 2 * 32 * 127 = 32,512. For minima the 32 comes in again as a 32-bit number.
 #pragma once
@@ -28,68 +30,72 @@ template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 3;
 template <class Codes> constexpr int width(int rows, bool) { return rows == 1 && !is_bytes<Codes>() ? 2 : 1; }
 constexpr int kChannelWidth = 1;
 
-template <class Codes, bool mins> constexpr bool kStartsAtZero = Codes::offset == 32 ? !mins : mins;
+template <class Codes, bool mins> constexpr bool kStartsAtZero = Codes::offset == 32 ? !mins : mins || is_bytes<Codes>();
 template <class Codes> inline Ints16 start_of(Ints16 sums) {
-  if (Codes::offset == 128) return ints16(0) - shift_left<7>(sums);
   if (Codes::offset == 32) return shift_left<5>(sums);
   const Ints16 half = ints16(0) - shift_left<2>(sums);  // of -8 * sums: twice in 16 bits
   return (half & ints16(0xffff)) + shift_left<16>(half);
 }
 
-// -32 times two 16-bit sums.
-inline int32_t six_start(int32_t both) {
-  const uint32_t low = static_cast<uint32_t>(both) * 0xffffffe0u, high = (static_cast<uint32_t>(both) >> 16) * 0xffffffe0u;
-  return static_cast<int32_t>((low & 0xffff) | high << 16);
-}
-
-// The rows' codes over a slice, cut for 8-bit weights; for 6-bit ones also where their sums start.
+// The rows' codes over a slice, cut for 8-bit weights; for 8- and 6-bit ones also where their sums start.
 template <class Codes, int R> struct Inputs {
   const int8_t* x;
   int64_t stride;
-  alignas(32) int8_t cut[is_bytes<Codes>() ? R : 1][kSlice][64];  // 32 low halves, 32 high ones
-  int32_t starts[Codes::offset == 32 ? R : 1][2 * kSlice];
+  alignas(32) int8_t cut[is_bytes<Codes>() ? R : 1][kSlice][64];  // 32 low parts, 32 high ones
+  int32_t starts[Codes::offset == 8 ? 1 : R][2 * kSlice];         // two 16-bit numbers, by group or half of a group
   Inputs(const int8_t* codes, int64_t from_row_to_row, int64_t groups) : x(codes), stride(from_row_to_row) {
     for (int r = 0; r < R; ++r) {
       for (int64_t g = 0; g < groups; ++g) {
-        if (is_bytes<Codes>()) split_codes(at(r, g), cut[r][g], cut[r][g] + 32);
-        if (Codes::offset == 32) {
-          pair_sums(at(r, g), starts[r] + 2 * g);
-          DFK_EACH(p, 2) starts[r][2 * g + p] = six_start(starts[r][2 * g + p]);
+        if (is_bytes<Codes>()) {
+          split_codes(at(r, g), cut[r][g], cut[r][g] + 32);
+          starts[r][g] = group_starts(at(r, g));
         }
+        if (Codes::offset == 32) half_starts(at(r, g), starts[r] + 2 * g);
       }
     }
   }
   const int8_t* at(int r, int64_t group) const { return x + r * stride + 32 * group; }
 };
 
-template <int R, int C> inline void zero(PairSums<R, C>& sum) {
-  DFK_EACH(r, R) {
-    DFK_EACH(c, C) sum.at[r][c] = pairs16(0);
-  }
-}
-
-// sum += codes * activations over `steps` registers of 8-bit weights (at most 8) of group g.
-template <int R, int C>
-inline void add_steps(const uint8_t* data, const Inputs<Bytes, R>& in, int64_t g, int64_t steps, Sums<R, C>& sum) {
+// 16-bit sums of 8-bit weights with both parts of the activations, over `steps` registers of 4 inputs (at most 8) of group
+// g. data: the group's; all: steps is 8.
+template <bool all, int R, int C>
+inline Sums<R, C> byte_sums(const uint8_t* data, const Inputs<Bytes, R>& in, int64_t g, int64_t steps) {
   PairSums<R, C> low, high;
-  zero(low);
-  zero(high);
-  DFK_ROLLED
-  for (int64_t i = 0; i < steps; ++i) {
+  const auto add = [&](int64_t i) {
     Codes16 w[C];
     DFK_EACH(c, C) w[c] = load_codes(data + 256 * i + 64 * c);
     DFK_EACH(r, R) {
-      const Codes16 l = four_codes(in.cut[r][g] + 4 * i), h = four_codes(in.cut[r][g] + 32 + 4 * i);
-      DFK_EACH(c, C) {
-        low.at[r][c] = low.at[r][c] + pair_products(w[c], l);
-        high.at[r][c] = high.at[r][c] + pair_products(w[c], h);
-      }
+      const Codes16 l = four_codes(in.cut[r][g] + 4 * i);
+      DFK_EACH(c, C) low.at[r][c] = add_products(low.at[r][c], w[c], l);
+      const Codes16 h = four_codes(in.cut[r][g] + 32 + 4 * i);
+      DFK_EACH(c, C) high.at[r][c] = add_products(high.at[r][c], w[c], h);
     }
-  }
+  };
   DFK_EACH(r, R) {
     DFK_EACH(c, C) {
-      sum.at[r][c] = sum.at[r][c] + widened(low.at[r][c], pairs16(1)) + widened(high.at[r][c], pairs16(16));
+      low.at[r][c] = pairs16(0);
+      high.at[r][c] = two_shorts(in.starts[r][g]);
     }
+  }
+  if constexpr (all) {
+    DFK_EACH(i, 8) add(i);
+  } else {
+    for (int64_t i = 0; i < steps; ++i) add(i);
+  }
+  Sums<R, C> sum;
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) sum.at[r][c] = widened(low.at[r][c], pairs16(1)) + widened(high.at[r][c], pairs16(16));
+  }
+  return sum;
+}
+
+// sum += codes * activations over `steps` registers of w8 (at most 8) of group g.
+template <int R, int C>
+inline void add_steps(const uint8_t* data, const Inputs<Bytes, R>& in, int64_t g, int64_t steps, Sums<R, C>& sum) {
+  const Sums<R, C> more = steps == 8 ? byte_sums<true, R, C>(data, in, g, 8) : byte_sums<false, R, C>(data, in, g, steps);
+  DFK_EACH(r, R) {
+    DFK_EACH(c, C) sum.at[r][c] = sum.at[r][c] + more.at[r][c];
   }
 }
 
@@ -105,7 +111,7 @@ inline Sums<R, C> narrow_sums(const uint8_t* data, const Inputs<Codes, R>& in, i
     DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, first + i);
     DFK_EACH(r, R) {
       const Codes16 codes = four_codes(in.at(r, g) + 4 * (first + i));
-      DFK_EACH(c, C) pairs.at[r][c] = pairs.at[r][c] + pair_products(w[c], codes);
+      DFK_EACH(c, C) pairs.at[r][c] = add_products(pairs.at[r][c], w[c], codes);
     }
   }
   Sums<R, C> sum;
@@ -120,12 +126,7 @@ template <class Codes, bool mins, int R, int C>
 inline Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, const int32_t (&starts)[R][16], int g, int p) {
   int32_t from[R];
   if constexpr (is_bytes<Codes>()) {
-    Sums<R, C> sum;
-    DFK_EACH(r, R) {
-      DFK_EACH(c, C) sum.at[r][c] = ints16(starts[r][g]);
-    }
-    add_steps<R, C>(data, in, g, 8, sum);
-    return sum;
+    return byte_sums<true, R, C>(data, in, g, 8);
   } else if constexpr (Codes::offset == 8) {
     DFK_EACH(r, R) from[r] = mins ? 0 : starts[r][g];
     return narrow_sums<Codes, R, C, 0, 8>(data, in, g, from);

@@ -307,7 +307,7 @@ inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int6
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
   int32_t* sums = reinterpret_cast<int32_t*>(tile);
   for (int64_t r = 0; r < rows; ++r) {
-    const Ints16 start = start_of<Bytes>(ints16(x.sums[row0 + r]));
+    const Ints16 start = kStartsAtZero<Bytes, false> ? ints16(0) : start_of<Bytes>(ints16(x.sums[row0 + r]));
     for (int c = 0; c < kPanel; c += 16) store(sums + r * kPanel + c, start);
   }
   for (int64_t s = 0; s < steps; s += 8 * kSlice) {

@@ -129,6 +129,15 @@ inline Pairs16 pairs16(int16_t x) { return {_mm256_set1_epi16(x), _mm256_set1_ep
 inline Pairs16 operator+(Pairs16 x, Pairs16 y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
 // Two products, w unsigned, x signed bytes, added up; their sum must fit 16 bits (the instruction saturates).
 inline Pairs16 pair_products(Codes16 w, Codes16 x) { return {_mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b)}; }
+// sum + pair_products(w, x), the sum kept in registers: GCC would multiply for all sums of a tile before it adds to any of
+// them, and spill.
+inline Pairs16 add_products(Pairs16 sum, Codes16 w, Codes16 x) {
+  sum.a = _mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x.a));
+  asm volatile("" : "+x"(sum.a));
+  sum.b = _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x.b));
+  asm volatile("" : "+x"(sum.b));
+  return sum;
+}
 // first * factors.first + second * factors.second
 inline Ints16 widened(Pairs16 x, Pairs16 factors) {
   return {_mm256_madd_epi16(x.a, factors.a), _mm256_madd_epi16(x.b, factors.b)};
@@ -144,13 +153,24 @@ inline void split_codes(const int8_t* x, int8_t* low, int8_t* high) {
   store_256(low, l);
   store_256(high, _mm256_sub_epi8(h, _mm256_cmpgt_epi8(_mm256_setzero_si256(), l)));
 }
-// Of each half of 32 codes: the sums of its inputs 4 i and 4 i + 1, and of 4 i + 2 and 4 i + 3, as two 16-bit numbers.
-inline void pair_sums(const int8_t* x, int32_t* out) {
-  __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_256(x));
-  sums = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0x4e));
-  sums = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0xb1));
-  out[0] = _mm256_cvtsi256_si32(sums);
-  out[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sums, 1));
+// Of 32 codes, in every 128 bits all four lanes alike: the sums of its inputs 4 i and 4 i + 1, and of 4 i + 2 and 4 i + 3,
+// as two 16-bit numbers.
+inline __m256i pair_sums(const int8_t* x) {
+  const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_256(x));
+  const __m256i twos = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0x4e));
+  return _mm256_add_epi16(twos, _mm256_shuffle_epi32(twos, 0xb1));
+}
+// -8 times those of all 32.
+inline int32_t group_starts(const int8_t* x) {
+  const __m256i sums = pair_sums(x);
+  const __m128i all = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(all, 3)));
+}
+// -32 times those of each half.
+inline void half_starts(const int8_t* x, int32_t* out) {
+  const __m256i starts = _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_slli_epi16(pair_sums(x), 5));
+  out[0] = _mm256_cvtsi256_si32(starts);
+  out[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(starts, 1));
 }
 #endif
 
