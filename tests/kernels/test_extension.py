@@ -41,7 +41,9 @@ def test_a_wrong_path_is_named() -> None:
 @needs_native
 def test_an_unknown_instruction_set_is_named() -> None:
     done = run("import dfastllm.kernels as k; k.native()", DFASTLLM_ISA="avx1024")
-    assert "UnsupportedError: DFASTLLM_ISA must be scalar, avx2, avxvnni, avx512vl or avx512, got 'avx1024'" in done.stderr
+    assert (
+        "UnsupportedError: DFASTLLM_ISA must be scalar, avx2, avxvnni, avx512vl or avx512, got 'avx1024'" in done.stderr
+    )
 
 
 @needs_native

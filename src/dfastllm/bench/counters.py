@@ -96,7 +96,8 @@ def counters_key() -> str:
     from dfastllm.kernels.extension import describe, native
 
     if native() is not None:
-        return describe().partition(":")[0]
+        isa = describe().partition(":")[0]
+        return "avx2" if isa in ("avxvnni", "avx512vl") else isa  # its attention, and linears of the same bits
     import torch
 
     return f"torch-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '-')}"

@@ -1,5 +1,17 @@
 """The linear layers in plain torch: the twins of dfastllm.kernels.linear, and the definition of what the native kernels
-compute. They read natural weights (QTensor) or panels, and trust what `linear` has checked."""
+compute. They read natural weights (QTensor) or panels, and trust what `linear` has checked.
+
+The twins multiply in float32 and may differ from the native kernels by rounding. Those agree with each other: prepared
+rows, products of the integer formats (w8, w8g, w4g, w6g, with minima or without), gates, caps and the head's statistics
+over them are the same bits on every instruction set, by one law that rounds in the same places (native/linear_tiles.h):
+
+    w8         y = (float(sum) * scale[n]) * act_scale[m], the integer sum over all inputs
+    the others y = fma(float(sum) * 2^p, factor * scale[g, n], y) for each group in order, or half of a group that has
+               its own scale; then y = fma(-min[g, n], act_scale[m, g] * float(sum of the codes), y) where there are minima
+
+act_scale = factor * 2^p with a factor of 1, 1.25, 1.5 or 1.75, so that all products but those of fma and of w8 are
+exact.
+Products of float32 and bfloat16 weights differ between instruction sets by rounding."""
 
 from __future__ import annotations
 

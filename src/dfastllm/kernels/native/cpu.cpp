@@ -19,8 +19,11 @@ namespace dfk {
 namespace {
 
 #if defined(DFK_X86)
+// F16C, which Clang's __builtin_cpu_supports does not know: CPUID leaf 1, bit 29 of ECX.
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 &&
+         (ecx >> 29 & 1) != 0;
 }
 
 // AVX-VNNI: CPUID leaf 7, subleaf 1, bit 4 of EAX. Alder Lake and its successors have it without AVX-512.
