@@ -7,7 +7,7 @@ over them are the same bits on every instruction set, by one law that rounds in 
 
     w8         y = (float(sum) * scale[n]) * act_scale[m], the integer sum over all inputs
     the others y = fma(float(sum) * 2^p, factor * scale[g, n], y) for each group in order, or half of a group that has
-               its own scale; then y = fma(-min[g, n], act_scale[m, g] * float(sum of the codes), y) where there are minima
+               its own scale; where there are minima then y = fma(-min[g, n], act_scale[m, g] * float(sum of codes), y)
 
 act_scale = factor * 2^p with a factor of 1, 1.25, 1.5 or 1.75, so that all products but those of fma and of w8 are
 exact.
