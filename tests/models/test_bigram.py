@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dfastllm import assemble
-from dfastllm.errors import ModelLoadError, ValidationError
+from dfastllm.errors import ModelLoadError, StorageError, ValidationError
 from dfastllm.models.bigram import FILE, Bigram, read_bigram, write_bigram
 from tests.kit.convert_models import write_tiny
 
@@ -31,6 +31,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert torch.equal(found.before, given.before.to(dtype).float())
         assert torch.equal(found.after, given.after.to(dtype).float())
         assert (found.vocabulary, found.rank) == (VOCAB, RANK)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o644
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_bigram(tmp_path / "nowhere", given)
 
 
 def test_a_head_that_is_none() -> None:

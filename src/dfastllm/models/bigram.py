@@ -14,12 +14,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dfastllm.core import value
 from dfastllm.errors import CheckpointError, ModelLoadError, StorageError, ValidationError
 from dfastllm.models.headers import read_header
+from dfastllm.quant.partial import part_of
 from dfastllm.quant.stream import read_tensor
 
 __all__ = ["FILE", "Bigram", "read_bigram", "write_bigram"]
@@ -86,13 +88,17 @@ def read_bigram(directory: Path, vocabulary: int) -> Bigram | None:
 
 
 def write_bigram(directory: Path, head: Bigram, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the file and return its path. Raises StorageError."""
+    """Write the file, which appears whole or not at all, and return its path. Raises StorageError."""
     path = directory / FILE
     tensors = {
         name: x.detach().to(dtype).contiguous() for name, x in zip(NAMES, (head.before, head.after), strict=True)
     }
+    partial = part_of(path)
     try:
-        save_file(tensors, path)
-    except OSError as error:
+        save_file(tensors, partial)
+        partial.chmod(0o644)  # it was made for its owner alone
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
         raise StorageError(f"{path} cannot be written: {error}.") from error
     return path
