@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dfastllm import models
-from dfastllm.core import SamplingParams
+from dfastllm import assemble, models
+from dfastllm.core import Request, SamplingParams, SpeculativeParams
+from dfastllm.engine import Engine, EngineConfig
+from dfastllm.engine.speculate import DraftCanvas
 from dfastllm.llm import LLM, resolve, shipped_models
+from dfastllm.metrics.speculation import answer
 from dfastllm.tasks import draw, grade
 from dfastllm.train.data import encode
 from dfastllm.train.evaluate import evaluate
@@ -64,3 +68,24 @@ def test_a_result_counts_what_was_answered() -> None:
     assert found.forwards == forwards / 6
     assert found.tokens_per_forward == sum(answer.usage.completion_tokens for answer in answers) / forwards
     assert (found.model, found.split, found.per_task, found.decode) == ("demo-ar", "validation", 3, "greedy")
+
+
+@pytest.mark.parametrize("name", ["demo-block", "demo-diffusion"])
+def test_its_bigram_head_makes_more_drafts_stand(name: str) -> None:
+    """Prose for demo-ar: at least a quarter more tokens of a draft, where the card has much more; and the same text."""
+    target, draft = assemble.load(resolve("demo-ar"), backend="native"), assemble.load(resolve(name), drafting=True)
+    config = EngineConfig(kv_tokens=2048, max_sequences=8)
+    sampling = SamplingParams(temperature=0.0, max_tokens=32)
+    requests = [
+        Request(str(i), encode(target.tokenizer, draw("test", 4, i, "prose")).prompt, sampling) for i in range(8)
+    ]
+    asked = [replace(r, speculative=SpeculativeParams("diffusion", 6, adaptive=False)) for r in requests]
+    accepted, said = {}, []
+    for head in (None, draft.bigram):
+        drafter = DraftCanvas(draft.model, config, bigram=head)
+        run = answer(Engine(target.model, target.tokenizer, config, drafters={"diffusion": drafter}), asked)
+        used = run.usages.values()
+        accepted[head is not None] = sum(u.accepted_tokens for u in used) / sum(u.drafts for u in used)
+        said.append(run.tokens)
+    assert said[0] == said[1]
+    assert accepted[True] > 1.25 * accepted[False]
