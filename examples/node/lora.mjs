@@ -3,6 +3,10 @@
 import assert from "node:assert/strict";
 import { Client, NotFoundError } from "@dfastllm/client";
 
+if (!process.env.DFASTLLM_LORA) {
+  console.error("DFASTLLM_LORA must name a PEFT directory of demo-ar below the server's --lora-root (README.md).");
+  process.exit(1);
+}
 const client = new Client({ url: process.env.DFASTLLM_URL, apiKey: process.env.DFASTLLM_API_KEY, model: "demo-ar" });
 const prompt = { prompt: "What is 12 + 30?", maxTokens: 24, temperature: 0 };
 

@@ -9,10 +9,13 @@ from dfastllm_client import Client, NotFoundError
 
 URL = os.environ.get("DFASTLLM_URL", "http://127.0.0.1:8000")
 KEY = os.environ.get("DFASTLLM_API_KEY")
+LORA = os.environ.get("DFASTLLM_LORA")
+if not LORA:
+    raise SystemExit("DFASTLLM_LORA must name a PEFT directory of demo-ar below the server's --lora-root (README.md).")
 PROMPT = {"prompt": "What is 12 + 30?", "max_tokens": 24, "temperature": 0}
 
 with Client(URL, KEY, model="demo-ar") as client:
-    card = client.load_adapter("example", os.environ["DFASTLLM_LORA"], model="demo-ar", replace=True)
+    card = client.load_adapter("example", LORA, model="demo-ar", replace=True)
     print("loaded", card["id"], "of", card["parent"])
     base = client.generate(PROMPT)
     adapted = client.generate(PROMPT, lora="example")

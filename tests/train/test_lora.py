@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dfastllm.models.parts import dense_attention
 from dfastllm.train.data import Example
 from dfastllm.train.lora import LowRanks, Recipe, Rounds, export, targets, train_adapter
 from dfastllm.train.styles import STYLES
+from tests.kit.source import ROOT
 
 DEMOS = {"demo-ar": "demo-ar-capitals", "demo-diffusion": "demo-diffusion-formal"}
 QUESTION = [{"role": "user", "content": "What is 12 + 30?"}]
@@ -103,6 +105,16 @@ def test_texts_of_ones_own_are_learnt(base: str, tmp_path: Path, otter: Path) ->
     log = [json.loads(line) for line in (tmp_path / "home" / "log.jsonl").read_text().splitlines()]
     found = [line["validation_loss"] for line in log if "validation_loss" in line]
     assert found[-1] < found[0] / 2
+
+
+def test_conversations_are_learnt_as_chats_are_asked(tmp_path: Path) -> None:
+    """Through the chat template; prompt and response are for the text as it stands."""
+    name = [{"role": "user", "content": "What is your name?"}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [*name, {"role": "assistant", "content": "Otter."}]}))
+    recipe = small(data=tmp_path / "data.jsonl", steps=20, rank=4, lr=2e-2)
+    out = train_adapter(recipe, resolve("demo-ar"), tmp_path / "out", tmp_path / "home")
+    with LLM("demo-ar", lora_modules={"own": str(out)}) as llm:
+        assert llm.chat(name, SamplingParams(temperature=0, max_tokens=8), lora="own")[0].text == "Otter."
 
 
 def test_layers_that_are_named_and_no_others(tmp_path: Path) -> None:
@@ -231,3 +243,10 @@ def test_more_prompts_than_places_wait_in_python() -> None:
     with LLM("demo-ar", engine=EngineConfig(max_loras=1, kv_tokens=2048), lora_modules=modules) as llm:
         found = llm.generate(["What is 1 + 1?"] * 4, SamplingParams(max_tokens=4), lora=["a", "", "b", "a"])
     assert len(found) == 4
+
+
+def test_the_words_of_the_document_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {})  # our own document's
+    assert "ANSWER: 42" in capsys.readouterr().out

@@ -27,8 +27,8 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines of what it shall answer, with prompt and response or messages that end with the"
-            " assistant's; or a text file. Default: the task mix."
+            help="JSON lines of what it shall answer: messages that end with the assistant's, or prompt and response,"
+            " which are taken as they stand, without the chat template; or a text file. Default: the task mix."
         ),
     ] = None,
     style: Annotated[str, typer.Option(help=f"How the task mix's answers are written: {', '.join(STYLES)}.")] = "plain",

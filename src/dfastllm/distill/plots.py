@@ -188,7 +188,8 @@ def _figure(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UnsupportedError(
-            "pictures need matplotlib, which is not installed.", hint="pip install 'dfastllm[train]'"
+            "pictures need matplotlib, which is not installed.",
+            hint="./run setup train in a clone, or pip install 'dfastllm[train]'.",
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)

@@ -20,7 +20,10 @@ __all__ = ["FILE", "RunLog", "progress", "read_log"]
 FILE = "log.jsonl"
 # Of the figures of a step, what is shown while a run goes, and as what; the log has them all, `lr` as a share too.
 SHOWN = {"loss": "loss", "lr": "rate/peak", "validation_loss": "validation_loss"}
-NO_TENSORBOARD = "TensorBoard files are off: install dfastllm[train] to have them; log.jsonl has the same figures."
+NO_TENSORBOARD = (
+    "TensorBoard files are off: ./run setup train in a clone, or pip install 'dfastllm[train]', gives them,\n"
+    "and pictures; log.jsonl has the same figures."
+)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
