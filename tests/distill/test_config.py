@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,10 @@ def test_all_weights_of_zero_would_learn_nothing() -> None:
         ("[model]: {student: demo-ar}\n", "a key is no text"),
         ("model: 2026-13-45\n", "is not YAML: month must be in 1..12"),
         ("model: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+        ("a: &a [x]\nb: [*a, *a]\n", "anchors and aliases are not taken"),  # nine of nine such lines fill any memory
+        ("a: &a [*a]\n", "anchors and aliases are not taken"),  # holds itself
+        ("a: " + "[" * 20_000, "nests more than 64 deep"),
+        ("#" * (1 << 20) + "\n", "more than 1,048,576 bytes"),
         ("data: {generate: {}}\n", "model is missing"),
     ],
 )
@@ -132,6 +137,10 @@ def test_files_that_are_no_configuration(text: str, said: str, tmp_path: Path) -
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(ValidationError, match=said):
+        load_config(path)
+    path.unlink()
+    os.mkfifo(path)  # would be waited for
+    with pytest.raises(ValidationError, match="is no file"):
         load_config(path)
 
 

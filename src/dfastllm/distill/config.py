@@ -23,6 +23,8 @@ from dfastllm.text.strict_yaml import StrictLoader
 
 __all__ = ["Config", "changed_keys", "load_config", "parse_config"]
 
+MOST_BYTES = 1 << 20  # of a file
+
 
 def load_config(path: str | Path, *, files: bool = True) -> Config:
     """The configuration in a YAML file. Relative paths in it are taken from the working directory. files: also check
@@ -30,7 +32,13 @@ def load_config(path: str | Path, *, files: bool = True) -> Config:
     wanted."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise ValidationError(f"{path} is no file.", param="config")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValidationError(f"{path} has more than {MOST_BYTES:,} bytes.", param="config")
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.",

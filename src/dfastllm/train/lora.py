@@ -313,10 +313,10 @@ def export(changes: LowRanks, recipe: Recipe, out: Path, dtype: torch.dtype = to
     }
     out.mkdir(parents=True, exist_ok=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):  # each whole at any moment: a server may read it
-        part = out / f".{name}.part"
+        written = out / f".{name}.part"
         if name.endswith(".json"):
-            part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            written.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         else:
-            save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(out / name)
+            save_file(tensors, written, metadata={"format": "pt"})
+        written.replace(out / name)
     return out
