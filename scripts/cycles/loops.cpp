@@ -13,24 +13,29 @@ namespace dfk::DFK_ISA::tiles {
 
 template <class Codes, int R> constexpr int kProducts = 32 * 16 * width<Codes>(R, false) * R;
 
-// A function with the loop's body in it. Memory is what the marks are in order with.
-#define DFK_LOOP(name, Codes, with_mins, R)                                                                        \
-  void name##_##R(const Block& b, const Inputs<Codes, R>& in, const Starts<Codes, with_mins, R>& starts, int g) {  \
-    Outputs<R, width<Codes>(R, false)> y(b.tile);                                                                  \
-    asm volatile("# LLVM-MCA-BEGIN " #name "_" #R "_%c0" : : "i"(kProducts<Codes, R>) : "memory");                 \
-    add_group<Codes, with_mins, R, width<Codes>(R, false), false>(b.data, b.table, b.mins, in, starts, g, y);      \
-    asm volatile("# LLVM-MCA-END " #name "_" #R "_%c0" : : "i"(kProducts<Codes, R>) : "memory");                   \
-    y.finish();                                                                                                    \
+// A comment in the assembly. Memory is what it is in order with.
+#define DFK_MARK(text, number) asm volatile("# " text : : "i"(number) : "memory")
+
+// A function with the loop's body in it.
+#define DFK_LOOP(name, Codes, with_mins, R)                                                                       \
+  void name##_##R(const Block& b, const Inputs<Codes, R>& in, const Starts<Codes, with_mins, R>& starts, int g) { \
+    Outputs<R, width<Codes>(R, false)> y(b.tile);                                                                 \
+    DFK_MARK("LLVM-MCA-BEGIN " #name "_" #R "_%c0", (kProducts<Codes, R>));                                       \
+    add_group<Codes, with_mins, R, width<Codes>(R, false), false>(b.data, b.table, b.mins, in, starts, g, y);     \
+    DFK_MARK("LLVM-MCA-END " #name "_" #R "_%c0", (kProducts<Codes, R>));                                         \
+    y.finish();                                                                                                   \
   }
 
-#define DFK_LOOPS(R)                     \
-  DFK_LOOP(w8g, Bytes, false, R)         \
-  DFK_LOOP(w4g, Nibbles, false, R)       \
-  DFK_LOOP(w4g_mins, Nibbles, true, R)   \
+#define DFK_LOOPS(R)                                                                                              \
+  DFK_LOOP(w8g, Bytes, false, R)                                                                                  \
+  DFK_LOOP(w4g, Nibbles, false, R)                                                                                \
+  DFK_LOOP(w4g_mins, Nibbles, true, R)                                                                            \
   DFK_LOOP(w6g, Sixes, false, R)
 
 DFK_LOOPS(1)
-#if defined(DFK_SIMD_DOT)
+#if defined(DFK_SIMD_DOT_TWICE)
+DFK_LOOPS(4)
+#elif defined(DFK_SIMD_DOT)
 DFK_LOOPS(6)
 #else  // the most rows that go together
 DFK_LOOP(w8g, Bytes, false, 3)

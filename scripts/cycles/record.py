@@ -2,7 +2,7 @@
 
     python -m scripts.cycles.record [--mca llvm-mca-19] [--write]
 
-Needs ziglang (the compiler, of both architectures) and llvm-mca of LLVM 17 or newer, whose models know Neoverse V1. The
+Needs ziglang (the compiler for ARM), g++ (for x86) and llvm-mca of LLVM 17 or newer, whose models know Neoverse V1. The
 models see a loop alone: all data in the nearest cache, no branch, no other core. So the figures compare instruction
 sequences; they are no measured speed, and none is claimed from them. apple-m1 has no model of its own in LLVM: it gets
 that of an older Apple core.
@@ -26,8 +26,9 @@ NATIVE = ROOT / "src/dfastllm/kernels/native"
 WRITTEN = ROOT / "benchmarks/cycles.json"
 ROUNDS = 200
 
-COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-S")
-X86, ARM = "x86_64-linux-musl", "aarch64-linux-musl"
+COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-g0", "-S")
+X86, ARM = "x86_64-linux-gnu", "aarch64-linux-musl"
+COMPILERS = {X86: ("g++",), ARM: (sys.executable, "-m", "ziglang", "c++", "-target", ARM)}
 SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {  # target, flags as in CMakeLists.txt, CPUs
     "avx2": (X86, ("-mavx2", "-mfma", "-mf16c"), ("znver3", "znver4", "alderlake")),
     "neon": (ARM, ("-mcpu=generic",), ("cortex-a72",)),
@@ -56,9 +57,13 @@ def read_cycles(report: str) -> list[float]:
 
 
 def _compile(target: str, flags: tuple[str, ...], out: Path) -> str:
-    words = [sys.executable, "-m", "ziglang", "c++", "-target", target, *COMMON, *flags, "-I", str(NATIVE)]
-    subprocess.run([*words, str(Path(__file__).with_name("loops.cpp")), "-o", str(out)], check=True)
-    return out.read_text()
+    words = [*COMPILERS[target], *COMMON, *flags, "-I", str(NATIVE)]
+    source = str(Path(__file__).with_name("loops.cpp"))
+    subprocess.run([*words, source, "-o", str(out)], check=True, stderr=subprocess.DEVNULL)
+    # Clang writes ARM's comments with two slashes, in which llvm-mca looks for no mark.
+    text = re.sub(r"// (LLVM-MCA-\w+ \S+)", r"/* \1 */", out.read_text())
+    out.write_text(text)
+    return text
 
 
 def _rows(mca: str) -> list[dict[str, Any]]:

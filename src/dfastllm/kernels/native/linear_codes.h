@@ -25,10 +25,10 @@ struct Bytes {  // w8, w8g
   using Whole = Bytes;
 #if defined(DFK_SIMD_SIGNED)  // codes below 128, those of the other formats, are the same signed
   static constexpr int offset = 0, parts = 1, side = kPanel, bytes = 2048;
-  static inline Codes16 at(const uint8_t* p, int i) { return load_wide_codes(p + 256 * i); }
+  static DFK_INLINE Codes16 at(const uint8_t* p, int i) { return load_wide_codes(p + 256 * i); }
 #else
   static constexpr int offset = 128, parts = 1, side = kPanel, bytes = 2048;
-  static inline Codes16 at(const uint8_t* p, int i) { return load_codes(p + 256 * i); }
+  static DFK_INLINE Codes16 at(const uint8_t* p, int i) { return load_codes(p + 256 * i); }
 #endif
 };
 
@@ -36,7 +36,7 @@ struct Nibbles {  // w4g
   using Unpacked = Nibbles;
   using Whole = Nibbles;
   static constexpr int offset = 8, parts = 1, side = kPanel, bytes = 1024;
-  static inline Codes16 at(const uint8_t* p, int i) {
+  static DFK_INLINE Codes16 at(const uint8_t* p, int i) {
     const Codes16 both = load_codes(p + 256 * (i / 2));
     return (i % 2 ? shift_right<4>(both) : both) & codes16(15);
   }
@@ -45,7 +45,7 @@ struct Nibbles {  // w4g
 // A byte a code. Two instructions a register are saved on every row block.
 struct UnpackedSixes {
   static constexpr int offset = 32, parts = 2, side = 2 * kPanel, bytes = 2048;
-  static inline Codes16 at(const uint8_t* p, int i) { return load_codes(p + 256 * i); }
+  static DFK_INLINE Codes16 at(const uint8_t* p, int i) { return load_codes(p + 256 * i); }
 };
 struct UnpackedWhole : UnpackedSixes { static constexpr int parts = 1; };
 struct WholeSixes;
@@ -54,7 +54,7 @@ struct Sixes {  // w6g
   using Unpacked = UnpackedSixes;
   using Whole = WholeSixes;
   static constexpr int offset = 32, parts = 2, side = 2 * kPanel, bytes = 1536;
-  static inline Codes16 at(const uint8_t* p, int i) {
+  static DFK_INLINE Codes16 at(const uint8_t* p, int i) {
     p += 768 * (i / 4);
     const Codes16 both = load_codes(p + 256 * (i % 4 / 2));
     Codes16 high = load_codes(p + 512);

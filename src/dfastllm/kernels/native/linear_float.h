@@ -38,7 +38,7 @@ constexpr int kFloatRows = 2, kFloatWidth = 1;
 template <int rows> struct FloatSums { Floats16 at[rows][kFloatWidth]; };
 
 template <int rows>
-inline void add_inputs(const float* w, const float* x, int64_t stride, int64_t k, FloatSums<rows>& sum, Ahead* ahead) {
+DFK_INLINE void add_inputs(const float* w, const float* x, int64_t stride, int64_t k, FloatSums<rows>& sum, Ahead* ahead) {
   for (int64_t i = 0; i < k; ++i, w += kPanel) {
     if (i % kTurn == 0 && ahead) ahead->turn();
     Floats16 weights[kFloatWidth];
@@ -51,7 +51,7 @@ inline void add_inputs(const float* w, const float* x, int64_t stride, int64_t k
 }
 
 template <int rows>
-inline void add_inputs(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, FloatSums<rows>& sum,
+DFK_INLINE void add_inputs(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k, FloatSums<rows>& sum,
                        Ahead* ahead) {
   for (int64_t i = 0; i < k; i += 2, w += 2 * kPanel) {
     if (i % kTurn == 0 && ahead) ahead->turn();

@@ -32,11 +32,19 @@ template <class Codes> constexpr int block_rows() { return 6; }
 template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
 template <class Codes> constexpr int width(int rows, bool) { return rows <= 2 ? 2 : 1; }
 constexpr int kChannelWidth = 1;
-#elif defined(DFK_SIMD_NEON)  // 32 registers of 128 bits: 6 x 4 of sums, 4 of weights
+#elif defined(DFK_SIMD_DOT_TWICE)  // 32 registers of 128 bits: 4 x 4 of sums, 8 of weights, 4 of 16-bit products
+constexpr bool kFloatsHeld = false;
+template <class Codes> constexpr int block_rows() { return 4; }
+template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
+template <class Codes> constexpr int width(int, bool) { return 1; }
+constexpr int kChannelWidth = 1;
+#elif defined(DFK_SIMD_NEON)  // 6 x 4 of sums, 4 of weights
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr int block_rows() { return 6; }
 template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
-template <class Codes> constexpr int width(int rows, bool) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+template <class Codes> constexpr int width(int rows, bool) {
+  return rows == 1 && Codes::offset != 32 ? 4 : rows <= 2 ? 2 : 1;
+}
 constexpr int kChannelWidth = 1;
 #else
 constexpr bool kFloatsHeld = false;
@@ -55,6 +63,11 @@ template <class Codes> inline Ints16 start_of(Ints16 sums) {
   return ints16(0) - shift_left<power>(sums);
 }
 
+// Clang moves a row's products to where its sums are read, and keeps all weights of the part in memory until then.
+#if !defined(DFK_SIMD_NEON)
+inline Ints16 here(Ints16 sum) { return sum; }
+#endif
+
 // The rows' codes over a slice.
 template <class Codes, int R> struct Inputs {
   const int8_t* x;
@@ -65,12 +78,12 @@ template <class Codes, int R> struct Inputs {
 
 // sum += codes * activations of 4 inputs, register `i` of group g. data: the group's, at the first channel.
 template <class Codes, int R, int C>
-inline void add_step(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
+DFK_INLINE void add_step(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
   Codes16 w[C];
   DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, i);
   DFK_EACH(r, R) {
     const Codes16 codes = four_codes(in.at(r, g) + 4 * i);
-    DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes);
+    DFK_EACH(c, C) sum.at[r][c] = here(dot(sum.at[r][c], w[c], codes));
   }
 }
 
@@ -78,26 +91,27 @@ inline void add_step(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g,
 #if defined(DFK_SIMD_DOT_TWICE)
 constexpr int kTogether = 2;
 template <class Codes, int R, int C>
-inline void add_together(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
+DFK_INLINE void add_together(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
   Codes16 w[C], next[C];
   DFK_EACH(c, C) w[c] = Codes::at(data + 64 * c, i);
   DFK_EACH(c, C) next[c] = Codes::at(data + 64 * c, i + 1);
   DFK_EACH(r, R) {
     const Codes16 codes = four_codes(in.at(r, g) + 4 * i), more = four_codes(in.at(r, g) + 4 * i + 4);
-    DFK_EACH(c, C) sum.at[r][c] = dot(sum.at[r][c], w[c], codes, next[c], more);
+    DFK_EACH(c, C) sum.at[r][c] = here(dot(sum.at[r][c], w[c], codes, next[c], more));
   }
 }
 #else
 constexpr int kTogether = 1;
 template <class Codes, int R, int C>
-inline void add_together(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
+DFK_INLINE void add_together(const uint8_t* data, const Inputs<Codes, R>& in, int64_t g, int i, Sums<R, C>& sum) {
   add_step(data, in, g, i, sum);
 }
 #endif
 
 // Part `p` of group `g` from the starts [row][...] on. data: the group's, at the first channel.
 template <class Codes, bool mins, int R, int C>
-inline Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, const int32_t (&starts)[R][16], int g, int p) {
+DFK_INLINE Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, const int32_t (&starts)[R][16], int g,
+                                int p) {
   constexpr int steps = 8 / Codes::parts;  // registers of weights that share a scale
   Sums<R, C> sum;
   DFK_EACH(r, R) {
@@ -110,7 +124,7 @@ inline Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, con
 
 // sum += codes * activations over `steps` registers of w8 (at most 8) of group g.
 template <int R, int C>
-inline void add_steps(const uint8_t* data, const Inputs<Bytes, R>& in, int64_t g, int64_t steps, Sums<R, C>& sum) {
+DFK_INLINE void add_steps(const uint8_t* data, const Inputs<Bytes, R>& in, int64_t g, int64_t steps, Sums<R, C>& sum) {
   int i = 0;
   for (; i + kTogether <= steps; i += kTogether) add_together(data, in, g, i, sum);
   for (; i < steps; ++i) add_step(data, in, g, i, sum);

@@ -103,22 +103,22 @@ template <class Codes> inline const float* scale_table(const uint16_t* scales, i
 template <int R, int C> struct Outputs {
   Floats16 held[kFloatsHeld ? R : 1][kFloatsHeld ? C : 1];
   float* tile;
-  explicit inline Outputs(float* at) : tile(at) {
+  explicit DFK_INLINE Outputs(float* at) : tile(at) {
     if constexpr (kFloatsHeld) {
       DFK_EACH(r, R) {
         DFK_EACH(c, C) held[r][c] = load(tile + r * kPanel + 16 * c);
       }
     }
   }
-  inline Floats16 get(int r, int c) const {
+  DFK_INLINE Floats16 get(int r, int c) const {
     if constexpr (kFloatsHeld) return held[r][c];
     else return load(tile + r * kPanel + 16 * c);
   }
-  inline void put(int r, int c, Floats16 y) {
+  DFK_INLINE void put(int r, int c, Floats16 y) {
     if constexpr (kFloatsHeld) held[r][c] = y;
     else store(tile + r * kPanel + 16 * c, y);
   }
-  inline void finish() {
+  DFK_INLINE void finish() {
     if constexpr (kFloatsHeld) {
       DFK_EACH(r, R) {
         DFK_EACH(c, C) store(tile + r * kPanel + 16 * c, held[r][c]);
@@ -130,7 +130,7 @@ template <int R, int C> struct Outputs {
 // y += sums * activation scale * weight scale (- minima * weighted sums), for group `g`. side: its scales, float16 (few)
 // or the table's.
 template <class Codes, bool mins, int R, int C, bool few>
-inline void add_group(const uint8_t* data, const void* side, const uint16_t* minima, const Inputs<Codes, R>& in,
+DFK_INLINE void add_group(const uint8_t* data, const void* side, const uint16_t* minima, const Inputs<Codes, R>& in,
                       const Starts<Codes, mins, R>& starts, int g, Outputs<R, C>& y) {
   DFK_EACH(p, Codes::parts) {
     Sums<R, C> sum;
