@@ -40,10 +40,16 @@ def model_of(family: str, **shape: Any) -> Decoder:
 
 
 def with_peft(
-    model: Decoder, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+    model: Decoder,
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    spread: float = 0.15,
+    **config: Any,
 ) -> Any:
     """PEFT's own model of a copy of `model` with random adapter weights (B and magnitudes too), saved to `directory`
-    under published names."""
+    under published names. spread: of the values of A and B."""
     settings = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEARS, **config})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -54,13 +60,13 @@ def with_peft(
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 if parameter.requires_grad and "router" not in name:
-                    spread = torch.randn(parameter.shape, generator=draw)
+                    noise = torch.randn(parameter.shape, generator=draw)
                     if "magnitude" in name:
-                        parameter.mul_(1 + 0.2 * spread)
+                        parameter.mul_(1 + 0.2 * noise)
                     elif "lora_" in name:
-                        parameter.copy_((spread * 0.15).to(dtype).float())
+                        parameter.copy_((noise * spread).to(dtype).float())
                     else:
-                        parameter.add_(spread * 0.05)
+                        parameter.add_(noise * 0.05)
         state = get_peft_model_state_dict(made, save_embedding_layers=False)
     _publish_patterns(model, made, settings)
     for name in [name for name in state if "router.bias" in name]:  # which is no bias of a linear

@@ -87,13 +87,15 @@ def held_to_peft(model: Decoder, directory: Path, *, merged: bool, **config: Any
         assert torch.equal(rows.logits()[:3], plain[:3])  # of the neighbour without one
         alone = runner.run(step_of([sequence], [1], causal=causal)).logits()
         assert torch.equal(alone, rows.logits()[3:])
-    if merged:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            whole = made.merge_and_unload()
-        said = wanted(whole, sequence, causal=causal)
-        close(alone, said)
-        close(wanted(with_adapter(model, adapter), sequence, causal=causal), said)  # as we merge it ourselves
+    if not merged:
+        return
+    close(wanted(with_adapter(model, adapter), sequence, causal=causal), expected)  # as we merge it ourselves
+    if model.config.tied:
+        return  # PEFT merges an embedding's change into the head, which shares its matrix: another model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = made.merge_and_unload()
+    close(alone, wanted(whole, sequence, causal=causal))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -24,6 +24,7 @@ from dfastllm import assemble
 from dfastllm.core import DecodeParams, Request, SamplingParams, SpeculativeParams
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.models import Decoder, tiny
+from tests.kit.adapters import ATTENTION, with_peft
 from tests.kit.chaos import Chaos
 from tests.kit.merged import Answers, write_strong
 
@@ -45,6 +46,13 @@ ADAPTERS: Sequence[dict[str, Any]] = (
     {"rank": 17, "targets": ("q_proj", "v_proj")},
     {"rank": 8, "targets": ("down_proj",)},
     {"rank": 1},
+)
+# By PEFT itself: what is not a plain change of a linear.
+VARIANTS: Sequence[dict[str, Any]] = (
+    {"use_dora": True},
+    {"target_modules": rf"{ATTENTION}|embed|lm_head", "r": 6},
+    {"target_modules": r"embed|lm_head|.*\.o_proj", "use_dora": True},
+    {"target_modules": ATTENTION, "modules_to_save": ["embed", "lm_head"], "r": 3},
 )
 
 
@@ -92,6 +100,9 @@ def interleave(kind: str, count: int, folder: Path, seed: int = 0, *, progress: 
     """So many interleavings on models of a kind."""
     model, total = small_model(kind), Count()
     contents = {f"{n}": write_strong(folder / f"{kind}{n}", model, n, **how) for n, how in enumerate(ADAPTERS, 1)}
+    for n, config in enumerate(VARIANTS, len(contents) + 1):
+        contents[f"{n}"] = folder / f"{kind}{n}"
+        with_peft(model, contents[f"{n}"], seed=n, spread=0.4, **config)
     answers = Answers(model, build, contents)
 
     def alone(request: Request, content: str) -> tuple[int, ...]:

@@ -19,7 +19,9 @@ def merged(name: str, delta: Delta, weight: Tensor) -> Tensor:
     if delta.a is not None and b is not None:
         change = delta.a.float().T @ b.float() if name == EMBED else b.float().T @ delta.a.float()
         whole = whole + delta.scale * change
-    return whole if delta.factor is None else whole * delta.factor[:, None]
+    if delta.factor is None:
+        return whole
+    return whole * (delta.factor if name == EMBED else delta.factor[:, None])  # of outputs: an embedding's columns
 
 
 def merged_bias(delta: Delta, bias: Tensor | None) -> Tensor | None:
