@@ -1,5 +1,5 @@
-"""An adapter over a base that came out of a GGUF file: it is the same adapter as over the file's weights as floats, and what
-it changes is what it changes there, but for the rounding that the format has without any adapter too."""
+"""An adapter over a base that came out of a GGUF file: it is the same adapter as over the file's weights as floats, and
+what it changes is what it changes there, but for the rounding that the format has without any adapter too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dfastllm import assemble
 from dfastllm.convert.gguf import quantise_gguf
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.kernels import native
-from dfastllm.llm import resolve
 from dfastllm.lora import read_adapter
 from dfastllm.models import Decoder, adapter_base
 
