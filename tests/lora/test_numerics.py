@@ -322,3 +322,16 @@ def test_the_twin_of_a_turned_base(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(f"dfastllm.{module}.native", lambda: None)
     monkeypatch.undo()
     close(got[0], got[1])
+
+
+def test_an_adapter_of_another_models_linears_is_refused(tmp_path: Path) -> None:
+    """A dense model has no experts, and a mixture no gate beside them: nothing is left out silently."""
+    dense, mixture = model_of("qwen3"), model_of("qwen3_moe")
+    for number, (model, other) in enumerate(((dense, mixture), (mixture, dense))):
+        with_peft(model, tmp_path / str(number))
+        adapter = read(model, tmp_path / str(number))
+        runner = NativeRunner(pack(other), 64, torch.float32, 16)
+        with pytest.raises(UnsupportedError, match=r"changes layers\.0\.mlp\..*this model has no such linear"):
+            runner.adapters([None, adapter])
+        with pytest.raises(UnsupportedError, match="no such linear"):
+            runner.check_adapter(adapter)

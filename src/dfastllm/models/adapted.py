@@ -225,9 +225,9 @@ class PackedAdapters:
         known = {name for places in self._places for name in places} | {EMBED, HEAD}
         if unknown := sorted(adapter.deltas.keys() - known):
             raise UnsupportedError(
-                f"an adapter of {unknown[0]} runs on the torch runner; the native runner has no such linear.",
+                f"the adapter changes {unknown[0]}; this model has no such linear.",
                 param="lora",
-                hint="Load the model with backend torch.",
+                hint="It is for another model.",
             )
         if self._basis is not None:
             require_turnable(adapter, self._basis)
