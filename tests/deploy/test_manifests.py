@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dfastllm.settings import Settings
+from dfastllm.settings import Settings, unknown_variables
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CHART = DEPLOY / "helm" / "dfastllm"
@@ -179,11 +180,42 @@ def test_the_unit() -> None:
         assert not complaints
 
 
+def instructions() -> list[tuple[str, str]]:
+    """(word, rest) of the Containerfile, comments and line ends taken away."""
+    text = re.sub(r"^#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
+    return [(word, " ".join(rest.split())) for word, rest in lines]
+
+
 def test_the_containerfile() -> None:
-    """Files that it copies are there, and the server it starts is not root's."""
-    text = (DEPLOY / "Containerfile").read_text()
-    for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
-        for source in line.split()[:-1]:
-            assert (DEPLOY.parent / source).exists(), source
-    assert text.index("USER 10001") < text.index("ENTRYPOINT")
-    assert json.loads(re.findall(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[0]) == ["dfastllm", "serve"]
+    """What it copies is there, and all that the build reads; parts and settings that it names exist; it answers where
+    it is asked for its health; the server that it starts is not root's."""
+    found = instructions()
+    words = [word for word, _ in found]
+    known = "FROM ARG RUN WORKDIR COPY LABEL ENV USER EXPOSE STOPSIGNAL HEALTHCHECK ENTRYPOINT"
+    assert set(words) <= set(known.split())
+    copied = [path for word, rest in found if word == "COPY" and "--from" not in rest for path in rest.split()[:-1]]
+    assert all((DEPLOY.parent / path).exists() for path in copied)
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
+    assert {"pyproject.toml", "CMakeLists.txt", "src", project["project"]["readme"]} <= set(copied)
+    stages = [rest.partition(" AS ")[2] for word, rest in found if word == "FROM"]
+    taken = [rest.split()[0].removeprefix("--from=") for word, rest in found if word == "COPY" and "--from" in rest]
+    assert taken == ["build"]
+    assert stages == ["build", ""]
+    (wanted,) = re.findall(r"[\"']\.\[([a-z,]+)\]", " ".join(rest for word, rest in found if word == "RUN"))
+    assert set(wanted.split(",")) <= project["project"]["optional-dependencies"].keys()
+    ((_, variables),) = [one for one in found if one[0] == "ENV"]
+    environment = dict(pair.split("=", 1) for pair in variables.split())
+    assert unknown_variables(environment) == []
+    settings = Settings.load(env=environment)
+    assert settings.host == "0.0.0.0"
+    assert ("EXPOSE", str(settings.port)) in found
+    ((_, health),) = [one for one in found if one[0] == "HEALTHCHECK"]
+    program, flag, code = json.loads(health.partition("CMD ")[2])
+    assert (program, flag) == ("python", "-c")
+    assert f"http://127.0.0.1:{settings.port}/health/ready" in code
+    compile(code, "HEALTHCHECK", "exec")
+    assert words.index("USER") < words.index("ENTRYPOINT")
+    assert "USER 0" not in [f"{word} {rest}" for word, rest in found]
+    assert [json.loads(rest) for word, rest in found if word == "ENTRYPOINT"] == [["dfastllm", "serve"]]
+    assert project["project"]["scripts"].keys() == {"dfastllm"}
