@@ -31,7 +31,8 @@ def same(a: Acts, b: Acts) -> bool:
 def sylvester(order: int) -> Tensor:
     """Entry (i, j) is -1 to the number of bits that i and j share."""
     signs = [[(-1) ** (i & j).bit_count() for j in range(order)] for i in range(order)]
-    return torch.tensor(signs, dtype=torch.float64) / order**0.5
+    matrix: Tensor = torch.tensor(signs, dtype=torch.float64) / order**0.5
+    return matrix
 
 
 @pytest.mark.parametrize(("block", "k"), SIZES)

@@ -191,13 +191,22 @@ def _basis(source: Source, options: Options) -> Basis | None:
     return basis_of(source.family.program(source.config), source.info.name, tied=source.config.tied)
 
 
+def _kept_dtype(source: Source, name: str, turned: bool) -> torch.dtype:
+    """Of a parameter that is not rounded: as stored; of a turned model float32 for routers, which decide between nearly
+    equal experts, and for biases, so that a file holds what loading would make."""
+    wide = turned and name.endswith((".router.weight", ".bias"))
+    return torch.float32 if wide else source.dtype(name)
+
+
 def _planned(source: Source, matrices: Mapping[str, tuple[int, int]], options: Options) -> dict[str, Planned]:
     found: dict[str, Planned] = {}
+    turned = FORMATS[options.format].turned
     for name in dict.fromkeys((*source.names, *matrices)):
         format = options.of(name) if name in matrices else None
         if format is None:
             known = name if name in source.shapes else "embed.weight"  # a tied head, turned
-            found[source.published(name)] = Planned(source.dtype(known), source.shapes[known])
+            dtype = _kept_dtype(source, known, turned)
+            found[source.published(name)] = Planned(dtype, source.shapes[known])
         else:
             found |= plan(source.published(name), format, matrices[name])
     return found
@@ -243,7 +252,7 @@ def _turned(source: Source, options: Options, basis: Basis) -> Iterator[tuple[st
         known, published = name if name in source.shapes else "embed.weight", source.published(name)
         format = options.of(name) if known in source.matrices else None
         if format is None:
-            kept = value.to(source.dtype(known))
+            kept = value.to(_kept_dtype(source, known, True))
             yield name, kept, weight_report(published, kept, kept, "float", kept.nbytes, 0)
             continue
         found = quantise(value, format, search=options.search, name=published)
