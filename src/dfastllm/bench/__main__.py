@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,21 +25,51 @@ app = typer.Typer(add_completion=False, help=__doc__)
 app.add_typer(cpu, name="cpu")
 console = Console(stderr=True)
 CACHE = default_cache()
+WIDTH = 80  # columns of a table where no terminal says how many there are
 Out = Annotated[Path, typer.Option(help="Directory of the records.")]
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    """Rows under their names; where that is wider than the terminal, or than 80 columns if there is none, a line for
+    each name and as many rows side by side as fit. No heading is cut."""
+    wide = Console().width if sys.stdout.isatty() else WIDTH
+    names = list(rows[0])
+    columns = [[name, *(_cell(row[name]) for row in rows)] for name in names]
+    left = [isinstance(rows[0][name], str) for name in names]
+    tables: list[tuple[Sequence[Sequence[str]], list[bool]]] = [(columns, left)]
+    if _width(columns) > wide:
+        cells = list(zip(*columns, strict=True))
+        tables = [([cells[0], *some], [True] + [False] * len(some)) for some in _parts(cells, wide)]
+    for number, (shown, lefts) in enumerate(tables):
+        table = Table(title=title if number == 0 else None)
+        for column, is_left in zip(shown, lefts, strict=True):
+            table.add_column(column[0], justify="left" if is_left else "right", no_wrap=True)
+        for line in list(zip(*shown, strict=True))[1:]:
+            table.add_row(*line)
+        Console(width=max(wide, _width(shown))).print(table)
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """Characters of a table of these columns."""
+    return 1 + sum(3 + max(map(len, column)) for column in columns)
+
+
+def _parts(cells: Sequence[Sequence[str]], wide: int) -> Iterator[list[Sequence[str]]]:
+    """The columns behind the first in groups that fit beside it, at least one in each."""
+    some: list[Sequence[str]] = []
+    for column in cells[1:]:
+        if some and _width([cells[0], *some, column]) > wide:
+            yield some
+            some = []
+        some.append(column)
+    yield some
 
 
 def _cell(value: Any) -> str:
     if hasattr(value, "median"):
         return f"{value.median:,.4g} ({value.low:,.4g}–{value.high:,.4g})"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
