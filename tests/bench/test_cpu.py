@@ -295,9 +295,11 @@ def test_an_environment_is_made_once_and_its_failure_quoted(tmp_path: Path) -> N
 
 
 def test_the_peers_are_made_with_an_exact_torch_first() -> None:
-    assert set(PEERS) == {"llama.cpp", "openvino-genai", "vllm"}
+    assert set(PEERS) == {"llama.cpp", "llama.cpp-avx2", "openvino-genai", "vllm"}
     assert PEERS["vllm"].steps[0] == ("torch==2.13.0",)
     assert dict(PEERS["llama.cpp"].variables)["CMAKE_ARGS"] == "-DGGML_NATIVE=ON"
+    lesser = dict(PEERS["llama.cpp-avx2"].variables)["CMAKE_ARGS"].split()
+    assert {"-DGGML_NATIVE=OFF", "-DGGML_AVX512=OFF", "-DGGML_AVX2=ON"} <= set(lesser)
 
 
 def test_the_cache_directory_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

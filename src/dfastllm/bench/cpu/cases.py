@@ -66,6 +66,8 @@ AIMS: Mapping[tuple[str, str], Mapping[str, float]] = {
         "block of 32, all rows": 2.3,
     },
     ("llama.cpp", "Q4_K_M"): {"block of 32, all rows": 4.0},
+    ("llama.cpp-avx2", "Q8_0"): {"block of 32, all rows": 2.0},
+    ("llama.cpp-avx2", "Q4_0"): {"block of 32, all rows": 2.0},
     **{
         ("openvino-genai", name): {
             "decode, batch 1": 1.4,

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,12 +145,16 @@ def llamacpp(
     resume: Resume = False,
     out: Out = Path("benchmarks/cpu"),
     cache: Cache = CACHE,
+    avx2: Annotated[bool, typer.Option("--avx2", help="The peer built for AVX2 alone.")] = False,
 ) -> None:
-    """Against llama-cpp-python built from source, on the same GGUF files: Q8_0, Q4_0, Q4_K_M."""
+    """Against llama-cpp-python built from source, on the same GGUF files: Q8_0, Q4_0, Q4_K_M. --avx2: both sides as on
+    a processor without AVX-512, where DFASTLLM_ISA is set to avx2 (or to avx512vl, which stands for AVX-VNNI)."""
     from dfastllm.bench.cpu.records import against_llamacpp
 
     chosen = _chosen(formats, ("Q8_0", "Q4_0", "Q4_K_M"))
-    _record("llama.cpp", against_llamacpp, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
+    peer = "llama.cpp-avx2" if avx2 else "llama.cpp"
+    rows_of = partial(against_llamacpp, peer=peer)
+    _record(peer, rows_of, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
 
 
 @app.command()

@@ -75,20 +75,23 @@ told.mkdir(exist_ok=True)
 (told / "INSTALLER").write_text("by hand\n")
 """
 
+# No cache: pip would take a wheel built earlier with other flags for the one asked for.
+_LLAMA_CPP = ("--no-cache-dir", "--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3", "gguf>=0.19")
+_AVX2 = " ".join(
+    ["-DGGML_NATIVE=OFF", "-DGGML_AVX512=OFF", *(f"-DGGML_{has}=ON" for has in ("AVX", "AVX2", "FMA", "F16C", "BMI2"))]
+)
+
 PEERS: Mapping[str, Environment] = {
     peer.name: peer
     for peer in (
         Environment(
             "llama.cpp",
-            # No cache: pip would take a wheel built earlier with other flags for the one asked for.
-            (
-                ("--no-cache-dir", "--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3", "gguf>=0.19"),
-                # Its server, for the suite's trials; the library is there by now.
-                ("--no-binary", "llama-cpp-python", "llama-cpp-python[server]>=0.3"),
-            ),
+            # Its server, for the suite's trials; the library is there by then.
+            (_LLAMA_CPP, ("--no-binary", "llama-cpp-python", "llama-cpp-python[server]>=0.3")),
             "import llama_cpp.server.app, gguf",
             {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
         ),
+        Environment("llama.cpp-avx2", (_LLAMA_CPP,), "import llama_cpp, gguf", {"CMAKE_ARGS": _AVX2}),
         Environment(
             "openvino-genai",
             (

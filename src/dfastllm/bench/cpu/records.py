@@ -70,18 +70,19 @@ def ensure_gguf(worker: Peer, shape: Shape, formats: Sequence[str], cache: Path,
     return {name: directory / f"{name}.gguf" for name in formats}
 
 
-def against_llamacpp(plan: Plan) -> Iterator[Row | dict[str, Any]]:
-    """The same GGUF file and threads on both sides. Yields the peer's versions once, then a Row per format and case."""
-    with _worker("llama.cpp", "llamacpp", plan.cache, plan.threads) as worker:
+def against_llamacpp(plan: Plan, peer: str = "llama.cpp") -> Iterator[Row | dict[str, Any]]:
+    """The same GGUF file and threads on both sides. Yields the peer's versions once, then a Row per format and case.
+    peer: which build of it, `llama.cpp` or `llama.cpp-avx2`."""
+    with _worker(peer, "llamacpp", plan.cache, plan.threads) as worker:
         files = ensure_gguf(worker, plan.shape, plan.formats, plan.cache, plan.threads)
         for form, path in files.items():
-            cases = plan.left("llama.cpp", form, form)
+            cases = plan.left(peer, form, form)
             if not cases:
                 continue
             yield worker.call("load", path=str(path), threads=plan.threads)
             ours = Ours(assemble.load(path).model, plan.threads)
             size = path.stat().st_size
-            contest = Contest(plan.shape, "llama.cpp", form, form, size, size, plan.pace)
+            contest = Contest(plan.shape, peer, form, form, size, size, plan.pace)
             for case in cases:
                 yield contest.run(case, ours, peer_burst(worker, case), [worker.pid])
             del ours

@@ -114,12 +114,15 @@ template <int count> inline Codes16 shift_right(Codes16 x) {
 inline Codes16 masked_or(Codes16 a, Codes16 mask, Codes16 b) { return (a & mask) | b; }
 
 #if defined(DFK_SIMD_DOT)
+// The sum stays in a register: GCC would unpack the weights of several steps before it multiplies, and spill.
 inline __m256i dot_256(__m256i sum, __m256i w, __m256i x) {
 #if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sum, w, x);
+  sum = _mm256_dpbusd_avx_epi32(sum, w, x);
 #else
-  return _mm256_dpbusd_epi32(sum, w, x);
+  sum = _mm256_dpbusd_epi32(sum, w, x);
 #endif
+  asm volatile("" : "+x"(sum));
+  return sum;
 }
 inline Ints16 dot(Ints16 sum, Codes16 w, Codes16 x) { return {dot_256(sum.a, w.a, x.a), dot_256(sum.b, w.b, x.b)}; }
 #else
