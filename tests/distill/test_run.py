@@ -89,3 +89,18 @@ def test_a_run_of_the_generator_alone(tmp_path: Path) -> None:
             tmp_path / "b",
             say=said.append,
         )
+
+
+def test_a_teacher_that_answers_nothing_is_named(tmp_path: Path) -> None:
+    """And not the file of its answers, which is empty for that reason."""
+    (tmp_path / "ask.jsonl").write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    teacher = {"base_url": "http://127.0.0.1:1/v1", "model": "x", "attempts": 1}
+    raw = {
+        "model": {"student": "demo-draft"},
+        "data": {"train": [str(tmp_path / "ask.jsonl")]},
+        "train": {"steps": 1},
+        "kd": {"teacher": teacher},
+    }
+    with pytest.raises(DataError, match=r"to any of the 2 prompts of .*ask\.jsonl: 2 connect") as said:
+        run_distillation(parse_config(raw), tmp_path / "out", say=lambda _: None)
+    assert said.value.param == "kd.teacher"
