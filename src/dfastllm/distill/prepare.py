@@ -159,7 +159,7 @@ def _answered(
                     hint="Raise the budget or wait, and run the same command again: what was answered is kept.",
                 )
             if summary.rows and not summary.had + summary.given + summary.accepted:
-                why = {**summary.failed, **summary.rejected}
+                why: dict[str, int] = {**summary.failed, **summary.rejected}
                 raise DataError(
                     f"the teacher gave no answer to learn from to any of the {summary.rows} prompts of {file}: "
                     f"{', '.join(f'{count} {reason}' for reason, count in why.items())}.",
