@@ -115,7 +115,8 @@ def ratio(new: Floats, old: Floats, over: int, per: int) -> dict[str, Any]:
     picks = np.random.default_rng(0).integers(0, len(new), (DRAWS, len(new)))
 
     def rate(x: Floats) -> Floats:
-        return x[..., over].sum(-1) / x[..., per].sum(-1)
+        found: Floats = x[..., over].sum(-1) / x[..., per].sum(-1)
+        return found
 
     again = rate(new[picks]) / rate(old[picks])
     low, high = np.quantile(again, [0.025, 0.975])
@@ -157,7 +158,8 @@ def confidence(train: Replay, test: Replay, head: Bigram | None) -> Any:
     seen = test.drafts(head)[1]
     with torch.no_grad():
         given = (torch.cat([seen, places.expand(len(seen), -1, -1)], -1) - mean) / size
-        return torch.sigmoid(net(given))[..., 0].double().numpy()
+        found: Floats = torch.sigmoid(net(given))[..., 0].double().numpy()
+        return found
 
 
 def averages(right: Any, cost: Floats, draft: float) -> Length:
@@ -166,7 +168,7 @@ def averages(right: Any, cost: Floats, draft: float) -> Length:
 
     def length(one: int, number: int) -> int:
         mine = own.setdefault(number, Chances(MOST))
-        worth = np.cumprod(mine.given(method.given(0.8, 1.0), 2.0))
+        worth: Floats = np.cumprod(mine.given(method.given(0.8, 1.0), 2.0), dtype=np.float64)
         k = best(worth, cost, draft, None)
         if k:
             stood = int(right[one, :k].sum())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dfastllm.core import value
 from dfastllm.errors import CheckpointError, ModelLoadError, StorageError, ValidationError
-from dfastllm.models.headers import read_header
+from dfastllm.quant.header import read_header
 from dfastllm.quant.partial import part_of
 from dfastllm.quant.stream import read_tensor
 

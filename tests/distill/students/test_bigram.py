@@ -230,6 +230,7 @@ def test_what_means_nothing_for_a_kind_of_draft_is_refused(
         (replace(plain, bf16=True), "bf16"),
         (replace(plain, frozen=True), "frozen"),
         (muon, "optimizer"),
+        (replace(plain, device="cuda"), "device"),
     ]
     for asked, param in wrong:
         with pytest.raises(ValidationError, match=f"{param} has no meaning for .*masked") as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfastllm import assemble
-from dfastllm.core import Draft, ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams
+from dfastllm.core import Draft, ModelInfo, Request, SamplingParams, SequenceState, SpeculativeParams, StepStats
 from dfastllm.decode.draft.verify import Cell, draw_of
 from dfastllm.decode.sampling import draw
 from dfastllm.engine import Engine, EngineConfig
@@ -191,7 +191,7 @@ def test_a_head_that_knows_the_pairs_is_right() -> None:
             drafter = Flat(kind), config
             engine = Engine(target, config=config, drafters={"diffusion": DraftCanvas(*drafter, bigram=bigram)})
             drafts: list[tuple[int, int]] = []
-            engine.subscribe(lambda stats, into=drafts: into.extend(stats.drafts))
+            engine.subscribe(Collected(drafts))
             sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
             engine.add(Request("r", (3, 4, 5), sampling, speculative=SpeculativeParams("diffusion", 6, adaptive=False)))
             said = [token for event in drain(engine) for token in event.token_ids]
@@ -202,6 +202,16 @@ def test_a_head_that_knows_the_pairs_is_right() -> None:
             stood[label] = sum(accepted for _, accepted in drafts) / sum(drafted for drafted, _ in drafts)
         assert stood["with"] == 1.0
         assert stood["without"] < 0.3
+
+
+class Collected:
+    """Keeps what became of drafts, (drafted, accepted) each."""
+
+    def __init__(self, into: list[tuple[int, int]]) -> None:
+        self.into = into
+
+    def __call__(self, stats: StepStats) -> None:
+        self.into.extend(stats.drafts)
 
 
 def drain(engine: Engine) -> list[Any]:

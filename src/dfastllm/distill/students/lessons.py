@@ -89,6 +89,7 @@ class HeadOfDraft:
             "bf16": asked.bf16,
             "frozen": asked.frozen,
             "optimizer": asked.plan.optimizer != "adamw",
+            "device": torch.device(asked.device).type != "cpu",
         }
         for name, given in wrong.items():
             if given:
