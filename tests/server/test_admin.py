@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from dfastllm.tenants import SCOPES
+from dfastllm.tenants import SCOPES, records
 from dfastllm.tenants.store import Store
 from dfastllm.tenants.tables import USAGE
 from tests.kit.cheap_keys import cheap_keys
@@ -107,6 +108,28 @@ def test_a_key_is_in_one_answer_only(admin: Admin) -> None:
     everything = json.dumps([admin.good("GET", "/admin/v1/keys"), admin.good("GET", "/admin/v1/audit")])
     for secret in (text, rotated["key"], admin.key):
         assert secret.split("_")[2] not in everything
+
+
+def test_long_lists_are_written_off_the_event_loop(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    for name in ("key_record", "tenant_record", "usage_record"):
+        inner = getattr(records, name)
+
+        def noting(*given: Any, inner: Callable[..., Any] = inner) -> Any:
+            threads.append(threading.current_thread().name)
+            return inner(*given)
+
+        monkeypatch.setattr(records, name, noting)
+    row = {"request_id": "r", "tenant_id": "t", "key_id": "k", "model": "m", "adapter": "", "prompt_tokens": 1}
+    row |= {"completion_tokens": 1, "version": 1, "writer": "w", "id": "off", "status": "ok", "started": 1e9}
+    with admin.store.database.writing() as connection:
+        connection.execute(USAGE.insert(), {**row, "seconds": 1.0})
+    counts = [len(admin.good("GET", f"/admin/v1/{what}")["data"]) for what in ("keys", "tenants", "usage")]
+    with admin.store.database.writing() as connection:
+        connection.execute(USAGE.delete().where(USAGE.c.id == "off"))
+    assert all(counts)
+    assert len(threads) == sum(counts)
+    assert {name.partition("_")[0] for name in threads} == {"asyncio"}, "of the loop's pool"
 
 
 def test_who_may(admin: Admin) -> None:

@@ -18,12 +18,12 @@ __all__ = ["audit_record", "key_record", "tenant_record", "usage_record"]
 
 def tenant_record(tenant: Tenant) -> dict[str, Any]:
     """The fields of `Tenant`."""
-    return {name: _listed(value) for name, value in dataclasses.asdict(tenant).items()}
+    return {name: _listed(value) for name, value in vars(tenant).items()}
 
 
 def key_record(key: Key) -> dict[str, Any]:
     """The fields of `Key`; nothing of its secret is in it."""
-    record = {name: _listed(value) for name, value in dataclasses.asdict(key).items()}
+    record = {name: _listed(value) for name, value in vars(key).items()}
     ends = None if key.expires is None else int(key.expires)
     return {**record, "created": int(key.created), "expires": ends}
 
