@@ -51,6 +51,19 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         MOE,
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ),
+    "a router": (
+        "Qwen3Moe",
+        {**MOE, "num_experts": 6},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+    ),
+    "a router beside its experts": (
+        "Qwen3Moe",
+        MOE,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
 }
 
 
