@@ -281,6 +281,11 @@ DFK_INLINE Floats16 doubled(Floats16 x) {
   const float32x4_t a = x.v[0], b = x.v[1];
   return {{vzip1q_f32(a, a), vzip2q_f32(a, a), vzip1q_f32(b, b), vzip2q_f32(b, b)}};
 }
+template <int n> DFK_INLINE Floats16 crossed(Floats16 x) {
+  if constexpr (n == 1) return each_quarter<Floats16>([&](int i) { return vrev64q_f32(x.v[i]); });
+  else if constexpr (n == 2) return each_quarter<Floats16>([&](int i) { return vextq_f32(x.v[i], x.v[i], 2); });
+  else return each_quarter<Floats16>([&](int i) { return x.v[i ^ n / 4]; });
+}
 DFK_INLINE int32_t sum_16(const int8_t* p) { return vaddlvq_s8(vld1q_s8(p)); }
 
 // Weights: two consecutive inputs for each of 16 channels as floats; x: one row's two in every lane. The first of a
