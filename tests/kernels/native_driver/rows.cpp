@@ -130,6 +130,31 @@ void linears(Report& report) {
   }
 }
 
+// Rows through the Hadamard transform, and a gate's products on their way to the next linear.
+void turned(Report& report) {
+  for (const int64_t block : {2, 8, 16, 32, 128, 256}) {
+    Numbers numbers(7);
+    const int64_t k = block == 8 ? 88 : 768, rows = 5;
+    const Array<float> x = bells(numbers, rows * k);
+    for (const ActKind kind : {ActKind::f32, ActKind::row8, ActKind::group8}) {
+      const Inputs out(kind, rows, k);
+      dfk::prepare_turned(x.data(), k, block, out.acts);
+      const std::string name = "prepare turned " + std::to_string(static_cast<int>(kind)) + " " + std::to_string(block);
+      const int64_t cells = rows * out.acts.stride;
+      if (kind == ActKind::f32) report.floats(name, static_cast<const float*>(out.acts.data), cells);
+      else report.bytes(name, out.acts.data, cells);
+    }
+  }
+  Numbers numbers(8);
+  const int64_t k = 128, width = 96, rows = 7;
+  const Weights w(kKinds[2], 2 * width, k, numbers);
+  const Array<float> x = bells(numbers, rows * k), h(rows * width);
+  const Inputs in(dfk::act_kind(kKinds[2].format), x.data(), k, rows, k), out(ActKind::row8, rows, width);
+  dfk::linear_gated(w.linear(), in.acts, dfk::Activation::silu, h.data(), out.acts, 32);
+  report.bytes("gated turned", out.acts.data, rows * out.acts.stride);
+  report.floats("gated turned scales", out.acts.scales, rows);
+}
+
 void gates(Report& report) {
   for (const Kind& kind : {kKinds[2], kKinds[3], kKinds[4]}) {
     for (int act = 0; act < 2; ++act) {
@@ -285,6 +310,7 @@ int rows() {
   packing(report);
   preparing(report);
   linears(report);
+  turned(report);
   gates(report);
   caps(report);
   heads(report);
