@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from dfastllm.convert.source import files_for_other_weights
 from dfastllm.distill.config import parse_config
 from dfastllm.distill.data.dataset import KDDataset
 from dfastllm.distill.data.encode import RowEncoder
 from dfastllm.distill.data.generate import distinct_samples, generate, row_of
-from dfastllm.distill.prepare import tokenizer_files
 from dfastllm.distill.run import load_student
 from dfastllm.distill.sampler import Sampler, Shapes
 from dfastllm.distill.sections import Config
@@ -79,7 +79,7 @@ def noisy(name: str, out: Path, noise: float = 0.4) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=draw)
-    save(model, out, files=tokenizer_files(source))
+    save(model, out, files=files_for_other_weights(source))
     return out
 
 

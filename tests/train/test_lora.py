@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dfastllm.errors import AdapterError, AdapterNotFoundError, CheckpointError,
 from dfastllm.llm import LLM, resolve, resolve_adapter, shipped_adapters
 from dfastllm.lora import read_adapter
 from dfastllm.lora.outline import outline
-from dfastllm.models import adapter_base, load
+from dfastllm.models import adapter_base, load, save
 from dfastllm.models.parts import dense_attention
 from dfastllm.train.data import Example
 from dfastllm.train.lora import LowRanks, Recipe, Rounds, export, targets, train_adapter
@@ -187,6 +188,18 @@ def test_a_merged_model_says_what_the_adapter_says(tmp_path: Path) -> None:
         merge(resolve("demo-ar"), resolve_adapter("demo-ar-capitals"), out)
     with pytest.raises(AdapterError):
         merge(resolve("demo-block"), resolve_adapter("demo-diffusion-formal"), tmp_path / "other")
+
+
+def test_what_goes_with_merged_weights(tmp_path: Path) -> None:
+    """What a server reads beside them, but not what was learned for the weights that they were made from."""
+    source, out = resolve("demo-diffusion"), tmp_path / "merged"
+    merge(source, resolve_adapter("demo-diffusion-formal"), out)
+    there, here = ({file.name for file in place.iterdir()} for place in (source, out))
+    assert {"bigram.safetensors", "README.md"} <= there
+    assert here == there - {"bigram.safetensors", "README.md"}
+    shutil.copyfile(source / "bigram.safetensors", out / "bigram.safetensors")
+    save(load(out), out)  # other weights in its place
+    assert not (out / "bigram.safetensors").exists()
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dfastllm import assemble
+from dfastllm.convert.source import files_for_other_weights
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.lora import EMBED, HEAD, Adapter, read_adapter
 from dfastllm.lora.merge import merged, merged_bias
@@ -47,8 +48,8 @@ def with_adapter(model: Decoder, adapter: Adapter) -> Decoder:
 
 def merge(model: Path, adapter: Path, out: Path, *, dtype: str | None = None, force: bool = False) -> Path:
     """Write the model at a path with the adapter of a directory merged into it to `out`, in `dtype` (None: as stored; a
-    quantised model as bfloat16), its tokenizer beside it. force: over what is there. Returns `out`. Raises what loading
-    both raises, UnsupportedError for what cannot be merged, ValidationError, StorageError."""
+    quantised model as bfloat16), its tokenizer, template and ends of text beside it. force: over what is there. Returns
+    `out`. Raises what loading both raises, UnsupportedError for what cannot be merged, ValidationError, StorageError."""
     if dtype is not None:
         named_dtype(dtype)
     if assemble.is_gguf(model):
@@ -59,7 +60,7 @@ def merge(model: Path, adapter: Path, out: Path, *, dtype: str | None = None, fo
         )
     if out.resolve() == model.resolve() or (out.exists() and any(out.iterdir()) and not force):
         raise ValidationError(f"{out} is not empty.", param="out", hint="Give a new directory, or --force.")
-    files = [path for path in sorted(model.glob("*")) if path.name.startswith(("tokenizer", "special_tokens", "chat_"))]
+    files = files_for_other_weights(model)
     base = load(model, dtype=dtype)
     whole = with_adapter(base, read_adapter(adapter, adapter_base(base)))
     with storing(out, sum(parameter.nbytes for parameter in whole.parameters())):

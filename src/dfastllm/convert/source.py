@@ -18,7 +18,7 @@ from dfastllm.models.headers import BYTES, TensorEntry, inventory, read_json
 from dfastllm.quant.checkpoint import stored
 from dfastllm.quant.stream import read_tensor
 
-__all__ = ["COPIED", "Source"]
+__all__ = ["COPIED", "Source", "files_for_other_weights"]
 
 # Small files that a model directory has beside config.json and the weights; copied as they are.
 COPIED = (
@@ -36,6 +36,14 @@ COPIED = (
     "README.md",
     "LICENSE",
 )
+# Of these, what was learned for or says something of the very weights beside it.
+OF_THESE_WEIGHTS = ("bigram.safetensors", "README.md")
+
+
+def files_for_other_weights(directory: Path) -> list[Path]:
+    """What of a model's directory goes with a model that is trained or made from it: tokenizer, template, ends of text,
+    terms; not its card and not a head that was learned for its own drafts."""
+    return [directory / name for name in COPIED if name not in OF_THESE_WEIGHTS and (directory / name).is_file()]
 
 
 class Source:

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dfastllm import models
+from dfastllm.convert.source import files_for_other_weights
 from dfastllm.distill.compare import Comparison, compare_students
 from dfastllm.distill.evaluate import evaluate_student, read_samples
 from dfastllm.distill.plots import plot_run
-from dfastllm.distill.prepare import Say, test_file, tokenizer_files
+from dfastllm.distill.prepare import Say, test_file
 from dfastllm.distill.probe import end_gates
 from dfastllm.distill.qat.run import QatRun
 from dfastllm.distill.sections import Config
@@ -88,7 +89,7 @@ def save_student(model: Decoder, start: Path, out: Path, dtype: str) -> Path:
     """The trained weights as a Hugging Face directory with the tokenizer files of `start`."""
     weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     copy = fill(skeleton(model.config, model.info, named_dtype(dtype)), weights)
-    models.save(copy, out, files=tokenizer_files(start))
+    models.save(copy, out, files=files_for_other_weights(start))
     return out
 
 
@@ -98,7 +99,7 @@ def finish(config: Config, home: Path, student: Decoder, start: Path, qat: QatRu
     saved = save_student(student, start, out, config.model.dtype)
     quantised = None
     if qat.qat is not None and qat.status == "active":
-        quantised = qat.qat.export(home / f"{out.name}-{config.quant.format}", tokenizer_files(start))
+        quantised = qat.qat.export(home / f"{out.name}-{config.quant.format}", files_for_other_weights(start))
     report = Report(home, saved, quantised, steps, qat.status, losses=_losses(home))
     _measure(config, report, start, say)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dfastllm import models
 from dfastllm.assemble import is_gguf, model_info
-from dfastllm.convert.source import COPIED
+from dfastllm.convert.source import files_for_other_weights
 from dfastllm.distill.choose import choose_answers
 from dfastllm.distill.data.generate import generate
 from dfastllm.distill.sections import Config
@@ -24,7 +24,7 @@ from dfastllm.models.decoder import Decoder
 from dfastllm.text import Tokenizer
 from dfastllm.train.checkpoint import latest
 
-__all__ = ["Files", "Say", "data_files", "random_student", "start_directory", "test_file", "tokenizer_files"]
+__all__ = ["Files", "Say", "data_files", "random_student", "start_directory", "test_file"]
 
 Say = Callable[[str], None]  # a line for people
 Files = tuple[Path, ...]
@@ -42,7 +42,7 @@ def start_directory(config: Config, home: Path) -> Path:
         return made
     if source is None:
         student = random_student(config)
-        models.save(student, made, files=tokenizer_files(Path(model.tokenizer or "")))
+        models.save(student, made, files=files_for_other_weights(Path(model.tokenizer or "")))
     else:
         keep = model.layers if model.layers is not None else tuple(range(model_info(source).layers))
         make_student(source, made, keep=keep)
@@ -69,13 +69,6 @@ def random_student(config: Config) -> Decoder:
     ids = models.Ids(eos=tokenizer.eos_ids, mask=mask, bos=tokenizer.bos_id, pad=tokenizer.pad_id)
     info = models.describe(section.family, built, ids, name=section.name or "student")
     return models.build(built, info, seed=config.train.seed)
-
-
-def tokenizer_files(directory: Path) -> list[Path]:
-    """What of a model's directory goes with a student of it: tokenizer, template, generation_config.json; not its
-    card."""
-    names = [name for name in COPIED if name not in ("README.md",)]
-    return [directory / name for name in names if (directory / name).is_file()]
 
 
 def data_files(

@@ -25,6 +25,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.basis import Basis, basis_of
+from dfastllm.models.bigram import FILE as BIGRAM_FILE
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible
@@ -304,6 +305,7 @@ def save(model: Decoder, path: str | Path, *, files: Iterable[str | Path] = (), 
         total = sum(tensor.nbytes for tensor in tensors.values())
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
     _drop_stale(directory, set(shards))
+    (directory / BIGRAM_FILE).unlink(missing_ok=True)  # learned for the drafts of the weights that were here
     _write_json(directory / "config.json", config)
     if model.info.defaults:
         _write_json(directory / "generation_config.json", generation_config(model.info.defaults))

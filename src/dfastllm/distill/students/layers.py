@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dfastllm.assemble import is_gguf
-from dfastllm.convert.source import COPIED
+from dfastllm.convert.source import files_for_other_weights
 from dfastllm.core import ModelInfo
 from dfastllm.errors import DFastLLMError, ValidationError
 from dfastllm.kernels.packed import QTensor
@@ -50,7 +50,6 @@ from dfastllm.text.saving import save_tokenizer
 __all__ = ["Student", "config_of", "evenly", "make_student", "most_layers", "renamed", "small_files", "tokenizer_of"]
 
 SHARE = 0.5  # of the source's parameters, where nothing else was asked for
-NOT_COPIED = ("README.md",)  # the source's model card does not describe the student
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +234,7 @@ def small_files(path: Path, into: Path) -> list[Path]:
     """What belongs beside the weights of a model that is made of another: tokenizer, chat template, ends of text,
     terms; not its card. Those of a GGUF file are written `into` a directory first."""
     if not is_gguf(path):
-        return [path / name for name in COPIED if name not in NOT_COPIED and (path / name).is_file()]
+        return files_for_other_weights(path)
     with open_gguf(path) as gguf:
         files = save_tokenizer(read_tokenizer(gguf.file.metadata), into)
         generation = {**generation_config(gguf.info.defaults), "eos_token_id": list(gguf.info.eos_ids)}
