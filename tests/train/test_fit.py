@@ -339,7 +339,7 @@ def test_without_tensorboard_a_word_and_the_run_goes_on(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert fit(Line(), plan(steps=2, tensorboard=True), tmp_path).name == "step-2"
-    assert "install dfastllm[train]" in capsys.readouterr().err
+    assert "pip install 'dfastllm[train]'" in capsys.readouterr().err
     assert not (tmp_path / "tensorboard").exists()
 
 

@@ -48,8 +48,9 @@ def with_adapter(model: Decoder, adapter: Adapter) -> Decoder:
 
 def merge(model: Path, adapter: Path, out: Path, *, dtype: str | None = None, force: bool = False) -> Path:
     """Write the model at a path with the adapter of a directory merged into it to `out`, in `dtype` (None: as stored; a
-    quantised model as bfloat16), its tokenizer, template and ends of text beside it. force: over what is there. Returns
-    `out`. Raises what loading both raises, UnsupportedError for what cannot be merged, ValidationError, StorageError."""
+    quantised model as bfloat16), its tokenizer, template and ends of text beside it. force: over what is there.
+    Returns `out`. Raises what loading both raises, UnsupportedError for what cannot be merged, ValidationError,
+    StorageError."""
     if dtype is not None:
         named_dtype(dtype)
     if assemble.is_gguf(model):

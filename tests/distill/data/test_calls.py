@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dfastllm.distill.data.calls import any_call, find_calls, outside, required_present
@@ -103,6 +103,7 @@ VALUE = st.recursive(
 
 
 @settings(max_examples=80, deadline=None)
+@example("{}", {}, "", False)  # a name that is spelled like the arguments
 @given(NAME, st.dictionaries(NAME, VALUE, max_size=3), st.text('ab {}"<>name', max_size=12), st.booleans())
 def test_any_call_is_found_where_it_was_written(
     name: str, arguments: dict[str, Any], before: str, ascii_only: bool

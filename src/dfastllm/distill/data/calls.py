@@ -73,12 +73,20 @@ def _located(text: str, call: ToolCall, begun: int, last: int, before: int, now:
     opened, opening = max(starts, default=(before, ""))
     inner = opened + len(opening)
     arguments: Span | None = None
-    at = text.find(call.arguments, inner, now)
+    at = _arguments(text, call.arguments, inner, now)
     if at >= 0:
         arguments = (at, at + len(call.arguments))
     elif last > begun and (brace := text.rfind("{", inner, begun)) >= 0:
         arguments = (brace, last)  # written as a JSON string, or with raw line breaks: what was read is not what stands
     return FoundCall(call, (opened, now), _name(text, call.name, inner, now, arguments), arguments)
+
+
+def _arguments(text: str, arguments: str, start: int, stop: int) -> int:
+    """Where they begin: as the value of their key, since a name may be spelled alike, or the first such text where
+    there are no keys; -1 where they do not stand as they were read."""
+    keyed = re.compile(rf'"(?:arguments|parameters)"\s*:\s*({re.escape(arguments)})')
+    match = keyed.search(text, start, stop)
+    return text.find(arguments, start, stop) if match is None else match.start(1)
 
 
 def _name(text: str, name: str, start: int, stop: int, arguments: Span | None) -> Span | None:
