@@ -152,10 +152,12 @@ def measure_flood(
             _round(front, work, "alone", number, prompts, pauses, times, answers)
             with front.flood(_Ids(engine, 1000 + number)):
                 _filled(engine, work)
-                speeds[False].append(front.speed(2.0))
                 began, before = time.monotonic(), front.tokens
                 _round(front, work, "flood", number, prompts, pauses, times, answers)
-                speeds[True].append((front.tokens - before) / (time.monotonic() - began))
+                seconds = time.monotonic() - began
+                speeds[True].append((front.tokens - before) / seconds)
+                # Afterwards and as long: the first seconds of a flood are prompts, and hardly a token comes.
+                speeds[False].append(front.speed(max(2.0, seconds)))
         with front.flood(_Ids(engine, 2000)):
             _filled(engine, work)
             one = [front.ask(_request(f"one{n}", ids.prompt(work.prompt_b), 2, "a"))[0] for n in range(3)]
