@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.kit.adapters import ATTENTION, LINEARS, model_of, pack, step_of, turned, wanted, with_peft
 from tests.kit.convert_models import grouped
+from tests.kit.without_native import without_native
 
 from dfastllm import assemble
 from dfastllm.convert.merge import with_adapter
@@ -190,14 +191,7 @@ def test_the_twin_is_the_native_forward(family: str, tmp_path: Path, monkeypatch
             runner = NativeRunner(packed, 64, torch.float32, 16)
             runner.adapters(table)
             got.append(runner.run(step).logits())
-            for module in (
-                "models.packed",
-                "models.adapted",
-                "kernels.linear",
-                "kernels.attention",
-                "engine.runners.native",
-            ):
-                monkeypatch.setattr(f"dfastllm.{module}.native", lambda: None)
+            without_native(monkeypatch)
         monkeypatch.undo()
         assert (got[0] - got[1]).abs().max() <= (1e-4 if form is None else 5e-2)
 
@@ -312,14 +306,7 @@ def test_the_twin_of_a_turned_base(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         runner = NativeRunner(packed, 64, torch.float32, 16)
         runner.adapters([None, adapter])
         got.append(runner.run(step_of(SEQUENCES, [1, 0, 1, 1])).logits())
-        for module in (
-            "models.packed",
-            "models.adapted",
-            "kernels.linear",
-            "kernels.attention",
-            "engine.runners.native",
-        ):
-            monkeypatch.setattr(f"dfastllm.{module}.native", lambda: None)
+        without_native(monkeypatch)
     monkeypatch.undo()
     close(got[0], got[1])
 

@@ -26,6 +26,7 @@ from dfastllm.models.gguf import write_gguf
 from tests.kit.adapters import model_of, step_of, turned
 from tests.kit.cli_models import write_tokenizer
 from tests.kit.convert_models import SIZES, grouped
+from tests.kit.without_native import without_native
 
 REFUSED = {  # what keeps a wiring from it
     "exaone4": "attn_post_norm.*mlp_post_norm",
@@ -123,8 +124,7 @@ def test_the_twin_is_the_native_forward(family: str, form: str | None, monkeypat
     model = model_of(family, **grouped(family))
     packed = turned(model) if form is None else assemble.pack(model, form)
     got = logits(packed)
-    for module in ("models.packed", "models.adapted", "kernels.linear", "kernels.attention", "engine.runners.native"):
-        monkeypatch.setattr(f"dfastllm.{module}.native", lambda: None)
+    without_native(monkeypatch)
     assert (logits(packed) - got).abs().max() <= (1e-4 if form is None else 5e-2)
 
 

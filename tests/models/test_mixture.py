@@ -20,6 +20,7 @@ from dfastllm.kernels import linear, native, set_threads
 from dfastllm.kernels.packed import QTensor, unpack_panels
 from dfastllm.models.packed import PackedDecoder, Routed
 from tests.kit.convert_models import grouped
+from tests.kit.without_native import without_native
 from tests.models.test_program import native_logits, torch_logits
 
 SHAPE: dict[str, Any] = {"hidden_size": 64, "heads": 4, "kv_heads": 2, "vocab_size": 96}
@@ -37,8 +38,7 @@ def one_thread() -> Iterator[None]:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both forms of the packed forward."""
     if request.param == "twin":
-        for module in ("models.packed", "kernels.linear", "kernels.attention", "engine.runners.native"):
-            monkeypatch.setattr(f"dfastllm.{module}.native", lambda: None)
+        without_native(monkeypatch)
     elif native() is None:
         pytest.skip("no native kernels")
     return str(request.param)

@@ -127,8 +127,8 @@ def quantise_model(
     Memory: the largest tensor and its rounding; with calibration one layer in float32 (and, for GPTQ, its gram
     matrices) and the hidden states of the samples. Raises ValidationError when `out` has files and `force` is not
     given, or is the source; UnsupportedError for matrices that the format's groups do not divide (before anything is
-    written); CheckpointError naming a tensor with NaN or
-    infinity; StorageError where the disk has no room; and as loading and calibrating do.
+    written); CheckpointError naming a tensor with NaN or infinity; StorageError where the disk has no room; and as
+    loading and calibrating do.
     """
     begun = time.monotonic()
     directory = Path(out)
