@@ -30,9 +30,9 @@ a step does not use is left at once. `out` is written where given, otherwise all
                                adapters, each row its own
 
 K,V of a layer: k, v [slots, kv_heads, dim] of float32, float16, bfloat16, float8_e4m3fn or int8; int8 has k_scales and
-v_scales float32 [slots, kv_heads]. Slot s is position s % block_size of block s // block_size. The keys of one pass only
-lie in the same tensor: own slot s is slot own_base + s, and a runner that lays all layers end to end in one tensor puts
-one scratch behind them: own_base is then (layers - layer) * slots as seen from the layer's first slot.
+v_scales float32 [slots, kv_heads]. Slot s is position s % block_size of block s // block_size. The keys of one pass
+only lie in the same tensor: own slot s is slot own_base + s. A runner that lays all layers end to end in one tensor
+puts one scratch behind them: own_base is then (layers - layer) * slots, as seen from the layer's first slot.
 """
 
 from __future__ import annotations
