@@ -25,6 +25,7 @@ from dfastllm.bench.cpu.report import table, write_results
 from dfastllm.bench.cpu.shapes import SHAPES, find_shape
 from dfastllm.bench.cpu.turns import Turn, peer_burst, take_turns
 from dfastllm.bench.cpu.wire import Peer, PeerError
+from dfastllm.bench.faithful import Faithfulness
 from dfastllm.errors import ValidationError
 from dfastllm.metrics.records import write_record
 from dfastllm.metrics.stats import Ratio, paired_ratio, summarise
@@ -269,15 +270,28 @@ def test_results_are_generated_from_the_records(tmp_path: Path) -> None:
     sides = [{"side": "native, dual", "tokens": 128, "times_plain": ratio, "aim": 10.0, "verdict": "met"}]
     write_record(tmp_path / "diffusion.json", "cpu diffusion", sides, threads=2, kernels="avx512")
     (tmp_path / "other.json").write_text(json.dumps({"name": "overhead"}))
-    cost = {"format": "w8", "kl": 0.0369, "agreement": 0.894, "tokens": 1718, "bytes": 1}
-    write_record(tmp_path.parent / "fidelity.json", "fidelity", [cost], model="a-model")
+    ours = [
+        {"format": name, "kl": kl, "agreement": 0.894, "tokens": 1718, "bytes": 1}
+        for name, kl in (("w8", 0.0369), ("Q8_0, as stored", 0.0043))
+    ]
+    theirs = [
+        {"peer": peer, "format": form, "kl": kl, "agreement": 0.9, "tokens": 1718}
+        for peer, form, kl in (("llama.cpp", "Q8_0", 0.0044), ("pytorch", "bf16", 0.0011))
+    ]
+    write_record(tmp_path.parent / "fidelity.json", "fidelity", ours, model="a-model", peers=theirs)
     text = write_results(tmp_path).read_text()
     assert "| w8 | 36.9 | 89.4% |" in text
-    assert "| Q8_0 | block of 32, all rows | 20.0 (20.0–20.0) | 100.0 (100.0–100.0) | 1,600 / 320 | 5.00" in text
+    assert "| llama.cpp, Q8_0 | 4.4 | 90.0% |" in text
+    line = "| Q8_0 | 4.3 / 4.4 | block of 32, all rows | 20.0 (20.0–20.0) | 100.0 (100.0–100.0) | 1,600 / 320 | "
+    assert line + "5.00" in text
     assert "4 met?" in text
-    assert "| native, dual | 128 | 12 (11–13) | 10 | met |" in text
+    assert "| w8 | 36.9 / 1.1 | native, dual | 128 | less faithful | 10 |  |" in text  # torch's bf16 is nearer to float
     assert "overhead" not in text
-    assert table([row], ceilings, "t").row_count == 1
+    assert table([row], ceilings, "t", Faithfulness(None)).row_count == 1
+    ours[1]["kl"] = 0.0054  # and a format that is further from float than the peer's gets both times and no ratio
+    write_record(tmp_path.parent / "fidelity.json", "fidelity", ours, model="a-model", peers=theirs)
+    text = write_results(tmp_path).read_text()
+    assert line.replace("4.3 /", "5.4 /") + "less faithful | less faithful | 4 not judged |" in text
 
 
 def test_an_environment_is_made_once_and_its_failure_quoted(tmp_path: Path) -> None:

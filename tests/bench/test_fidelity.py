@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from dfastllm import assemble
-from dfastllm.bench.fidelity import AS_STORED, FILE, faithfulness, logits_of, real_model
+from dfastllm.bench.fidelity import AS_STORED, FILE, faithfulness, logits_of, real_model, reference_of
 from dfastllm.convert.gguf import quantise_gguf
 from dfastllm.errors import ModelNotFoundError
 from dfastllm.llm import SHIPPED
@@ -43,7 +43,7 @@ def test_the_reference_is_the_float_model_of_the_file(tmp_path: Path) -> None:
 
 
 def test_the_figures_are_the_mean_divergence_over_every_token(file: Path) -> None:
-    [coarse, kept] = faithfulness(file, TEXTS, ["w4", AS_STORED], 1)
+    [coarse, kept] = faithfulness(file, reference_of(file, TEXTS, 1), ["w4", AS_STORED], 1)
     plain = assemble.dequantised(file, torch.float32)
     assert isinstance(plain.model, Decoder)
     packed = assemble.pack(plain.model, "w4")
@@ -63,8 +63,9 @@ def test_the_figures_are_the_mean_divergence_over_every_token(file: Path) -> Non
 
 
 def test_a_format_is_the_same_after_another_one(file: Path) -> None:
-    [alone] = faithfulness(file, TEXTS, ["w8g"], 1)
-    assert list(faithfulness(file, TEXTS, ["bf16", "w8g"], 1))[1] == alone
+    reference = reference_of(file, TEXTS, 1)
+    [alone] = faithfulness(file, reference, ["w8g"], 1)
+    assert list(faithfulness(file, reference, ["bf16", "w8g"], 1))[1] == alone
 
 
 def test_the_file_is_taken_out_of_the_package_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,8 @@ from rich.table import Table
 
 from dfastllm.bench.cpu.commands import app as cpu
 from dfastllm.bench.cpu.environment import default_cache
+from dfastllm.bench.cpu.weights import EIGHT
+from dfastllm.bench.faithful import Faithfulness
 from dfastllm.metrics.records import write_record
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -65,6 +67,16 @@ def _parts(cells: Sequence[Sequence[str]], wide: int) -> Iterator[list[Sequence[
     yield some
 
 
+def _beside(out: Path, rows: Sequence[dict[str, Any]], form: str, *, of: str | None = None) -> list[dict[str, Any]]:
+    """Rows of models of ours with how faithful their weights are. of: the one among the rows' models whose format is
+    `form`, the others are demo models as they are stored; None: all."""
+
+    def format(row: Mapping[str, Any]) -> str:
+        return form if of in (None, row["model"]) else "bf16"
+
+    return Faithfulness.read(out).beside(rows, format)
+
+
 def _cell(value: Any) -> str:
     if hasattr(value, "median"):
         return f"{value.median:,.4g} ({value.low:,.4g}–{value.high:,.4g})"
@@ -92,7 +104,7 @@ def kernels(out: Out = Path("benchmarks"), threads: int = 0, seconds: float = 0.
     """Each kernel alone on `threads` (0: all cores) against the ceilings and torch. Wants an idle machine."""
     from dfastllm.bench.attention import measure_attention
     from dfastllm.bench.cpu.ceilings import measure_ceilings
-    from dfastllm.bench.kernels import measure, works
+    from dfastllm.bench.kernels import measure, shown, works
     from dfastllm.kernels.extension import describe, set_threads
 
     threads = threads or os.cpu_count() or 1
@@ -102,7 +114,7 @@ def kernels(out: Out = Path("benchmarks"), threads: int = 0, seconds: float = 0.
     spans = measure_attention(seconds)
     about = {"kernels": describe(), "threads": threads, "ceilings": asdict(ceilings), "attention": spans}
     write_record(out / "kernels.json", "kernels", rows, **about)
-    _table("kernels, µs: median (low–high)", rows)
+    _table("kernels, µs: median (low–high)", shown(rows, Faithfulness.read(out)))
     _table("attention of one layer, against torch: seconds", spans)
 
 
@@ -144,8 +156,8 @@ def tenants(
         if sizes is not None:
             many += measure_tenants(model, **sizes)
     write_record(out / "tenants.json", "tenants", floods, tenants=many, threads=threads, kernels=describe())
-    _table("first token beside a flood, ms", floods)
-    _table("tenants on one engine: median (low–high)", many)
+    _table("first token beside a flood, ms", _beside(out, floods, EIGHT, of=shape))
+    _table("tenants on one engine: median (low–high)", _beside(out, many, EIGHT, of=shape))
 
 
 def _demo_and_random(demo: str, shape: str) -> tuple[Any, Any]:
@@ -158,7 +170,7 @@ def _demo_and_random(demo: str, shape: str) -> tuple[Any, Any]:
     from dfastllm.llm import resolve
     from dfastllm.models import build
 
-    random = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8")
+    random = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), EIGHT)
     return assemble.load(resolve(demo)).model, random
 
 
@@ -186,7 +198,7 @@ def lora(
     rows = [vars(row) for row in track(measure(model, rank=rank, turns=turns), "adapters", total=6, console=console)]
     about = {"shape": shape, "weights": weights, "rank": rank, "adapters_as": "bfloat16", "turns": turns}
     write_record(out / "lora.json", "lora", rows, threads=threads, kernels=describe(), **about)
-    _table("LoRA, 16 sequences, one token a step: median (low–high)", rows)
+    _table("LoRA, 16 sequences, one token a step: median (low–high)", _beside(out, rows, weights))
 
 
 @app.command()
@@ -212,7 +224,7 @@ def prefix(
     threads = threads or os.cpu_count() or 1
     set_threads(threads)
     models = [assemble.load(resolve(name)).model for name in ("demo-ar", "demo-block")]
-    models.append(packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8"))
+    models.append(packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), EIGHT))
     rows = []
     for model in models:
         for work, limits in track(workloads(model.info.max_len), model.info.name, console=console):
@@ -222,7 +234,7 @@ def prefix(
                         ("first token, ms", ("first_token_ms_off", "first_token_ms_on", "first_token_ratio")),
                         ("whole run", ("seconds_ratio", "one_run_off", "one_run_on"))):  # fmt: skip
         shown = [{key: row[key] for key in ("model", "workload", *sizes)} for row in rows]
-        _table(f"prefix sharing, {name}: median (low–high); ratios off / on", shown)
+        _table(f"prefix sharing, {name}: median (low–high); ratios off / on", _beside(out, shown, EIGHT, of=shape))
 
 
 @app.command()
@@ -289,7 +301,7 @@ def lossless(
         with LLM(name) as llm:
             found = measure_drafts(llm, name, samples if name == "demo-block" else samples // 3, canvas, repeats)
             rows += track(found, name, 14, console=console)
-    model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8")
+    model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), EIGHT)
     costs = [measure_branches(model, shape, b, 256, 4, 9) for b in (4, 8, 32)]
     free, error = fit(costs)
     gains = [{f"gain at {r:.0%}": c.gain(r, free) for r in (0.5, 0.6, 0.7, 0.8, 0.9)} for c in costs]
@@ -305,7 +317,8 @@ def lossless(
         {"block": c.block, **{f"{k} branches, ms": 1e3 * t.median for k, t in enumerate(c.seconds)}, **gain}
         for c, gain in zip(costs, gains, strict=True)
     ]
-    _table(f"a step behind 256 tokens, {shape}, 8-bit; forward_rows {free:.1f}, within {error:.0%}", lines)
+    title = f"a step behind 256 tokens, {shape}, {EIGHT}; forward_rows {free:.1f}, within {error:.0%}"
+    _table(title, _beside(out, lines, EIGHT))
 
 
 @app.command()
@@ -347,12 +360,12 @@ def speculation(
         record["speed"] = kept + made
         _table("tokens per second over plain decoding: median (low-high)", made)
     if "oracle" in (part or known):
-        model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), "w8")
+        model = packed(build(*find_shape(shape).own(), dtype=torch.bfloat16), EIGHT)
         record["oracle_model"] = shape
         record["verify"] = bench.verify_costs(model)
         record["oracle"] = list(track(bench.oracle(model), "oracle", 40, console=console))
-        _table(f"a step with draft tokens, {shape}, 8-bit", record["verify"])
-        _table("a free drafter that is right at a given rate", record["oracle"])
+        _table(f"a step with draft tokens, {shape}, {EIGHT}", _beside(out, record["verify"], EIGHT))
+        _table("a free drafter that is right at a given rate", _beside(out, record["oracle"], EIGHT))
     write_record(path, "speculation", record, threads=threads, kernels=describe(), samples=samples, repeats=repeats)
     if importlib.util.find_spec("matplotlib") is not None:
         bench.plot(json.loads(path.read_text())["results"], out / "speculation.png")
@@ -366,7 +379,7 @@ def formats(
     losses: Annotated[int, typer.Option(help="Samples of the mix for the loss.")] = 1500,
 ) -> None:
     """Quantised formats and calibrations, simulated in torch: loss and accuracy on the task mix."""
-    from dfastllm.bench.formats import CASES, as_record, as_row, compare_format
+    from dfastllm.bench.formats import CASES, as_record, as_row, as_served, compare_format
     from dfastllm.llm import shipped_models
 
     names = model or shipped_models()
@@ -375,42 +388,68 @@ def formats(
     for name, case in track(jobs, "formats", console=console):
         found.append(compare_format(name, case, per_task=per_task, losses=losses))
         write_record(out / "formats.json", "formats", [as_record(o) for o in found], per_task=per_task, losses=losses)
-    _table("formats, simulated in torch", [as_row(outcome) for outcome in found])
+    _table("formats, simulated in torch", Faithfulness.read(out).beside(map(as_row, found), as_served))
 
 
 @app.command()
 def fidelity(
     out: Out = Path("benchmarks"),
     only: Annotated[list[str] | None, typer.Option("--format", help="Repeatable; default: all.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Measure formats of this peer: pytorch, openvino-genai; repeatable.")
+    ] = None,
     threads: int = 0,
-    cache: Annotated[Path, typer.Option(help="Where the model is kept.", envvar="BENCH_CACHE")] = CACHE,
+    cache: Annotated[Path, typer.Option(help="Where models and peers are kept.", envvar="BENCH_CACHE")] = CACHE,
 ) -> None:
-    """What each format costs on a real model: KL from float32 in nats a token, how often the best token is the same."""
-    from dfastllm.bench.fidelity import FORMATS, PACKAGE, faithfulness, real_model
+    """What each format costs on a real model: KL from float32 in nats a token, how often the best token is the same.
+    What is not measured keeps its figures; --peer alone measures none of ours."""
+    import json
+
+    from dfastllm.bench.fidelity import FORMATS, PACKAGE, faithfulness, real_model, reference_of
+    from dfastllm.bench.peer_fidelity import FORMATS as PEER_FORMATS
+    from dfastllm.bench.peer_fidelity import peer_faithfulness
     from dfastllm.kernels.extension import describe, set_threads
     from dfastllm.kernels.extension import threads as used
 
-    chosen = only or list(FORMATS)
+    chosen = only or ([] if peer else list(FORMATS))
     unknown = set(chosen) - set(FORMATS)
     if unknown:
         raise typer.BadParameter(f"unknown format {min(unknown)!r}; known: {', '.join(FORMATS)}.")
+    peers = [pair for pair in PEER_FORMATS if pair[0] in (peer or ())]
+    known = {name for name, _ in PEER_FORMATS}
+    if set(peer or ()) - known:
+        raise typer.BadParameter(f"unknown peer {min(set(peer or ()) - known)!r}; known: {', '.join(sorted(known))}.")
     set_threads(threads or None)
     files = sorted((out / "fidelity").glob("*.txt"))
     if not files:
         raise typer.BadParameter(f"there are no texts (*.txt) in {out / 'fidelity'}.", param_hint="--out")
     texts = [file.read_text(encoding="utf-8") for file in files]
-    found = faithfulness(real_model(cache), texts, chosen, used())
-    rows = list(track(found, "fidelity", total=len(chosen), console=console))
+    reference = reference_of(real_model(cache), texts, used())
+    found = faithfulness(real_model(cache), reference, chosen, used())
+    rows = [asdict(row) for row in track(found, "fidelity", total=len(chosen), console=console)]
+    rivals = peer_faithfulness(reference, peers, cache, used())
+    others = [asdict(row) for row in track(rivals, "peers", total=len(peers), console=console)]
+    path = out / "fidelity.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     write_record(
-        out / "fidelity.json",
+        path,
         "fidelity",
-        rows,
+        _kept(before.get("results", []), rows, lambda row: row["format"]),
+        peers=_kept(before.get("peers", []), others, lambda row: (row["peer"], row["format"])),
         model=PACKAGE,
         texts=[file.name for file in files],
         kernels=describe(),
     )
-    shown = [{**asdict(row), "kl": 1e3 * row.kl, "agreement": f"{row.agreement:.1%}"} for row in rows]
+    shown = [{**row, "kl": 1e3 * row["kl"], "agreement": f"{row['agreement']:.1%}"} for row in rows or others]
     _table("SmolLM2-135M against its float32 weights: KL in 1e-3 nats a token", shown)
+
+
+def _kept(
+    before: list[dict[str, Any]], made: list[dict[str, Any]], key: Callable[[dict[str, Any]], object]
+) -> list[Any]:
+    """Rows of a record: those made now in the places of those before them, further ones at the end."""
+    new = {key(row): row for row in made}
+    return [new.pop(key(row), row) for row in before] + list(new.values())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

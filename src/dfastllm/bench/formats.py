@@ -7,6 +7,7 @@ Answers, among others, whether one int8 scale per row of activations is accurate
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dfastllm.quant.formats import FORMATS
 from dfastllm.text import Tokenizer
 from dfastllm.train.evaluate import evaluate
 
-__all__ = ["CASES", "Case", "Outcome", "as_record", "as_row", "compare_format"]
+__all__ = ["CASES", "Case", "Outcome", "as_record", "as_row", "as_served", "compare_format"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,13 @@ def as_row(found: Outcome) -> dict[str, Any]:
         "same best": found.agreement,
         "right": "" if found.total is None else found.total,
     }
+
+
+def as_served(row: Mapping[str, Any]) -> str:
+    """The format of a line of `as_row` where it is the one that is served as the kernels compute it; "": it is not."""
+    form = row["format"]
+    plain = form in FORMATS and row["calibration"] == "none" and row["activations"] == ACTIVATIONS[FORMATS[form].kind]
+    return form if plain and row["head"] == (FORMATS[form].head or form) else ""
 
 
 def as_record(found: Outcome) -> dict[str, Any]:

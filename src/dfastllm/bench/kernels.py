@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfastllm.bench.cpu.ceilings import Ceilings
+from dfastllm.bench.faithful import Faithfulness
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.linear import head_stats, linear, linear_gated, pack, prepare
 from dfastllm.kernels.packed import GROUP, Packed, QTensor
 from dfastllm.metrics.records import spread
 
-__all__ = ["FORMATS", "ROWS", "SHAPES", "Work", "measure", "works"]
+__all__ = ["FORMATS", "ROWS", "SHAPES", "Work", "measure", "shown", "works"]
 
 ROWS = (1, 8, 32, 128, 512)
 FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w6g")
@@ -202,3 +203,14 @@ def measure(work: Work, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
         "against": work.against,
         "times_torch": other.median / mine.median,
     }
+
+
+def shown(rows: Sequence[Mapping[str, Any]], faithful: Faithfulness) -> list[dict[str, Any]]:
+    """Rows of `measure` as they are printed: with the KL of their formats, and without a ratio to torch's where that is
+    nearer to float."""
+
+    def theirs(row: Mapping[str, Any]) -> str:
+        what: str = row["against"].removesuffix(", then eager")
+        return {"linear, bfloat16": "bf16", "linear, float32": "float32"}.get(what, what)
+
+    return faithful.against(rows, "pytorch", theirs, ("times_torch",))

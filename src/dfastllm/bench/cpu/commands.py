@@ -80,6 +80,7 @@ def _record(
     from dfastllm.bench.cpu.records import PAIRS, Plan, named_cases
     from dfastllm.bench.cpu.report import table
     from dfastllm.bench.cpu.shapes import find_shape
+    from dfastllm.bench.faithful import Faithfulness
     from dfastllm.kernels.extension import describe
     from dfastllm.metrics.records import write_record
 
@@ -117,14 +118,17 @@ def _record(
             )
             progress.advance(task)
     Console(width=None if sys.stdout.isatty() else 200).print(
-        table(found, ceilings, f"{peer}, {shape}, {count} threads")
+        table(found, ceilings, f"{peer}, {shape}, {count} threads", Faithfulness.read(out.parent))
     )
 
 
-def _print(rows: Sequence[dict[str, Any]], title: str) -> None:
-    from dfastllm.bench.cpu.report import plain_table
+def _print(record: str, rows: Sequence[dict[str, Any]], title: str, out: Path) -> None:
+    """The rows of the record of this name, beside what is known of their formats. out: the directory of records."""
+    from dfastllm.bench.cpu.report import faithful_rows, plain_table
+    from dfastllm.bench.faithful import Faithfulness
 
-    Console(width=None if sys.stdout.isatty() else 200).print(plain_table(rows, title))
+    shown = faithful_rows(record, rows, Faithfulness.read(out.parent))
+    Console(width=None if sys.stdout.isatty() else 200).print(plain_table(shown, title))
 
 
 @app.command()
@@ -169,7 +173,7 @@ def openvino(
     out: Out = Path("benchmarks/cpu"),
     cache: Cache = CACHE,
 ) -> None:
-    """Against openvino-genai and its continuous batching: int8 (with our w8g and w8), int4."""
+    """Against openvino-genai and its continuous batching: int8 (with our w8r, w8g and w8), int4."""
     from dfastllm.bench.cpu.records import against_openvino
 
     chosen = _chosen(formats, ("int8", "int4"))
@@ -179,7 +183,7 @@ def openvino(
 @app.command()
 def pytorch(
     shape: str = "qwen2.5-0.5b",
-    formats: Annotated[list[str] | None, typer.Option("--format", help="Of ours: bf16, w8, w8g, w6, w4m, w4.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="Of ours; default: bf16, w8r, w8, w4.")] = None,
     cases: Cases = None,
     threads: Threads = 0,
     rounds: Rounds = 7,
@@ -192,14 +196,14 @@ def pytorch(
     from dfastllm.bench.cpu.records import against_torch
     from dfastllm.quant import FORMATS
 
-    chosen = _chosen(formats, ("bf16", *FORMATS)) if formats else ("bf16", "w8", "w4")
+    chosen = _chosen(formats, ("bf16", *FORMATS)) if formats else ("bf16", "w8r", "w8", "w4")
     _record("pytorch", against_torch, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
 
 
 @app.command()
 def serving(
     shape: str = "qwen2.5-0.5b",
-    formats: Annotated[list[str] | None, typer.Option("--format", help="Of ours; default: bf16, w8, w8g.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="Of ours; default: bf16, w8r, w8g, w8.")] = None,
     in_flight: Annotated[list[int] | None, typer.Option(help="Requests at once; repeatable; default: 1, 16.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=2)] = 64,
@@ -219,7 +223,7 @@ def serving(
     from dfastllm.quant import FORMATS
 
     found, count = find_shape(shape, "qwen2"), _threads(threads)
-    chosen = _chosen(formats, ("bf16", *FORMATS)) if formats else ("bf16", "w8", "w8g")
+    chosen = _chosen(formats, ("bf16", *FORMATS)) if formats else ("bf16", "w8r", "w8g", "w8")
     traffics = [Traffic(prompt, tokens, width, rounds, seconds) for width in in_flight or (1, 16)]
     rows: list[Served] = []
     best = measure_ceilings(count)
@@ -247,7 +251,8 @@ def serving(
             progress.advance(task)
 
         against_vllm(found, chosen, traffics, count, cache, ceilings, done)
-    _print([asdict(row) for row in rows], f"serving against vLLM, {shape}, {count} threads")
+    served = [as_json(asdict(row)) for row in rows]
+    _print("cpu vllm", served, f"serving against vLLM, {shape}, {count} threads", out)
 
 
 @app.command()
@@ -263,7 +268,7 @@ def diffusion(
     shape: str = "llada-0.5b",
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Of the native weights; repeatable; default: w8g, w8."),
+        typer.Option("--format", help="Of the native weights; repeatable; default: bf16, w8r, w8."),
     ] = None,
     side: Annotated[list[str] | None, typer.Option(help='Repeatable, as "native w8g, dual"; default: all.')] = None,
     prompt: int = 256,
@@ -305,7 +310,7 @@ def diffusion(
         job=asdict(job),
         runs=[asdict(one) for one in runs],
     )
-    _print(rows, f"diffusion end to end, {shape}, {count} threads")
+    _print("cpu diffusion", rows, f"diffusion end to end, {shape}, {count} threads", out)
 
 
 @app.command()
@@ -367,4 +372,4 @@ def neutral(
         passes=[asdict(one) for one in passes],
     )
     plot(field, accuracy, passes, out / "neutral.png", f"Shipped models of equal size, CPU, threads: {count}")
-    _print(rows, f"fastest setting as accurate as autoregression, {count} threads")
+    _print("cpu neutral", rows, f"fastest setting as accurate as autoregression, {count} threads", out)

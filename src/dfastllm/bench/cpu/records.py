@@ -28,9 +28,10 @@ __all__ = ["PAIRS", "Plan", "against_llamacpp", "against_openvino", "against_tor
 SEED = 0
 ARCHITECTURES = {"qwen2": "qwen2", "llada": "llama", "qwen3_moe": "qwen3moe"}  # of the files llama.cpp gets
 # What a peer's format is measured against. OpenVINO's int8 has one scale a channel as w8 has, but is about as near to
-# float on a real model as w8g is (`bench fidelity`, benchmarks/cpu/README.md): w8 is shown for what its speed costs.
+# float on a real model as w8r and w8g are (`bench fidelity`, benchmarks/cpu/README.md): w8 is shown for what its speed
+# costs.
 PAIRS: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("openvino-genai", "int8"): ("w8g", "w8"),
+    ("openvino-genai", "int8"): ("w8r", "w8g", "w8"),
     ("openvino-genai", "int4"): ("w4",),
 }
 
@@ -90,8 +91,8 @@ def against_llamacpp(plan: Plan, peer: str = "llama.cpp") -> Iterator[Row | dict
 
 
 def against_openvino(plan: Plan) -> Iterator[Row | dict[str, Any]]:
-    """The same shape on both sides: int8 against w8g and w8, int4 (groups of 128) against w4 (groups of 32), head and
-    embedding of 8 bits on both sides."""
+    """The same shape on both sides: int8 against w8r, w8g and w8, int4 (groups of 128) against w4 (groups of 32); head
+    and embedding of 8 bits on both sides."""
     config, info = plan.shape.own()
     with _worker("openvino-genai", "openvino_genai", plan.cache, plan.threads) as worker:
         directory = plan.cache / "models" / f"openvino-{plan.shape.name}"
@@ -124,7 +125,7 @@ def against_torch(plan: Plan) -> Iterator[Row | dict[str, Any]]:
         cases = plan.left("pytorch", own, own)
         if not cases:
             continue
-        model = packed(plain, None if own == "bf16" else own)
+        model = packed(plain, own)
         contest = Contest(plan.shape, "pytorch", own, own, model.nbytes, peer_bytes, plan.pace)
         ours = Ours(model, plan.threads)
         for case in cases:

@@ -11,11 +11,13 @@ from typing import Any
 from rich.table import Table
 
 from dfastllm.bench.cpu.ceilings import Ceilings, floor_seconds
+from dfastllm.bench.faithful import HEADING, LESS, Faithfulness
 
-__all__ = ["as_json", "markdown", "plain_table", "table", "write_results"]
+__all__ = ["as_json", "faithful_rows", "markdown", "plain_table", "table", "write_results"]
 
 COLUMNS = (
     "format",
+    f"{HEADING}, ours / peer",
     "case",
     "ours ms",
     "peer ms",
@@ -29,7 +31,7 @@ COLUMNS = (
 )
 
 
-def _cells(row: Mapping[str, Any], ceilings: Ceilings) -> list[str]:
+def _cells(row: Mapping[str, Any], ceilings: Ceilings, faithful: Faithfulness) -> list[str]:
     def spread(summary: Mapping[str, float]) -> str:
         return f"{1e3 * summary['median']:.1f} ({1e3 * summary['q1']:.1f}–{1e3 * summary['q3']:.1f})"
 
@@ -38,28 +40,32 @@ def _cells(row: Mapping[str, Any], ceilings: Ceilings) -> list[str]:
 
     ours, peer = row["ours_seconds"]["median"], row["peer_seconds"]["median"]
     floor, bound = floor_seconds(ceilings, row["ours_streamed"], row["flops"])
+    formats = (row["ours"], row["peer"], "bf16" if row["peer"] == "pytorch" else row["format"])
+    fair = faithful.may_compare(*formats, shape=row["shape"])
+    judged = row["verdict"] if fair else "not judged"
     return [
         row["format"] if row["format"] == row["ours"] else f"{row['format']}, ours {row['ours']}",
+        faithful.both(*formats, shape=row["shape"]),
         row["case"],
         spread(row["ours_seconds"]),
         spread(row["peer_seconds"]),
         f"{row['tokens'] / ours:,.0f} / {row['tokens'] / peer:,.0f}",
-        times(row["ratio"]),
-        times(row["made_ratio"]),
-        "" if row["aim"] is None else f"{row['aim']:g} {row['verdict']}",
+        times(row["ratio"]) if fair else LESS,
+        times(row["made_ratio"]) if fair else LESS,
+        "" if row["aim"] is None else f"{row['aim']:g} {judged}",
         f"{row['ours_streamed'] / ours / 1e9:.1f} / {row['peer_streamed'] / peer / 1e9:.1f}",
         f"{row['flops'] / ours / 1e9:,.0f} / {row['flops'] / peer / 1e9:,.0f}",
         f"{floor / ours:.0%} ({bound})",
     ]
 
 
-def table(rows: Sequence[Mapping[str, Any]], ceilings: Ceilings, title: str) -> Table:
+def table(rows: Sequence[Mapping[str, Any]], ceilings: Ceilings, title: str, faithful: Faithfulness) -> Table:
     """For the terminal; `Row`s as dicts."""
     out = Table(title=title)
     for name in COLUMNS:
         out.add_column(name, justify="left" if name in ("format", "case") else "right")
     for row in rows:
-        out.add_row(*_cells(row, ceilings))
+        out.add_row(*_cells(row, ceilings, faithful))
     return out
 
 
@@ -72,6 +78,30 @@ def plain_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     for row in map(as_json, rows):
         out.add_row(*(_plain(row.get(name)) for name in names))
     return out
+
+
+# Records whose rows are set against one format of one peer: that, and which of their keys are ratios to it.
+_RIVALS = {"cpu vllm": ("vllm", "bf16", ("ratio",)), "cpu diffusion": ("pytorch", "bf16", ("times_plain",))}
+
+
+def faithful_rows(
+    record: str, rows: Sequence[Mapping[str, Any]], faithful: Faithfulness
+) -> Sequence[Mapping[str, Any]]:
+    """The rows of a record, by its name, as they are shown: with the KL of their formats, and without a ratio to what
+    is more faithful. Records of models as they are stored stay as they are."""
+    if record not in _RIVALS:
+        return rows
+    peer, form, ratios = _RIVALS[record]
+    plain = [row for row in rows if str(row.get("side", "")).startswith("torch")]
+    ours = [row if "format" in row else {"format": _native(row["side"]), **row} for row in rows if row not in plain]
+    told = faithful.against(ours, peer, form, ratios)
+    return [*faithful.of_peer(({"format": form, **row} for row in plain), peer), *told]
+
+
+def _native(side: str) -> str:
+    """The format of a side of a diffusion record: "native w8g, dual"; one made before sides named theirs was w8."""
+    words = side.partition(",")[0].split()
+    return words[1] if len(words) > 1 else "w8"
 
 
 def as_json(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,9 +126,9 @@ def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def markdown(record: Mapping[str, Any]) -> list[str]:
+def markdown(record: Mapping[str, Any], faithful: Faithfulness) -> list[str]:
     """One record as a section."""
-    machine, rows = record["machine"], record["results"]
+    machine, rows = record["machine"], faithful_rows(record["name"], record["results"], faithful)
     title = record["name"] + (f", {record['shape']}" if "shape" in record else "")
     where = (
         f"{record['utc']}, {machine['cpu']}, {record['threads']} threads, dfastllm {machine['commit']}, "
@@ -118,7 +148,7 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
         f"{where} {versions}.{busy} Ceilings: {ceilings.stream:.1f} GB/s; f32 {ceilings.f32:,.0f}, bf16 "
         f"{ceilings.bf16:,.0f}, int8 {ceilings.int8:,.0f} GFLOP/s.",
         "",
-        *_lines(COLUMNS, [_cells(row, ceilings) for row in rows]),
+        *_lines(COLUMNS, [_cells(row, ceilings, faithful) for row in rows]),
         "",
     ]
 
@@ -128,7 +158,13 @@ def _faithful(path: Path) -> list[str]:
     if not path.exists():
         return []
     record = json.loads(path.read_text())
-    rows = [[row["format"], f"{1e3 * row['kl']:.3g}", f"{row['agreement']:.1%}"] for row in record["results"]]
+    rows = [
+        [name, f"{1e3 * row['kl']:.3g}", f"{row['agreement']:.1%}"]
+        for name, row in (
+            *((row["format"], row) for row in record["results"]),
+            *((f"{row['peer']}, {row['format']}", row) for row in record.get("peers", ())),
+        )
+    ]
     return [
         f"Speed has a price. On a real model ({record['model']}, {record['results'][0]['tokens']:,} tokens, "
         f"`python -m dfastllm.bench fidelity`, dfastllm {record['machine']['commit']}), KL from float32 and how "
@@ -141,6 +177,7 @@ def _faithful(path: Path) -> list[str]:
 
 def write_results(directory: Path) -> Path:
     """RESULTS.md beside the `cpu` records of `directory`."""
+    faithful = Faithfulness.read(directory.parent)
     lines = [
         "# CPU records",
         "",
@@ -151,7 +188,7 @@ def write_results(directory: Path) -> Path:
     for path in sorted(directory.glob("*.json")):
         record = json.loads(path.read_text())
         if record["name"].startswith("cpu "):
-            lines += markdown(record)
+            lines += markdown(record, faithful)
     target = directory / "RESULTS.md"
     target.write_text("\n".join(lines).rstrip() + "\n")
     return target

@@ -13,13 +13,17 @@ from dfastllm.models.basis import basis_of
 from dfastllm.models.checkpoint import quantisable
 from dfastllm.quant import find_format, quantise
 
-__all__ = ["packed"]
+__all__ = ["EIGHT", "packed"]
+
+EIGHT = "w8r"  # what "8bit" means for the shapes of the records
 
 
 def packed(model: Decoder, quantization: str | None) -> PackedDecoder:
     """As `assemble.pack`, in a fraction of the time: random weights are rounded to nearest instead of searching each
-    scale, which a kernel's speed does not depend on. None: the model's own dtype. Raises ValidationError for an unknown
-    format."""
+    scale, which a kernel's speed does not depend on. None, and bf16 of a model in bfloat16: the model's own dtype.
+    Raises ValidationError for an unknown format."""
+    if quantization == "bf16" and model.dtype == torch.bfloat16:
+        quantization = None
     matrices = {*quantisable(model), "lm_head.weight"}
     chosen = None if quantization is None else find_format(quantization, "quantization")
     given: Iterable[tuple[str, Tensor]] = ((name, parameter.detach()) for name, parameter in model.named_parameters())

@@ -20,19 +20,20 @@ from .serve import serve_session, timed
 __all__ = ["main"]
 
 
+# What NNCF is asked for. int8: per channel; int4: symmetric, groups of 128, all layers.
+COMPRESSION: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8},
+    "int4": {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0},
+}
+
+
 def make(shape: dict[str, Any], directory: str, formats: list[str], seed: int) -> dict[str, int]:
-    """Write one IR directory per format (int8: per channel; int4: symmetric, groups of 128, ratio 1) under `directory`.
-    Returns bytes of weights per format."""
+    """Write one IR directory per format of COMPRESSION under `directory`. Returns bytes of weights per format."""
     import torch
-    from optimum.intel.openvino import OVModelForCausalLM, OVWeightQuantizationConfig
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     root = Path(directory)
     source = root / "source"
-    options: dict[str, dict[str, Any]] = {
-        "int8": {"bits": 8},
-        "int4": {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0},
-    }
     sizes = {}
     for name in formats:
         target = root / name
@@ -43,15 +44,22 @@ def make(shape: dict[str, Any], directory: str, formats: list[str], seed: int) -
                     model = Qwen2ForCausalLM(Qwen2Config(**shape)).to(torch.bfloat16)
                 model.save_pretrained(source)
                 del model
-            config = OVWeightQuantizationConfig(**options[name])
-            exported = OVModelForCausalLM.from_pretrained(source, export=True, quantization_config=config)
-            exported.save_pretrained(target)
-            del exported
-            gc.collect()
-            (target / "done").touch()
+            export(str(source), str(target), name)
         sizes[name] = (target / "openvino_model.bin").stat().st_size
     shutil.rmtree(source, ignore_errors=True)
     return sizes
+
+
+def export(source: str, target: str, form: str) -> None:
+    """Write the IR of the Hugging Face directory `source`, compressed to a format of COMPRESSION, into `target`."""
+    from optimum.intel.openvino import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    config = OVWeightQuantizationConfig(**COMPRESSION[form])
+    exported = OVModelForCausalLM.from_pretrained(source, export=True, quantization_config=config)
+    exported.save_pretrained(target)
+    del exported
+    gc.collect()
+    (Path(target) / "done").touch()
 
 
 class Session:
@@ -143,6 +151,16 @@ class Session:
 
         return timed(step, repeats, undo)
 
+    def logits(self, ids: list[int], path: str) -> int:
+        """Write the logits of every position of one forward of `ids` to `path`, float32 as they lie in memory. Returns
+        the width of a row."""
+        request = self._request(True)
+        request.reset_state()
+        self._infer(request, np.array(ids, dtype=np.int64), 0)
+        found = request.get_tensor("logits").data[0].astype(np.float32)
+        found.tofile(path)
+        return int(found.shape[1])
+
     def concurrent(self, sequences: int, cached: int, repeats: int) -> list[float]:
         """Seconds of `repeats` steps of continuous batching, each one greedy token for every one of `sequences`."""
         import openvino
@@ -177,7 +195,8 @@ class Session:
 
 
 def main() -> None:
-    serve_session(make, Session())
+    session = Session()
+    serve_session(make, session, export=export, logits=session.logits)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ def serve(operations: Mapping[str, Callable[..., Any]]) -> None:
         out.flush()
 
 
-def serve_session(make: Callable[..., Any], session: Any) -> None:
+def serve_session(make: Callable[..., Any], session: Any, **more: Callable[..., Any]) -> None:
     """Serve what every peer can do: `make` writes its model files; a session loads one and times forwards of a sequence
-    and decodes of several."""
-    serve({"make": make, **{name: getattr(session, name) for name in ("load", "forward", "concurrent")}})
+    and decodes of several. more: what this peer can do besides, by name."""
+    known = {name: getattr(session, name) for name in ("load", "forward", "concurrent")}
+    serve({"make": make, **known, **more})
 
 
 def timed(step: Callable[[], None], repeats: int, undo: Callable[[], None] | None = None) -> list[float]:
