@@ -1,12 +1,14 @@
-"""From a stream of parameters to a PackedDecoder: each layer's ops are joined and packed as soon as its weights are
-there, and an expert as soon as its three matrices are, so that no more than about one layer is held in both forms."""
+"""From a stream of parameters to a packed decoder: each layer's ops are joined and packed as soon as its weights are
+there, and an expert as soon as its three matrices are, so that no more than about one layer is held in both forms.
+
+What a matrix is packed into is a `Packing`: panels for the kernels of a CPU, or what `models.device` makes of it."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,13 +35,51 @@ from dfastllm.models.packed import (
     Sum,
     Weights,
 )
-from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Matrix, Norm, Op, Rope
+from dfastllm.models.program import Add, Attend, Experts, Gate, HeadNorm, Linear, Matrix, Norm, Op, Program, Rope
 
-__all__ = ["pack_decoder"]
+__all__ = ["PANELS", "Packing", "Parts", "pack_decoder", "pack_parts"]
 
 EXPERT = re.compile(r"(.*\.(?:experts\.\d+|shared))\.(?:gate|up|down)_proj\.weight$")
 HALF = PANEL // 2  # a panel of gate and up holds so many channels of each
 Value = QTensor | Tensor
+Ops = tuple[PackedOp, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What matrices become.
+
+    pack         a matrix as the kernels read it; natural: the inverse.
+    kind         how a format wants its input rows.
+    alike        what must be the same of all experts of a mixture; where it is not, they become floats.
+    interleaved  gate and up lie in a matrix by 32 channels in turn, padded to whole panels; else one after the other.
+    vector       a norm, bias or router, float32, where the kernels read it.
+    settle       a layer's ops once they are packed.
+    """
+
+    pack: Callable[[QTensor], Packed]
+    natural: Callable[[Packed], QTensor]
+    kind: Callable[[str], str]
+    alike: Callable[[FeedForward], Hashable]
+    interleaved: bool
+    vector: Callable[[Tensor], Tensor] = lambda value: value
+    settle: Callable[[Ops], Ops] = lambda ops: ops
+
+
+PANELS = Packing(linear.pack, unpack_panels, act_kind, lambda block: block.kinds, True)
+
+
+@dataclass(eq=False)
+class Parts:
+    """A packed decoder's weights. config: as they are, for a turned model has a head of its own."""
+
+    config: DecoderConfig
+    program: Program
+    embed: Packed
+    norm: ScaledNorm
+    layers: tuple[Ops, ...]
+    head: Packed | None
+    gains: dict[str, Tensor] = field(default_factory=dict)
 
 
 def pack_decoder(
@@ -58,6 +98,33 @@ def pack_decoder(
 
     Raises CheckpointError for a missing, surplus or mis-shaped parameter or one that is not finite.
     """
+    made = pack_parts(config, info, parts, PANELS, shortlist=shortlist, basis=basis)
+    return PackedDecoder(
+        config=made.config,
+        info=info,
+        program=made.program,
+        dtype=dtype,
+        embed=made.embed,
+        norm=made.norm,
+        layers=made.layers,
+        head=made.head,
+        notes=notes or [],
+        shortlist=shortlist,
+        basis=basis,
+        gains=made.gains,
+    )
+
+
+def pack_parts(
+    config: DecoderConfig,
+    info: ModelInfo,
+    parts: Iterable[tuple[str, Value]],
+    packing: Packing,
+    *,
+    shortlist: Tensor | None = None,
+    basis: Basis | None = None,
+) -> Parts:
+    """See `pack_decoder`, which packs into panels."""
     program = find_family(info.family).program(config)
     if basis is not None:
         config = replace(config, tied=False)
@@ -80,28 +147,23 @@ def pack_decoder(
         group[inner] = _finite(name, value)
         left[place] -= 1
         if expert := EXPERT.match(inner):
-            _settle_expert(expert[1], group, experts.setdefault(place, {}), f"layers.{place}.", basis)
+            _settle_expert(expert[1], group, experts.setdefault(place, {}), f"layers.{place}.", basis, packing)
         if place is not None and left[place] == 0:
-            layer = _Layer(place, group, experts.pop(place, {}), basis, gains)
-            layers[place] = layer.ops(program.layers[place])
+            layer = _Layer(place, group, experts.pop(place, {}), basis, gains, packing)
+            layers[place] = packing.settle(layer.ops(program.layers[place]))
             del waiting[place], group
     missing = sorted(wanted.keys() - seen)
     if missing:
         raise CheckpointError(f"missing parameter(s) {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}.")
     outer = waiting[None]
-    last = _norm(program.norm, outer, None if basis is None else gains)
-    return PackedDecoder(
+    last = _norm(program.norm, outer, packing, None if basis is None else gains)
+    return Parts(
         config=config,
-        info=info,
         program=program,
-        dtype=dtype,
-        embed=_pack(outer["embed.weight"]),
+        embed=packing.pack(_matrix(outer["embed.weight"])),
         norm=ScaledNorm(last.weight * program.logits_factor, last.eps),
         layers=tuple(layers[i] for i in range(config.layers)),
-        head=_head(outer, config.tied, shortlist),
-        notes=notes or [],
-        shortlist=shortlist,
-        basis=basis,
+        head=_head(outer, config.tied, shortlist, packing),
         gains=gains,
     )
 
@@ -129,16 +191,21 @@ def _finite(name: str, value: Value) -> Value:
 
 
 def _settle_expert(
-    name: str, parts: dict[str, Value], experts: dict[str, FeedForward], prefix: str, basis: Basis | None
+    name: str,
+    parts: dict[str, Value],
+    experts: dict[str, FeedForward],
+    prefix: str,
+    basis: Basis | None,
+    packing: Packing,
 ) -> None:
-    """The matrices of an expert become panels as soon as all three are there: a layer may have hundreds of experts.
+    """The matrices of an expert are packed as soon as all three are there: a layer may have hundreds of experts.
     prefix: of its layer."""
     matrices = [f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")]
     if all(matrix in parts for matrix in matrices):
         gate, up, down = (_matrix(parts.pop(matrix)) for matrix in matrices)
-        packed = _interleaved((gate, None), (up, None))
+        packed = _gate_and_up((gate, None), (up, None), packing)
         block = _block(basis, f"{prefix}{name}.down_proj")
-        experts[name] = FeedForward(packed, Weights(linear.pack(down)), gate.shape[0], block)
+        experts[name] = FeedForward(packed, Weights(packing.pack(down)), gate.shape[0], block)
 
 
 def _block(basis: Basis | None, own: str) -> int:
@@ -158,9 +225,10 @@ class _Layer:
         experts: Mapping[str, FeedForward],
         basis: Basis | None,
         gains: dict[str, Tensor],
+        packing: Packing,
     ) -> None:
         self._prefix, self._parts, self._experts = f"layers.{index}.", parts, experts
-        self._basis, self._gains = basis, gains
+        self._basis, self._gains, self._packing = basis, gains, packing
 
     def ops(self, ops: Sequence[Op]) -> tuple[PackedOp, ...]:
         out: list[PackedOp] = []
@@ -181,14 +249,14 @@ class _Layer:
                     norm = None
                 case Linear(), _:
                     onto = isinstance(after, Add) and after.factor == 1
-                    out.append(Project(_side_by_side(_parts(op, parts)), op, norm, onto))
+                    out.append(Project(_side_by_side(_parts(op, parts), self._packing), op, norm, onto))
                     norm = None
                 case Experts(), _:
                     onto = isinstance(after, Add) and after.factor == 1
-                    out.append(_routed(op, parts, self._experts, norm, onto))
+                    out.append(_routed(op, parts, self._experts, norm, onto, self._packing))
                     norm = None
                 case HeadNorm(), _:
-                    heads = _norm(op.q, parts), _norm(op.k, parts)
+                    heads = _norm(op.q, parts, self._packing), _norm(op.k, parts, self._packing)
                 case Rope(), _:
                     table = op.table
                 case Attend(), _:
@@ -200,27 +268,35 @@ class _Layer:
 
     def _norm(self, op: Norm) -> ScaledNorm:
         folded = self._basis is not None and f"{self._prefix}{op.name}" in self._basis.norms
-        return _norm(op, self._parts, self._gains if folded else None, self._prefix)
+        return _norm(op, self._parts, self._packing, self._gains if folded else None, self._prefix)
 
     def _gated(self, op: Linear, gate: Gate, follows: Matrix, norm: ScaledNorm | None) -> Gated:
         """follows: the matrix that reads the products."""
         gate_up = _parts(op, self._parts)
-        kind = act_kind(_matrix(self._parts[f"{follows.name}.weight"]).format)
+        kind = self._packing.kind(_matrix(self._parts[f"{follows.name}.weight"]).format)
         block = _block(self._basis, f"{self._prefix}{follows.name}")
-        return Gated(_interleaved(*gate_up), op, gate.activation, gate_up[0][0].shape[0], kind, norm, block)
+        first, second = gate_up
+        both = _gate_and_up(first, second, self._packing)
+        return Gated(both, op, gate.activation, first[0].shape[0], kind, norm, block)
 
 
 def _routed(
-    op: Experts, parts: Mapping[str, Value], experts: Mapping[str, FeedForward], norm: ScaledNorm | None, onto: bool
+    op: Experts,
+    parts: Mapping[str, Value],
+    experts: Mapping[str, FeedForward],
+    norm: ScaledNorm | None,
+    onto: bool,
+    packing: Packing,
 ) -> Routed:
     router, bias = parts[f"{op.name}.router.weight"], parts.get(f"{op.name}.router.bias")
     found = tuple(experts[f"{op.name}.experts.{i}"] for i in range(op.config.experts))
-    if len({block.kinds for block in found}) > 1:  # no file has been seen that stores some experts in another way
-        found = tuple(_as_floats(block) for block in found)
+    if len({packing.alike(block) for block in found}) > 1:  # no file has been seen that stores some in another way
+        found = tuple(_as_floats(block, packing) for block in found)
+    stored = router if isinstance(router, Tensor) else router.dequantise()
     return Routed(
         source=op,
-        router=(router if isinstance(router, Tensor) else router.dequantise()).contiguous(),
-        bias=None if bias is None else _vector(bias),
+        router=packing.vector(stored.contiguous()),
+        bias=None if bias is None else packing.vector(_vector(bias)),
         experts=found,
         shared=experts.get(f"{op.name}.shared"),
         norm=norm,
@@ -228,22 +304,28 @@ def _routed(
     )
 
 
-def _as_floats(block: FeedForward) -> FeedForward:
+def _as_floats(block: FeedForward, packing: Packing) -> FeedForward:
     gated, down = (
-        Weights(linear.pack(QTensor("f32", unpack_panels(w.packed).dequantise())), w.bias)
+        Weights(packing.pack(QTensor("f32", packing.natural(w.packed).dequantise())), w.bias)
         for w in (block.gated, block.down)
     )
     return FeedForward(gated, down, block.width, block.block)
 
 
-def _norm(op: Norm, parts: Mapping[str, Value], gains: dict[str, Tensor] | None = None, prefix: str = "") -> ScaledNorm:
+def _norm(
+    op: Norm,
+    parts: Mapping[str, Value],
+    packing: Packing,
+    gains: dict[str, Tensor] | None = None,
+    prefix: str = "",
+) -> ScaledNorm:
     """gains: where the weight goes, by own name, of a norm whose gain is folded into what follows; the norm itself then
     has ones."""
     weight = _vector(parts[f"{op.name}.weight"]) + op.offset
     if gains is not None:
         gains[f"{prefix}{op.name}"] = weight
         weight = torch.ones_like(weight)
-    return ScaledNorm(weight, op.eps)
+    return ScaledNorm(packing.vector(weight), op.eps)
 
 
 Part = tuple[QTensor, Tensor | None]  # rows of a matrix and of its bias
@@ -264,32 +346,44 @@ def _parts(op: Linear, parts: Mapping[str, Value]) -> list[Part]:
     return found
 
 
-def _side_by_side(parts: Sequence[Part]) -> tuple[Weights, ...]:
+def _side_by_side(parts: Sequence[Part], packing: Packing) -> tuple[Weights, ...]:
     if len({_kind(matrix) for matrix, _ in parts}) > 1:
-        return tuple(Weights(linear.pack(matrix), bias) for matrix, bias in parts)
+        return tuple(
+            Weights(packing.pack(matrix), None if bias is None else packing.vector(bias)) for matrix, bias in parts
+        )
     whole = None
     if any(bias is not None for _, bias in parts):
-        whole = torch.cat([torch.zeros(matrix.shape[0]) if bias is None else bias for matrix, bias in parts])
-    return (Weights(linear.pack(QTensor.stack([matrix for matrix, _ in parts])), whole),)
+        all_biases = [torch.zeros(matrix.shape[0]) if bias is None else bias for matrix, bias in parts]
+        whole = packing.vector(torch.cat(all_biases))
+    return (Weights(packing.pack(QTensor.stack([matrix for matrix, _ in parts])), whole),)
 
 
-def _interleaved(*pair: Part) -> Weights:
+def _gate_and_up(gate: Part, up: Part, packing: Packing) -> Weights:
+    """The two in one matrix."""
+    if _kind(gate[0]) != _kind(up[0]):  # files mix formats by layer, hardly ever inside one MLP
+        gate, up = ((QTensor("f32", m.dequantise()), bias) for m, bias in (gate, up))
+    if packing.interleaved:
+        return _interleaved(gate, up, packing)
+    (both,) = _side_by_side((gate, up), packing)
+    return both
+
+
+def _interleaved(first: Part, second: Part, packing: Packing) -> Weights:
     """Panels of 32 gate channels and the same 32 of up; channels beyond the last are zero weights."""
-    gate, up = (matrix for matrix, _ in pair)
-    if _kind(gate) != _kind(up):  # files mix formats by layer, hardly ever inside one MLP
-        gate, up = (QTensor("f32", m.dequantise()) for m in (gate, up))
+    pair = (first, second)
+    gate, up = first[0], second[0]
     n = gate.shape[0]
     panels = -(-n // HALF)
     both = QTensor.stack([gate.padded(panels * HALF), up.padded(panels * HALF)])
     order = torch.arange(2 * panels * HALF).view(2, panels, HALF).transpose(0, 1).reshape(-1)
-    packed = linear.pack(both.rows(order))
+    packed = packing.pack(both.rows(order))
     bias = None
     if any(b is not None for _, b in pair):
         full = torch.zeros(2, panels * HALF)
         for row, (_, b) in zip(full, pair, strict=True):
             if b is not None:
                 row[:n] = b
-        bias = full.view(-1)[order].contiguous()
+        bias = packing.vector(full.view(-1)[order].contiguous())
     return Weights(packed, bias)
 
 
@@ -299,7 +393,7 @@ def _kind(matrix: QTensor) -> tuple[str, bool]:
 
 def _vector(value: Value) -> Tensor:
     tensor = value if isinstance(value, Tensor) else value.dequantise()
-    return tensor.float().contiguous()
+    return tensor.float().cpu().contiguous()
 
 
 def _matrix(value: Value) -> QTensor:
@@ -308,12 +402,8 @@ def _matrix(value: Value) -> QTensor:
     return QTensor("bf16", value) if value.dtype == torch.bfloat16 else QTensor("f32", value.float())
 
 
-def _head(outer: Mapping[str, Value], tied: bool, shortlist: Tensor | None) -> Packed | None:
+def _head(outer: Mapping[str, Value], tied: bool, shortlist: Tensor | None, packing: Packing) -> Packed | None:
     """None: the embedding is the head."""
     if shortlist is not None:
-        return linear.pack(_matrix(outer["embed.weight" if tied else "lm_head.weight"]).rows(shortlist))
-    return None if tied else _pack(outer["lm_head.weight"])
-
-
-def _pack(value: Value) -> Packed:
-    return linear.pack(_matrix(value))
+        return packing.pack(_matrix(outer["embed.weight" if tied else "lm_head.weight"]).rows(shortlist))
+    return None if tied else packing.pack(_matrix(outer["lm_head.weight"]))
