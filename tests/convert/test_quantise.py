@@ -224,7 +224,7 @@ def test_out_that_must_not_be_overwritten(llama: Path, tmp_path: Path) -> None:
 def test_sources_that_are_none(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no model 'nowhere'"):
         quantise_model("nowhere", tmp_path / "out", Options("w8"))
-    with pytest.raises(UnsupportedError, match=r"model\.gguf is a GGUF file"):
+    with pytest.raises(ModelNotFoundError, match=r"model\.gguf is no GGUF file"):
         quantise_model("model.gguf", tmp_path / "out", Options("w8"))
     with pytest.raises(ModelLoadError, match=r"config\.json is missing"):
         quantise_model(tmp_path, tmp_path / "out", Options("w8"))

@@ -24,7 +24,9 @@ FORMATS = "w8, w8r, w8g, w8gr, w6, w4m, w4, gguf-q8_0 or gguf-q4_0"  # a test co
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A shipped model's name or a Hugging Face directory.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A shipped model's name, a Hugging Face directory or a GGUF file.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory to write (gguf-...: the file).")],
     format: Annotated[
         str,

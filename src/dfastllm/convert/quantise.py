@@ -1,9 +1,9 @@
-"""`dfastllm quantize`: a float checkpoint in, a quantised one out, a tensor (with calibration: a layer) at a time."""
+"""`dfastllm quantize`: a float checkpoint or a GGUF file in, a quantised directory out, a tensor (with calibration: a
+layer) at a time."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dfastllm.convert.gguf_source import open_source
 from dfastllm.convert.layers import walk
 from dfastllm.convert.report import (
     Quality,
@@ -29,7 +30,7 @@ from dfastllm.convert.source import Source
 from dfastllm.errors import ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.basis import Basis, basis_of, format_for
-from dfastllm.models.checkpoint import basis_in, load, read_model, read_stored, skeleton
+from dfastllm.models.checkpoint import basis_in, read_model, read_stored, skeleton
 from dfastllm.quant.calibrate import InputStatistics
 from dfastllm.quant.checkpoint import QuantConfig, Rotation, plan, write
 from dfastllm.quant.formats import (
@@ -42,9 +43,8 @@ from dfastllm.quant.formats import (
     require_format,
 )
 from dfastllm.quant.gptq import gptq
-from dfastllm.quant.partial import place, storing
+from dfastllm.quant.partial import place
 from dfastllm.quant.stream import Planned, SafetensorsWriter
-from dfastllm.text import Tokenizer
 from dfastllm.train.data import Example
 from dfastllm.train.texts import file_examples
 
@@ -122,17 +122,17 @@ def quantise_model(
     shard_bytes: int = 5 * 10**9,
     progress: Progress | None = None,
 ) -> Report:
-    """Write a quantised checkpoint to `out` with a report beside it; returns the report.
+    """Write a quantised checkpoint to `out` with a report beside it; returns the report. model: see `open_source`.
 
     Memory: the largest tensor and its rounding; with calibration one layer in float32 (and, for GPTQ, its gram
     matrices) and the hidden states of the samples. Raises ValidationError when `out` has files and `force` is not
-    given, or is the source; UnsupportedError for matrices that the format's groups do not divide (before anything is
-    written); CheckpointError naming a tensor with NaN or infinity; StorageError where the disk has no room; and as
-    loading and calibrating do.
+    given, or is the source; UnsupportedError for matrices that the format's groups do not divide, or that a GGUF file
+    has in fewer than 8 bits where the format has too (before anything is written); CheckpointError naming a tensor with
+    NaN or infinity; StorageError where the disk has no room; and as loading and calibrating do.
     """
     begun = time.monotonic()
     directory = Path(out)
-    source = Source(model)
+    source = open_source(model)
     _require_writable(directory, source, force)
     options = options.settled(source)
     basis = _basis(source, options)
@@ -143,6 +143,7 @@ def quantise_model(
         format = options.of(name)
         if format is not None:
             require_divisible(format, k, source.published(name))
+            source.require_holds(format, name if name in source.shapes else "embed.weight")
     weights: list[WeightReport] = []
     with SafetensorsWriter(directory, _planned(source, matrices, options), shard_bytes=shard_bytes) as writer:
         for name, value, line in quantised(source, options, basis):
@@ -269,7 +270,7 @@ def _round(weight: Tensor, format: Format, options: Options, statistics: InputSt
 
 def _examples(source: Source, options: Options) -> list[Example]:
     source.require_tokenizer("calibration")
-    tokenizer = Tokenizer.load(source.directory)
+    tokenizer = source.tokenizer()
     if options.text is not None:
         return file_examples(tokenizer, options.text, options.samples, "calibration_file")
     return task_examples(tokenizer, "train", options.samples, options.seed)
@@ -279,9 +280,7 @@ def _write_small_files(directory: Path, source: Source, options: Options, basis:
     rotation = None if basis is None else Rotation(basis.seed, basis.block)
     config = QuantConfig(options.format, options.head_format, options.calibration, rotation)
     text = json.dumps({**source.config_json, "quantization_config": config.to_json()}, indent=2) + "\n"
-    for file in source.files():
-        with storing(directory / file.name, file.stat().st_size):
-            shutil.copyfile(file, directory / file.name)
+    source.write_small_files(directory)
     # Last: without a config.json a half-written directory is no model.
     place(directory / "config.json", text.encode())
 
@@ -291,10 +290,10 @@ def measure(model: str | Path, out: str | Path, report: Report, *, per_task: int
     every task for the accuracy, as many of the mix as those together for the loss, all from the test split."""
     from dfastllm.train.evaluate import evaluate
 
-    source = Source(model)
+    source = open_source(model)
     source.require_tokenizer("measuring quality")
-    examples = task_examples(Tokenizer.load(source.directory), "test", 6 * per_task, seed)
-    float_model = load(source.directory, dtype=torch.float32)
+    examples = task_examples(source.tokenizer(), "test", 6 * per_task, seed)
+    float_model = source.float_model()
     before, reference = mean_loss(float_model, examples), log_probabilities(float_model, examples)
     family, config, info = read_model(Path(out))
     basis = basis_in(Path(out), float_model)

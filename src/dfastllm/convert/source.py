@@ -1,7 +1,9 @@
-"""The float checkpoint that is converted: its shape from the small files, its tensors one at a time."""
+"""The float checkpoint that is converted: its shape from the small files, its tensors one at a time. GGUF files:
+`gguf_source`."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,16 @@ from torch import Tensor, nn
 from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, ModelLoadError, UnsupportedError
 from dfastllm.llm import resolve
-from dfastllm.models.checkpoint import DTYPES, compare, quant_config, quantisable, read_model, skeleton
+from dfastllm.models.checkpoint import DTYPES, compare, load, quant_config, quantisable, read_model, skeleton
 from dfastllm.models.config import DecoderConfig
+from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
 from dfastllm.models.headers import BYTES, TensorEntry, inventory, read_json
 from dfastllm.quant.checkpoint import stored
+from dfastllm.quant.formats import Format
+from dfastllm.quant.partial import storing
 from dfastllm.quant.stream import read_tensor
+from dfastllm.text import Tokenizer
 
 __all__ = ["COPIED", "Source", "files_for_other_weights"]
 
@@ -56,9 +62,9 @@ class Source:
     def __init__(self, model: str | Path) -> None:
         if str(model).endswith(".gguf"):
             raise UnsupportedError(
-                f"{model} is a GGUF file; quantising starts from a Hugging Face directory or a shipped model.",
+                f"{model} is a GGUF file; this starts from a Hugging Face directory or a shipped model.",
                 param="source",
-                hint="A GGUF file is served as it is.",
+                hint="A GGUF file is served as it is; `dfastllm quantize` makes a directory of it (`--format w8r`).",
             )
         self.directory = resolve(model)
         config = quant_config(self.directory)
@@ -117,6 +123,24 @@ class Source:
     def files(self) -> list[Path]:
         return [self.directory / name for name in COPIED if (self.directory / name).is_file()]
 
+    def write_small_files(self, directory: Path) -> None:
+        """Everything that a model's directory has beside config.json and the weights. Raises StorageError."""
+        for file in self.files():
+            with storing(directory / file.name, file.stat().st_size):
+                shutil.copyfile(file, directory / file.name)
+
+    def require_holds(self, format: Format, own: str) -> None:
+        """Raise UnsupportedError where this matrix should not be rounded to `format`. Floats allow all."""
+
+    def float_model(self) -> Decoder:
+        """The whole model in float32."""
+        return load(self.directory, dtype=torch.float32)
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises TokenizerError."""
+        return Tokenizer.load(self.directory)
+
     def require_tokenizer(self, what: str) -> None:
+        """Raise ModelLoadError saying that `what` needs one, where there is none."""
         if not (self.directory / "tokenizer.json").is_file():
             raise ModelLoadError(f"{what} needs a tokenizer, and {self.directory} has no tokenizer.json.")
