@@ -13,6 +13,7 @@ import yaml
 
 from dfastllm.distill.config import changed_keys, load_config, parse_config
 from dfastllm.errors import ModelNotFoundError, ValidationError
+from dfastllm.quant.formats import EIGHT_BITS, FORMATS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST: dict[str, Any] = {"model": {"student": "demo-ar"}, "data": {"generate": {"samples": 20}}}
@@ -90,6 +91,7 @@ def test_defaults_are_the_documents() -> None:
         ("data.generate.brief", 1.5, "less than or equal to 1"),
         ("speed.early_tool_prefix", "name", "must be 'response' or 'call'"),
         ("eval.margin", 0, "eval.margin must be greater than 0"),
+        ("kd.draft", {"quantization": "w9"}, "quantization must be w8, w8r, w8g, w8gr, w6, w4m, w4, 8bit, got 'w9'"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_wanted(key: str, value: Any, said: str) -> None:
@@ -98,6 +100,15 @@ def test_a_wrong_value_is_named_with_what_is_wanted(key: str, value: Any, said: 
     assert str(caught.value).startswith("my.yaml: ")
     assert said in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, EIGHT_BITS])
+def test_a_draft_is_measured_in_every_format_that_serves(format: str) -> None:
+    raw = with_key("kd.draft", {"quantization": format}) | {"model": {"student": "demo-draft"}}
+    raw["kd"]["local_teacher"] = "demo-ar"
+    found = parse_config(raw).kd.draft
+    assert found is not None
+    assert found.quantization == format
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,15 @@ from tests.kit.without_native import without_native
 
 from dfastllm import assemble
 from dfastllm.convert.merge import with_adapter
+from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.runners import Runner
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.engine.runners.torch import TorchRunner
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.errors import AdapterError, UnsupportedError, ValidationError
 from dfastllm.kernels import native, set_threads
 from dfastllm.lora import Adapter, read_adapter
 from dfastllm.models import FAMILIES, Decoder, adapter_base, tiny_config
+from dfastllm.models.turned import turned_adapter
 
 LIKE = {  # families by what of them touches an adapter: one of each goes through every variant
     "llama": "plain",
@@ -293,6 +295,28 @@ def test_dora_on_a_turned_base(variant: str, tmp_path: Path) -> None:
     made = with_peft(model, tmp_path / "some", use_dora=True, target_modules=r".*\.(q_proj|gate_proj|up_proj)|lm_head")
     runner.adapters([None, read_adapter(tmp_path / "some", adapter_base(packed))])
     close(runner.run(step_of(SEQUENCES[:1], [1])).logits(), wanted(made, SEQUENCES[0]))
+
+
+@pytest.mark.parametrize("variant", ["linears", "all biases", "saved", "some dora"])
+def test_the_copies_of_a_turned_base_count_as_memory(variant: str, tmp_path: Path) -> None:
+    """A turned base computes with float32 copies: an engine counts them, and refuses an adapter that fits without."""
+    model = model_of("llama")
+    some = {"use_dora": True, "target_modules": r".*\.(q_proj|gate_proj)"}
+    with_peft(model, tmp_path, **(some if variant == "some dora" else VARIANTS[variant]))
+    packed = turned(model)
+    adapter = read_adapter(tmp_path, adapter_base(packed))
+    made = turned_adapter(adapter, packed.basis, packed.gains)  # type: ignore[arg-type]
+    own = {tensor.data_ptr() for delta in adapter.deltas.values() for _, tensor in delta.tensors}
+    new = [t for delta in made.deltas.values() for _, t in delta.tensors if t.data_ptr() not in own]
+    extra = sum(tensor.nbytes for tensor in new)
+    assert extra > 0
+    for held, wanted_bytes in ((packed, adapter.bytes + extra), (pack(model), adapter.bytes)):
+        engine = Engine(held, config=EngineConfig(lora_memory=wanted_bytes))
+        named = engine.adapters.load("mine", tmp_path)
+        assert named.size == engine.adapters.used == wanted_bytes
+    short = Engine(packed, config=EngineConfig(lora_memory=adapter.bytes + extra - 1))
+    with pytest.raises(AdapterError, match=f"takes {adapter.bytes + extra:,} bytes"):
+        short.adapters.load("mine", tmp_path)
 
 
 @pytest.mark.skipif(native() is None, reason="no native kernels")

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def _as_config_json_says(family: Family, config: DecoderConfig) -> DecoderConfig
     """The shape with its numbers as the family's config.json gives them: a file keeps float32, and a scale that
     config.json derives (query_pre_attn_scalar ** -0.5) is not the same double."""
     said = family.read(Fields(family.write(config)))
-    near = {}
+    near: dict[str, Any] = {}
     for name in DecoderConfig.__dataclass_fields__:
         own, other = getattr(config, name), getattr(said, name)
         if isinstance(own, float) and isinstance(other, float) and math.isclose(own, other, rel_tol=1e-6):

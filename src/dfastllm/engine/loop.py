@@ -47,6 +47,7 @@ from dfastllm.kernels import torch_team
 from dfastllm.kernels.halt import Interrupted
 from dfastllm.lora import Adapter, read_adapter
 from dfastllm.models import Decoder, PackedDecoder, adapter_base
+from dfastllm.models.adapted import bytes_beside
 from dfastllm.text import Detokenizer
 
 if TYPE_CHECKING:
@@ -126,14 +127,14 @@ class Engine:
         return PrefixCache(self.pages, self.info, limit, cut_free=self.runner.cut_free)
 
     def _read_adapter(self, path: Path) -> Adapter:
-        """The adapter in a directory, for this model; on the thread of whoever asks for it. Raises AdapterError, and
-        UnsupportedError for what this runner cannot compute."""
+        """The adapter in a directory, for this model, its bytes being all that it takes in this process; on the thread
+        of whoever asks for it. Raises AdapterError, and UnsupportedError for what this runner cannot compute."""
         model, config = self.model, self.config
         if not isinstance(model, Decoder | PackedDecoder):
             raise UnsupportedError(f"{self.info.name} is no model that adapters can change.", param="lora")
         adapter = read_adapter(path, adapter_base(model), max_rank=config.max_lora_rank, max_bytes=config.lora_memory)
         self.runner.check_adapter(adapter)
-        return adapter
+        return dataclasses.replace(adapter, bytes=adapter.bytes + bytes_beside(model, adapter))
 
     @property
     def own_threads(self) -> bool:

@@ -23,7 +23,7 @@ from dfastllm.lora import EMBED, HEAD, Adapter, Base, Delta
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import find_family
 from dfastllm.models.packed import Gated, PackedDecoder, Project, Routed, Weights
-from dfastllm.models.turned import require_turnable, turned_adapter
+from dfastllm.models.turned import require_turnable, turned_adapter, turned_bytes
 
 __all__ = [
     "NEVER",
@@ -33,6 +33,7 @@ __all__ = [
     "PlainRows",
     "Site",
     "adapter_base",
+    "bytes_beside",
     "on_device",
     "require_numbers",
     "sites",
@@ -46,6 +47,11 @@ Places = Mapping[str, tuple[Place, ...]]  # own matrix name -> where its outputs
 def adapter_base(model: Decoder | PackedDecoder) -> Base:
     """The model as `lora.read_adapter` takes it."""
     return _Base(model)
+
+
+def bytes_beside(model: Decoder | PackedDecoder, adapter: Adapter) -> int:
+    """Bytes that an adapter takes in a table of the model's besides its own: of a turned model, the turned one."""
+    return turned_bytes(adapter) if isinstance(model, PackedDecoder) and model.basis is not None else 0
 
 
 class _Base:

@@ -13,7 +13,7 @@ from dfastllm.errors import UnsupportedError
 from dfastllm.lora import EMBED, Adapter, Delta
 from dfastllm.models.basis import Basis, Side
 
-__all__ = ["require_turnable", "turned_adapter"]
+__all__ = ["require_turnable", "turned_adapter", "turned_bytes"]
 
 
 def require_turnable(adapter: Adapter, basis: Basis) -> None:
@@ -39,6 +39,12 @@ def turned_adapter(adapter: Adapter, basis: Basis, gains: Mapping[str, Tensor]) 
         gain = None if side.gain is None else gains[side.gain]
         deltas[name] = _turned(delta, side, basis.sides[name], gain)
     return dataclasses.replace(adapter, deltas=deltas)
+
+
+def turned_bytes(adapter: Adapter) -> int:
+    """What `turned_adapter` makes beside the adapter: everything in float32 but the factors, which are shared."""
+    tensors = (tensor for delta in adapter.deltas.values() for name, tensor in delta.tensors if name != "factor")
+    return sum(4 * tensor.numel() for tensor in tensors)
 
 
 def _turned(delta: Delta, side: Side, whole: Side, gain: Tensor | None) -> Delta:

@@ -266,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=128)
     add("--together", type=int, default=1, help="requests at once")
     add("--repeats", type=int, default=3, help="of the timed runs")
-    add("--quantization", help="of the drafts while they are loaded: w8, w8g, w6, w4m or w4")
+    add("--quantization", help="of the drafts while they are loaded: 8bit, or a format of dfastllm quantize")
     add("--json", type=Path, help="write the rows here too")
     add("--threads", type=int)
     return found

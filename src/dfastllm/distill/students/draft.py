@@ -267,7 +267,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stop", type=int, help="end at this step, without a report; the same command goes on")
     add("--length", type=int, default=5, help="draft tokens, for measuring")
     add("--repeats", type=int, default=3, help="of the timed runs")
-    add("--quantization", help="of the drafts when they are measured: w8, w8g, w6, w4m or w4")
+    add("--quantization", help="of the drafts when they are measured: 8bit, or a format of dfastllm quantize")
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="CPU threads")
     add("--fresh", action="store_true", help="remove what an earlier run left in OUT")

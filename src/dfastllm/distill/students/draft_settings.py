@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dfastllm.quant.formats import EIGHT_BITS, FORMATS, require_format
 
 __all__ = ["DraftSettings"]
 
@@ -28,7 +30,7 @@ class DraftSettings(BaseModel):
     rank          of the bigram head; None: 16.
     length        draft tokens at most, when drafts are measured.
     repeats       of the timed runs.
-    quantization  of the drafts when they are measured: w8, w8g, w6, w4m or w4; None: as stored.
+    quantization  of the drafts when they are measured: a format of `dfastllm quantize`, or 8bit; None: as stored.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -43,4 +45,11 @@ class DraftSettings(BaseModel):
     rank: Count | None = None
     length: Annotated[int, Field(ge=1, le=64)] = 5
     repeats: Count = 3
-    quantization: Literal["w8", "w8g", "w6", "w4m", "w4"] | None = None
+    quantization: str | None = None
+
+    @field_validator("quantization")
+    @classmethod
+    def _is_a_format(cls, value: str | None) -> str | None:
+        if value is not None:
+            require_format(value, (*FORMATS, EIGHT_BITS), "quantization")
+        return value
