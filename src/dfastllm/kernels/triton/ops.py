@@ -17,7 +17,13 @@ from dfastllm.kernels.triton import plain
 __all__ = ["Ops", "ops_for", "triton_problem"]
 
 # op -> the module of this room that has a kernel of the same name
-KERNELS: dict[str, str] = {}
+KERNELS: dict[str, str] = {
+    "add_norm": "rows",
+    "attention": "attention",
+    "gate": "rows",
+    "prepare": "rows",
+    "rope_write": "rows",
+}
 TWINS: dict[str, Callable[..., Any]] = {name: getattr(plain, name) for name in plain.__all__}
 
 

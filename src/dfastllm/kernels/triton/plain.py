@@ -40,15 +40,25 @@ def floats_of(acts: Acts) -> Tensor:
     return acts.dequantise()
 
 
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, *, factor: float = 1.0, kind: str) -> Acts:
+def add_norm(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    factor: float = 1.0,
+    kind: str,
+    post: tuple[Tensor, float] | None = None,
+) -> Acts:
     """x [rows, k] float32, in place += factor * y (None: x may be of any float dtype and stays); then its RMSNorm times
-    weight float32 [k] (None: no norm), prepared as `kind`."""
+    weight float32 [k] (None: no norm), prepared as `kind`. post: weight and eps of a norm of y before it is added."""
     if y is not None:
-        x.add_(y.float(), alpha=factor)
-    wide = x.float()
-    if weight is not None:
-        wide = wide * (1.0 / torch.sqrt((wide * wide).mean(dim=1, keepdim=True) + eps)) * weight
-    return prepare(wide, kind)
+        x.add_(y.float() if post is None else _normed(y.float(), *post), alpha=factor)
+    return prepare(x.float() if weight is None else _normed(x.float(), weight, eps), kind)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (1.0 / torch.sqrt((x * x).mean(dim=1, keepdim=True) + eps)) * weight
 
 
 def gate(y: Tensor, activation: str, kind: str, *, block: int = 1) -> Acts:
