@@ -9,10 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 
+from dfastllm.kernels.packed import FORMS, QTensor
 from dfastllm.kernels.step import BLOCK, Step
+from dfastllm.kernels.triton.weight import Weight, pack
 
-__all__ = ["needs_interpreter", "step_of"]
+__all__ = ["device_weight", "needs_interpreter", "random_weight", "step_of"]
 
 HAVE = importlib.util.find_spec("triton") is not None
 if HAVE:
@@ -47,3 +50,24 @@ def step_of(spans: Sequence[tuple[int, int, bool]], *, seed: int = 0, gap: int =
     return Step.of(
         {**found, "slot": slot, "own_slot": own_slot, "spans": facts, "blocks": blocks, "own_blocks": own_blocks}
     )
+
+
+def random_weight(format: str, n: int, k: int, seed: int = 0) -> QTensor:
+    """A matrix of a format; w4m and w6m: w4g and w6g with minima, f16 and fp8: float32."""
+    draw = torch.Generator().manual_seed(seed)
+    name = {"w4m": "w4g", "w6m": "w6g", "f16": "f32", "fp8": "f32"}.get(format, format)
+    form = FORMS[name]
+    if not form.quantised:
+        return QTensor(name, torch.randn(n, k, generator=draw).to(form.codes))
+    low, high = (-127, 128) if form.codes == torch.int8 else (0, 1 << form.bits)
+    codes = torch.randint(low, high, (n, k), generator=draw).to(form.codes)
+    if not form.group:
+        return QTensor(name, codes, torch.rand(n, generator=draw) * 0.01)
+    scales, mins = (torch.rand(2, n, k // form.group, generator=draw) * 0.01).half()
+    return QTensor(name, codes, scales, 7 * mins if format.endswith("m") else None)
+
+
+def device_weight(format: str, matrix: QTensor) -> Weight:
+    """`random_weight` as the kernels read it."""
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(format, torch.float32)
+    return pack(matrix, torch.device("cpu"), dtype, fp8=format == "fp8")

@@ -8,3 +8,7 @@
 
 Importing this room imports no triton: a machine without it has the twins.
 """
+
+from __future__ import annotations
+
+__all__: list[str] = []
