@@ -125,7 +125,7 @@ def load(
     _, _, info = read_model(path, name, max_len)
     tokenizer = Tokenizer.load(path)
     tokenizer.check_fits(info.vocab_size, info.mask_id)
-    quantised = quantization is not None or quant_config(path) is not None
+    quantised = quantization is not None or quant_config(path, inventory(path)) is not None
     bigram = read_bigram(path, info.vocab_size) if drafting and info.kind != "ar" else None
     if _packed_is_right(device, backend, quantised):
         shortlist = read_shortlist(path, info.vocab_size) if drafting and info.kind == "ar" else None
@@ -195,12 +195,15 @@ def _packed_is_right(device: str | torch.device, backend: Backend, quantised: bo
 
 def _from_directory(path: Path, dtype: torch.dtype | str | None, name: str | None, max_len: int | None) -> _Source:
     family, config, info = read_model(path, name, max_len)
-    stored = stored_dtype(inventory(path), quant_config(path))
+    found = inventory(path)
+    quantised = quant_config(path, found)
+    stored = stored_dtype(found, quantised)
     chosen = stored if dtype is None else named_dtype(dtype)
     basis = basis_in(path, skeleton(config, info, chosen))
     held = config if basis is None else replace(config, tied=False)
-    parts = read_stored(path, family, skeleton(held, info, chosen))
-    return _Source(config, info, chosen, quant_config(path) is not None, parts, [], basis)
+    notes: list[str] = []
+    parts = read_stored(path, family, skeleton(held, info, chosen), notes=notes)
+    return _Source(config, info, chosen, quantised is not None, parts, notes, basis)
 
 
 def _from_gguf(gguf: GgufModel, dtype: torch.dtype | str | None) -> _Source:

@@ -284,7 +284,7 @@ def test_a_directory_that_says_one_thing_and_holds_another(llama: Path, tmp_path
         return str(caught.value)
 
     assert "quantised (w4g), but config.json has no quantization_config" in written(quantization_config=None)
-    assert "quantised by 'gptq'" in written(quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantised by 'hqq'" in written(quantization_config={"quant_method": "hqq", "bits": 4})
     other = {**config["quantization_config"], "format": "w6", "head": "w6"}
     assert "quantised as w4g, but config.json says w6" in written(quantization_config=other)
     assert "has shape [260, 32]" in written(vocab_size=300)

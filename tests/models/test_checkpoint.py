@@ -339,7 +339,7 @@ def test_unreadable_config(llada: Path, tmp_path: Path) -> None:
         ({"mask_token_id": 4000}, "mask token id 4000 is outside the vocabulary of 40"),
         ({"mask_token_id": "[MASK]"}, "mask_token_id must be an integer"),
         ({"mask_token_id": None}, "needs a mask token id"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "checkpoints quantised by 'gptq' are not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "checkpoints quantised by 'hqq' are not supported"),
     ],
 )
 def test_config_that_cannot_be_honoured(llada: Path, fields: dict[str, Any], said: str) -> None:

@@ -67,17 +67,17 @@ class Source:
                 hint="A GGUF file is served as it is; `dfastllm quantize` makes a directory of it (`--format w8r`).",
             )
         self.directory = resolve(model)
-        config = quant_config(self.directory)
+        described: tuple[Family, DecoderConfig, ModelInfo] = read_model(self.directory)
+        self.found: dict[str, TensorEntry] = inventory(self.directory)
+        config = quant_config(self.directory, self.found)
         if config is not None:
             raise UnsupportedError(
-                f"{self.directory} is already quantised ({config.format}); rounding twice loses more than once.",
+                f"{self.directory} is already quantised ({config.label}); rounding twice loses more than once.",
                 param="source",
                 hint="Give the original bfloat16 or float32 checkpoint.",
             )
-        described: tuple[Family, DecoderConfig, ModelInfo] = read_model(self.directory)
         self.family, self.config, self.info = described
         self.config_json: dict[str, Any] = read_json(self.directory / "config.json")
-        self.found: dict[str, TensorEntry] = inventory(self.directory)
         model_ = skeleton(self.config, self.info, torch.float32)
         problems = compare(self.family, model_, stored(self.found))
         if problems:

@@ -10,13 +10,22 @@ import torch
 
 from dfastllm.core import ModelInfo
 from dfastllm.errors import DFastLLMError, ModelLoadError, UnsupportedError
-from dfastllm.models.checkpoint import basis_in, compare, named_dtype, quant_config, read_model, skeleton, stored_dtype
+from dfastllm.models.checkpoint import (
+    basis_in,
+    compare,
+    named_dtype,
+    quant_config,
+    read_model,
+    skeleton,
+    stored_dtype,
+    weights_in,
+)
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
 from dfastllm.models.gguf.load import open_gguf
 from dfastllm.models.headers import TensorEntry, inventory
 from dfastllm.models.ids import tokenizer_size
-from dfastllm.quant.checkpoint import Stored, stored
+from dfastllm.quant.checkpoint import QuantConfig, Stored
 from dfastllm.quant.gguf.types import FLOATS
 
 __all__ = ["CheckReport", "Problem", "check"]
@@ -107,15 +116,19 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         return CheckReport(directory, tuple(problems), tensors=tensors, files=files)
 
     family, config, info = described
-    quantised = quant_config(directory)
+    quantised = None
+    try:
+        quantised = quant_config(directory, found)
+    except ModelLoadError as error:  # tensors of a method that needs settings; what config.json says was read above
+        problems.append(Problem(error.code, error.message))
     chosen = wanted or stored_dtype(found or {}, quantised)
-    if quantised is not None and quantised.rotation is not None:
+    if isinstance(quantised, QuantConfig) and quantised.rotation is not None:
         config = replace(config, tied=False)
     model = skeleton(config, info, chosen)
     weights: dict[str, Stored] = {}
     if found is not None:
         try:
-            weights = stored(found)
+            weights = weights_in(found, quantised)
         except ModelLoadError as error:
             problems.append(Problem(error.code, error.message))
         else:
@@ -137,7 +150,7 @@ def check(path: str | Path, *, dtype: torch.dtype | str | None = None) -> CheckR
         kv_bytes_per_token=_kv_bytes(model, chosen),
         tensors=tensors,
         files=files,
-        quantised=None if quantised is None else quantised.format,
+        quantised=None if quantised is None else quantised.label,
     )
 
 

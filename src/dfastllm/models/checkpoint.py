@@ -32,9 +32,10 @@ from dfastllm.models.family import Family, Fields, describe, family_of, find_fam
 from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inventory, read_json
 from dfastllm.models.ids import read_defaults, read_ids
 from dfastllm.options import generation_config
-from dfastllm.quant.checkpoint import QuantConfig, Stored, read, stored
+from dfastllm.quant.checkpoint import METHOD, QuantConfig, Stored, read_one, stored
 from dfastllm.quant.formats import FORMATS
-from dfastllm.quant.stream import cut_shards
+from dfastllm.quant.published import Method, by_config, by_names
+from dfastllm.quant.stream import cut_shards, read_tensor
 
 __all__ = [
     "DTYPES",
@@ -54,10 +55,13 @@ __all__ = [
     "save",
     "skeleton",
     "stored_dtype",
+    "weights_in",
 ]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EDIT_FIELD = "edits_committed_tokens"  # ours: LLaDA2.1's config.json does not tell it from LLaDA2.0
+# Files beside config.json that say how a checkpoint is quantised, of programs that once wrote them: name -> method.
+ASIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -119,12 +123,27 @@ def read_model(
     return family, config, replace(info, defaults=read_defaults(directory, info.kind))
 
 
-def quant_config(directory: Path) -> QuantConfig | None:
-    """What config.json says about quantisation, None for a float checkpoint. Raises ModelLoadError, naming the method,
-    for one that another program quantised."""
+def quant_config(directory: Path, found: Mapping[str, TensorEntry] | None = None) -> QuantConfig | Method | None:
+    """How a checkpoint is quantised, None for a float one: by config.json, by a file that older programs write beside
+    it, or, where `found` (its tensors) is given, by their names. Raises ModelLoadError for a method, or settings of
+    one, that are not read, CheckpointError for tensors that need settings which are nowhere."""
     path = directory / "config.json"
-    raw = read_json(path).get("quantization_config")
-    return None if raw is None else QuantConfig.parse(raw, str(path))
+    config = read_json(path)
+    raw = config.get("quantization_config")
+    if raw is None:
+        raw = config.get("quantization")  # MLX's name for it
+    if raw is not None:
+        ours = isinstance(raw, Mapping) and raw.get("quant_method") == METHOD
+        return QuantConfig.parse(raw, str(path)) if ours else by_config(raw, str(path))
+    for name, method in ASIDE.items():
+        if (directory / name).is_file():
+            return by_config({"quant_method": method, **read_json(directory / name)}, str(directory / name))
+    return None if found is None else by_names(found, directory)
+
+
+def weights_in(found: Mapping[str, TensorEntry], config: QuantConfig | Method | None) -> dict[str, Stored]:
+    """A directory's tensors as weights. Raises CheckpointError for parts of one that do not fit each other."""
+    return stored(found) if config is None or isinstance(config, QuantConfig) else config.weights(found)
 
 
 def quantisable(model: nn.Module) -> list[str]:
@@ -135,7 +154,7 @@ def quantisable(model: nn.Module) -> list[str]:
 
 
 def compare(
-    family: Family, model: nn.Module, found: Mapping[str, Stored], config: QuantConfig | None = None
+    family: Family, model: nn.Module, found: Mapping[str, Stored], config: QuantConfig | Method | None = None
 ) -> list[str]:
     """What keeps these tensors from being this model's parameters: missing, unexpected, mis-shaped, of an unknown
     dtype, quantised where they should not be; one sentence each. Empty: it fits."""
@@ -152,18 +171,33 @@ def compare(
             problems.append(f"tensor {name} has shape {list(weight.shape)}, wanted {list(shape)}")
         elif weight.kind is None and weight.parts[name].dtype not in DTYPES:
             problems.append(f"tensor {name} has dtype {weight.parts[name].dtype}, wanted one of {', '.join(DTYPES)}")
+        elif weight.foreign:
+            continue  # of any matrix; floats are made of one that is never quantised here
         elif weight.kind is not None and (config is None or name not in may_be):
             why = "config.json has no quantization_config" if config is None else "this one is never quantised"
             problems.append(f"tensor {name} is quantised ({weight.kind}), but {why}")
-        elif weight.kind is not None and config is not None and weight.kind not in _kinds(config):
+        elif weight.kind is not None and isinstance(config, QuantConfig) and weight.kind not in _kinds(config):
             says = f"{config.format} (head {config.head})"
             problems.append(f"tensor {name} is quantised as {weight.kind}, but config.json says {says}")
     tied = family.names.published("lm_head.weight")
     for name in sorted(found.keys() - wanted.keys()):
         if name == tied or any(re.fullmatch(pattern, name) for pattern in family.harmless):
             continue  # a tied head is often written all the same; the embedding is what counts
+        if isinstance(config, Method) and _of_zeros(name, found):
+            continue
         problems.append(f"unexpected tensor {name} {list(found[name].shape)}{_beyond(family, name)}")
     return problems
+
+
+def _of_zeros(name: str, found: Mapping[str, Stored]) -> bool:
+    """Whether this is a bias of zeros beside a matrix that another program quantised: AutoGPTQ writes them for layers
+    that have none."""
+    matrix = found.get(f"{name.removesuffix('.bias')}.weight")
+    if not name.endswith(".bias") or matrix is None or not matrix.foreign:
+        return False
+    entry = found[name].parts[name]
+    fits = entry.dtype in DTYPES and entry.shape == matrix.shape[:1]
+    return fits and not bool(read_tensor(entry, name).any())
 
 
 def _kinds(config: QuantConfig) -> set[str]:
@@ -202,7 +236,8 @@ def load(
     family, config, info = read_model(directory, name, max_len)
     if edit is not None:
         info = replace(info, edit=edit)
-    chosen = stored_dtype(inventory(directory), quant_config(directory)) if dtype is None else named_dtype(dtype)
+    found = inventory(directory)
+    chosen = stored_dtype(found, quant_config(directory, found)) if dtype is None else named_dtype(dtype)
     model = skeleton(config, info, chosen)
     return fill(model, read_weights(directory, family, model), device)
 
@@ -225,7 +260,7 @@ def read_weights(directory: Path, family: Family, model: Decoder) -> Iterator[tu
     """(own parameter name, weight) of every parameter of `model` (a skeleton will do), read when its turn comes; those
     of a turned checkpoint turned back, as floats. Raises CheckpointError before the first one if the directory's
     tensors are not the model's."""
-    parts = read_stored(directory, family, model)
+    parts = read_stored(directory, family, model, exact=True)
     basis = basis_in(directory, model)
     return parts if basis is None else basis.undone(parts)
 
@@ -233,21 +268,36 @@ def read_weights(directory: Path, family: Family, model: Decoder) -> Iterator[tu
 def basis_in(directory: Path, model: Decoder) -> Basis | None:
     """What the matrices of a directory are turned to; None: nothing. model: a skeleton will do."""
     config = quant_config(directory)
-    if config is None or config.rotation is None:
+    if not isinstance(config, QuantConfig) or config.rotation is None:
         return None
     rotation = config.rotation
     return basis_of(model.program, model.info.name, tied=model.config.tied, seed=rotation.seed, block=rotation.block)
 
 
-def read_stored(directory: Path, family: Family, model: Decoder) -> Iterator[tuple[str, QTensor | torch.Tensor]]:
+def read_stored(
+    directory: Path, family: Family, model: Decoder, *, exact: bool = False, notes: list[str] | None = None
+) -> Iterator[tuple[str, QTensor | torch.Tensor]]:
     """As `read_weights`, but as they lie in the files. A turned checkpoint has a head beside the embedding: `model` is
-    then one that is not tied."""
+    then one that is not tied. exact: weights that another program quantised as floats, as its own dequantisation gives
+    them; else in the packed format that holds them. notes: gains a sentence for each of these that is not held
+    exactly."""
     found = inventory(directory)
-    problems = compare(family, model, stored(found), quant_config(directory))
+    config = quant_config(directory, found)
+    weights = weights_in(found, config)
+    problems = compare(family, model, weights, config)
     if problems:
         raise CheckpointError(f"{directory} does not fit family {family.name}: {listed(problems)}")
-    own = {family.names.published(name): name for name, _ in model.named_parameters()}
-    yield from read(found, own, own.__getitem__)
+    packable = set(quantisable(model))
+    for own, _ in model.named_parameters():
+        name = family.names.published(own)
+        weight = weights[name]
+        if weight.opened is None:
+            yield own, read_one(name, weight)
+            continue
+        value, note = weight.opened(exact or own not in packable)
+        if note is not None and notes is not None:
+            notes.append(f"{own}: {note}")
+        yield own, value
 
 
 def listed(problems: list[str], most: int = 12) -> str:
@@ -265,12 +315,12 @@ def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return NAMED[dtype]
 
 
-def stored_dtype(found: Mapping[str, TensorEntry], config: QuantConfig | None = None) -> torch.dtype:
-    """The dtype that most weights of a checkpoint are stored in; float32 if none is a known one, or if its matrices are
-    quantised."""
+def stored_dtype(found: Mapping[str, TensorEntry], config: QuantConfig | Method | None = None) -> torch.dtype:
+    """The dtype that most weights of a checkpoint are stored in (of one that another program quantised: of what it left
+    in float); float32 if none is a known one, or if its matrices are quantised by `dfastllm quantize`."""
     elements = dict.fromkeys(DTYPES, 0)
     for entry in found.values():
-        if entry.dtype in elements and config is None:
+        if entry.dtype in elements and not isinstance(config, QuantConfig):
             elements[entry.dtype] += entry.size
     return DTYPES[max(elements, key=lambda dtype: elements[dtype])]
 

@@ -89,6 +89,10 @@ class QuantConfig:
     calibration: str = "none"
     rotation: Rotation | None = None
 
+    @property
+    def label(self) -> str:
+        return self.format
+
     def to_json(self) -> dict[str, Any]:
         said = {"format": self.format, "head": self.head, "calibration": self.calibration}
         turned = {} if self.rotation is None else {"rotation": self.rotation.to_json()}
@@ -138,17 +142,29 @@ class QuantConfig:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One weight of a directory. kind: natural form, None for a float tensor. shape: of the weight it stands for.
-    parts: tensor name in the file -> where it lies."""
+    """One weight of a directory.
+
+    kind    natural form; of a weight that another program quantised its method, in words; None for a float tensor.
+    shape   of the weight it stands for.
+    parts   tensor name in the file -> where it lies.
+    opened  of a weight that another program quantised: reads it, as float32 (True) or packed (False), with a note where
+            the packed one is not exactly what is stored.
+    """
 
     kind: str | None
     shape: tuple[int, ...]
     parts: Mapping[str, Entry]
+    opened: Callable[[bool], tuple[QTensor | Tensor, str | None]] | None = None
 
     @property
     def nbytes(self) -> int:
         entries = self.parts.values()
         return sum(math.prod(entry.shape) * DTYPES.get(entry.dtype, torch.float16).itemsize for entry in entries)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another program quantised it."""
+        return self.opened is not None
 
 
 def stored(found: Mapping[str, Entry]) -> dict[str, Stored]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from dfastllm.errors import CheckpointError
 
-__all__ = ["BYTES", "TensorEntry", "header_of", "read_header"]
+__all__ = ["BYTES", "TensorEntry", "header_of", "read_header", "read_metadata"]
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_DIMENSIONS = 16
@@ -51,9 +51,30 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path} has an unreadable safetensors header: {error}.") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself beside its tensors: the texts of "__metadata__". Raises as `read_header`."""
+    try:
+        with path.open("rb") as file:
+            _, header = _parsed(file, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} has an unreadable safetensors header: {error}.") from error
+    said = header.get("__metadata__")
+    return {key: text for key, text in said.items() if isinstance(text, str)} if isinstance(said, dict) else {}
+
+
 def header_of(file: BinaryIO, path: Path) -> dict[str, TensorEntry]:
     """The same of a file that is open at its beginning, for who reads its tensors from it too, whatever takes its place
     meanwhile. path: for entries and messages."""
+    length, header = _parsed(file, path)
+    size = os.fstat(file.fileno()).st_size
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+    _check_layout(path, header, size - 8 - length)
+    return entries
+
+
+def _parsed(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
+    """The length of the JSON, and what it is."""
     try:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -66,10 +87,7 @@ def header_of(file: BinaryIO, path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path} has an unreadable safetensors header: {error}.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a malformed safetensors header: not an object.")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-    _check_layout(path, header, size - 8 - length)
-    return entries
+    return length, header
 
 
 def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:

@@ -164,7 +164,8 @@ def make_student(
             parts: Iterable[tuple[str, QTensor | Tensor]] = ((own, value) for own, value, _ in gguf.tensors())
         else:
             family, config, info = read_model(path)
-            chosen = stored_dtype(inventory(path), quant_config(path))
+            tensors = inventory(path)
+            chosen = stored_dtype(tensors, quant_config(path, tensors))
             parts = read_weights(path, family, skeleton(config, info, torch.float32))
         if keep is None:
             found = (

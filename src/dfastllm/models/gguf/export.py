@@ -175,9 +175,9 @@ def _from_directory(
     directory: Path,
 ) -> tuple[DecoderConfig, ModelInfo, dict[str, Reader], dict[str, tuple[int, ...]]]:
     family, config, info = read_model(directory)
-    if quant_config(directory) is not None:
-        raise ValidationError(f"{directory} is quantised already.", hint="Convert the original float checkpoint.")
     found = inventory(directory)
+    if quant_config(directory, found) is not None:
+        raise ValidationError(f"{directory} is quantised already.", hint="Convert the original float checkpoint.")
     model = skeleton(config, info, torch.float32)
     problems = compare(family, model, stored(found))
     if problems:
