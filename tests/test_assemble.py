@@ -9,7 +9,14 @@ import torch
 
 from dfastllm import assemble
 from dfastllm.core import SamplingParams
-from dfastllm.errors import CheckpointError, ModelNotFoundError, TokenizerError, UnsupportedError, ValidationError
+from dfastllm.errors import (
+    CheckpointError,
+    ModelLoadError,
+    ModelNotFoundError,
+    TokenizerError,
+    UnsupportedError,
+    ValidationError,
+)
 from dfastllm.kernels import native
 from dfastllm.llm import LLM, SHIPPED, load_engine, resolve
 from dfastllm.models import Decoder, PackedDecoder, pack_decoder, save, tiny
@@ -81,8 +88,10 @@ def test_engine_options_are_checked() -> None:
 def test_a_file_that_is_not_gguf_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGML")
-    with pytest.raises(ModelNotFoundError, match="neither a directory nor a GGUF file"):
+    with pytest.raises(ModelLoadError, match=r"model\.gguf is neither a GGUF file nor a directory"):
         resolve(path)
+    with pytest.raises(ModelNotFoundError, match="neither a directory nor a GGUF file"):
+        resolve(tmp_path / "absent.gguf")
 
 
 def test_parameters_that_do_not_fit_are_named() -> None:

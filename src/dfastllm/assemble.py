@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dfastllm.core import ModelInfo
+from dfastllm.core.filetype import is_gguf
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
@@ -46,15 +47,6 @@ __all__ = ["BACKENDS", "Backend", "Loaded", "dequantised", "is_gguf", "load", "m
 
 Backend = Literal["auto", "native", "torch"]
 BACKENDS = ("auto", "native", "torch")
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether this is a file that says it is GGUF. A directory never is."""
-    path = Path(path)
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def load(
     if is_gguf(path):
         with open_gguf(path, name=name, max_len=max_len) as gguf:
             tokenizer = read_tokenizer(gguf.file.metadata)
-            tokenizer.check_fits(gguf.info.vocab_size, gguf.info.mask_id)
+            gguf.info = _noting(gguf.info, tokenizer)
             elsewhere = backend == "torch" or torch.device(device).type != "cpu"
             if elsewhere and quantization is None and gguf.config.moe is not None:
                 return Loaded(_expanded(gguf, device, dtype), tokenizer)
@@ -124,14 +116,23 @@ def load(
             return Loaded(_assemble(_from_gguf(gguf, dtype), quantization), tokenizer)
     _, _, info = read_model(path, name, max_len)
     tokenizer = Tokenizer.load(path)
-    tokenizer.check_fits(info.vocab_size, info.mask_id)
+    notes = _noting(info, tokenizer).notes
     quantised = quantization is not None or quant_config(path, inventory(path)) is not None
     bigram = read_bigram(path, info.vocab_size) if drafting and info.kind != "ar" else None
     if _packed_is_right(device, backend, quantised):
         shortlist = read_shortlist(path, info.vocab_size) if drafting and info.kind == "ar" else None
         source = _from_directory(path, dtype, name, max_len)
-        return Loaded(_assemble(source, quantization, shortlist), tokenizer, bigram)
-    return Loaded(load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len), tokenizer, bigram)
+        model: Decoder | PackedDecoder = _assemble(source, quantization, shortlist)
+    else:
+        model = load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len)
+    model.info = replace(model.info, notes=notes)
+    return Loaded(model, tokenizer, bigram)
+
+
+def _noting(info: ModelInfo, tokenizer: Tokenizer) -> ModelInfo:
+    """With the notes of the tokenizer. Raises TokenizerError where it cannot be this model's."""
+    fits = tokenizer.check_fits(info.vocab_size, info.mask_id)
+    return replace(info, notes=tuple(dict.fromkeys((*info.notes, *tokenizer.notes, *fits))))
 
 
 def dequantised(path: str | Path, dtype: torch.dtype | str | None = None) -> Loaded:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from dfastllm import assemble
-from dfastllm.assemble import Backend, Loaded, is_gguf
+from dfastllm.assemble import Backend, Loaded
 from dfastllm.core import (
     DecodeParams,
     FinishReason,
@@ -46,11 +47,11 @@ from dfastllm.errors import (
     AdaptersBusyError,
     ContextLengthError,
     ModelLoadError,
-    ModelNotFoundError,
     TokenizerError,
     UnsupportedError,
     ValidationError,
 )
+from dfastllm.hub import SHIPPED, find, shipped_models
 from dfastllm.models import load
 from dfastllm.settings import Settings
 from dfastllm.text import CallReading, ChatTemplates, ParsedMessage, Tokenizer, call_reading, chat_prompt, read_text
@@ -69,32 +70,18 @@ __all__ = [
 ]
 
 Params = TypeVar("Params", SamplingParams, DecodeParams)
-SHIPPED = Path(__file__).parent / "shipped"
 KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+log = logging.getLogger("dfastllm.load")
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 Speculation = str | SpeculativeConfig | Sequence[SpeculativeConfig] | None
 
 
-def shipped_models() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
-
-
 def resolve(model: str | Path) -> Path:
-    """Where a model lies: a shipped model's name, a directory or a GGUF file. Raises ModelNotFoundError naming what
-    there is."""
-    if str(model) in shipped_models():
-        return SHIPPED / str(model)
-    path = Path(model)
-    if path.is_dir() or is_gguf(path):
-        return path
-    raise ModelNotFoundError(
-        f"no model {str(model)!r}: it is neither a directory nor a GGUF file nor a shipped model"
-        f" ({', '.join(shipped_models())}).",
-        param="model",
-    )
+    """Where a model lies, see `hub.find`."""
+    return find(model)
 
 
 def shipped_adapters() -> list[str]:
@@ -196,6 +183,8 @@ def load_engine(
         speculative=configs[0].params if configs else None,
     )
     _check_defaults(engine, path)
+    for note in built.info.notes:
+        log.warning("%s: %s", built.info.name, note)
     return engine
 
 

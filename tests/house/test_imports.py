@@ -23,7 +23,7 @@ LEVELS = (
     {"quant"},
     {"lora"},
     {"decode", "models", "text"},
-    {"assemble"},
+    {"assemble", "hub"},
     {"engine"},
     {"llm"},
     {"tenants", "metrics", "sandbox"},

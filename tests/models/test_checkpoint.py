@@ -179,7 +179,9 @@ def test_harmless_extras(llada: Path) -> None:
     edit_tensors(llada, **{"model.transformer.blocks.0.rotary_emb.inv_freq": torch.ones(4)})
     assert torch.equal(logits(models.load(llada)), before)
     edit_config(llada, weight_tying=True)
-    assert models.load(llada).lm_head is None
+    tied = models.load(llada)
+    assert tied.lm_head is None  # the authors' class has none then, whatever lies in the file
+    assert any("not used" in note for note in tied.info.notes)
 
 
 def test_every_fault_is_listed(llada: Path) -> None:
@@ -219,7 +221,7 @@ def test_each_tensor_is_needed(family: str, tmp_path: Path) -> None:
 def test_truncated(llada: Path, keep: int) -> None:
     file = llada / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors.*(truncated|unreadable)"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*(truncated|unreadable|empty)"):
         models.load(llada)
 
 

@@ -318,7 +318,8 @@ def test_scores_of_any_kind(prefix: bool, spm: tuple[Tokenizer, dict[str, Any]],
         ({"tokenizer.ggml.eos_token_id": "2"}, "below 1280"),
         ({"tokenizer.ggml.add_bos_token": 7}, "true or false"),
         ({"tokenizer.chat_template": 3}, "no text"),
-        ({"tokenizer.huggingface.json": "{"}, "unusable"),
+        ({"tokenizer.huggingface.json": "{"}, r"huggingface\.json is not valid JSON"),
+        ({"tokenizer.ggml.model": np.zeros(3, np.int32)}, r"tokenizer\.ggml\.model .* is ndarray"),
     ],
 )
 def test_damaged_metadata_is_named(change: dict[str, Any], said: str, demo_fields: dict[str, Any]) -> None:

@@ -39,7 +39,9 @@ def check(
         return
     report = inspect(path, dtype=None if dtype == "auto" else dtype)
     problems = [(problem.code, problem.message) for problem in report.problems]
-    problems += _tokenizer_problems(path, report)
+    of_tokenizer, notes = _tokenizer(path, report)
+    problems += of_tokenizer
+    report = dataclasses.replace(report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
     if as_json:
         typer.echo(json.dumps(_as_json(report, problems), indent=2))
     else:
@@ -48,27 +50,27 @@ def check(
         raise typer.Exit(1)
 
 
-def _tokenizer_problems(path: Path, report: CheckReport) -> list[tuple[str, str]]:
-    """What the tokenizer's own loading finds, unless the model's check has found a fault in it already."""
+def _tokenizer(path: Path, report: CheckReport) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """Problems and notes of the tokenizer's own loading, unless the model's check has found a fault in it already."""
     from dfastllm.quant.gguf import GgufFile
     from dfastllm.text import Tokenizer
     from dfastllm.text.gguf import read_tokenizer
 
     if any(problem.code == TokenizerError.code for problem in report.problems):
-        return []
+        return [], ()
     try:
         if path.is_dir():
             tokenizer = Tokenizer.load(path)
         elif report.info is None:
-            return []
+            return [], ()
         else:
             with GgufFile.open(path) as file:
                 tokenizer = read_tokenizer(file.metadata)
-        if report.info is not None:
-            tokenizer.check_fits(report.info.vocab_size, report.info.mask_id)
+        info = report.info
+        fits = () if info is None else tokenizer.check_fits(info.vocab_size, info.mask_id)
     except TokenizerError as error:
-        return [(error.code, str(error))]
-    return []
+        return [(error.code, str(error))], ()
+    return [], (*tokenizer.notes, *fits)
 
 
 def _as_json(report: CheckReport, problems: list[tuple[str, str]]) -> dict[str, Any]:

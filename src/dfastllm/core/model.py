@@ -30,6 +30,7 @@ class ModelInfo:
                too (Dream).
     eos_ids    any of them ends a text; the first is the one padding is counted as.
     defaults   what the model's generation_config.json says of options that a request does not give, by name.
+    notes      what its files say that was passed over or read in another way than they say it, a sentence each.
     """
 
     name: str
@@ -51,3 +52,4 @@ class ModelInfo:
     causal: bool = False
     confidence: Confidence = "raw"
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)

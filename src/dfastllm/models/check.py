@@ -24,7 +24,7 @@ from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family
 from dfastllm.models.gguf.load import open_gguf
 from dfastllm.models.headers import TensorEntry, inventory
-from dfastllm.models.ids import tokenizer_size
+from dfastllm.models.ids import ordinary_tokens
 from dfastllm.quant.checkpoint import QuantConfig, Stored
 from dfastllm.quant.gguf.types import FLOATS
 
@@ -173,7 +173,7 @@ def _check_gguf(path: Path, dtype: torch.dtype) -> CheckReport:
         return CheckReport(
             path,
             (),
-            notes=tuple(_endless(opened.info)),
+            notes=tuple(_of_model(opened.info)),
             info=opened.info,
             dtype=str(dtype).removeprefix("torch."),
             parameters=sizes.total(),
@@ -202,7 +202,7 @@ def _kv_bytes(model: Decoder, dtype: torch.dtype) -> int:
 def _tokenizer_problems(directory: Path, rows: int) -> list[Problem]:
     """A tokenizer that can give ids without an embedding row is another model's."""
     try:
-        size = tokenizer_size(directory)
+        size = ordinary_tokens(directory)
     except ModelLoadError as error:
         return [Problem(error.code, error.message)]
     if size is None or size <= rows:
@@ -220,8 +220,9 @@ def _notes(directory: Path, info: ModelInfo) -> list[str]:
     notes = []
     if not (directory / "tokenizer.json").is_file():
         notes.append("no tokenizer.json: the model takes token ids only.")
-    return notes + _endless(info)
+    return notes + _of_model(info)
 
 
-def _endless(info: ModelInfo) -> list[str]:
-    return [] if info.eos_ids else ["no end-of-text id known: texts end only at their token limit."]
+def _of_model(info: ModelInfo) -> list[str]:
+    notes = list(info.notes)
+    return notes if info.eos_ids else [*notes, "no end-of-text id known: texts end only at their token limit."]

@@ -30,12 +30,12 @@ from dfastllm.models.config import DecoderConfig
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible
 from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inventory, read_json
-from dfastllm.models.ids import read_defaults, read_ids
+from dfastllm.models.ids import read_defaults, read_ids, usable
 from dfastllm.options import generation_config
 from dfastllm.quant.checkpoint import METHOD, QuantConfig, Stored, read_one, stored
 from dfastllm.quant.formats import FORMATS
 from dfastllm.quant.published import Method, by_config, by_names
-from dfastllm.quant.stream import cut_shards, read_tensor
+from dfastllm.quant.stream import cut_shards, read_tensor, same_numbers
 
 __all__ = [
     "DTYPES",
@@ -116,11 +116,30 @@ def read_model(
         config = family.read(fields).within(max_len)
     except ValidationError as error:
         raise ModelLoadError(f"{fields.where}: {error}", param=error.param) from error
-    ids = read_ids(directory, fields, family, config.vocab_size)
+    config, headed = _with_own_head(directory, family, config)
+    ids, passed = usable(read_ids(directory, fields, family, config.vocab_size), family, config.vocab_size)
     block = fields.get(family.block[0], int, family.block[1]) if family.block else None
     edit = fields.get(EDIT_FIELD, bool, False)
     info = describe(family.name, config, ids, name=name or directory.resolve().name, block=block, edit=edit)
-    return family, config, replace(info, defaults=read_defaults(directory, info.kind))
+    return family, config, replace(info, defaults=read_defaults(directory, info.kind), notes=(*headed, *passed))
+
+
+def _with_own_head(directory: Path, family: Family, config: DecoderConfig) -> tuple[DecoderConfig, tuple[str, ...]]:
+    """A config that says that head and embedding are one, but whose directory has a head with other numbers: the head
+    counts, as it does in transformers 5, unless the family's own code has none then; a note says which. One with the
+    same numbers is a copy."""
+    embedding, head = (family.names.published(f"{own}.weight") for own in ("embed", "lm_head"))
+    if not config.tied:
+        return config, ()
+    try:
+        found = inventory(directory)
+    except CheckpointError:  # told where the weights are read
+        return config, ()
+    if embedding not in found or head not in found or same_numbers(found[embedding], found[head]):
+        return config, ()
+    what = "it is used" if family.own_head else "it is not used, as in the original"
+    note = f"config.json ties the head to the embedding, but {head} has other numbers than {embedding}: {what}."
+    return replace(config, tied=not family.own_head), (note,)
 
 
 def quant_config(directory: Path, found: Mapping[str, TensorEntry] | None = None) -> QuantConfig | Method | None:

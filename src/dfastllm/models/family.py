@@ -142,6 +142,7 @@ class Family:
     ids      used where the model's own files say nothing. end_tokens, mask_tokens: contents of added tokens of the
              tokenizer that also end a text, or are the mask.
     harmless patterns (re.fullmatch) of tensors that may be in a file and are not parameters.
+    own_head a stored head counts although the config ties it to the embedding, where its numbers are others.
     shape    fields of DecoderConfig that every model of this wiring has, or how they follow from the other fields.
     """
 
@@ -163,6 +164,7 @@ class Family:
     end_tokens: tuple[str, ...] = ()
     mask_tokens: tuple[str, ...] = ()
     harmless: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    own_head: bool = True
     shape: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -301,7 +303,11 @@ def describe(
             param="sliding_window",
         )
     if found.kind != "ar" and ids.mask is None:
-        raise ModelLoadError(f"{family} needs a mask token id and none is known; set mask_token_id in config.json.")
+        raise ModelLoadError(
+            f"{family} needs a mask token id and none is known.",
+            hint="Set mask_token_id in config.json; in a GGUF file it is tokenizer.ggml.mask_token_id.",
+            param="mask_token_id",
+        )
     for label, token in [("mask", ids.mask), ("bos", ids.bos), ("pad", ids.pad), *(("eos", e) for e in ids.eos)]:
         if token is not None and not 0 <= token < config.vocab_size:
             raise ModelLoadError(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dfastllm.core.filetype import mistaken
 from dfastllm.errors import CheckpointError, ModelLoadError
 from dfastllm.quant.header import BYTES, TensorEntry, read_header
 from dfastllm.quant.stream import INDEX_FILE, WEIGHTS_FILE
@@ -20,7 +21,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelLoadError(f"{path.name} is missing in {path.parent}.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path} cannot be read as JSON: {error}.") from error
+        if (found := mistaken(path)) is not None:
+            raise ModelLoadError(f"{path} is no JSON but {found.what}.", hint=found.hint) from error
+        raise ModelLoadError(f"{path} cannot be read as JSON: {error}.", hint="Download it again.") from error
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} must hold a JSON object, got {type(value).__name__}.")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from dfastllm.models.family import Family, Fields, Ids
 from dfastllm.models.headers import read_json
 from dfastllm.options import generation_defaults
 
-__all__ = ["added_tokens", "read_defaults", "read_ids", "tokenizer_size", "with_fallbacks"]
+__all__ = ["added_tokens", "ordinary_tokens", "read_defaults", "read_ids", "usable", "with_fallbacks"]
+
+ABSENT = -1  # how some files write that there is no such token
 
 
 def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -> Ids:
@@ -44,6 +47,32 @@ def read_ids(directory: Path, fields: Fields, family: Family, vocab_size: int) -
         mask = next((tokens[content] for content in family.mask_tokens if content in tokens), None)
     known = Ids(eos=tuple(dict.fromkeys(eos)), mask=mask, bos=one("bos"), pad=one("pad"))
     return with_fallbacks(known, family.ids, vocab_size)
+
+
+def usable(known: Ids, family: Family, vocab_size: int) -> tuple[Ids, tuple[str, ...]]:
+    """The ids without those past the vocabulary that generating can do without, and a note for each of these: padding;
+    an end of the text, where there is another; a mask, where the model is autoregressive. The others stay, and
+    `describe` refuses them."""
+    notes = []
+
+    def past(token: int | None) -> bool:
+        return token is not None and token >= vocab_size
+
+    def drop(role: str, token: int | None) -> None:
+        notes.append(f"the {role} token's id, {token}, is past the vocabulary of {vocab_size}: passed over.")
+
+    eos = tuple(token for token in known.eos if not past(token))
+    if eos and eos != known.eos:
+        for token in set(known.eos) - set(eos):
+            drop("end", token)
+        known = replace(known, eos=eos)
+    if past(known.pad):
+        drop("padding", known.pad)
+        known = replace(known, pad=None)
+    if family.kind == "ar" and past(known.mask):
+        drop("mask", known.mask)
+        known = replace(known, mask=None)
+    return known, tuple(notes)
 
 
 def with_fallbacks(known: Ids, published: Ids, vocab_size: int) -> Ids:
@@ -88,19 +117,18 @@ def added_tokens(directory: Path) -> dict[str, int]:
     return found
 
 
-def tokenizer_size(directory: Path) -> int | None:
-    """One past the largest id that tokenizer.json can give; None where there is no tokenizer.json. Raises
-    TokenizerError if it cannot be read."""
+def ordinary_tokens(directory: Path) -> int | None:
+    """One past the largest id that tokenizer.json gives to ordinary text: its added tokens, which stand for themselves
+    alone, are not counted. None where there is no tokenizer.json. Raises TokenizerError if it cannot be read."""
     raw = _optional(directory / "tokenizer.json").raw
     if not raw:
         return None
     vocab = raw["model"].get("vocab") if isinstance(raw.get("model"), dict) else None
-    largest = max(added_tokens(directory).values(), default=-1)
     if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel: token -> id
-        largest = max([largest, *(token for token in vocab.values() if isinstance(token, int))])
-    elif isinstance(vocab, list):  # Unigram: [token, score] in order of id
-        largest = max(largest, len(vocab) - 1)
-    return largest + 1
+        added = set(added_tokens(directory).values())
+        ids = [token for token in vocab.values() if isinstance(token, int) and token not in added]
+        return max(ids, default=-1) + 1
+    return len(vocab) if isinstance(vocab, list) else 0  # Unigram: [token, score] in order of id
 
 
 def _optional(path: Path) -> Fields:
@@ -115,8 +143,8 @@ def _optional(path: Path) -> Fields:
 
 
 def _integers(value: Any, name: str, source: Fields) -> list[int]:
-    """An id, a list of ids, or null, as a list."""
+    """An id, a list of ids, or null, as a list. -1 is how some files write null."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(not isinstance(item, int) or isinstance(item, bool) for item in values):
-        raise ModelLoadError(f"{source.where}: {name} must be an integer or a list of integers, got {value!r}.")
-    return list(values)
+        raise ModelLoadError(f"{source.where}: {name} must be an integer or a list of integers, got {value!r:.200}.")
+    return [item for item in values if item != ABSENT]

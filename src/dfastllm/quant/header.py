@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dfastllm.core.filetype import mistaken
 from dfastllm.errors import CheckpointError
 
 __all__ = ["BYTES", "TensorEntry", "header_of", "read_header", "read_metadata"]
@@ -45,6 +46,8 @@ class TensorEntry:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Tensors of one safetensors file. Raises CheckpointError if the file is truncated, overlong or malformed."""
     try:
+        if (found := mistaken(path)) is not None:
+            raise CheckpointError(f"{path} is no safetensors file but {found.what}.", hint=found.hint)
         with path.open("rb") as file:
             return header_of(file, path)
     except OSError as error:

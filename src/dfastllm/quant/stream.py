@@ -31,6 +31,7 @@ __all__ = [
     "SafetensorsWriter",
     "cut_shards",
     "read_tensor",
+    "same_numbers",
 ]
 
 DTYPES = {
@@ -50,6 +51,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 1 << 20  # bytes that are compared at a time
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -102,6 +104,26 @@ class Planned:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def same_numbers(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are the same bytes, compared a piece at a time. Raises CheckpointError where a file cannot be
+    read."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in DTYPES:
+        return False
+    left = math.prod(one.shape) * DTYPES[one.dtype].itemsize
+    try:
+        with one.file.open("rb", buffering=0) as first, other.file.open("rb", buffering=0) as second:
+            first.seek(one.offset)
+            second.seek(other.offset)
+            while left > 0:
+                piece = first.read(min(left, PIECE))
+                if not piece or piece != second.read(len(piece)):
+                    return False
+                left -= len(piece)
+    except OSError as error:
+        raise CheckpointError(f"{one.file} cannot be read: {error.strerror or error}.") from error
+    return True
 
 
 class SafetensorsWriter:

@@ -172,7 +172,8 @@ class ChatTemplates:
             raise ValidationError(
                 "This model has no chat template, so it cannot take messages.",
                 param="messages",
-                hint="Send a plain prompt, or add a chat_template.jinja to the model directory.",
+                hint="Send a plain prompt, or load the model with a template: --chat-template FILE, chat_template= in "
+                "Python.",
             )
         if template is None:
             template = "tool_use" if tools and "tool_use" in self._sources else "default"

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dfastllm.core.filetype import mistaken_bytes
 from dfastllm.errors import TokenizerError
 
-__all__ = ["read_json", "read_text"]
+__all__ = ["json_object", "read_json", "read_text"]
 
 
 def read_text(path: Path) -> str:
@@ -26,14 +27,18 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file as a JSON object. Raises TokenizerError when it cannot be read, parsed, or is not an object."""
-    text = read_text(path)
+    return json_object(read_text(path), f"{path.name} in {path.parent}")
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """Text as a JSON object. where: for messages. Raises TokenizerError."""
     try:
         value = json.loads(text)
-    except ValueError as error:
-        hint = "Download the file again."
-        if text.startswith("version https://git-lfs"):
-            hint = "It is a Git LFS pointer: run `git lfs pull` in the model directory."
-        raise TokenizerError(f"{path.name} in {path.parent} is not valid JSON: {error}.", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        found = mistaken_bytes(text[:512].encode("utf-8", "replace"))
+        if found is not None:
+            raise TokenizerError(f"{where} is no JSON but {found.what}.", hint=found.hint) from error
+        raise TokenizerError(f"{where} is not valid JSON: {error}.", hint="Download the file again.") from error
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path.name} in {path.parent} must hold a JSON object, got {type(value).__name__}.")
+        raise TokenizerError(f"{where} must hold a JSON object, got {type(value).__name__}.")
     return value

@@ -18,6 +18,7 @@ import tokenizers
 from dfastllm.errors import TokenizerError, ValidationError
 from dfastllm.text.chat import ChatTemplates, Rendering
 from dfastllm.text.files import read_json, read_text
+from dfastllm.text.library import LARGEST_ID, calling, from_json, unusable
 from dfastllm.text.reach import reach
 from dfastllm.text.spelled import PlainText
 from dfastllm.text.templates.quoting import Marks, Quoting
@@ -25,6 +26,7 @@ from dfastllm.text.templates.quoting import Marks, Quoting
 __all__ = ["Tokenizer"]
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "sep_token", "cls_token")
+_NEEDED = ("bos_token", "eos_token", "mask_token")  # without these a text would begin, end or be filled otherwise
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LONG = 1 << 14  # characters; see `encode`
 
@@ -37,6 +39,7 @@ class Tokenizer:
     special_ids  ids that `decode(skip_special=True)` leaves out.
     byte_ids     ids of SentencePiece byte-fallback tokens (<0x00>..<0xFF>), empty for other tokenizers.
     spellings    of the special tokens: what `parse_special` is about.
+    notes        what the files say that was passed over, a sentence each.
     reach        how much text a token stands for at most; None where that cannot be told.
     chat_parse_special  whether special tokens that people spell in messages become those tokens, where a request does
                  not say; set while a model is loaded.
@@ -51,14 +54,16 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         eos_ids: Sequence[int] = (),
         templates: ChatTemplates | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """backend: the library's tokenizer; truncation and padding are switched off. special_tokens: role (bos_token,
-        eos_token, mask_token, ...) -> token text. Raises TokenizerError for a role whose token is not in the
-        vocabulary."""
+        eos_token, mask_token, ...) -> token text. notes: what was found on the way here. Raises TokenizerError for a
+        role that texts need (`_NEEDED`) and whose token is not in the vocabulary; of the others a note is kept."""
         backend.no_truncation()  # a tokenizer.json saved with truncation would otherwise cut prompts silently
         backend.no_padding()
         self.backend = backend
-        self.special_tokens = dict(special_tokens or {})
+        self.special_tokens = {role: text for role, text in (special_tokens or {}).items() if text}
+        self.notes = tuple(notes)
         self.templates = (templates or ChatTemplates({})).chosen(None, self.special_tokens)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
@@ -72,11 +77,15 @@ class Tokenizer:
             frozenset(i for t, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(t)) if fallback else frozenset()
         )
         for role, token in self.special_tokens.items():
-            if token not in vocabulary:
+            if token in vocabulary:
+                continue
+            needed = role in _NEEDED and not (role == "eos_token" and eos_ids)
+            if needed:
                 raise TokenizerError(
                     f"{role} is {token!r}, which is not in the vocabulary of tokenizer.json.",
                     hint="tokenizer_config.json and tokenizer.json belong to different models, or one is damaged.",
                 )
+            self.notes += (f"{role} is {token!r}, which is not in the vocabulary: passed over.",)
         self.bos_id = self._role("bos_token")
         self.eos_id = self._role("eos_token")
         self.pad_id = self._role("pad_token")
@@ -124,21 +133,21 @@ class Tokenizer:
         they are. Of a `Rendering` those that its template wrote become ids, and those that people wrote stay text.
         Raises ValidationError for text with lone surrogates."""
         given = text if isinstance(text, Rendering) else Rendering(text, None)
-        try:
-            if not parse_special:
-                given = self._all_quoted(given.text)
-            if given.marked is not None and (given.marked != given.text or self._normalized):
-                return self._encode_marked(given.text, given.marked, add_special)
-            return list(self._encoding(given.text, add_special).ids)
-        except TypeError as error:  # what the library says of lone surrogates, and of what is no text
-            if not isinstance(given.text, str):
-                raise
-            raise ValidationError("The text is not valid Unicode: it has a lone surrogate.", param="prompt") from error
-        except Exception as error:  # the library raises plain Exception, as for a missing unknown token
-            raise TokenizerError(
-                f"The tokenizer cannot encode this text: {error}.",
-                hint="Its tokenizer.json is damaged or of another model.",
-            ) from error
+        with calling("The tokenizer cannot encode this text", "Its tokenizer.json is damaged or of another model."):
+            try:
+                if not parse_special:
+                    given = self._all_quoted(given.text)
+                if given.marked is not None and (given.marked != given.text or self._normalized):
+                    return self._encode_marked(given.text, given.marked, add_special)
+                return list(self._encoding(given.text, add_special).ids)
+            except (TypeError, UnicodeEncodeError) as error:  # of lone surrogates, and of what is no text
+                if not isinstance(given.text, str):
+                    raise ValidationError(
+                        f"A prompt is text, got {type(given.text).__name__}.", param="prompt"
+                    ) from error
+                raise ValidationError(
+                    "The text is not valid Unicode: it has a lone surrogate.", param="prompt"
+                ) from error
 
     def _encoding(self, text: str, add_special: bool, *, offsets: bool = False) -> tokenizers.Encoding:
         if len(text) <= _LONG:
@@ -175,8 +184,14 @@ class Tokenizer:
         return 0 if self.reach is None else self.reach.fewest(text)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary decode to nothing."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        """Text of `ids`. Bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary decode to nothing. Raises
+        TokenizerError where the library fails."""
+        try:  # as `calling` does, which would cost more than a token's decoding
+            text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        except BaseException as error:
+            if not unusable(error):
+                raise
+            raise TokenizerError(f"The tokenizer cannot decode these ids: {error}.") from error
         return text
 
     def apply_chat_template(
@@ -219,18 +234,30 @@ class Tokenizer:
         )
         return sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
 
-    def check_fits(self, vocab_size: int, mask_id: int | None = None) -> None:
-        """Raise TokenizerError when this tokenizer cannot belong to a model with `vocab_size` logits and `mask_id`."""
+    def check_fits(self, vocab_size: int, mask_id: int | None = None) -> tuple[str, ...]:
+        """Raise TokenizerError when this tokenizer cannot belong to a model with `vocab_size` logits and `mask_id`:
+        when ordinary text can become an id past them, or every text would begin with one. Returns a note where it has
+        added tokens past them, which stand for themselves alone: a prompt that spells one is refused when it comes."""
+        past = {}
         if self.vocab_size > vocab_size:
-            raise TokenizerError(
-                f"The tokenizer's ids reach {self.vocab_size - 1}, but the model has only {vocab_size} embeddings.",
-                hint="This is another model's tokenizer.json.",
-            )
+            added = self.backend.get_added_tokens_decoder()
+            vocabulary = self.backend.get_vocab(with_added_tokens=True)
+            past = {text: id for text, id in sorted(vocabulary.items(), key=lambda item: item[1]) if id >= vocab_size}
+            if any(id not in added for id in past.values()) or self.bos_id in past.values():
+                raise TokenizerError(
+                    f"The tokenizer's ids reach {self.vocab_size - 1}, but the model has only {vocab_size} embeddings.",
+                    hint="This is another model's tokenizer.json.",
+                )
         if mask_id is not None and self.mask_id is not None and mask_id != self.mask_id:
             raise TokenizerError(
                 f"The tokenizer's mask token is {self.mask_id}, but the model's config says {mask_id}.",
                 hint="This is another model's tokenizer.json, or config.json was edited.",
             )
+        if not past:
+            return ()
+        shown = ", ".join(f"{text!r:.40} ({id})" for text, id in list(past.items())[:3])
+        more = f" and {len(past) - 3} more" if len(past) > 3 else ""
+        return (f"added tokens past the model's {vocab_size} embeddings: {shown}{more}; prompts cannot have them.",)
 
 
 def _load_backend(directory: Path) -> tokenizers.Tokenizer:
@@ -243,14 +270,9 @@ def _load_backend(directory: Path) -> tokenizers.Tokenizer:
             if old
             else "Download the model's tokenizer files too.",
         )
-    read_json(file)  # its errors name the file and the place; the library's do not
-    try:
-        return tokenizers.Tokenizer.from_str(read_text(file))
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(
-            f"tokenizer.json in {directory} is no tokenizer: {error}.",
-            hint="Download it again, or update the `tokenizers` package.",
-        ) from error
+    text = read_text(file)
+    spec = read_json(file)  # its errors name the file and the place; the library's do not
+    return from_json(text, spec, f"tokenizer.json in {directory}")
 
 
 def _add_declared(backend: tokenizers.Tokenizer, declared: Any, directory: Path) -> None:
@@ -259,11 +281,12 @@ def _add_declared(backend: tokenizers.Tokenizer, declared: Any, directory: Path)
         return
     for key, row in sorted(declared.items(), key=lambda item: int(item[0]) if item[0].isdigit() else -1):
         content = _token_text(row)
-        if content is None or not key.isdigit():
+        if content is None or not key.isdigit() or len(key) > 9 or int(key) > LARGEST_ID:
             raise TokenizerError(f"added_tokens_decoder[{key!r}] in {directory}/tokenizer_config.json is no token.")
         if backend.token_to_id(content) is None:
             flags = {k: bool(row[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in row}
-            backend.add_tokens([tokenizers.AddedToken(content, **flags)])
+            with calling(f"{directory}/tokenizer_config.json declares a token that cannot be added", "It is damaged."):
+                backend.add_tokens([tokenizers.AddedToken(content, **flags)])
         if backend.token_to_id(content) != int(key):
             raise TokenizerError(
                 f"{content!r} has id {key} in tokenizer_config.json and {backend.token_to_id(content)} in "

@@ -22,7 +22,7 @@ from dfastllm.models.config import DecoderConfig
 from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf
 from dfastllm.models.gguf.names import HARMLESS, SAMPLING, SETTINGS, row_order, separate
 from dfastllm.models.gguf.rope import read_scaling
-from dfastllm.models.ids import with_fallbacks
+from dfastllm.models.ids import usable, with_fallbacks
 from dfastllm.models.program import offsets
 from dfastllm.options import generation_defaults
 from dfastllm.quant.gguf import GgufFile, GgufTensor, special_ids, to_float, to_qtensor
@@ -31,6 +31,7 @@ from dfastllm.quant.gguf.memory import return_freed
 __all__ = ["GgufModel", "Source", "open_gguf"]
 
 RETURN_EVERY = 1 << 26  # bytes of the file converted between two times that freed memory is given back
+MASK = "mask_token_id"
 # Settings that only have one value here.
 _ONLY = {
     "attention.clamp_kqv": 0.0,
@@ -136,9 +137,10 @@ def _match(file: GgufFile, name: str | None, max_len: int | None) -> GgufModel:
     config = _config(file, fields, gguf).within(max_len)
     sources = _sources(file, family, gguf, config)
     title = name or fields.get("general.name", str, file.path.stem)
-    info = describe(family.name, config, _ids(file, family, config), name=title)
+    ids, notes = _ids(file, family, config)
+    info = describe(family.name, config, ids, name=title)
     given = {option: fields.raw.get(key) for option, key in SAMPLING.items()}
-    info = replace(info, defaults=generation_defaults(given))
+    info = replace(info, defaults=generation_defaults(given), notes=notes)
     return GgufModel(file, gguf.arch, config, info, sources)
 
 
@@ -283,12 +285,17 @@ def _place(
     return fused, start, (q + 2 * kv, *shape[1:])
 
 
-def _ids(file: GgufFile, family: Family, config: DecoderConfig) -> Ids:
-    """The file's ids, the family's published ones where it says nothing (and they are inside the vocabulary)."""
+def _ids(file: GgufFile, family: Family, config: DecoderConfig) -> tuple[Ids, tuple[str, ...]]:
+    """The file's ids, the family's published ones where it says nothing (and they are inside the vocabulary), and a
+    note for each that is passed over. Raises ModelLoadError for a mask past the vocabulary of a model that needs it."""
     known = special_ids(file.metadata, config.vocab_size)
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     mask = known.mask
+    said = file.metadata.get(f"tokenizer.ggml.{MASK}")
+    if mask is None and said is not None and family.kind != "ar":
+        raise ModelLoadError(f"{file.path}: {MASK} is {said}, past the vocabulary of {config.vocab_size}.", param=MASK)
     if mask is None:
         mask = next((tokens.index(text) for text in family.mask_tokens if text in tokens), None)
     found = Ids(eos=known.ends, mask=mask, bos=known.bos, pad=known.pad)
-    return with_fallbacks(found, family.ids, config.vocab_size)
+    found, notes = usable(with_fallbacks(found, family.ids, config.vocab_size), family, config.vocab_size)
+    return found, (*known.notes, *notes)

@@ -98,5 +98,6 @@ LLADA = variant(
     ids=Ids(eos=(126081, 126348), mask=126336, pad=126081),
     end_tokens=("<|eot_id|>",),
     mask_tokens=("<|mdm_mask|>",),
+    own_head=False,  # the authors' class has no head of its own then
     shape={"norm_eps": 1e-5},
 )

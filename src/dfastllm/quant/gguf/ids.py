@@ -14,7 +14,18 @@ import numpy as np
 
 from dfastllm.errors import TokenizerError
 
-__all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "SpecialIds", "special_ids", "tokens_of"]
+__all__ = [
+    "BYTE",
+    "CONTROL",
+    "NORMAL",
+    "UNKNOWN",
+    "UNUSED",
+    "USER_DEFINED",
+    "SpecialIds",
+    "special_ids",
+    "tokenizer_model",
+    "tokens_of",
+]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
@@ -22,12 +33,14 @@ _ENDS = (
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> [EOT] [EOS] "
     "<|end_of_text|> <end_of_utterance> <eos> <｜end▁of▁sentence｜>"
 ).split()
+_NEEDED = ("bos", "eos")  # a text begins or ends with them
 _SPM_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}  # what a file with tokenizer.ggml.model llama means by silence
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialIds:
-    """None: the file has no such token. ends: every id that ends a text, eos first."""
+    """None: the file has no such token. ends: every id that ends a text, eos first. notes: a sentence for each id that
+    is past the vocabulary and passed over, as llama.cpp does."""
 
     bos: int | None
     eos: int | None
@@ -35,6 +48,20 @@ class SpecialIds:
     pad: int | None
     mask: int | None
     ends: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def tokenizer_model(metadata: Mapping[str, Any]) -> str | None:
+    """The kind of tokenizer, None where the file names none. Raises TokenizerError for what is no text."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is not None and not isinstance(kind, str):
+        raise TokenizerError(
+            f"tokenizer.ggml.model of this GGUF file is {type(kind).__name__} {str(kind)!r:.40}, wanted text such as "
+            "gpt2 or llama.",
+            hint="The file is damaged: download it again.",
+            param="tokenizer.ggml.model",
+        )
+    return kind
 
 
 def tokens_of(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -54,11 +81,13 @@ def tokens_of(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
 
 
 def special_ids(metadata: Mapping[str, Any], vocab_size: int) -> SpecialIds:
-    """Ids by role; a file without tokens may name them all the same. vocab_size: rows of the embedding. Raises
-    TokenizerError for an id that is no integer or outside the vocabulary, and as `tokens_of` does."""
+    """Ids by role; a file without tokens may name them all the same. vocab_size: rows of the embedding. An id past the
+    vocabulary is passed over where a text can do without the token. Raises TokenizerError for an id that is no integer,
+    a beginning or end of text outside the vocabulary, and as `tokens_of` does."""
+    notes: list[str] = []
     bare = metadata.get("tokenizer.ggml.tokens") is None
     tokens, kinds = ([], []) if bare else tokens_of(metadata)
-    defaults = _SPM_DEFAULTS if metadata.get("tokenizer.ggml.model") == "llama" else {}
+    defaults = _SPM_DEFAULTS if tokenizer_model(metadata) == "llama" else {}
 
     def one(role: str) -> int | None:
         name = f"tokenizer.ggml.{role}_token_id"
@@ -66,7 +95,11 @@ def special_ids(metadata: Mapping[str, Any], vocab_size: int) -> SpecialIds:
         if found is None:
             default = defaults.get(role)
             return default if default is not None and default < min(len(tokens), vocab_size) else None
-        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < vocab_size:
+        whole = isinstance(found, int) and not isinstance(found, bool)
+        if whole and found >= vocab_size and role not in _NEEDED:
+            notes.append(f"{name} is {found}, past the vocabulary of {vocab_size}: passed over.")
+            return None
+        if not whole or not 0 <= found < vocab_size:
             raise TokenizerError(f"{name} is {found!r:.40}, wanted an id below {vocab_size}.", param=name)
         return found
 
@@ -74,4 +107,5 @@ def special_ids(metadata: Mapping[str, Any], vocab_size: int) -> SpecialIds:
     marked = [i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED) and tokens[i] in _ENDS]
     named = [found for found in (eos, one("eot"), one("eom")) if found is not None]
     ends = tuple(i for i in dict.fromkeys([*named, *marked]) if i < vocab_size)
-    return SpecialIds(one("bos"), eos, one("unknown"), one("padding"), one("mask"), ends)
+    rest = (one("unknown"), one("padding"), one("mask"))
+    return SpecialIds(one("bos"), eos, *rest, ends, tuple(notes))

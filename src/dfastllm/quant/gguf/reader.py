@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dfastllm.core.filetype import mistaken
 from dfastllm.errors import CheckpointError, ModelLoadError
 from dfastllm.quant.gguf.types import BY_NUMBER, GgmlType
 
@@ -144,10 +145,12 @@ class GgufFile:
             with path.open("rb") as file:
                 size = path.stat().st_size
                 head = file.read(8)
+                if (found := mistaken(path)) is not None:
+                    raise CheckpointError(f"{path} is not a GGUF file but {found.what}.", hint=found.hint)
                 if head[:4] != MAGIC or size < 24:
                     raise CheckpointError(
                         f"{path} is not a GGUF file: it starts with {head[:4]!r} and has {size} bytes.",
-                        hint="A Git LFS pointer or an error page may have been saved instead of the file.",
+                        hint="Download it again.",
                     )
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:

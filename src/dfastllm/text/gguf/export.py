@@ -59,6 +59,8 @@ def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Any]
     for token, i in model["vocab"].items():
         tokens[i], kinds[i] = token, NORMAL
     for entry in raw["added_tokens"]:
+        if entry["id"] >= vocab_size:  # the model has no row for it
+            continue
         tokens[entry["id"]] = entry["content"]
         kinds[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -69,8 +71,9 @@ def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Any]
     fields |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     for role, key in _ROLES.items():
         text = loaded.special_tokens.get(f"{role}_token")
-        if text is not None:
-            fields[f"tokenizer.ggml.{key}_token_id"] = loaded.token_to_id(text)
+        id = None if text is None else loaded.token_to_id(text)
+        if id is not None and id < vocab_size:
+            fields[f"tokenizer.ggml.{key}_token_id"] = id
     others = [i for i in loaded.eos_ids if i != loaded.eos_id]
     fields |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), others, strict=False)}
     fields |= _surround(loaded)

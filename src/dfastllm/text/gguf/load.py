@@ -16,9 +16,11 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from dfastllm.errors import TokenizerError
 from dfastllm.quant.gguf import SpecialIds, special_ids, tokens_of
-from dfastllm.quant.gguf.ids import CONTROL, UNKNOWN, USER_DEFINED
+from dfastllm.quant.gguf.ids import CONTROL, UNKNOWN, USER_DEFINED, tokenizer_model
 from dfastllm.text.chat import ChatTemplates
+from dfastllm.text.files import json_object
 from dfastllm.text.gguf.splits import SPLITS
+from dfastllm.text.library import calling, from_json
 from dfastllm.text.tokenizer import Tokenizer
 
 __all__ = ["read_tokenizer"]
@@ -31,18 +33,21 @@ _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file's metadata. Raises TokenizerError for a kind of tokenizer or a `pre` that is not
     supported (listing those that are), and for lists that are absent, damaged or disagree."""
-    kind = metadata.get("tokenizer.ggml.model")
+    kind = tokenizer_model(metadata)
     tokens, kinds = tokens_of(metadata)
     if len(set(tokens)) != len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         raise TokenizerError(f"tokenizer.ggml.tokens has {twice!r:.80} more than once.", hint="The file is damaged.")
     ids = special_ids(metadata, len(tokens))
+    notes = [*ids.notes]
     whole = metadata.get("tokenizer.huggingface.json")
-    try:
+    with calling(
+        "The tokenizer in this GGUF file is unusable", "Use the model's own checkpoint, or another file of it."
+    ):
         if isinstance(whole, str):
-            backend = tokenizers.Tokenizer.from_str(whole)
+            backend = from_json(whole, json_object(whole, "tokenizer.huggingface.json"), "tokenizer.huggingface.json")
         elif kind == "gpt2":
-            backend = _byte_level(metadata, tokens, ids)
+            backend = _byte_level(metadata, tokens, ids, notes)
         elif kind == "llama":
             backend = _sentencepiece(metadata, tokens, kinds, ids)
         else:
@@ -52,14 +57,11 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
             )
         if not isinstance(whole, str):
             _add(backend, tokens, kinds)
-    except TokenizerError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"The tokenizer in this GGUF file is unusable: {error}.") from error
     found = {role: getattr(ids, name) for role, name in _ROLES.items()}
     # An id beyond the tokenizer's own vocabulary (padding of the embedding) has no text to speak of.
     special = {role: tokens[i] for role, i in found.items() if i is not None and backend.token_to_id(tokens[i]) == i}
-    return Tokenizer(backend, special_tokens=special, eos_ids=ids.ends, templates=ChatTemplates(_templates(metadata)))
+    templates = ChatTemplates(_templates(metadata))
+    return Tokenizer(backend, special_tokens=special, eos_ids=ids.ends, templates=templates, notes=notes)
 
 
 def _add(backend: tokenizers.Tokenizer, tokens: list[str], kinds: list[int]) -> None:
@@ -79,9 +81,17 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str], ids: SpecialIds) -> tokenizers.Tokenizer:
-    pre = metadata.get("tokenizer.ggml.pre", "default")  # llama.cpp's choice for old files, with a warning
-    if pre not in SPLITS:
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: list[str], ids: SpecialIds, notes: list[str]
+) -> tokenizers.Tokenizer:
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:  # an old file
+        pre = "default"  # llama.cpp's choice too, with a warning
+        notes.append(
+            "the GGUF file has no tokenizer.ggml.pre, which says how text is cut before it becomes tokens: the oldest "
+            "rule is used, and if the model's own is another, its answers are worse. Newer conversions of it say it."
+        )
+    if not isinstance(pre, str) or pre not in SPLITS:
         raise TokenizerError(
             f"tokenizer.ggml.pre is {pre!r:.40}, which is not known; known: {', '.join(sorted(SPLITS))}.",
             hint="Use the safetensors checkpoint, whose tokenizer.json says how text is cut.",

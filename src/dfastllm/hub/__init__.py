@@ -1,0 +1,10 @@
+"""Where a model lies: the names that there are, the files of a directory, what is fetched and kept.
+
+A model is named in one way everywhere (serve, chat, generate, quantize, check, bench, `LLM`): by `find`. It knows files
+and names; what is in them is for `assemble` to read.
+"""
+
+from dfastllm.hub.find import find
+from dfastllm.hub.names import SHIPPED, shipped_models
+
+__all__ = ["SHIPPED", "find", "shipped_models"]
