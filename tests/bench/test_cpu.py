@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dfastllm.bench.cpu.cases import AIMS, CASES, MIXTURE_CASES, aim_for
 from dfastllm.bench.cpu.ceilings import Ceilings, floor_seconds, measure_ceilings
 from dfastllm.bench.cpu.compare import Contest, Pace, finished, verdict
-from dfastllm.bench.cpu.environment import PEERS, Environment, default_cache
+from dfastllm.bench.cpu.environment import PEERS, Environment, _with_vnni, default_cache
 from dfastllm.bench.cpu.load import Foreign
 from dfastllm.bench.cpu.records import Plan, named_cases
 from dfastllm.bench.cpu.report import table, write_results
@@ -309,11 +309,16 @@ def test_an_environment_is_made_once_and_its_failure_quoted(tmp_path: Path) -> N
 
 
 def test_the_peers_are_made_with_an_exact_torch_first() -> None:
-    assert set(PEERS) == {"llama.cpp", "llama.cpp-avx2", "openvino-genai", "vllm"}
+    assert set(PEERS) == {"llama.cpp", "llama.cpp-avx2", "llama.cpp-avx-vnni", "openvino-genai", "vllm"}
     assert PEERS["vllm"].steps[0] == ("torch==2.13.0",)
     assert dict(PEERS["llama.cpp"].variables)["CMAKE_ARGS"] == "-DGGML_NATIVE=ON"
     lesser = dict(PEERS["llama.cpp-avx2"].variables)["CMAKE_ARGS"].split()
     assert {"-DGGML_NATIVE=OFF", "-DGGML_AVX512=OFF", "-DGGML_AVX2=ON"} <= set(lesser)
+    own, stand_in = _with_vnni(True), _with_vnni(False)
+    assert own["CMAKE_ARGS"].split() == [*lesser, "-DGGML_AVX_VNNI=ON"]
+    assert stand_in["CMAKE_ARGS"].split() == lesser
+    assert stand_in["CFLAGS"] == stand_in["CXXFLAGS"] == "-mavx512vl -mavx512vnni"
+    assert dict(PEERS["llama.cpp-avx-vnni"].variables) in (own, stand_in)
 
 
 def test_the_cache_directory_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -331,9 +336,14 @@ def test_the_cache_directory_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (["openvino", "--format", "Q8_0"], "known: int8, int4"),
         (["pytorch", "--case", "sleep"], "no case begins with"),
         (["diffusion", "--side", "none"], "unknown side 'none'"),
+        (["llama.cpp", "--build", "sse"], "unknown build 'sse'; known: native, avx2, avx-vnni"),
+        (["llama.cpp", "--avx2"], "ours runs avx512vl, the peer avx2: set DFASTLLM_ISA to avx2"),
     ],
 )
-def test_commands_refuse_what_they_do_not_know(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_commands_refuse_what_they_do_not_know(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfastllm.kernels.extension.describe", lambda: "avx512vl: DFASTLLM_ISA says so")
     from typer.testing import CliRunner
 
     from dfastllm.bench.cpu.commands import app

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from dfastllm import assemble
 from dfastllm.core import DecodeParams, FinishReason, Request, SamplingParams, StepEvent, StepStats
 from dfastllm.engine import Engine, EngineConfig, Worker
 from dfastllm.errors import (
@@ -21,6 +23,8 @@ from dfastllm.errors import (
     TimeoutError,
     ValidationError,
 )
+from dfastllm.kernels import native
+from dfastllm.llm import resolve
 from tests.engine.test_loop import either, long_request, solo
 from tests.kit.fake import FakeModel
 
@@ -345,3 +349,24 @@ def test_a_request_posted_between_the_last_two_rounds_ends() -> None:
     with pytest.raises(NotReadyError):
         list(stream)
     assert not worker._owners
+
+
+@pytest.mark.skipif(native() is None, reason="no native kernels: torch's threads do all the work")
+def test_short_operations_of_serving_run_on_one_thread() -> None:
+    """A sampled diffusion step beside native kernels: the engine's thread gives torch no team to wait for, and other
+    threads keep theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model = assemble.load(resolve("demo-diffusion")).model
+        engine = Engine(model, config=EngineConfig(max_sequences=1))
+        seen: set[int] = set()
+        engine.subscribe(lambda stats: seen.add(torch.get_num_threads()))
+        sampling = SamplingParams(temperature=0.8, seed=1, max_tokens=16)
+        with Worker({"demo": engine}) as worker:
+            answer = list(worker.submit("demo", Request("r", (5, 6, 7), sampling, DecodeParams(block_length=8))))
+        assert answer[-1].finish is not None
+        assert seen == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -1,16 +1,18 @@
 """`python -m dfastllm.bench NAME`: make one record under benchmarks/. Names: overhead, batching, speculation, decoders,
-formats, fidelity, kernels, prefix, tenants, servers, and cpu (a group of its own)."""
+formats, fidelity, kernels, prefix, tenants, lora, lossless, servers, cpu (a group of its own), and all."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +24,9 @@ from dfastllm.bench.cpu.environment import default_cache
 from dfastllm.bench.cpu.weights import EIGHT
 from dfastllm.bench.faithful import Faithfulness
 from dfastllm.metrics.records import write_record
+
+if TYPE_CHECKING:
+    from dfastllm.bench.every import Record as EveryRecord
 
 app = typer.Typer(add_completion=False, help=__doc__)
 app.add_typer(cpu, name="cpu")
@@ -450,6 +455,49 @@ def _kept(
     """Rows of a record: those made now in the places of those before them, further ones at the end."""
     new = {key(row): row for row in made}
     return [new.pop(key(row), row) for row in before] + list(new.values())
+
+
+@app.command(name="all")
+def every(
+    only: Annotated[list[str] | None, typer.Option(help="Beginning of a record's name; repeatable.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="The same, of those left out; repeatable.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Only say what would run.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Those too that are done of this source.")] = False,
+    journal: Annotated[Path, typer.Option(help="What is done; logs are beside it.")] = Path(
+        "bench-results/records/journal.json"
+    ),
+) -> None:
+    """All records, one after another; what is done of this source is passed over. Wants an idle machine for hours."""
+    from dfastllm.bench.cpu.load import Foreign
+    from dfastllm.bench.every import Journal, chosen, run_all, source_hash
+
+    try:
+        records = chosen(only or (), skip or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    source, kept = source_hash(Path.cwd()), Journal(journal)
+    if again:
+        kept.rows.clear()
+    left = [record for record in records if not kept.done(record, source)]
+    if show:
+        shown = [
+            {"record": r.name, "minutes": r.minutes, "done": "" if r in left else "done", "command": _command(r)}
+            for r in records
+        ]
+        _table(f"{len(left)} of {len(records)} records left, about {sum(r.minutes for r in left)} min", shown)
+        return
+    with Foreign([os.getpid()]) as others:
+        time.sleep(2)
+    if others.share is not None and others.share > 0.1:
+        console.print(f"others use {others.share:.0%} of this machine: times will be too long, ratios less so.")
+    failed = list(run_all(records, kept, source, lambda line: console.print(f"{time.strftime('%H:%M:%S')} {line}")))
+    console.print(f"{len(records) - len(failed)} of {len(records)} done, {journal}")
+    raise typer.Exit(int(bool(failed)))
+
+
+def _command(record: EveryRecord) -> str:
+    isa = "".join(f"{name}={value} " for name, value in record.environment.items())
+    return isa + shlex.join(("python", "-m", "dfastllm.bench", *record.arguments))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -68,6 +68,8 @@ AIMS: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("llama.cpp", "Q4_K_M"): {"block of 32, all rows": 4.0},
     ("llama.cpp-avx2", "Q8_0"): {"block of 32, all rows": 2.0},
     ("llama.cpp-avx2", "Q4_0"): {"block of 32, all rows": 2.0},
+    ("llama.cpp-avx-vnni", "Q8_0"): {"block of 32, all rows": 2.5},
+    ("llama.cpp-avx-vnni", "Q4_0"): {"block of 32, all rows": 2.5},
     **{
         ("openvino-genai", name): {
             "decode, batch 1": 1.4,

@@ -28,6 +28,8 @@ __all__ = ["app"]
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 console = Console(stderr=True)
 CACHE = default_cache()
+# What llama.cpp is compiled for -> the instruction sets of ours that run on such a processor, none: any.
+BUILDS = {"native": (), "avx2": ("avx2",), "avx-vnni": ("avxvnni", "avx512vl")}
 
 Out = Annotated[Path, typer.Option(help="Directory of the records.")]
 Cache = Annotated[Path, typer.Option(help="Environments of the peers and model files.", envvar="BENCH_CACHE")]
@@ -149,14 +151,26 @@ def llamacpp(
     resume: Resume = False,
     out: Out = Path("benchmarks/cpu"),
     cache: Cache = CACHE,
-    avx2: Annotated[bool, typer.Option("--avx2", help="The peer built for AVX2 alone.")] = False,
+    build: Annotated[str, typer.Option(help="What the peer is compiled for: native, avx2 or avx-vnni.")] = "native",
+    avx2: Annotated[bool, typer.Option("--avx2", help="The same as --build avx2.")] = False,
 ) -> None:
-    """Against llama-cpp-python built from source, on the same GGUF files: Q8_0, Q4_0, Q4_K_M. --avx2: both sides as on
-    a processor without AVX-512, where DFASTLLM_ISA is set to avx2 (or to avx512vl, which stands for AVX-VNNI)."""
+    """Against llama-cpp-python built from source, on the same GGUF files: Q8_0, Q4_0, Q4_K_M. --build avx2 and
+    avx-vnni: both sides as on a processor without AVX-512; DFASTLLM_ISA must be avx2, or avxvnni (avx512vl stands for
+    it)."""
     from dfastllm.bench.cpu.records import against_llamacpp
+    from dfastllm.kernels.extension import describe
 
     chosen = _chosen(formats, ("Q8_0", "Q4_0", "Q4_K_M"))
-    peer = "llama.cpp-avx2" if avx2 else "llama.cpp"
+    build = "avx2" if avx2 else build
+    if build not in BUILDS:
+        raise typer.BadParameter(f"unknown build {build!r}; known: {', '.join(BUILDS)}.", param_hint="--build")
+    own = describe().partition(":")[0]
+    if BUILDS[build] and own not in BUILDS[build]:
+        raise typer.BadParameter(
+            f"ours runs {own}, the peer {build}: set DFASTLLM_ISA to {' or '.join(BUILDS[build])}.",
+            param_hint="--build",
+        )
+    peer = "llama.cpp" if build == "native" else f"llama.cpp-{build}"
     rows_of = partial(against_llamacpp, peer=peer)
     _record(peer, rows_of, shape, chosen, cases, threads, rounds, seconds, resume, out, cache)
 

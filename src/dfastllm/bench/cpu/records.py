@@ -73,7 +73,7 @@ def ensure_gguf(worker: Peer, shape: Shape, formats: Sequence[str], cache: Path,
 
 def against_llamacpp(plan: Plan, peer: str = "llama.cpp") -> Iterator[Row | dict[str, Any]]:
     """The same GGUF file and threads on both sides. Yields the peer's versions once, then a Row per format and case.
-    peer: which build of it, `llama.cpp` or `llama.cpp-avx2`."""
+    peer: which build of it, a key of PEERS."""
     with _worker(peer, "llamacpp", plan.cache, plan.threads) as worker:
         files = ensure_gguf(worker, plan.shape, plan.formats, plan.cache, plan.threads)
         for form, path in files.items():
