@@ -21,6 +21,7 @@ KERNELS: dict[str, str] = {
     "add_norm": "rows",
     "attention": "attention",
     "gate": "rows",
+    "head_stats": "head",
     "linear": "linear",
     "prepare": "rows",
     "rope_write": "rows",
