@@ -105,9 +105,14 @@ def overhead(out: Out = Path("benchmarks"), steps: int = 60) -> None:
 
 
 @app.command()
-def kernels(out: Out = Path("benchmarks"), threads: int = 0, seconds: float = 0.25) -> None:
+def kernels(
+    out: Out = Path("benchmarks"),
+    threads: int = 0,
+    seconds: float = 0.25,
+    long: Annotated[bool, typer.Option("--long", help="Only attention over long contexts; writes no record.")] = False,
+) -> None:
     """Each kernel alone on `threads` (0: all cores) against the ceilings and torch. Wants an idle machine."""
-    from dfastllm.bench.attention import measure_attention
+    from dfastllm.bench.attention import measure_attention, measure_long
     from dfastllm.bench.cpu.ceilings import measure_ceilings
     from dfastllm.bench.kernels import measure, shown, works
     from dfastllm.kernels.extension import describe, set_threads
@@ -115,9 +120,15 @@ def kernels(out: Out = Path("benchmarks"), threads: int = 0, seconds: float = 0.
     threads = threads or os.cpu_count() or 1
     set_threads(threads)
     ceilings = measure_ceilings(threads)
+    contexts = measure_long(ceilings, seconds)
+    at_best = f"{ceilings.stream:.1f} GB/s, bf16 {ceilings.bf16:.0f} GFLOP/s"
+    _table(f"attention of one layer over long contexts, where {at_best} can be had", contexts)
+    if long:
+        return
     rows = [measure(work, ceilings, seconds) for work in track(works(), "kernels", console=console)]
     spans = measure_attention(seconds)
-    about = {"kernels": describe(), "threads": threads, "ceilings": asdict(ceilings), "attention": spans}
+    about = {"kernels": describe(), "threads": threads, "ceilings": asdict(ceilings)}
+    about |= {"attention": spans, "attention_long": contexts}
     write_record(out / "kernels.json", "kernels", rows, **about)
     _table("kernels, µs: median (low–high)", shown(rows, Faithfulness.read(out)))
     _table("attention of one layer, against torch: seconds", spans)

@@ -1,4 +1,5 @@
-"""Attention alone: one layer's call of the shapes that serving is made of, beside torch's on K,V it need not gather."""
+"""Attention alone: one layer's call of the shapes that serving is made of, beside torch's on K,V it need not gather,
+and of long contexts, beside what the processor can do at best."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dfastllm.bench.cpu.ceilings import Ceilings
 from dfastllm.kernels import native
 from dfastllm.kernels.attention import attention
 from dfastllm.kernels.attention_plain import read_keys
@@ -20,7 +22,7 @@ from dfastllm.kernels.kv import KV_TYPES, KvCache
 from dfastllm.kernels.step import BLOCK, Step
 from dfastllm.metrics.records import spread
 
-__all__ = ["CASES", "Case", "calls", "measure_attention"]
+__all__ = ["CASES", "LONG", "LONG_TYPES", "Case", "calls", "measure_attention", "measure_long"]
 
 STREAMED = 96e6  # bytes of different K,V a measurement goes through: three times the machine's last cache
 
@@ -43,6 +45,11 @@ class Case:
         """Visible (row, key) pairs."""
         hidden = self.rows * (self.rows - 1) // 2 if self.causal else 0
         return self.spans * (self.rows * self.keys - hidden)
+
+    @property
+    def flops(self) -> float:
+        """Of the two products with the visible keys."""
+        return 4.0 * self.pairs * self.heads * self.dim
 
     @property
     def shape(self) -> str:
@@ -83,6 +90,22 @@ CASES = (
     Case("prefill", spans=1, rows=512, keys=2048, causal=True),
 )
 
+HEADS = ((14, 2, 64), (32, 8, 128), (16, 16, 64))  # the 0.5B shape's, an 8B model's, one without groups
+
+
+def _long() -> Iterator[Case]:
+    for (heads, kv_heads, dim), keys in itertools.product(HEADS, (4096, 16384)):
+        shape = {"keys": keys, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+        yield Case("decode", spans=1, rows=1, causal=True, **shape)
+        if keys == 4096:
+            yield Case("decode", spans=16, rows=1, causal=True, **shape)
+        yield Case("block", spans=1, rows=32, causal=True, **shape)
+        yield Case("block", spans=1, rows=32, causal=False, **shape)
+
+
+LONG = tuple(_long())  # a row alone has no key to hide: causal and full are one
+LONG_TYPES = ("bf16", "int8")
+
 
 def measure_attention(
     seconds: float = 0.25, cases: Sequence[Case] = CASES, types: Sequence[str] = tuple(KV_TYPES)
@@ -106,52 +129,100 @@ def _measure(case: Case, type: str, seconds: float) -> dict[str, Any]:
                 call(i)
                 into.append(time.perf_counter() - began)
     mine, other = spread(times[0]), spread(times[1])
-    flops = 4.0 * case.pairs * case.heads * case.dim
     return {
         "op": case.op,
         "kv": type,
         "shape": case.shape,
         "seconds": mine,
-        "gflops": flops / mine.median / 1e9,
+        "gflops": case.flops / mine.median / 1e9,
         "gbps": size / mine.median / 1e9,
         "torch_seconds": other,
         "times_torch": other.median / mine.median,
     }
 
 
+def measure_long(
+    ceilings: Ceilings, seconds: float = 0.25, cases: Sequence[Case] = LONG, types: Sequence[str] = LONG_TYPES
+) -> list[dict[str, Any]]:
+    """Long contexts, ours alone, for `seconds` each (at least 5 calls). Shares of the ceilings are at the median:
+    of_stream of the memory's speed, K,V being read once per span, of_bf16 of the processor's bfloat16 products."""
+    return [_measure_long(case, type, ceilings, seconds) for case, type in itertools.product(cases, types)]
+
+
+def _measure_long(case: Case, type: str, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
+    call, size = ours_of(case, type)
+    call(0)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        began = time.perf_counter()
+        call(len(times) + 1)
+        times.append(time.perf_counter() - began)
+    median = spread(times).median
+    gflops, gbps = case.flops / median / 1e9, size / median / 1e9
+    return {
+        "op": case.op,
+        "kv": type,
+        "shape": case.shape,
+        "sees": "causal" if case.causal else "full",
+        "us": spread([t * 1e6 for t in times]),
+        "gflops": gflops,
+        "gbps": gbps,
+        "of_stream": gbps / ceilings.stream,
+        "of_bf16": gflops / ceilings.bf16,
+    }
+
+
 def calls(case: Case, type: str) -> tuple[Callable[[int], object], Callable[[int], object], int]:
     """What is measured: ours, torch's (scaled_dot_product_attention per span, float32, K and V side by side) and
     the bytes of one layer's K,V. The argument of the calls picks one of several layers."""
+    step, cache, q = _filled(case, type)
+    ours, size = _ours(case, step, cache, q), cache.nbytes // cache.layers
+    gathered = [list(_gathered(case, cache, i)) for i in range(cache.layers)]
+    limits = torch.from_numpy(step.cached_limit[: case.rows])
+    mask = torch.arange(case.keys) < limits[:, None] if case.causal and case.rows > 1 else None
+    by_span = q.view(case.spans, case.rows, case.heads, case.dim)
+
+    def theirs(i: int) -> object:
+        return [_by_span(x, k, v, mask) for x, (k, v) in zip(by_span, gathered[i % len(gathered)], strict=True)]
+
+    return ours, theirs, size
+
+
+def ours_of(case: Case, type: str) -> tuple[Callable[[int], object], int]:
+    """Ours alone, and the bytes of one layer's K,V."""
+    step, cache, q = _filled(case, type)
+    return _ours(case, step, cache, q), cache.nbytes // cache.layers
+
+
+def _filled(case: Case, type: str) -> tuple[Step, KvCache, Tensor]:
+    """The step, random K,V of as many layers as leave the processor's caches, and q [rows, heads * dim]."""
     step, draw = case.step(), torch.Generator().manual_seed(0)
     blocks = len(step.blocks)
     size = KvCache(1, blocks, case.kv_heads, case.dim, type).nbytes
     layers = min(24, max(1, round(STREAMED / size)))
     cache = KvCache(layers, blocks, case.kv_heads, case.dim, type)
-    for tensor in (cache.k, cache.v):
-        values = torch.randn(tensor.shape, generator=draw)
-        tensor.copy_((values * 40).clamp(-127, 127) if type == "int8" else values)
+    for layer, tensor in itertools.product(range(layers), (cache.k, cache.v)):
+        values = torch.randn(tensor[layer].shape, generator=draw)
+        tensor[layer] = (values * 40).clamp(-127, 127) if type == "int8" else values
     for scales in (cache.k_scales, cache.v_scales):
         if scales is not None:
             scales.fill_(1 / 40)
-    q = torch.randn(len(step.ids), case.heads * case.dim, generator=draw)
-    each = [cache.layer(i) for i in range(layers)]
+    return step, cache, torch.randn(len(step.ids), case.heads * case.dim, generator=draw)
+
+
+def _ours(case: Case, step: Step, cache: KvCache, q: Tensor) -> Callable[[int], object]:
+    each = [cache.layer(i) for i in range(cache.layers)]
     module, out = native(), torch.empty(len(step), case.heads * case.dim)
     handles = [layer.native() for layer in each] if module is not None else []
-    gathered = [list(_gathered(case, cache, i)) for i in range(layers)]
-    limits = torch.from_numpy(step.cached_limit[: case.rows])
-    mask = torch.arange(case.keys) < limits[:, None] if case.causal and case.rows > 1 else None
-    by_span = q.view(case.spans, case.rows, case.heads, case.dim)
 
     def ours(i: int) -> object:
         if module is None:
-            return attention(q, step, each[i % layers], heads=case.heads)
-        module.attention(q, case.heads, case.dim**-0.5, handles[i % layers], None, step.native(), out)
+            return attention(q, step, each[i % len(each)], heads=case.heads)
+        module.attention(q, case.heads, case.dim**-0.5, handles[i % len(each)], None, step.native(), out)
         return out
 
-    def theirs(i: int) -> object:
-        return [_by_span(x, k, v, mask) for x, (k, v) in zip(by_span, gathered[i % layers], strict=True)]
-
-    return ours, theirs, size
+    return ours
 
 
 def _by_span(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
