@@ -163,9 +163,9 @@ def stored(x: Tensor, type: str) -> Tensor:
 
 
 def pairs(type: str, function: Callable[..., Tensor]) -> bool:
-    """Whether q and the softmax weights are rounded to bfloat16 too (native/attention_pairs.h)."""
+    """Whether q and the softmax weights are rounded to bfloat16 too (native/attention_products.h)."""
     module = extension.native()
-    return type == "bf16" and function is attention and module is not None and module.isa() == "avx512"
+    return type != "f32" and function is attention and module is not None and module.isa() == "avx512"
 
 
 def dense(

@@ -5,7 +5,8 @@ A row is a result of the driver (rows.cpp): a hash of its bits and, of floats, f
     bits     integer formats, packing, quantisation: the same bits on every instruction set
     fused    float arithmetic: the same bits on every instruction set that has fused multiply-adds; elsewhere within
              rounding
-    pairs    bfloat16 products, which AVX-512 makes in pairs with a rounding of their own: `avx512` is its hash
+    pairs    bfloat16 products (of int8 K,V too), which AVX-512 makes in pairs with a rounding of their own: `avx512` is
+             its hash
 
     python -m tests.kernels.native_driver.golden record DRIVER      writes golden.json (needs AVX-512)
     python -m tests.kernels.native_driver.golden check COMMAND...   runs COMMAND rows, tells what differs
@@ -35,7 +36,8 @@ def law(name: str) -> str:
     kernel, _, what = name.partition(" ")
     if kernel in ("pack", "weight_rows", "prepare") or (kernel == "linear" and what.removeprefix("onto ")[0] == "w"):
         return "bits"
-    return "pairs" if kernel in ("linear", "head", "attention") and "bf16" in what else "fused"
+    paired = "bf16" in what or kernel == "attention" and what.startswith("i8")
+    return "pairs" if paired and kernel in ("linear", "head", "attention") else "fused"
 
 
 def read_rows(text: str) -> list[Row]:

@@ -60,19 +60,40 @@ int32_t highest(const int32_t* limit, int64_t first, int64_t last) {
   return most;
 }
 
-// Query rows of a task: as many as share K,V well, fewer where that would leave threads idle.
-int64_t rows_of_task(const Attention& a, int threads) {
-  const int64_t group = a.heads / a.shape.kv_heads;
-  int64_t rows = std::max<int64_t>(1, kFolded / group);
-  while (threads > 1 && rows > 1 && rows * group > kLeastFolded) {
-    int64_t tasks = 0;
-    for (int64_t i = 0; i < a.span_count; ++i) {
-      tasks += ceil_div(a.spans[i].row1 - a.spans[i].row0, rows) * a.shape.kv_heads;
-    }
-    if (tasks >= 3 * threads) break;
-    rows = (rows + 1) / 2;
+// How spans are cut: query rows of a task, and how many K,V heads it takes at most.
+struct Cut {
+  int64_t rows, heads;
+};
+
+// All heads of a span whose rows are few: a task then reads K,V from end to end.
+int64_t heads_of_task(const Attention& a, const Cut& cut, int64_t rows) {
+  const int64_t folded = std::min(rows, cut.rows) * (a.heads / a.shape.kv_heads);
+  return std::clamp<int64_t>(kFolded / folded, 1, std::min(cut.heads, a.shape.kv_heads));
+}
+
+// Tasks, each range of keys being one.
+int64_t pieces(const Attention& a, const Cut& cut) {
+  int64_t out = 0;
+  for (int64_t i = 0; i < a.span_count; ++i) {
+    const SpanKeys& span = a.spans[i];
+    const int64_t rows = span.row1 - span.row0, heads = heads_of_task(a, cut, rows);
+    const int64_t ranges = ceil_div(span.cached, kRange) + ceil_div(span.own, kRange);
+    out += ceil_div(rows, cut.rows) * ceil_div(a.shape.kv_heads, heads) * std::max<int64_t>(1, ranges);
   }
-  return rows;
+  return out;
+}
+
+// As many rows and heads as share K,V well, fewer where that would leave threads idle.
+Cut cut_of(const Attention& a, int threads) {
+  const int64_t group = a.heads / a.shape.kv_heads;
+  int64_t longest = 1;
+  for (int64_t i = 0; i < a.span_count; ++i) longest = std::max<int64_t>(longest, a.spans[i].row1 - a.spans[i].row0);
+  Cut cut{std::min(longest, std::max<int64_t>(1, kFolded / group)), a.shape.kv_heads};
+  while (threads > 1 && pieces(a, cut) < 3 * threads && cut.rows > 1 && cut.rows * group > kLeastFolded) {
+    cut.rows = (cut.rows + 1) / 2;
+  }
+  while (threads > 1 && pieces(a, cut) < 2 * threads && cut.heads > 1) cut.heads = (cut.heads + 1) / 2;
+  return cut;
 }
 
 // At most so many products of q and K: an upper bound is enough.
@@ -85,18 +106,19 @@ int64_t products(const Attention& a) {
   return pairs * a.heads * a.shape.dim;
 }
 
-void plan_tasks(const Attention& a, int64_t rows, std::vector<AttendTask>& out) {
+void plan_tasks(const Attention& a, const Cut& cut, std::vector<AttendTask>& out) {
   out.clear();
   for (int64_t i = 0; i < a.span_count; ++i) {
     const SpanKeys& span = a.spans[i];
-    const int64_t count = span.row1 - span.row0, chunks = ceil_div(count, rows);
+    const int64_t count = span.row1 - span.row0, chunks = ceil_div(count, cut.rows), heads = heads_of_task(a, cut, count);
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {  // causal: the last rows see most, so they come first
       const int64_t first = count * chunk / chunks, last = count * (chunk + 1) / chunks;
       const int64_t cached = ceil_div(highest(a.cached_limit + span.row0, first, last), kRange);
       const int64_t own = ceil_div(highest(a.own_limit + span.row0, first, last), kRange);
       const int64_t hidden = a.cached_from == nullptr ? 0 : first_range(a.cached_from + span.row0, first, last);
-      for (int64_t head = 0; head < a.shape.kv_heads; ++head) {
-        out.push_back({&span, head, first, last, std::min(hidden, cached), cached + own, cached, nullptr});
+      for (int64_t head = 0; head < a.shape.kv_heads; head += heads) {
+        const int64_t here = std::min(heads, a.shape.kv_heads - head);
+        out.push_back({&span, head, here, first, last, std::min(hidden, cached), cached + own, cached, nullptr});
       }
     }
   }
@@ -104,7 +126,8 @@ void plan_tasks(const Attention& a, int64_t rows, std::vector<AttendTask>& out) 
 
 // Floats of the partial results of a task's ranges, if it has several.
 int64_t range_floats(const Attention& a, const AttendTask& task) {
-  const int64_t ranges = task.range1 - task.range0, folded = (task.last - task.first) * (a.heads / a.shape.kv_heads);
+  const int64_t ranges = task.range1 - task.range0, group = a.heads / a.shape.kv_heads;
+  const int64_t folded = (task.last - task.first) * group * task.kv_heads;
   return ranges < 2 ? 0 : ranges * partial_floats(folded, a.shape.dim);
 }
 
@@ -170,11 +193,14 @@ void attention(const Attention& a) {
 
   const AttentionOps& ops = attention_ops();
   const int threads = products(a) <= kInline ? 1 : thread_count();
-  const int64_t rows = rows_of_task(a, threads), group = a.heads / a.shape.kv_heads;
   clear_padding(a);
-  plan_tasks(a, rows, tasks);
+  plan_tasks(a, cut_of(a, threads), tasks);
   if (tasks.empty()) return;
-  const size_t stride = (ops.scratch_bytes(rows * group, a.shape.dim) + 63) / 64 * 64;
+  size_t stride = 0;
+  for (const AttendTask& task : tasks) {
+    const int64_t of_head = (task.last - task.first) * (a.heads / a.shape.kv_heads);
+    stride = std::max(stride, ops.scratch_bytes(task.kv_heads, of_head, a.shape.dim));
+  }
   char* const scratch = static_cast<char*>(scratch_memory.bytes(stride * static_cast<size_t>(threads)));
   if (threads == 1) {
     for (const AttendTask& task : tasks) ops.attend(a, task, scratch);

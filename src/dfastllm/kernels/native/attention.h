@@ -92,14 +92,14 @@ void window_from(const SpanKeys* spans, int64_t count, const int32_t* positions,
 void attention(const Attention& a);
 
 // A piece of the work: query rows [first, last) of a span (counted from the span's first row), all query heads that share
-// K,V head `kv_head`, over key ranges [range0, range1).
+// K,V heads [kv_head, kv_head + kv_heads), over key ranges [range0, range1).
 //
 // A range is kRange positions; a sequence's cached keys are cut into ranges from position 0 on, then its own keys from
 // their first one on. Every row's result is made range by range and the ranges are merged in order, whether one task does
 // all of them or each has its own, so how the work is cut never shows in the bits.
 struct AttendTask {
   const SpanKeys* span;
-  int64_t kv_head, first, last;
+  int64_t kv_head, kv_heads, first, last;
   int64_t range0, range1;
   int64_t cached_ranges;  // ranges [0, cached_ranges) are of cached keys
   float* partial;         // null: merge and write `out`; else one partial result per range goes here
@@ -107,13 +107,13 @@ struct AttendTask {
 
 constexpr int64_t kRange = 1024;
 
-// Of one range and `folded` rows (query rows x query heads of the K,V head): maxima, sums, weighted V.
+// Of one range and `folded` rows (query rows x query heads): maxima, sums, weighted V.
 static inline int64_t partial_floats(int64_t folded, int64_t dim) { return folded * (2 + (dim + 15) / 16 * 16); }
 
 // One instruction set's kernels (attention_*.cpp).
 struct AttentionOps {
   void (*rope_store_row)(const RopeStore& a, int64_t row);
-  size_t (*scratch_bytes)(int64_t folded, int64_t dim);
+  size_t (*scratch_bytes)(int64_t kv_heads, int64_t of_head, int64_t dim);  // of_head: folded rows of a K,V head
   void (*attend)(const Attention& a, const AttendTask& task, void* scratch);  // scratch: 64-byte aligned
   // The partial results of all ranges of `task` (task.partial) -> out.
   void (*merge)(const Attention& a, const AttendTask& task, void* scratch);

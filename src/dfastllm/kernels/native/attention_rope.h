@@ -1,48 +1,49 @@
-// One row: norms of q and k, rotation, K,V into the cache (attention_impl.h).
-namespace dfk {
-namespace {
+// One row: norms of q and k, rotation, K,V into the cache.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "attention.h"
+#include "attention_walk.h"
+#include "simd.h"
+
+namespace dfk::DFK_ISA::spans {
 
 // x <- x / sqrt(mean(x^2) + eps) * weight
-void head_norm(float* x, const float* weight, float eps, int64_t dim) {
-  float lanes[16] = {};  // the sum per dim % 16
+inline void head_norm(float* x, const float* weight, float eps, int64_t dim) {
+  Floats16 squares = floats16(0.0f);  // the sum per dim % 16
   int64_t i = 0;
-  for (; i + 16 <= dim; i += 16) {
-    for (int j = 0; j < 16; j += Vec::width) {
-      const Vec v = load(x + i + j);
-      store(lanes + j, fma(v, v, load(lanes + j)));
-    }
-  }
+  for (; i + 16 <= dim; i += 16) squares = multiply_add(load(x + i), load(x + i), squares);
+  float lanes[16];
+  store(lanes, squares);
   for (int j = 0; i + j < dim; ++j) lanes[j] += x[i + j] * x[i + j];
-  const float inverse = 1.0f / std::sqrt(lane_sum(lanes) / static_cast<float>(dim) + eps);
+  const float inverse = 1.0f / std::sqrt(total(load(lanes)) / static_cast<float>(dim) + eps);
   for (i = 0; i < dim; ++i) x[i] = x[i] * inverse * weight[i];
 }
 
 // Pairs (i, i + rotary / 2) by the angle whose cosine and sine are given.
-void rotate(float* x, const float* cos, const float* sin, int64_t rotary) {
+inline void rotate(float* x, const float* cos, const float* sin, int64_t rotary) {
   const int64_t half = rotary / 2;
-  int64_t i = 0;
-  for (; i + Vec::width <= half; i += Vec::width) {
-    const Vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
-    store(x + i, sub(mul(a, c), mul(b, s)));
-    store(x + half + i, add(mul(b, c), mul(a, s)));
-  }
-  for (; i < half; ++i) {
-    const float a = x[i], b = x[half + i];
-    x[i] = a * cos[i] - b * sin[i];
-    x[half + i] = b * cos[i] + a * sin[i];
+  for (int64_t i = 0; i < half; i += 16) {
+    const int64_t left = half - i;
+    const Floats16 a = load_up_to(x + i, left), b = load_up_to(x + half + i, left);
+    const Floats16 c = load_up_to(cos + i, left), s = load_up_to(sin + i, left);
+    store_up_to(x + i, a * c - b * s, left);
+    store_up_to(x + half + i, b * c + a * s, left);
   }
 }
 
-void put(const float* x, int64_t dim, int64_t step, float* to, float*) {
+inline void put(const float* x, int64_t dim, int64_t step, float* to, float*) {
   for (int64_t d = 0; d < dim; ++d) to[d * step] = x[d];
 }
 
-void put(const float* x, int64_t dim, int64_t step, uint16_t* to, float*) {
+inline void put(const float* x, int64_t dim, int64_t step, uint16_t* to, float*) {
   for (int64_t d = 0; d < dim; ++d) to[d * step] = to_bf16(x[d]);
 }
 
 // Codes -127 to 127 with one scale, max |x| / 127. Values that are not finite make the scale NaN, so they are not lost.
-void put(const float* x, int64_t dim, int64_t step, int8_t* to, float* scale) {
+inline void put(const float* x, int64_t dim, int64_t step, int8_t* to, float* scale) {
   float most = 0.0f, zero = 0.0f;
   for (int64_t d = 0; d < dim; ++d) {
     const float size = x[d] < 0.0f ? -x[d] : x[d];
@@ -69,7 +70,7 @@ void put_head(const float* k, const float* v, const KvShape& shape, const KvLaye
   put(v, dim, 1, static_cast<T*>(layer.v) + base * dim * kBlock + at * dim, vs);
 }
 
-void put_any(const float* k, const float* v, const KvShape& shape, const KvLayer& layer, int64_t slot, int64_t head) {
+inline void put_any(const float* k, const float* v, const KvShape& shape, const KvLayer& layer, int64_t slot, int64_t head) {
   switch (shape.type) {
     case KvType::f32: return put_head<float>(k, v, shape, layer, slot, head);
     case KvType::bf16: return put_head<uint16_t>(k, v, shape, layer, slot, head);
@@ -77,7 +78,7 @@ void put_any(const float* k, const float* v, const KvShape& shape, const KvLayer
   }
 }
 
-void rope_store_row(const RopeStore& a, int64_t row) {
+inline void rope_store_row(const RopeStore& a, int64_t row) {
   const int64_t dim = a.shape.dim;
   float* q = a.qkv + row * a.stride;
   float* k = q + a.heads * dim;
@@ -98,5 +99,4 @@ void rope_store_row(const RopeStore& a, int64_t row) {
   }
 }
 
-}  // namespace
-}  // namespace dfk
+}  // namespace dfk::DFK_ISA::spans

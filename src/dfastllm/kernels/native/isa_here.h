@@ -11,6 +11,7 @@
 #define DFK_ISA avx512
 #define DFK_SIMD_AVX512
 #define DFK_SIMD_DOT  // the vocabulary has dot(): 4 products of bytes are added to a lane
+#define DFK_SIMD_PAIRS  // and instructions for pairs of bfloat16, twice as fast as floats
 #elif defined(__AVXVNNI__)
 #define DFK_ISA avxvnni
 #define DFK_SIMD_AVX2

@@ -1,6 +1,6 @@
 // Sixteen lanes at a time, on whatever registers the translation unit is compiled for (isa_here.h): one of 512 bits, two
-// of 256, or four of 128. This is the vocabulary in which all kernels but attention's are written; intrinsics stand in
-// the simd_*.h files alone, and a new instruction set is a new one of them.
+// of 256, or four of 128. This is the vocabulary in which all kernels are written; intrinsics stand in the
+// simd_*.h files alone, and a new instruction set is a new one of them.
 //
 //   Floats16   16 float32
 //   Ints16     16 int32: sums of products, bits of floats
@@ -16,7 +16,7 @@
 //   load(p), load(p, count), store(p, x), store(p, x, count)   float32; what is beyond count is zero, or left alone
 //   load_ints(p), load_ints(p, count), store(p, ints)    int32
 //   load_codes(p), store(p, codes)                       64 bytes
-//   load_bf16(p), load_half(p)                           bfloat16 and float16 bits as floats
+//   load_bf16(p), load_half(p), load_int8(p)             bfloat16 and float16 bits, signed bytes, as floats
 //   store8(p, ints), store16(p, ints)                    the low byte, half of each; store16: of 0 to 65535
 //   + - * / max min                                      Floats16; max, min of a NaN and a number: the second operand
 //   + - & max                                            Ints16 (sums wrap around)
@@ -27,10 +27,13 @@
 //   to_int(floats)                                       towards zero; INT_MIN where it does not fit
 //   to_float(ints)                                       nearest, ties to even
 //   where_greater(a, b, x, y)                            a > b ? x : y, Ints16
+//   select(mask, a, b)                                   lane i of a where bit i of the mask is set, else of b
 //   any_greater(a, b)                                    of any lane; a NaN is not greater
 //   fma(a, b, c)                                         a * b + c, rounded once
 //   multiply_add(a, b, c)                                fma where the hardware has it, else rounded twice
 //   powers(floats), times_power(a, power)                see below
+//   times_two_to(a, n)                                   a * 2^n, n whole, a of 0.7 to 1.5; n below -125: 0 or what it is;
+//                                                        a NaN stays a NaN
 //   highest(x), total(floats)                            of all lanes; total: halves, quarters, ... in that order
 //   neighbours_added(ints)                               lanes 0 + 1, 2 + 3, ... in lanes 0 to 7; above them anything
 //   doubled(floats)                                      lanes 0, 0, 1, 1, ... 7, 7
@@ -42,6 +45,9 @@
 //   eight_inputs, add_matrix, ...   (DFK_SIMD_MATRIX)    see simd_neon.h
 //   pair_products(w, x), widened(pairs, factors), ...    (AVX2 without it, see there)
 //   Bf16Pairs, add_bf16_pairs                            products of bfloat16 pairs, see linear_float.h
+//   zip(p, q)               (DFK_SIMD_PAIRS)             the pairs p[i], q[i] of two times 16 bfloat16
+//   exact_pairs(a, b)       (DFK_SIMD_PAIRS)             the same of floats that are bfloat16 numbers
+//   store_bf16(p, floats)   (DFK_SIMD_PAIRS)             rounded to bfloat16; -> what was stored, as floats
 //
 // times_power(a, power) is a * 2^p, where powers(x) is made of the x = {1, 1.25, 1.5, 1.75} * 2^p that activation scales
 // are. x of 0: times zero. x of NaN, which goes with sums of zero: NaN.

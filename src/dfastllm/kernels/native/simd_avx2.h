@@ -65,6 +65,10 @@ inline __m256 bf16_8(const uint16_t* p) {
 inline Floats16 load_bf16(const uint16_t* p) { return {bf16_8(p), bf16_8(p + 8)}; }
 inline __m256 half_8(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Floats16 load_half(const uint16_t* p) { return {half_8(p), half_8(p + 8)}; }
+inline __m256 int8_8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Floats16 load_int8(const int8_t* p) { return {int8_8(p), int8_8(p + 8)}; }
 inline void store8(int8_t* p, Ints16 x) {  // packs: saturates, then the low bytes of 8-bit numbers are themselves
   const __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
@@ -101,6 +105,15 @@ template <int count> inline Ints16 shift_right(Ints16 x) {
 inline Ints16 where_greater(Ints16 a, Ints16 b, Ints16 x, Ints16 y) {
   return {_mm256_blendv_epi8(y.a, x.a, _mm256_cmpgt_epi32(a.a, b.a)),
           _mm256_blendv_epi8(y.b, x.b, _mm256_cmpgt_epi32(a.b, b.b))};
+}
+
+inline __m256 select_8(uint32_t mask, __m256 x, __m256 y) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(mask)), lane), lane);
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(set));
+}
+inline Floats16 select(uint32_t mask, Floats16 x, Floats16 y) {
+  return {select_8(mask, x.a, y.a), select_8(mask >> 8, x.b, y.b)};
 }
 
 inline Codes16 operator&(Codes16 x, Codes16 y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
@@ -184,6 +197,13 @@ inline Floats16 to_float(Ints16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvt
 // 2^p itself: the sign and the exponent of x.
 inline Floats16 powers(Floats16 x) { return floats(bits(x) & ints16(static_cast<int32_t>(0xff800000u))); }
 inline Floats16 times_power(Floats16 a, Floats16 power) { return a * power; }
+
+inline __m256 times_two_to_8(__m256 x, __m256 n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
+  return _mm256_blendv_ps(scaled, _mm256_setzero_ps(), _mm256_cmp_ps(n, _mm256_set1_ps(-125.0f), _CMP_LT_OQ));
+}
+inline Floats16 times_two_to(Floats16 x, Floats16 n) { return {times_two_to_8(x.a, n.a), times_two_to_8(x.b, n.b)}; }
 
 inline int32_t highest(Ints16 x) {
   const __m256i h = _mm256_max_epi32(x.a, x.b);

@@ -41,6 +41,9 @@ inline Floats16 load_bf16(const uint16_t* p) {
 inline Floats16 load_half(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline Floats16 load_int8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store8(int8_t* p, Ints16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 inline void store16(uint16_t* p, Ints16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
@@ -66,6 +69,10 @@ inline Ints16 where_greater(Ints16 a, Ints16 b, Ints16 x, Ints16 y) {
   return {_mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a.v, b.v), y.v, x.v)};
 }
 
+inline Floats16 select(uint32_t mask, Floats16 a, Floats16 b) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(mask), b.v, a.v)};
+}
+
 inline Codes16 operator&(Codes16 a, Codes16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Codes16 operator|(Codes16 a, Codes16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int count> inline Codes16 shift_left(Codes16 a) { return {_mm512_slli_epi16(a.v, count)}; }
@@ -82,6 +89,8 @@ inline Floats16 to_float(Ints16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // The exponent: vscalefps multiplies outside of the ports of the dot products. Of 0: -inf.
 inline Floats16 powers(Floats16 x) { return {_mm512_getexp_ps(x.v)}; }
 inline Floats16 times_power(Floats16 a, Floats16 power) { return {_mm512_scalef_ps(a.v, power.v)}; }
+
+inline Floats16 times_two_to(Floats16 a, Floats16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 inline int32_t highest(Ints16 a) { return _mm512_reduce_max_epi32(a.v); }
 inline float highest(Floats16 a) {
@@ -122,6 +131,20 @@ inline Bf16Pairs bf16_pairs(const uint16_t* p) { return load_codes(p); }
 inline Bf16Pairs two_bf16(const uint16_t* p) { return four_codes(p); }
 inline Floats16 add_bf16_pairs(Floats16 sum, Bf16Pairs w, Bf16Pairs x) {
   return {_mm512_dpbf16_ps(sum.v, (__m512bh)w.v, (__m512bh)x.v)};
+}
+inline __m512i wide_16(const uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Bf16Pairs zip(const uint16_t* first, const uint16_t* second) {
+  return {_mm512_or_si512(wide_16(first), _mm512_slli_epi32(wide_16(second), 16))};
+}
+inline Bf16Pairs exact_pairs(Floats16 first, Floats16 second) {
+  return {_mm512_or_si512(_mm512_srli_epi32(bits(first).v, 16), bits(second).v)};
+}
+inline Floats16 store_bf16(uint16_t* p, Floats16 x) {
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x.v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16))};
 }
 
 }  // namespace dfk::DFK_ISA

@@ -76,6 +76,12 @@ DFK_INLINE Floats16 load_bf16(const uint16_t* p) {
 DFK_INLINE Floats16 load_half(const uint16_t* p) {
   return each_quarter<Floats16>([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
 }
+DFK_INLINE Floats16 load_int8(const int8_t* p) {
+  const int8x16_t all = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_high_s8(all);
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+}
 DFK_INLINE uint16x8_t low_halves(int32x4_t a, int32x4_t b) {
   return vuzp1q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b));
 }
@@ -141,6 +147,14 @@ template <int count> DFK_INLINE Ints16 shift_right(Ints16 x) {
 }
 DFK_INLINE Ints16 where_greater(Ints16 a, Ints16 b, Ints16 x, Ints16 y) {
   return each_quarter<Ints16>([&](int i) { return vbslq_s32(vcgtq_s32(a.v[i], b.v[i]), x.v[i], y.v[i]); });
+}
+
+DFK_INLINE Floats16 select(uint32_t mask, Floats16 x, Floats16 y) {
+  constexpr uint32_t each[4] = {1, 2, 4, 8};
+  const uint32x4_t lane = vld1q_u32(each);
+  return each_quarter<Floats16>([&](int i) {
+    return vbslq_f32(vtstq_u32(vdupq_n_u32(mask >> 4 * i), lane), x.v[i], y.v[i]);
+  });
 }
 
 DFK_INLINE Codes16 operator&(Codes16 x, Codes16 y) {
@@ -259,6 +273,15 @@ DFK_INLINE Floats16 to_float(Ints16 x) {
 // 2^p itself: the sign and the exponent of x.
 DFK_INLINE Floats16 powers(Floats16 x) { return floats(bits(x) & ints16(static_cast<int32_t>(0xff800000u))); }
 DFK_INLINE Floats16 times_power(Floats16 a, Floats16 power) { return a * power; }
+
+// The bits of a NaN but for its exponent are its own.
+DFK_INLINE Floats16 times_two_to(Floats16 x, Floats16 n) {
+  return each_quarter<Floats16>([&](int i) {
+    const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n.v[i]), 23);
+    const float32x4_t scaled = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x.v[i]), exponent));
+    return vbslq_f32(vcltq_f32(n.v[i], vdupq_n_f32(-125.0f)), vdupq_n_f32(0.0f), scaled);
+  });
+}
 
 DFK_INLINE int32_t highest(Ints16 x) {
   return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3])));

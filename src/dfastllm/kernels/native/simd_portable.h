@@ -95,6 +95,11 @@ inline Floats16 load_half(const uint16_t* p) {
   for (int i = 0; i < 16; ++i) wide[i] = half_to_float(p[i]);
   return load(wide);
 }
+inline Floats16 load_int8(const int8_t* p) {
+  float wide[16];
+  for (int i = 0; i < 16; ++i) wide[i] = p[i];
+  return load(wide);
+}
 inline void store8(int8_t* p, Ints16 a) {
   int32_t wide[16];
   store(wide, a);
@@ -159,6 +164,15 @@ inline Ints16 where_greater(Ints16 a, Ints16 b, Ints16 x, Ints16 y) {
   return each_quarter<Ints16>([&](int i) { return a.v[i] > b.v[i] ? x.v[i] : y.v[i]; });
 }
 
+inline Floats16 select(uint32_t mask, Floats16 a, Floats16 b) {
+  const Int4 lane = {1, 2, 4, 8};
+  return each_quarter<Floats16>([&](int i) {
+    const int32_t x = static_cast<int32_t>(mask >> 4 * i);
+    const Int4 set = (Int4{x, x, x, x} & lane) == lane;
+    return set ? a.v[i] : b.v[i];
+  });
+}
+
 inline Codes16 operator&(Codes16 a, Codes16 b) { return each_quarter<Codes16>([&](int i) { return a.v[i] & b.v[i]; }); }
 inline Codes16 operator|(Codes16 a, Codes16 b) { return each_quarter<Codes16>([&](int i) { return a.v[i] | b.v[i]; }); }
 template <int count> inline Codes16 shift_left(Codes16 a) {
@@ -197,6 +211,15 @@ inline Floats16 to_float(Ints16 a) {
 // 2^p itself: the sign and the exponent of x.
 inline Floats16 powers(Floats16 x) { return floats(bits(x) & ints16(static_cast<int32_t>(0xff800000u))); }
 inline Floats16 times_power(Floats16 a, Floats16 power) { return a * power; }
+
+inline Floats16 times_two_to(Floats16 a, Floats16 n) {
+  const Floats16 shifted = n + floats16(12582912.0f);  // its low bits are n
+  const Floats16 scaled = floats(bits(a) + shift_left<23>(bits(shifted)));
+  return each_quarter<Floats16>([&](int i) {
+    const Float4 low = {-125.0f, -125.0f, -125.0f, -125.0f}, x = a.v[i];
+    return x != x ? x : n.v[i] < low ? Float4{} : scaled.v[i];
+  });
+}
 
 template <class V> inline auto highest(V x) {
   auto best = x.v[0][0];
