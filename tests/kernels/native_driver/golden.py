@@ -36,7 +36,7 @@ def law(name: str) -> str:
     kernel, _, what = name.partition(" ")
     if kernel in ("pack", "weight_rows", "prepare") or (kernel == "linear" and what.removeprefix("onto ")[0] == "w"):
         return "bits"
-    paired = "bf16" in what or kernel == "attention" and what.startswith("i8")
+    paired = "bf16" in what or (kernel == "attention" and what.startswith("i8"))
     return "pairs" if paired and kernel in ("linear", "head", "attention") else "fused"
 
 
