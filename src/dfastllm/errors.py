@@ -25,6 +25,7 @@
     ├── ModelLoadError             500  a checkpoint that cannot be read
     │   ├── AdapterError           400  a LoRA adapter that cannot be read, or fits another model
     │   ├── CheckpointError        500  missing, extra or mis-shaped tensors, corrupt files
+    │   ├── DownloadError          500  a model that cannot be fetched
     │   └── TokenizerError         500  missing, unreadable or wrong tokenizer
     ├── StorageError               500  a file that cannot be written
     ├── TrainingError              500  a run that cannot go on: a loss or gradient that is no number
@@ -56,6 +57,7 @@ __all__ = [
     "DFastLLMError",
     "DataError",
     "DatabaseError",
+    "DownloadError",
     "ForbiddenError",
     "GenerationError",
     "KeyNotFoundError",
@@ -228,6 +230,10 @@ class AdapterError(ModelLoadError):
 
 class CheckpointError(ModelLoadError):
     code = "bad_checkpoint"
+
+
+class DownloadError(ModelLoadError):
+    code = "download_failed"
 
 
 class TokenizerError(ModelLoadError):

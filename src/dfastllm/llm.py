@@ -51,7 +51,7 @@ from dfastllm.errors import (
     UnsupportedError,
     ValidationError,
 )
-from dfastllm.hub import SHIPPED, find, shipped_models
+from dfastllm.hub import SHIPPED, find_model, shipped_models, title
 from dfastllm.models import load
 from dfastllm.settings import Settings
 from dfastllm.text import CallReading, ChatTemplates, ParsedMessage, Tokenizer, call_reading, chat_prompt, read_text
@@ -80,8 +80,8 @@ Speculation = str | SpeculativeConfig | Sequence[SpeculativeConfig] | None
 
 
 def resolve(model: str | Path) -> Path:
-    """Where a model lies, see `hub.find`."""
-    return find(model)
+    """Where a model lies, see `hub.find_model`."""
+    return find_model(model)
 
 
 def shipped_adapters() -> list[str]:
@@ -166,7 +166,7 @@ def load_engine(
     built, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.templates = tokenizer.templates.chosen(template, variables, file)
     tokenizer.chat_parse_special = chat_parse_special
-    own_name = path.stem if path.is_file() else path.name
+    own_name = title(model) or (path.stem if path.is_file() else path.name)
     built.info = dataclasses.replace(built.info, name=name or own_name)
     choose: Callable[..., Policy] = policy_for
     if draft is not None:

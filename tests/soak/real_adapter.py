@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dfastllm import LLM, assemble
-from dfastllm.bench.fidelity import FILE, real_model
+from dfastllm.bench.fidelity import real_model
 from dfastllm.core import SamplingParams
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.kernels.step import BLOCK
 from dfastllm.lora import read_adapter
 from dfastllm.models import PackedDecoder, adapter_base
 from tests.kit.adapters import step_of
+from tests.kit.real import real_file
 
 __all__ = ["Nearness", "cached_file", "float_model", "main", "nearness", "style", "train"]
 
@@ -54,9 +55,8 @@ def style(text: str) -> str:
 
 
 def cached_file() -> Path | None:
-    """The model's file where the benchmarks keep theirs ($BENCH_CACHE); None: not there."""
-    path = Path(os.environ.get("BENCH_CACHE", "/tmp/bench-cache")) / "models" / "smollm2" / FILE
-    return path if path.is_file() else None
+    """The model's file; None: not on this machine."""
+    return real_file()
 
 
 def float_model(file: Path) -> Any:

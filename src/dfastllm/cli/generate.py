@@ -24,7 +24,7 @@ __all__ = ["generate"]
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     model: Annotated[
-        str, typer.Option(help="A shipped model's name, a Hugging Face directory or a GGUF file.")
+        str, typer.Option(help="A name of `dfastllm list`, a directory, a GGUF file, or ORG/NAME of a hub.")
     ] = "demo-diffusion",
     draft: Annotated[str | None, typer.Option(help="A small autoregressive model, for --rule apd.")] = None,
     lora: Lora = None,

@@ -31,6 +31,9 @@ Lora = Annotated[
 
 def open_model(model: str, settings: Settings, draft: str | None = None) -> LLM:
     """The model, and the draft model of rule apd if one is named, loaded as the settings say."""
+    from dfastllm.hub import find_model
+
+    find_model(model)  # what has to be fetched draws bars of its own
     with console(stderr=True).status(f"loading {model}"):
         from dfastllm.engine import EngineConfig
         from dfastllm.kernels import set_threads

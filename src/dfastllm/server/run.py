@@ -209,6 +209,7 @@ class Loading:
 
     def _load(self) -> dict[str, Engine]:
         from dfastllm.engine import EngineConfig
+        from dfastllm.hub import title
         from dfastllm.kernels import set_threads
         from dfastllm.llm import load_engine, model_kind, model_options, shipped_models
 
@@ -217,7 +218,7 @@ class Loading:
         wanted = settings.model or tuple(shipped_models())
         if not wanted:
             raise ValidationError("There is no model to serve.", param="model", hint="Name one with --model.")
-        names = settings.served_model_name or tuple(Path(model).resolve().name for model in wanted)
+        names = settings.served_model_name or tuple(title(model) or Path(model).resolve().name for model in wanted)
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValidationError(

@@ -101,7 +101,7 @@ def special_ids(metadata: Mapping[str, Any], vocab_size: int) -> SpecialIds:
             return None
         if not whole or not 0 <= found < vocab_size:
             raise TokenizerError(f"{name} is {found!r:.40}, wanted an id below {vocab_size}.", param=name)
-        return found
+        return int(found)
 
     eos = one("eos")
     marked = [i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED) and tokens[i] in _ENDS]
