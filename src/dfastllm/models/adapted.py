@@ -21,6 +21,7 @@ from dfastllm.kernels.packed import PANEL, unpack_panels
 from dfastllm.kernels.step import Step
 from dfastllm.lora import EMBED, HEAD, Adapter, Base, Delta
 from dfastllm.models.decoder import Decoder
+from dfastllm.models.device import DeviceDecoder, held_value
 from dfastllm.models.family import find_family
 from dfastllm.models.packed import Gated, PackedDecoder, Project, Routed, Weights
 from dfastllm.models.turned import require_turnable, turned_adapter, turned_bytes
@@ -44,7 +45,7 @@ HALF = PANEL // 2
 Places = Mapping[str, tuple[Place, ...]]  # own matrix name -> where its outputs lie in a linear
 
 
-def adapter_base(model: Decoder | PackedDecoder) -> Base:
+def adapter_base(model: Decoder | PackedDecoder | DeviceDecoder) -> Base:
     """The model as `lora.read_adapter` takes it."""
     return _Base(model)
 
@@ -57,10 +58,10 @@ def bytes_beside(model: Decoder | PackedDecoder, adapter: Adapter) -> int:
 class _Base:
     """See `lora.Base`."""
 
-    def __init__(self, model: Decoder | PackedDecoder) -> None:
+    def __init__(self, model: Decoder | PackedDecoder | DeviceDecoder) -> None:
         self.model = model
         self.name = model.info.name
-        basis = model.basis if isinstance(model, PackedDecoder) else None
+        basis = None if isinstance(model, Decoder) else model.basis
         self.tied = model.config.tied if basis is None else basis.tied
         self._names = find_family(model.info.family).names
         with torch.device("meta"):
@@ -91,13 +92,13 @@ class _Base:
         return _packed_value(self.model, own)
 
 
-def _packed_value(model: PackedDecoder, own: str) -> Tensor:
-    """A matrix or bias out of the panels; of a turned model turned back."""
-    value = _held_value(model, own)
+def _packed_value(model: PackedDecoder | DeviceDecoder, own: str) -> Tensor:
+    """A matrix or bias of packed weights; of a turned model turned back."""
+    value = _held_value(model, own) if isinstance(model, PackedDecoder) else held_value(model, own)
     if model.basis is None:
         return value
     gain = model.basis.sides[own.rpartition(".")[0]].gain
-    return model.basis.back(own, value, None if gain is None else model.gains[gain])
+    return model.basis.back(own, value, None if gain is None else model.gains[gain].cpu())
 
 
 def _held_value(model: PackedDecoder, own: str) -> Tensor:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ Ops = tuple[PackedOp, ...]
 class Packing:
     """What matrices become.
 
-    pack         a matrix as the kernels read it; natural: the inverse.
+    pack         a matrix of a layer as the kernels read it; natural: the inverse; outer: the embedding and the head.
     kind         how a format wants its input rows.
     alike        what must be the same of all experts of a mixture; where it is not, they become floats.
     interleaved  gate and up lie in a matrix by 32 channels in turn, padded to whole panels; else one after the other.
@@ -58,15 +59,16 @@ class Packing:
     """
 
     pack: Callable[[QTensor], Packed]
+    outer: Callable[[QTensor], Packed]
     natural: Callable[[Packed], QTensor]
     kind: Callable[[str], str]
     alike: Callable[[FeedForward], Hashable]
     interleaved: bool
     vector: Callable[[Tensor], Tensor] = lambda value: value
-    settle: Callable[[Ops], Ops] = lambda ops: ops
+    settle: Callable[[Ops], tuple[Any, ...]] = lambda ops: ops
 
 
-PANELS = Packing(linear.pack, unpack_panels, act_kind, lambda block: block.kinds, True)
+PANELS = Packing(linear.pack, linear.pack, unpack_panels, act_kind, lambda block: block.kinds, True)
 
 
 @dataclass(eq=False)
@@ -77,7 +79,7 @@ class Parts:
     program: Program
     embed: Packed
     norm: ScaledNorm
-    layers: tuple[Ops, ...]
+    layers: tuple[tuple[Any, ...], ...]
     head: Packed | None
     gains: dict[str, Tensor] = field(default_factory=dict)
 
@@ -132,7 +134,7 @@ def pack_parts(
     waiting: dict[int | None, dict[str, Value]] = {}
     experts: dict[int | None, dict[str, FeedForward]] = {}
     left = Counter(_place(name) for name in wanted)
-    layers: dict[int, tuple[PackedOp, ...]] = {}
+    layers: dict[int, tuple[Any, ...]] = {}
     seen: set[str] = set()
     gains: dict[str, Tensor] = {}
     for name, value in parts:
@@ -160,7 +162,7 @@ def pack_parts(
     return Parts(
         config=config,
         program=program,
-        embed=packing.pack(_matrix(outer["embed.weight"])),
+        embed=packing.outer(_matrix(outer["embed.weight"])),
         norm=ScaledNorm(last.weight * program.logits_factor, last.eps),
         layers=tuple(layers[i] for i in range(config.layers)),
         head=_head(outer, config.tied, shortlist, packing),
@@ -405,5 +407,5 @@ def _matrix(value: Value) -> QTensor:
 def _head(outer: Mapping[str, Value], tied: bool, shortlist: Tensor | None, packing: Packing) -> Packed | None:
     """None: the embedding is the head."""
     if shortlist is not None:
-        return packing.pack(_matrix(outer["embed.weight" if tied else "lm_head.weight"]).rows(shortlist))
-    return None if tied else packing.pack(_matrix(outer["lm_head.weight"]))
+        return packing.outer(_matrix(outer["embed.weight" if tied else "lm_head.weight"]).rows(shortlist))
+    return None if tied else packing.outer(_matrix(outer["lm_head.weight"]))

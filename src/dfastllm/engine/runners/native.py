@@ -6,7 +6,6 @@ depend on its neighbours, to the last bit, at any number of threads.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfastllm.core import ModelInfo
+from dfastllm.engine.runners.apart import stats_apart
 from dfastllm.errors import UnsupportedError
 from dfastllm.kernels import native
 from dfastllm.kernels.halt import Halt
@@ -135,32 +135,17 @@ class AdaptedHeadRows(HeadRows):
         return logits, torch.isfinite(logits.sum(dim=-1)).numpy()
 
     def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
-        dense = self._numbers != 0
-        parts = []
-        for index in ((~dense).nonzero()[:, 0], dense.nonzero()[:, 0]):
-            if not len(index):
-                continue
-            some = None if barred is None else [barred[i] for i in index.tolist()]
-            hidden, numbers = self._hidden[index], self._numbers[index]
-            rows: Rows = HeadRows(hidden, self._model)
-            if numbers.any():
-                rows = DenseRows(self._model.logits(hidden, self._adapters, numbers))
-            parts.append((index.numpy(), rows.stats(ban=ban, barred=some, norm=norm, spread=spread, top=top)))
-        return _joined(parts, self.count)
+        return stats_apart(
+            (self._numbers != 0).numpy(),
+            lambda index: HeadRows(self._hidden[torch.from_numpy(index)], self._model),
+            lambda index: DenseRows(self._take(index).logits()),
+            ban=ban,
+            barred=barred,
+            norm=norm,
+            spread=spread,
+            top=top,
+        )
 
     def _take(self, index: NDArray[np.int64]) -> Rows:
         at = torch.from_numpy(index)
         return AdaptedHeadRows(self._hidden[at], self._model, self._adapters, self._numbers[at])
-
-
-def _joined(parts: list[tuple[NDArray[np.int64], RowStats]], count: int) -> RowStats:
-    """Statistics of rows that were asked apart. parts: (rows, theirs)."""
-    fields = {}
-    for field in dataclasses.fields(RowStats):
-        values = [getattr(stats, field.name) for _, stats in parts]
-        whole = np.empty((count, *values[0].shape[1:]), dtype=values[0].dtype) if len(values[0]) else values[0]
-        for (index, _), value in zip(parts, values, strict=True):
-            if len(value):
-                whole[index] = value
-        fields[field.name] = whole
-    return RowStats(**fields)

@@ -99,7 +99,7 @@ def _codes(data: Tensor, format: str, k: int) -> Tensor:
     return codes[:, :k].contiguous()
 
 
-def stack(weights: Sequence[Weight]) -> Weight:
+def stack(weights: Sequence[Packed]) -> Weight:
     """Matrices of one shape and format as one, with one more dim before."""
     first = weights[0]
 

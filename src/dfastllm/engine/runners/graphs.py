@@ -1,0 +1,95 @@
+"""Buckets of steps, and the CUDA graph of each: captured once, replayed for every step that the bucket holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dfastllm.kernels.step import BLOCK, Step
+from dfastllm.kernels.triton.laid import PIECE, Bucket, Laid, pieces_of, tail_words
+
+__all__ = ["Buckets", "Graphs"]
+
+log = logging.getLogger("dfastllm.engine")
+
+SHORT = 16  # query rows of a tile, all heads of a group counted: what one product of a tensor core takes
+TALL = 64  # and of buckets of many rows
+MANY = 256
+FINE = 64  # from so many rows on, buckets are half as far apart: their time grows with their rows
+MOST_TAIL = 1 << 20  # words of block tables and masks that a bucket holds
+
+
+class Buckets:
+    """The buckets of a runner.
+
+    max_rows   the largest step; max_spans: the most spans.
+    max_len    the longest sequence.
+    group      query heads that share a K,V head.
+    invariant  all buckets have tiles of one height, for that shows in a row's bits.
+    """
+
+    def __init__(self, max_rows: int, max_spans: int, max_len: int, group: int, *, invariant: bool = False) -> None:
+        self.sizes = row_counts(max_rows)
+        self.most_rows = self.sizes[-1]
+        self._group, self._invariant = group, invariant
+        self._max_spans = max_spans
+        self._pieces = max(1, -(-max_len // PIECE))
+        tail = min(MOST_TAIL, max_spans * (-(-max_len // BLOCK) + 1) + BLOCK * self.most_rows)
+        self.words = max(self._bucket(rows, self._pieces).head for rows in self.sizes) + tail
+
+    def _bucket(self, rows: int, pieces: int) -> Bucket:
+        return Bucket(rows, rows, min(rows, self._max_spans), self.tile_rows(rows), pieces)
+
+    def tile_rows(self, rows: int) -> int:
+        """Rows of a tile in a step of so many."""
+        height = SHORT if self._invariant or rows < MANY else TALL
+        return max(1, height // self._group)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        """All of them, the largest first."""
+        for rows in reversed(self.sizes):
+            for pieces in sorted({1, self._pieces}, reverse=True):
+                yield self._bucket(rows, pieces)
+
+    def of(self, step: Step) -> Bucket | None:
+        """The smallest that holds a step, None: none does."""
+        rows, spans = len(step), step.spans
+        if not rows or not len(spans) or rows > self.most_rows or len(spans) > min(rows, self._max_spans):
+            return None
+        pieces = pieces_of(step)
+        if pieces > self._pieces:
+            return None
+        size = next(size for size in self.sizes if size >= rows)
+        bucket = self._bucket(size, 1 if pieces == 1 else self._pieces)
+        if bucket.head + tail_words(step) > self.words:
+            return None
+        together = spans[0, 0] == 0 and spans[-1, 1] == rows and bool((spans[1:, 0] == spans[:-1, 1]).all())
+        return bucket if together and bool((spans[:, 1] > spans[:, 0]).all()) else None
+
+
+def row_counts(most: int) -> list[int]:
+    """1, 2, 4 ... and from 64 on those between, up to the first that holds `most`."""
+    sizes = [1]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        power = 1 << (last.bit_length() - 1)
+        sizes.append(2 * last if last < FINE else power * 3 // 2 if last == power else 2 * power)
+    return sizes
+
+
+class Graphs:
+    """forward: runs a layout, its results to where they always lie, without looking at a value."""
+
+    def __init__(self, forward: Callable[[Laid], None]) -> None:
+        self._forward = forward
+        self._captured: dict[Bucket, torch.cuda.CUDAGraph] = {}
+
+    def run(self, bucket: Bucket, laid: Laid) -> bool:
+        """Replay a bucket's graph. False: it has none."""
+        graph = self._captured.get(bucket)
+        if graph is None:
+            return False
+        graph.replay()
+        return True

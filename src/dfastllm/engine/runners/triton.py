@@ -1,0 +1,373 @@
+"""The runner of models on a GPU: a step is one upload, one replayed graph and, when its rows are looked at, one copy
+back.
+
+A step goes into the smallest bucket that holds it (`kernels.triton.laid`): its arrays lie at the bucket's places, so
+the graph that was captured for the bucket runs any mix of spans. Where there are no graphs (Triton's interpreter on a
+CPU), the same ops run over the same buckets one by one. What no bucket holds, and rows with adapters, run without a
+graph, in a layout of just their sizes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dfastllm.core import ModelInfo
+from dfastllm.engine.runners.apart import stats_apart
+from dfastllm.engine.runners.graphs import Buckets, Graphs
+from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.kernels.halt import Halt
+from dfastllm.kernels.rows import Barred, DenseRows, Rows, RowStats
+from dfastllm.kernels.step import BLOCK, Step
+from dfastllm.kernels.token_set import rows_by_set
+from dfastllm.kernels.triton.kv import DeviceKv
+from dfastllm.kernels.triton.laid import Bucket, Laid, lay, pieces_of, tail_words
+from dfastllm.kernels.triton.ops import Ops, ops_for
+from dfastllm.lora import HEAD
+from dfastllm.models.adapted import AdaptedRows, on_device, require_numbers
+from dfastllm.models.device import DeviceDecoder
+from dfastllm.models.turned import require_turnable, turned_adapter
+
+if TYPE_CHECKING:
+    from dfastllm.lora import Adapter
+
+__all__ = ["DeviceRows", "TritonRunner"]
+
+WORDS = 8  # of a row of statistics, before its best tokens
+BANS = 8  # banned ids are padded to a multiple of so many
+
+
+class TritonRunner:
+    """Runs a model on its device. K,V: `slots` positions of `dtype`.
+
+    max_rows   of a step that runs in a bucket; max_spans: the same.
+    graphs     whether buckets become graphs; None: where the device has them and all ops are kernels.
+    ops        implementations; None: the best there are.
+    counts     steps by how they ran: graph, bucket (the same without a graph), eager.
+    """
+
+    block_size = BLOCK
+
+    def __init__(
+        self,
+        model: DeviceDecoder,
+        slots: int,
+        dtype: torch.dtype,
+        page_size: int,
+        *,
+        max_rows: int = 2048,
+        max_spans: int = 256,
+        max_len: int | None = None,
+        graphs: bool | None = None,
+        ops: Ops | None = None,
+    ) -> None:
+        if page_size % BLOCK:
+            raise UnsupportedError(
+                f"page_size must be a multiple of {BLOCK} for the triton runner, got {page_size}.", param="page_size"
+            )
+        info = model.info
+        self.model = model
+        self.device = model.device
+        self.ops = ops or ops_for(model.device)
+        self.cut_free = model.invariant
+        self.own_threads = model.device.type != "cpu"
+        blocks = -(-slots // BLOCK)
+        self.kv = DeviceKv(info.layers, blocks * BLOCK, info.kv_heads, info.head_dim, dtype, model.device)
+        self.halt = Halt()
+        self.counts: Counter[str] = Counter()
+        self._given: tuple[Adapter | None, ...] = (None,)
+        self._table: list[Adapter | None] = [None]  # the same, as they are computed with, on the device
+        self._bans: dict[tuple[int, ...], Tensor] = {}
+        group = model.config.heads // model.config.kv_heads
+        self.buckets = Buckets(max_rows, max_spans, max_len or info.max_len, group, invariant=model.invariant)
+        self._upload = _Upload(self.buckets.words, model.device)
+        self._hidden = torch.zeros(self.buckets.most_rows, model.config.hidden_size, device=model.device)
+        self._last: weakref.ref[_Held] | None = None
+        self.graphs = Graphs(self._forward) if self._may_capture(graphs) else None
+
+    def _may_capture(self, wanted: bool | None) -> bool:
+        possible = self.device.type == "cuda" and self.ops.captured
+        return possible if wanted is None else wanted
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.model.info
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Rows:
+        """See `runners.Runner`. Raises ValidationError, Interrupted."""
+        step.check(self.kv.slots // BLOCK, len(step.own_blocks))
+        step.check_ids(self.model.embed.n)
+        self.halt.begin()
+        self._keep_last()
+        if step.adapter.any():
+            require_numbers(step, self._table)
+            return self._run_adapted(step)
+        bucket = self.buckets.of(step)
+        if bucket is None:
+            self.counts["eager"] += 1
+            laid = self._upload.put(step, _exactly(step, self.buckets.tile_rows(len(step))))
+            hidden = self.model.forward(laid, self.kv, self.ops, halt=self.halt)
+        else:
+            laid = self._upload.put(step, bucket)
+            if self.graphs is not None and self.graphs.run(bucket, laid):
+                self.counts["graph"] += 1
+            else:
+                self.counts["bucket"] += 1
+                self._forward(laid, self.halt)
+            hidden = self._hidden
+        return DeviceRows(self._held(hidden), len(step.want), self)
+
+    def _forward(self, laid: Laid, halt: Halt | None = None) -> None:
+        """A bucket's forward; hidden states of its wanted rows go to where they always lie."""
+        hidden = self.model.forward(laid, self.kv, self.ops, halt=halt)
+        self._hidden[: len(hidden)].copy_(hidden)
+
+    def _run_adapted(self, step: Step) -> Rows:
+        self.counts["eager"] += 1
+        laid = self._upload.put(step, _exactly(step, self.buckets.tile_rows(len(step))))
+        adapt = AdaptedRows(self._table, laid.adapter.long(), 16)
+        hidden = self.model.forward(laid, self.kv, self.ops, adapt, self.halt)
+        numbers = step.adapter[step.want].astype(np.int64)
+        heads = np.array([adapter is not None and HEAD in adapter.deltas for adapter in self._given])
+        numbers *= heads[numbers]
+        held = self._held(hidden)
+        if not numbers.any():
+            return DeviceRows(held, len(step.want), self)
+        return AdaptedDeviceRows(held, len(step.want), self, numbers, list(self._table))
+
+    def _held(self, hidden: Tensor) -> _Held:
+        held = _Held(hidden)
+        self._last = weakref.ref(held)
+        return held
+
+    def _keep_last(self) -> None:
+        """Rows of the last step that someone still has get hidden states of their own."""
+        held = None if self._last is None else self._last()
+        if held is not None:
+            held.hidden = held.hidden.clone()
+        self._last = None
+
+    def adapters(self, table: Sequence[Adapter | None]) -> None:
+        """See `runners.Runner`. Raises ValidationError, UnsupportedError."""
+        if not table or table[0] is not None:
+            raise ValidationError("number 0 of a table of adapters stands for none.", param="adapter")
+        moved = {id(adapter): placed for adapter, placed in zip(self._given, self._table, strict=True)}
+        for adapter in table:
+            if adapter is not None and id(adapter) not in moved:
+                self.check_adapter(adapter)
+                moved[id(adapter)] = self._placed(adapter)
+        self._given = tuple(table)
+        self._table = [None if adapter is None else moved[id(adapter)] for adapter in table]
+
+    def _placed(self, adapter: Adapter) -> Adapter:
+        model = self.model
+        held = adapter if model.basis is None else turned_adapter(adapter, model.basis, model.gains)
+        return on_device(held, self.device)
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """See `runners.Runner`."""
+        if self.model.basis is not None:
+            require_turnable(adapter, self.model.basis)
+
+    def stats(
+        self, hidden: Tensor, ban: tuple[int, ...], sets: tuple[Tensor, Tensor] | None, top: int
+    ) -> NDArray[np.int32]:
+        """What `ops.head_stats` says of hidden rows, on the host: the one copy back of a step."""
+        if ban not in self._bans:
+            padded = np.full(max(BANS, -(-len(ban) // BANS) * BANS), -1, dtype=np.int32)
+            padded[: len(ban)] = ban
+            self._bans[ban] = torch.from_numpy(padded).to(self.device)
+        barred, which = (None, None) if sets is None else sets
+        found = self.model.head_stats(hidden, self.ops, ban=self._bans[ban], barred=barred, which=which, top=top)
+        return self.fetch(found)
+
+    def fetch(self, values: Tensor) -> NDArray[np.int32]:
+        """Values on the host, once they are there."""
+        return values.cpu().numpy()
+
+
+def _exactly(step: Step, tile_rows: int) -> Bucket:
+    """A bucket of just a step's sizes."""
+    spans = len(step.spans)
+    return Bucket(max(1, len(step)), len(step.want), 2 * spans + 1, tile_rows, pieces_of(step))
+
+
+class _Held:
+    """Hidden states float32 [wanted or more, hidden] of a step, as long as someone has its rows."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class _Upload:
+    """The buffer of steps on a device, and two on the host that take turns: a copy may still read the last one."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.device = device
+        self.capacity = capacity
+        self._words = torch.zeros(capacity, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._host = [torch.zeros(capacity, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._copied: list[torch.cuda.Event] = []
+        if pinned:
+            self._copied = [torch.cuda.Event(), torch.cuda.Event()]  # type: ignore[no-untyped-call]
+        self._turn = 0
+        self._views: dict[Bucket, Laid] = {}
+
+    def put(self, step: Step, bucket: Bucket) -> Laid:
+        """A step in the bucket's layout on the device, until the next one."""
+        needed = bucket.head + tail_words(step)
+        if needed > self.capacity:  # of a size that no bucket has
+            words = np.empty(needed, dtype=np.int32)
+            lay(step, bucket, words)
+            return Laid.over(torch.from_numpy(words).to(self.device), bucket)
+        self._turn = 1 - self._turn
+        host = self._host[self._turn]
+        if self._copied:
+            self._copied[self._turn].synchronize()
+        used = lay(step, bucket, host.numpy())
+        self._words[:used].copy_(host[:used], non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
+        return self.views(bucket)
+
+    def views(self, bucket: Bucket) -> Laid:
+        found = self._views.get(bucket)
+        if found is None:
+            found = Laid.over(self._words, bucket)
+            if len(self._views) < 256:  # those of steps that fit no bucket would never end
+                self._views[bucket] = found
+        return found
+
+
+class DeviceRows(Rows):
+    """Hidden rows on a device and the head of their model; logits exist only where someone asks for them."""
+
+    def __init__(self, held: _Held, count: int, runner: TritonRunner, index: NDArray[np.int64] | None = None) -> None:
+        model = runner.model
+        super().__init__(count, model.info.vocab_size if model.shortlist is None else len(model.shortlist))
+        self._held = held
+        self._runner = runner
+        self._index = index  # which of the step's wanted rows these are, None: all
+
+    def _rows(self, index: NDArray[np.int64] | None = None) -> Tensor:
+        """Hidden states of these rows, or of some of them."""
+        mine = index if self._index is None else self._index if index is None else self._index[index]
+        hidden = self._held.hidden
+        if mine is None:
+            return hidden[: self.count]
+        return hidden.index_select(0, torch.from_numpy(mine).to(hidden.device, non_blocking=True))
+
+    @torch.inference_mode()
+    def _logits(self) -> tuple[Tensor, NDArray[np.bool_]]:
+        logits = self._runner.model.logits(self._rows(), self._runner.ops)
+        return logits, _finite(logits, self._runner)
+
+    @torch.inference_mode()
+    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
+        if not self.count:
+            return _no_stats(min(top, self.vocab))
+        sets = self._sets(barred)
+        top = min(top, self.vocab)
+        found = self._runner.stats(self._rows(), ban, sets, top)
+        floats = found.view(np.float32)
+        none, no_ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
+        return RowStats(
+            token=found[:, 0].astype(np.int64),
+            best=floats[:, 1].copy(),
+            finite=found[:, 2] != 0,
+            norm=floats[:, 3].copy() if norm or spread else none,
+            entropy=floats[:, 4].copy() if spread else none,
+            margin=floats[:, 5].copy() if spread else none,
+            ids=found[:, WORDS : WORDS + top].astype(np.int64) if top else no_ids,
+            logits=floats[:, WORDS + top :].copy() if top else none,
+        )
+
+    def _sets(self, barred: Barred) -> tuple[Tensor, Tensor] | None:
+        """The sets of barred ids as bits uint8 [sets, bytes], and the number of each row's, on the device."""
+        if barred is None:
+            return None
+        found = rows_by_set(barred, self.count, self.vocab)
+        if not found:
+            return None
+        which = np.full(self.count, -1, dtype=np.int32)
+        for number, (_, rows) in enumerate(found):
+            which[rows] = number
+        bits = np.stack([closed.words.view(np.uint8) for closed, _ in found])
+        device = self._runner.device
+        return torch.from_numpy(bits).to(device), torch.from_numpy(which).to(device)
+
+    def _take(self, index: NDArray[np.int64]) -> Rows:
+        mine = index if self._index is None else self._index[index]
+        return DeviceRows(self._held, len(index), self._runner, mine)
+
+
+class AdaptedDeviceRows(DeviceRows):
+    """Rows some of whose adapters change the head: those go through their logits, the others as ever.
+
+    numbers: int64 [count], the adapter of a row that changes the head, 0: none. table: adapters by number."""
+
+    def __init__(
+        self,
+        held: _Held,
+        count: int,
+        runner: TritonRunner,
+        numbers: NDArray[np.int64],
+        table: Sequence[Adapter | None],
+        index: NDArray[np.int64] | None = None,
+    ) -> None:
+        super().__init__(held, count, runner, index)
+        self._numbers = numbers
+        self._table = table
+
+    @torch.inference_mode()
+    def _logits(self) -> tuple[Tensor, NDArray[np.bool_]]:
+        numbers = torch.from_numpy(self._numbers).to(self._runner.device)
+        adapt = AdaptedRows(self._table, numbers, 16)
+        every = torch.arange(self.count, device=self._runner.device)
+        logits = self._runner.model.logits(self._rows(), self._runner.ops, adapt, every)
+        return logits, _finite(logits, self._runner)
+
+    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
+        return stats_apart(
+            self._numbers != 0,
+            lambda index: DeviceRows._take(self, index),
+            lambda index: DenseRows(self._take(index).logits()),
+            ban=ban,
+            barred=barred,
+            norm=norm,
+            spread=spread,
+            top=top,
+        )
+
+    def _take(self, index: NDArray[np.int64]) -> Rows:
+        mine = index if self._index is None else self._index[index]
+        return AdaptedDeviceRows(self._held, len(index), self._runner, self._numbers[index], self._table, mine)
+
+
+def _finite(logits: Tensor, runner: TritonRunner) -> NDArray[np.bool_]:
+    """bool [rows]: one NaN or infinity in a row shows in its sum."""
+    finite: NDArray[np.bool_] = runner.fetch(torch.isfinite(logits.sum(dim=-1)).int()) != 0
+    return finite
+
+
+def _no_stats(top: int) -> RowStats:
+    none, no_ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
+    return RowStats(
+        no_ids,
+        none,
+        np.empty(0, dtype=np.bool_),
+        none,
+        none,
+        none,
+        np.empty((0, top), dtype=np.int64),
+        np.empty((0, top), dtype=np.float32),
+    )
