@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.kit.adapters import ATTENTION, LINEARS, model_of, pack, step_of, turned, wanted, with_peft
 from tests.kit.convert_models import grouped
+from tests.kit.device import runner_of
 from tests.kit.without_native import without_native
 
 from dfastllm import assemble
@@ -64,7 +65,7 @@ def one_thread() -> Iterator[None]:
 
 def runners(model: Decoder) -> list[Runner]:
     made: list[Any] = [TorchRunner(model, 64, torch.float32, "cpu", 16, 16)]
-    return [*made, NativeRunner(pack(model), 64, torch.float32, 16)]
+    return [*made, NativeRunner(pack(model), 64, torch.float32, 16), runner_of(model, "twins", 64)]
 
 
 def read(model: Decoder, directory: Path) -> Adapter:

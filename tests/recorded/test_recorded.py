@@ -20,6 +20,7 @@ from dfastllm.engine.runners.record import Recorder, Recording, difference, repl
 from dfastllm.errors import ValidationError
 from dfastllm.kernels import native, set_threads
 from dfastllm.models import tiny
+from tests.kit.device import KINDS, runner_of
 from tests.recorded.runs import SEED, SHAPE, Run, engine_of, record, requests, runs
 
 RUNS = {run.family: run for run in runs()}
@@ -65,6 +66,16 @@ def test_torch_gives_the_recorded_logits(family: str, device: str) -> None:
     model = Run(family, native=False).model().to(device)
     most, _ = worst(Recording(run.path), runner_for(model, SLOTS, torch.float32, device, 16, 16))
     assert most <= 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", RUNS)
+def test_triton_gives_the_recorded_logits(family: str, kind: str) -> None:
+    run = RUNS[family]
+    runner = runner_of(Run(family, native=False).model(), kind, SLOTS)
+    most, _ = worst(Recording(run.path), runner)
+    assert most <= 1e-4
+    assert runner.counts["eager"] == 0
 
 
 def test_the_runs_hold_everything() -> None:

@@ -17,7 +17,7 @@ from dfastllm.core import Request, SamplingParams, StepStats
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.runners.torch import Runnable
 from dfastllm.metrics.records import Spread, spread
-from dfastllm.models import PackedDecoder
+from dfastllm.models import DeviceDecoder, PackedDecoder
 
 __all__ = ["Chat", "Crowd", "Served", "measure_prefix", "play", "workloads"]
 
@@ -129,7 +129,7 @@ def _joined(parts: Iterator[Served]) -> Served:
 
 
 def measure_prefix(
-    model: Runnable | PackedDecoder,
+    model: Runnable | PackedDecoder | DeviceDecoder,
     work: Crowd | Chat,
     repeats: int = 3,
     dtype: torch.dtype | None = None,

@@ -46,7 +46,7 @@ from dfastllm.errors import (
 from dfastllm.kernels import torch_team
 from dfastllm.kernels.halt import Interrupted
 from dfastllm.lora import Adapter, read_adapter
-from dfastllm.models import Decoder, PackedDecoder, adapter_base
+from dfastllm.models import Decoder, DeviceDecoder, PackedDecoder, adapter_base
 from dfastllm.models.adapted import bytes_beside
 from dfastllm.text import Detokenizer
 
@@ -73,7 +73,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Runnable | PackedDecoder,
+        model: Runnable | PackedDecoder | DeviceDecoder,
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         *,
@@ -130,7 +130,7 @@ class Engine:
         """The adapter in a directory, for this model, its bytes being all that it takes in this process; on the thread
         of whoever asks for it. Raises AdapterError, and UnsupportedError for what this runner cannot compute."""
         model, config = self.model, self.config
-        if not isinstance(model, Decoder | PackedDecoder):
+        if not isinstance(model, Decoder | PackedDecoder | DeviceDecoder):
             raise UnsupportedError(f"{self.info.name} is no model that adapters can change.", param="lora")
         adapter = read_adapter(path, adapter_base(model), max_rank=config.max_lora_rank, max_bytes=config.lora_memory)
         self.runner.check_adapter(adapter)

@@ -11,6 +11,7 @@ from dfastllm.models.check import CheckReport, Problem, check
 from dfastllm.models.checkpoint import build, load, save
 from dfastllm.models.config import DecoderConfig, MoEConfig, RopeScaling
 from dfastllm.models.decoder import Decoder
+from dfastllm.models.device import DeviceDecoder, device_decoder
 from dfastllm.models.family import FAMILIES, Family, Ids, describe, find_family
 from dfastllm.models.pack import pack_decoder
 from dfastllm.models.packed import PackedDecoder
@@ -25,6 +26,7 @@ __all__ = [
     "CheckReport",
     "Decoder",
     "DecoderConfig",
+    "DeviceDecoder",
     "Family",
     "Ids",
     "MoEConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "check",
     "dense_attention",
     "describe",
+    "device_decoder",
     "find_family",
     "load",
     "pack_decoder",

@@ -248,8 +248,10 @@ class _Walk:
             acts = self.ops.add_norm(self.h, None, weight, eps, kind=kind)
         return acts
 
-    def _linear(self, x: Acts, weights: Weights, out: torch.dtype) -> Tensor:
-        y: Tensor = self.ops.linear(x, weights.packed, weights.bias, out=out, invariant=self.model.invariant)
+    def _linear(self, x: Acts, weights: Weights, out: torch.dtype, *, steady: bool = False) -> Tensor:
+        """steady: a row's bits do not depend on the rows beside it, whatever the model asks for."""
+        invariant = steady or self.model.invariant
+        y: Tensor = self.ops.linear(x, weights.packed, weights.bias, out=out, invariant=invariant)
         return y
 
     def _out(self, weights: Weights, onto_stream: bool) -> torch.dtype:
@@ -364,17 +366,18 @@ class _Walk:
         return out
 
     def _feed_forward(self, block: FeedForward, name: str, x: Acts, floats: Tensor, rows: Tensor | None) -> Tensor:
-        """An expert of some rows of the step, float32."""
-        both = self._linear(x, block.gated, torch.float32)
+        """An expert of some rows of the step, float32. How many rows chose it must not show."""
+        both = self._linear(x, block.gated, torch.float32, steady=True)
         down = block.down.packed
         if self.adapt is None:
             acts = self.ops.gate(both, "silu", kind_of(down.format), block=block.block)
-            return self._linear(acts, block.down, torch.float32)
+            return self._linear(acts, block.down, torch.float32, steady=True)
         self.adapt(f"{name}.gate_proj", floats, both[:, : block.width], rows)
         self.adapt(f"{name}.up_proj", floats, both[:, block.width :], rows)
         product = self.ops.gate(both, "silu", "f32").data
         acts = self.ops.gate(both, "silu", kind_of(down.format), block=block.block)
-        return self.adapt(f"{name}.down_proj", product, self._linear(acts, block.down, torch.float32), rows)
+        out = self._linear(acts, block.down, torch.float32, steady=True)
+        return self.adapt(f"{name}.down_proj", product, out, rows)
 
 
 def device_decoder(
@@ -388,6 +391,7 @@ def device_decoder(
     notes: list[str] | None = None,
     shortlist: Tensor | None = None,
     basis: Basis | None = None,
+    invariant: bool = False,
 ) -> DeviceDecoder:
     """Build on a device from a stream of (parameter name as in `Decoder`, matrix or vector), see `pack_decoder`. dtype:
     of floating-point matrices and of activations; fp8: floating-point matrices of the layers become float8_e4m3fn,
@@ -420,6 +424,7 @@ def device_decoder(
         shortlist=shortlist,
         basis=basis,
         gains=made.gains,
+        invariant=invariant,
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dfastllm import assemble
 from dfastllm.errors import UnsupportedError, ValidationError
-from dfastllm.models import Decoder, PackedDecoder, find_family, load
+from dfastllm.models import Decoder, find_family, load
 from dfastllm.models.parts import Projection
 from dfastllm.text import Tokenizer
 from dfastllm.train.checkpoint import content, require_same
@@ -276,7 +276,7 @@ def train_adapter(
     loaded = assemble.dequantised(model, torch.float32) if assemble.is_gguf(model) else None
     built = load(model, dtype=torch.float32) if loaded is None else loaded.model
     tokenizer = Tokenizer.load(model) if loaded is None else loaded.tokenizer
-    if isinstance(built, PackedDecoder) or not built.info.eos_ids or tokenizer.eos_id is None:
+    if not isinstance(built, Decoder) or not built.info.eos_ids or tokenizer.eos_id is None:
         raise UnsupportedError(f"{model} cannot be trained on answers: it has no end-of-text token.", param="model")
     work = AdapterWork(recipe, built.to(device), tokenizer)
     every = max(1, recipe.steps // 4)

@@ -20,7 +20,7 @@ from dfastllm.kernels.extension import set_threads
 from dfastllm.kernels.rows import Rows
 
 if TYPE_CHECKING:
-    from dfastllm.models import Decoder, PackedDecoder
+    from dfastllm.models import Decoder, DeviceDecoder, PackedDecoder
 
 __all__ = ["Answer", "Ours"]
 
@@ -32,7 +32,11 @@ class Ours:
     greedy policy needs; "logits": the whole float32 [rows, vocab] array, which is what the peers make."""
 
     def __init__(
-        self, model: Decoder | PackedDecoder, threads: int, name: str = "dfastllm", positions: int = 8192
+        self,
+        model: Decoder | PackedDecoder | DeviceDecoder,
+        threads: int,
+        name: str = "dfastllm",
+        positions: int = 8192,
     ) -> None:
         set_threads(threads)
         config = EngineConfig()

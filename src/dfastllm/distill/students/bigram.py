@@ -26,7 +26,7 @@ from dfastllm.engine.runners import Runnable
 from dfastllm.engine.speculate import DraftCanvas
 from dfastllm.engine.speculate.bigram import Candidates, Wanted, best_chain, likeliest
 from dfastllm.errors import DataError
-from dfastllm.models import PackedDecoder
+from dfastllm.models import DeviceDecoder, PackedDecoder
 from dfastllm.models.bigram import Bigram
 from dfastllm.train.work import Losses, Value, Work
 
@@ -97,7 +97,9 @@ class Chains:
         return right.cumprod(1).sum(1)
 
 
-def record(model: Runnable | PackedDecoder, target: ModelInfo, answers: Sequence[Answer], length: int) -> Chains:
+def record(
+    model: Runnable | PackedDecoder | DeviceDecoder, target: ModelInfo, answers: Sequence[Answer], length: int
+) -> Chains:
     """Drafts of `length` tokens at every position of the answers, as the engine makes them. Raises DataError where the
     draft model's context leaves no draft."""
     rows = TOGETHER * (max(len(a.prompt) + len(a.ids) for a in answers) + 2 * length + 64)
@@ -147,7 +149,7 @@ class Pairs(Work):
 
     def __init__(
         self,
-        model: Runnable | PackedDecoder,
+        model: Runnable | PackedDecoder | DeviceDecoder,
         target: ModelInfo,
         answers: Sequence[Answer],
         held: Sequence[Answer],

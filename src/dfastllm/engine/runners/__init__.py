@@ -3,6 +3,7 @@
 | runner | where | what |
 |---|---|---|
 | native | CPU | one native call over packed weights; without the compiled kernels their plain torch twins |
+| triton | CUDA | one upload, one replayed graph, one copy back; under Triton's interpreter on a CPU, without graphs |
 | torch | CPU, CUDA, MPS | the plain torch model: the reference, and what serves where no other runner does |
 """
 
@@ -15,8 +16,9 @@ from dfastllm.core import ModelInfo
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.engine.runners.record import recorded
 from dfastllm.engine.runners.torch import Runnable, TorchRunner
+from dfastllm.engine.runners.triton import TritonRunner
 from dfastllm.errors import UnsupportedError
-from dfastllm.models import PackedDecoder
+from dfastllm.models import DeviceDecoder, PackedDecoder
 
 if TYPE_CHECKING:
     import torch as pytorch  # under its own name it would hide the module of this room
@@ -65,18 +67,24 @@ class Runner(Protocol):
 
 
 def runner_for(
-    model: Runnable | PackedDecoder,
+    model: Runnable | PackedDecoder | DeviceDecoder,
     slots: int,
     dtype: pytorch.dtype,
     device: pytorch.device | str,
     min_rows: int,
     page_size: int,
+    *,
+    max_rows: int = 2048,
+    max_spans: int = 256,
 ) -> Runner:
     """The runner of this kind of model, with K,V of `slots` positions. dtype: of the K,V; int8 only with packed models.
-    min_rows: of a forward of the torch runner. Raises UnsupportedError."""
+    min_rows: of a forward of the torch runner. max_rows, max_spans: of a step that the triton runner has a graph for.
+    Raises UnsupportedError."""
     runner: Any
     if isinstance(model, PackedDecoder):
         runner = NativeRunner(model, slots, dtype, page_size)
+    elif isinstance(model, DeviceDecoder):
+        runner = TritonRunner(model, slots, dtype, page_size, max_rows=max_rows, max_spans=max_spans)
     elif not dtype.is_floating_point:
         raise UnsupportedError(
             f"K,V of dtype {dtype} need the native backend.", param="kv_cache_dtype", hint="Use auto."

@@ -15,14 +15,14 @@ from dfastllm.models.bigram import Bigram
 from dfastllm.options import SpeculativeMethod
 
 if TYPE_CHECKING:
-    from dfastllm.models import PackedDecoder
+    from dfastllm.models import DeviceDecoder, PackedDecoder
 
 __all__ = ["DraftCanvas", "DraftModel", "Drafting", "check_vocabulary", "model_drafter"]
 
 
 def model_drafter(
     method: SpeculativeMethod,
-    model: Runnable | PackedDecoder,
+    model: Runnable | PackedDecoder | DeviceDecoder,
     config: EngineConfig,
     *,
     bigram: Bigram | None = None,

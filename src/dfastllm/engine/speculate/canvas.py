@@ -30,7 +30,7 @@ from dfastllm.kernels.rows import Rows
 from dfastllm.models.bigram import Bigram
 
 if TYPE_CHECKING:
-    from dfastllm.models import PackedDecoder
+    from dfastllm.models import DeviceDecoder, PackedDecoder
 
 __all__ = ["DraftCanvas"]
 
@@ -52,7 +52,7 @@ class DraftCanvas:
 
     def __init__(
         self,
-        model: Runnable | PackedDecoder,
+        model: Runnable | PackedDecoder | DeviceDecoder,
         config: EngineConfig,
         *,
         dtype: torch.dtype | None = None,

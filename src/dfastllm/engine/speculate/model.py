@@ -29,7 +29,7 @@ from dfastllm.engine.speculate.shortlist import Shortlisted
 from dfastllm.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from dfastllm.models import PackedDecoder
+    from dfastllm.models import DeviceDecoder, PackedDecoder
     from dfastllm.text import Tokenizer
 
 __all__ = ["DraftModel", "Mirror", "Mirrors", "check_vocabulary", "ends"]
@@ -42,7 +42,7 @@ class DraftModel:
 
     def __init__(
         self,
-        model: Runnable | PackedDecoder,
+        model: Runnable | PackedDecoder | DeviceDecoder,
         config: EngineConfig,
         *,
         dtype: torch.dtype | None = None,
