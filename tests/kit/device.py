@@ -14,6 +14,7 @@ from dfastllm.models import Decoder, DeviceDecoder, device_decoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NO_TRITON = triton_problem(DEVICE)
+# Triton's interpreter takes about a second for a step of a small model: what runs there must be little.
 KINDS = ["twins", pytest.param("kernels", marks=pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON)))]
 
 

@@ -3,6 +3,7 @@ and on another instruction set, logits within 1e-4."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,12 @@ from dfastllm.engine.runners.record import Recorder, Recording, difference, repl
 from dfastllm.errors import ValidationError
 from dfastllm.kernels import native, set_threads
 from dfastllm.models import tiny
-from tests.kit.device import KINDS, runner_of
+from tests.kit.device import DEVICE, NO_TRITON, runner_of
 from tests.recorded.runs import SEED, SHAPE, Run, engine_of, record, requests, runs
 
 RUNS = {run.family: run for run in runs()}
 SLOTS = 192
+INTERPRETED = {"llama": 2, "gemma2": 1, "llada2_moe": 1}  # steps: the interpreter takes seconds for each
 THERE = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 DEVICES = [name for name, there in THERE.items() if there]
 
@@ -68,14 +70,23 @@ def test_torch_gives_the_recorded_logits(family: str, device: str) -> None:
     assert most <= 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", RUNS)
-def test_triton_gives_the_recorded_logits(family: str, kind: str) -> None:
-    run = RUNS[family]
-    runner = runner_of(Run(family, native=False).model(), kind, SLOTS)
-    most, _ = worst(Recording(run.path), runner)
+def test_triton_gives_the_recorded_logits(family: str) -> None:
+    """By its twins on a CPU, by its kernels on a card."""
+    runner = runner_of(Run(family, native=False).model(), "twins" if DEVICE.type == "cpu" else "kernels", SLOTS)
+    most, _ = worst(Recording(RUNS[family].path), runner)
     assert most <= 1e-4
     assert runner.counts["eager"] == 0
+
+
+@pytest.mark.skipif(NO_TRITON is not None or DEVICE.type != "cpu", reason="triton's interpreter")
+@pytest.mark.parametrize("family", INTERPRETED)
+def test_interpreted_kernels_give_the_recorded_logits(family: str) -> None:
+    """The first steps; `scripts/gpu-check --part interpreter` runs all of all families."""
+    run = RUNS[family]
+    runner = runner_of(Run(family, native=False).model(), "kernels", SLOTS)
+    steps = itertools.islice(replay(Recording(run.path), runner), INTERPRETED[family])
+    assert max(difference(wanted, got) for _, wanted, got in steps) <= 1e-4
 
 
 def test_the_runs_hold_everything() -> None:

@@ -50,9 +50,9 @@ def adapter_base(model: Decoder | PackedDecoder | DeviceDecoder) -> Base:
     return _Base(model)
 
 
-def bytes_beside(model: Decoder | PackedDecoder, adapter: Adapter) -> int:
+def bytes_beside(model: Decoder | PackedDecoder | DeviceDecoder, adapter: Adapter) -> int:
     """Bytes that an adapter takes in a table of the model's besides its own: of a turned model, the turned one."""
-    return turned_bytes(adapter) if isinstance(model, PackedDecoder) and model.basis is not None else 0
+    return turned_bytes(adapter) if not isinstance(model, Decoder) and model.basis is not None else 0
 
 
 class _Base:
