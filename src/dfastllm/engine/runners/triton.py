@@ -301,7 +301,7 @@ class DeviceRows(Rows):
         which = np.full(self.count, -1, dtype=np.int32)
         for number, (_, rows) in enumerate(found):
             which[rows] = number
-        bits = np.stack([closed.words.view(np.uint8) for closed, _ in found])
+        bits = np.stack([closed.words.view(np.uint8)[: -(-self.vocab // 8)] for closed, _ in found])
         device = self._runner.device
         return torch.from_numpy(bits).to(device), torch.from_numpy(which).to(device)
 
