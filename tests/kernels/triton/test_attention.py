@@ -155,11 +155,15 @@ def test_a_row_alone_has_the_same_bits(kv: torch.dtype) -> None:
         unseen[_slots(together, 1, cached)] = False
         first.k[0, unseen] = torch.nan
     found = [
-        module.attention(qkv, first.layer(0), laid.on(CPU, together, 4), **shape.facts, split=split)[row0:row1]
+        module.attention(qkv, first.layer(0), laid.on(CPU, together, 4), **shape.facts, split=split, invariant=True)[
+            row0:row1
+        ]
         for split in (False, True)
     ]
     found += [
-        module.attention(qkv[row0:row1].clone(), second.layer(0), laid.on(CPU, alone, 4), **shape.facts, split=split)
+        module.attention(
+            qkv[row0:row1].clone(), second.layer(0), laid.on(CPU, alone, 4), **shape.facts, split=split, invariant=True
+        )
         for split in (False, True)
     ]
     assert found[0].isfinite().all()

@@ -4,10 +4,11 @@ A span's keys are its cached ones, read through its block table, and its own, wh
 row sees are two limits, within a window where the layer has one and a mask where the span has one, so causal, full and
 block spans need no mode. The query heads that share a K,V head are folded into the rows of a tile.
 
-Keys are summed in pieces of PIECE, the pieces added in order: by one program in its registers, or, where a bucket has
-few tiles, by a second kernel after one program a piece. Both do the same sums, and a key that a row does not see
-changes no bit of it, so a row's bits depend neither on its neighbours nor on where its keys lie; only tiles of another
-height may show, in whose products a card may sum otherwise.
+Where a bucket has few tiles, one program sums a piece of PIECE cached keys, another the own ones, and a second kernel
+adds them in order; else a program sums all keys of its tile. Invariant, it adds the pieces in the same order in its
+registers, so that both do the same sums; a key that a row does not see changes no bit of it. A row's bits then depend
+neither on its neighbours nor on where its keys lie; only tiles of another height may show, in whose products a card may
+sum otherwise.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    invariant: bool = False,
     split: bool | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v over the keys that each row sees -> [rows, heads * dim] in qkv's dtype; see the twin.
 
-    Products are of K's dtype, q and the weights rounded to it; of qkv's where K has a byte a number. split: one program
-    a piece; None: where the tiles alone would leave a card idle.
+    Products are of K's dtype, q and the weights rounded to it; of qkv's where K has a byte a number. invariant: see the
+    head of this file. split: one program a piece; None: where the tiles alone would leave a card idle.
     """
     rows, group = len(qkv), heads // kv_heads
     height = max(16, triton.next_power_of_2(laid.tile_rows * group))
@@ -64,7 +66,8 @@ def attention(
         laid.positions, laid.cached_limit, laid.own_limit, laid.spans, laid.tiles,
         qkv.stride(0), scale, softcap, window, laid.pieces,
         **sizes, BN=64, PIECE=PIECE, BLOCK=BLOCK, SPAN=SPAN_WORDS, TILE=TILE_WORDS, TYPE=work, WIDE=wide,
-        CODES=kv.k_scales is not None, CAP=softcap > 0, WINDOW=window > 0, CUT=cut,
+        CODES=kv.k_scales is not None, CAP=softcap > 0, WINDOW=window > 0,
+        MASK=laid.masked, STEADY=invariant, CUT=cut,
         num_warps=4 if height < 128 else 8, num_stages=3 if kv.k.dtype.itemsize < 4 else 2,
     )  # fmt: skip
     if cut:
@@ -88,22 +91,20 @@ def _added(top, total, acc, top2, total2, acc2):
 
 
 @triton.jit
-def _piece(
-    qv, sees, lowest, begin, end, k, v, k_scales, v_scales, stride, table, head, first_place, bytes, mask,
-    masked, scale, softcap,
+def _walk(
+    top, total, acc, qv, sees, lowest, begin, end, k, v, k_scales, v_scales, stride, table, head, first_place, bytes,
+    mask, masked, scale, softcap,
     D: tl.constexpr, DP: tl.constexpr, KV_HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BLOCK: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr, CODES: tl.constexpr, CAP: tl.constexpr,
-    WINDOW: tl.constexpr, OWN: tl.constexpr,
+    WINDOW: tl.constexpr, MASK: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Keys [begin, end) of the cached or the own ones -> the highest score, sums of weights and of weights times v.
+    """The highest score, the sum of weights and that of weights times v, with keys [begin, end) added, of the cached or
+    the own ones.
 
     k, v: of this head; rows `stride` apart. table: where the block numbers lie, or the rows. mask: bytes of key 0.
     """
     d = tl.arange(0, DP)
     deep = unpadded(d, D, DP)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, DP], tl.float32)
     for at in range(begin, end, BN):
         key = at + tl.arange(0, BN)
         inside = key < end
@@ -121,7 +122,8 @@ def _piece(
         seen = inside[None, :] & (key[None, :] < sees[:, None])
         if WINDOW:
             seen = seen & ((first_place + key)[None, :] > lowest[:, None])
-        seen = seen & (tl.load(bytes + mask[:, None] + key[None, :], mask=seen & masked[:, None], other=1) != 0)
+        if MASK:
+            seen = seen & (tl.load(bytes + mask[:, None] + key[None, :], mask=seen & masked[:, None], other=1) != 0)
         s = tl.where(seen, s * LOG2E, float("-inf"))
         now = tl.maximum(top, tl.max(s, 1))
         base = tl.where(now == float("-inf"), 0.0, now)
@@ -143,7 +145,7 @@ def _attend(
     D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
     TYPE: tl.constexpr, WIDE: tl.constexpr, CODES: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    CUT: tl.constexpr,
+    MASK: tl.constexpr, STEADY: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """A tile of one span and a K,V head: all its pieces, or (CUT) one of them, the last number being the own keys."""
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -178,28 +180,49 @@ def _attend(
         k_own = qkv + (HEADS + head) * D
         v_own = k_own + KV_HEADS * D
         k_head, v_head = k + head * D, v + head * D
-        top = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, DP], tl.float32)
-        first, last = 0, tl.cdiv(end, PIECE)
-        first_own, last_own = 0, tl.cdiv(end_own, PIECE)
+        none, zero = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+        zeros = tl.zeros([BM, DP], tl.float32)
+        top, total, acc = none, zero, zeros
         if CUT:
-            first, last = part, tl.where(part < pieces, tl.minimum(part + 1, last), 0)
-            first_own = tl.where(part < pieces, last_own, 0)
-        for piece in range(first, last):
-            more = _piece(
-                qv, sees, lowest, tl.maximum(piece * PIECE, low), tl.minimum(end, (piece + 1) * PIECE),
-                k_head, v_head, k_scales, v_scales, KV_HEADS * D, table, head, 0, bytes, mask, masked,
-                scale, softcap, D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, False,
+            if part < pieces:
+                top, total, acc = _walk(
+                    none, zero, zeros, qv, sees, lowest, tl.maximum(part * PIECE, low),
+                    tl.minimum(end, (part + 1) * PIECE), k_head, v_head, k_scales, v_scales, KV_HEADS * D, table, head,
+                    0, bytes, mask, masked, scale, softcap,
+                    D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, False,
+                )  # fmt: skip
+            else:
+                top, total, acc = _walk(
+                    none, zero, zeros, qv, sees_own, lowest, low_own, end_own, k_own, v_own, k_scales, v_scales,
+                    q_stride, table_own, head, own_start, bytes, mask + cached, masked, scale, softcap,
+                    D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, True,
+                )  # fmt: skip
+        elif STEADY:
+            for piece in range(tl.cdiv(end, PIECE)):
+                top2, total2, acc2 = _walk(
+                    none, zero, zeros, qv, sees, lowest, tl.maximum(piece * PIECE, low),
+                    tl.minimum(end, (piece + 1) * PIECE), k_head, v_head, k_scales, v_scales, KV_HEADS * D, table,
+                    head, 0, bytes, mask, masked, scale, softcap,
+                    D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, False,
+                )  # fmt: skip
+                top, total, acc = _added(top, total, acc, top2, total2, acc2)
+            top2, total2, acc2 = _walk(
+                none, zero, zeros, qv, sees_own, lowest, low_own, end_own, k_own, v_own, k_scales, v_scales, q_stride,
+                table_own, head, own_start, bytes, mask + cached, masked, scale, softcap,
+                D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, True,
             )  # fmt: skip
-            top, total, acc = _added(top, total, acc, more[0], more[1], more[2])
-        for piece in range(first_own, last_own):
-            more = _piece(
-                qv, sees_own, lowest, tl.maximum(piece * PIECE, low_own), tl.minimum(end_own, (piece + 1) * PIECE),
-                k_own, v_own, k_scales, v_scales, q_stride, table_own, head, own_start, bytes, mask + cached,
-                masked, scale, softcap, D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, True,
+            top, total, acc = _added(top, total, acc, top2, total2, acc2)
+        else:
+            top, total, acc = _walk(
+                top, total, acc, qv, sees, lowest, low, end, k_head, v_head, k_scales, v_scales, KV_HEADS * D, table,
+                head, 0, bytes, mask, masked, scale, softcap,
+                D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, False,
             )  # fmt: skip
-            top, total, acc = _added(top, total, acc, more[0], more[1], more[2])
+            top, total, acc = _walk(
+                top, total, acc, qv, sees_own, lowest, low_own, end_own, k_own, v_own, k_scales, v_scales, q_stride,
+                table_own, head, own_start, bytes, mask + cached, masked, scale, softcap,
+                D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, True,
+            )  # fmt: skip
         if CUT:
             at = ((tile * KV_HEADS + head).to(tl.int64) * (pieces + 1) + part) * BM + m
             tl.store(sums + at[:, None] * D + d[None, :], acc, mask=here)

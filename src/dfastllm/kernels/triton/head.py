@@ -15,7 +15,7 @@ from torch import Tensor
 from dfastllm.kernels.activations import Acts
 from dfastllm.kernels.packed import Packed
 from dfastllm.kernels.triton.plain import WORDS
-from dfastllm.kernels.triton.products import finished, form_of, tile_product
+from dfastllm.kernels.triton.products import FLOATS, finished, form_of, height_of, tile_product
 
 __all__ = ["head_stats"]
 
@@ -42,8 +42,8 @@ def head_stats(
         return out
     facts = torch.empty(rows, FACTS, tiles, device=device)
     found = torch.empty(2, rows, max(1, kept), tiles, device=device)
-    floats = weight.format in ("f32", "bf16", "f16", "fp8")
-    height = 64 if floats and invariant else min(64, max(16, triton.next_power_of_2(rows)))
+    floats = weight.format in FLOATS
+    height = 64 if floats and invariant else height_of(rows, weight)
     sides = [x.data if side is None else side for side in (x.scales, x.sums)]
     theirs = [weight.data if side is None else side for side in (weight.scales, weight.mins)]
     shut = barred is not None and which is not None
@@ -114,7 +114,7 @@ def _tiles(
         most_id = tl.min(tl.where((left_over != 0) & (y == most[:, None]), ids, NONE), 1)
         at_found = found + (m.to(tl.int64) * kept + place) * tiles + tile
         tl.store(at_found, most, mask=some)
-        tl.store(at_found + M.to(tl.int64) * kept * tiles, most_id.to(tl.float32, bitcast=True), mask=some)
+        tl.store(at_found + tl.cast(M, tl.int64) * kept * tiles, most_id.to(tl.float32, bitcast=True), mask=some)
         left_over = tl.where(ids == most_id[:, None], 0, left_over)
 
 
@@ -159,7 +159,7 @@ def _rows(
     tl.store(to + 7, 0)
     turn = tl.zeros([TP], tl.int32)
     mine = found + row * kept * tiles + t
-    its = mine + M.to(tl.int64) * kept * tiles
+    its = mine + tl.cast(M, tl.int64) * kept * tiles
     values = tl.load(mine, mask=there & (turn < kept), other=float("-inf"))
     names = tl.load(its, mask=there & (turn < kept), other=0.0).to(tl.int32, bitcast=True)
     names = tl.where(there, names, NONE)

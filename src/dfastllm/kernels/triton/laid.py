@@ -33,6 +33,7 @@ class Bucket:
     rows       that it holds; wanted: of them, at most; spans: at most, beside the one of rows that are left over.
     tile_rows  most rows of a tile.
     pieces     most pieces of a span's cached keys.
+    masked     whether its spans may have masks: kernels of one that has none do not look.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class Bucket:
     spans: int
     tile_rows: int
     pieces: int
+    masked: bool = True
 
     @property
     def tiles(self) -> int:
@@ -66,7 +68,7 @@ class Laid:
             Cached key j, at position j, lies at slot words[block0 + j // 16] * 16 + j % 16. Own key o, at position
             own_start + o, is that of row words[own0 + o] of this pass. The mask is uint8 [rows, cached + own].
     tiles   [tiles, 4]: first row, number of rows (0: no tile), span, 0. Every row is in one.
-    tile_rows, pieces  of the bucket.
+    tile_rows, pieces, masked  of the bucket.
     """
 
     words: Tensor
@@ -81,6 +83,7 @@ class Laid:
     tiles: Tensor
     tile_rows: int
     pieces: int
+    masked: bool
 
     @classmethod
     def over(cls, words: Tensor, bucket: Bucket) -> Laid:
@@ -106,6 +109,7 @@ class Laid:
             tiles,
             bucket.tile_rows,
             bucket.pieces,
+            bucket.masked,
         )
 
     @property
@@ -188,7 +192,9 @@ def pieces_of(step: Step) -> int:
 def on(device: torch.device, step: Step, tile_rows: int) -> Laid:
     """A step by itself on a device, in a bucket of just its sizes: what runs without a graph."""
     gaps = 1 + len(step.spans)
-    bucket = Bucket(max(1, len(step)), len(step.want), len(step.spans) + gaps, tile_rows, pieces_of(step))
+    bucket = Bucket(
+        max(1, len(step)), len(step.want), len(step.spans) + gaps, tile_rows, pieces_of(step), len(step.mask) > 0
+    )
     words = np.empty(bucket.head + tail_words(step), dtype=np.int32)
     lay(step, bucket, words)
     return Laid.over(torch.from_numpy(words).to(device), bucket)

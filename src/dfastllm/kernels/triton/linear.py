@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfastllm.kernels.activations import Acts
 from dfastllm.kernels.packed import Packed
-from dfastllm.kernels.triton.products import finished, form_of, tile_product
+from dfastllm.kernels.triton.products import FLOATS, finished, form_of, height_of, tile_product
 from dfastllm.kernels.triton.tiles import interpreted, narrowed
 
 __all__ = ["linear", "pieces_of"]
@@ -27,7 +27,7 @@ PIECE = 1024  # inputs of a piece, at least
 def linear(x: Acts, weight: Packed, bias: Tensor | None = None, *, out: torch.dtype, invariant: bool = False) -> Tensor:
     """See the twin."""
     rows, n = x.rows, weight.n
-    if weight.format in ("f32", "bf16", "f16") and not invariant:
+    if weight.format in FLOATS and weight.format != "fp8" and not invariant:
         data = x.data if x.data.dtype == weight.data.dtype else x.data.to(weight.data.dtype)
         y = F.linear(data, weight.data)
         return (y if bias is None else y.float() + bias).to(out)
@@ -41,7 +41,7 @@ def linear(x: Acts, weight: Packed, bias: Tensor | None = None, *, out: torch.dt
     if not rows:
         return y
     pieces, piece = pieces_of(weight)
-    height, width, depth, warps, stages = _tile(rows, weight.format)
+    height, width, depth, warps, stages = _tile(rows, weight)
     exact = weight.format == "w8"
     parts = torch.empty(pieces, rows, n, dtype=torch.int32 if exact else torch.float32, device=y.device)
     parts = parts if pieces > 1 else parts[:, :0]
@@ -69,15 +69,15 @@ def pieces_of(weight: Packed) -> tuple[int, int]:
     return (1, weight.k) if pieces == 1 else (pieces, piece)
 
 
-def _tile(rows: int, format: str) -> tuple[int, int, int, int, int]:
+def _tile(rows: int, weight: Packed) -> tuple[int, int, int, int, int]:
     """Rows and outputs of a tile, inputs of one turn, warps and stages. Sums of floats depend on the tile, so theirs is
     one for any number of rows."""
-    if format in ("f32", "bf16", "f16", "fp8"):
-        return 64, 128, 32 if format == "f32" else 64, 4, 3 if format == "f32" else 4
-    height = min(64, max(16, triton.next_power_of_2(rows)))
-    if format == "w8":
-        return (height if rows <= 64 else 128), 64 if rows <= 64 else 128, 128, 4 if rows <= 64 else 8, 4
-    return height, 64, 128, 4, 3
+    if weight.format in FLOATS:
+        return 64, 128, 32 if weight.format == "f32" else 64, 4, 3 if weight.format == "f32" else 4
+    height = height_of(rows, weight)
+    if weight.format == "w8" and rows > 64:
+        return 128, 128, 128, 8, 4
+    return height, 64, 128, 4, 4 if weight.format == "w8" else 3
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _added(
     at = row.to(tl.int64) * N + n
     acc = tl.load(parts + at, mask=chosen, other=0)
     for piece in tl.static_range(1, PIECES):
-        acc += tl.load(parts + piece * M.to(tl.int64) * N + at, mask=chosen, other=0)
+        acc += tl.load(parts + piece * tl.cast(M, tl.int64) * N + at, mask=chosen, other=0)
     y = acc.to(tl.float32)
     if FORM == 1 or FORM == 2:
         y = y * tl.load(w_scales + n, mask=chosen, other=0.0) * tl.load(x_scales + row)

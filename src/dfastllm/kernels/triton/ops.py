@@ -18,8 +18,10 @@ __all__ = ["Ops", "ops_for", "triton_problem"]
 
 # op -> the module of this room that has a kernel of the same name
 KERNELS: dict[str, str] = {
+    "add_low_rank": "low_rank",
     "add_norm": "rows",
     "attention": "attention",
+    "experts": "experts",
     "gate": "rows",
     "head_stats": "head",
     "linear": "linear",

@@ -20,8 +20,9 @@ from dfastllm.kernels.activations import Acts
 from dfastllm.kernels.packed import Packed
 from dfastllm.kernels.triton.tiles import exact_product, interpreted
 
-__all__ = ["FORMS", "finished", "form_of", "tile_product"]
+__all__ = ["FLOATS", "FORMS", "finished", "form_of", "height_of", "tile_product"]
 
+FLOATS = ("f32", "bf16", "f16", "fp8")
 FORMS = {"f32": 0, "bf16": 0, "f16": 0, "fp8": 1, "w8": 2, "w8g": 3, "w4g": 4, "w6g": 5}
 
 
@@ -30,6 +31,11 @@ def form_of(x: Acts, weight: Packed) -> dict[str, Any]:
     form = FORMS[weight.format]
     wide = interpreted() and x.data.dtype in (torch.bfloat16, torch.float8_e4m3fn)
     return {"FORM": form, "MINS": weight.mins is not None, "WIDE": wide}
+
+
+def height_of(rows: int, weight: Packed) -> int:
+    """Rows of a tile of so many: as many as there are, and no more than registers hold."""
+    return min(64 if weight.mins is None else 32, max(16, 1 << (rows - 1).bit_length()))
 
 
 @triton.jit

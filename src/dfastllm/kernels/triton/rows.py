@@ -103,7 +103,7 @@ def _launch(
         float(1.0 / torch.tensor(float(block)).sqrt()), float(LEAST_AMAX),
         B=width, KIND=KINDS[acts.kind], ADD=add, NORM=weight is not None, POST=post is not None,
         GATE=("", "silu", "gelu_tanh").index(activation), TURNS=block.bit_length() - 1,
-        num_warps=4 if width <= 4096 else 8 if width <= 16384 else 16, enable_fp_fusion=False,
+        num_warps=4 if width <= 4096 else 8 if width <= 16384 else 32, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -111,12 +111,16 @@ MOST = tl.constexpr(MOST_FP8)
 
 
 @triton.jit
+def _butterflies(v, B: tl.constexpr, APART: tl.constexpr):
+    a, b = tl.split(tl.permute(tl.reshape(v, [B // (2 * APART), 2, APART]), 0, 2, 1))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), 0, 2, 1), [B])
+
+
+@triton.jit
 def _turned(v, B: tl.constexpr, TURNS: tl.constexpr):
     """Butterflies (a, b) -> (a + b, a - b) of partners 1, 2, 4 ... apart."""
     for i in tl.static_range(TURNS):
-        apart: tl.constexpr = 1 << i
-        a, b = tl.split(tl.permute(tl.reshape(v, [B // (2 * apart), 2, apart]), 0, 2, 1))
-        v = tl.reshape(tl.permute(tl.join(a + b, a - b), 0, 2, 1), [B])
+        v = _butterflies(v, B, 1 << i)
     return v
 
 
@@ -329,13 +333,13 @@ def _rope_write(
             c = tl.load(cos + row * HALF + j, mask=j < HALF, other=0.0)[None, :]
             s = tl.load(sin + row * HALF + j, mask=j < HALF, other=0.0)[None, :]
             a, b = a * c - b * s, b * c + a * s
-        a, b = narrowed(a, qkv.dtype.element_ty), narrowed(b, qkv.dtype.element_ty)
-        rest = narrowed(rest, qkv.dtype.element_ty)
-        tl.store(base + j[None, :], a, mask=pair)
-        tl.store(base + HALF + j[None, :], b, mask=pair)
-        tl.store(base + 2 * HALF + r[None, :], rest, mask=left)
+        held_a, held_b = narrowed(a, qkv.dtype.element_ty), narrowed(b, qkv.dtype.element_ty)
+        held_rest = narrowed(rest, qkv.dtype.element_ty)
+        tl.store(base + j[None, :], held_a, mask=pair)
+        tl.store(base + HALF + j[None, :], held_b, mask=pair)
+        tl.store(base + 2 * HALF + r[None, :], held_rest, mask=left)
         if (block >= Q_BLOCKS) & (slot >= 0):
             _store_row(
-                k, k_scales, slot, head, there, a.to(tl.float32), b.to(tl.float32), rest.to(tl.float32), least,
-                KV_HEADS, D, HALF, HALFP, REST, RESTP, FORM,
+                k, k_scales, slot, head, there, held_a.to(tl.float32), held_b.to(tl.float32), held_rest.to(tl.float32),
+                least, KV_HEADS, D, HALF, HALFP, REST, RESTP, FORM,
             )  # fmt: skip
