@@ -216,14 +216,15 @@ def pack(tensor: QTensor) -> Packed:
     if module is None:
         return pack_panels(tensor)
     n, k = tensor.shape
-    codes, scales, mins = (
-        None if t is None else t.detach().contiguous() for t in (tensor.codes, tensor.scales, tensor.mins)
+    codes, scales, mins, steps = (
+        None if t is None else t.detach().contiguous()
+        for t in (tensor.codes, tensor.scales, tensor.mins, tensor.steps)
     )
     sizes = _sizes(tensor.format, n, k)
     dtype = tensor.codes.dtype if tensor.format in ("f32", "bf16") else torch.uint8
     data = hugepages.empty(sizes[0] * dtype.itemsize).view(dtype)
     sides = [None if t is None else aligned(sizes[1], t.dtype) for t in (scales, mins)]
-    where = [_address(t) for t in (codes, scales, mins, data, *sides)]
+    where = [_address(t) for t in (codes, scales, mins, steps, data, *sides)]
     module.pack(FORMATS.index(tensor.format), n, k, *where)
     return Packed(tensor.format, n, k, data, *sides)
 
@@ -234,7 +235,7 @@ def _sizes(format: str, n: int, k: int) -> tuple[int, int]:
     elements = channels * (-(-k // form.step) * form.step)
     if not form.quantised:
         return elements, 0
-    return elements * form.bits // 8, channels * (k // form.group if form.group else 1)
+    return int(elements * form.panel_bits / 8), channels * (k // form.group if form.group else 1)
 
 
 def _shape(weight: Packed | QTensor) -> tuple[int, int]:

@@ -8,6 +8,10 @@ what the kernels read). The twins here are plain torch; `pack_panels` is the lay
 | w8g | int8 [n, k] | float16 [n, k / 32] | code * scale |
 | w4g | uint8 [n, k], 0 to 15 | float16 [n, k / 32] | code * scale - min, or (code - 8) * scale without mins |
 | w6g | uint8 [n, k], 0 to 63 | float16 [n, k / 16] | code * scale - min, or (code - 32) * scale without mins |
+| w4s | uint8 [n, k], 0 to 15 | float32 [n] | (code - zero) * step * scale |
+
+w4s has two levels: `steps` uint8 [n, k / 32] holds step - 1 (1 to 16) in the low four bits and zero (0 to 15) in the high
+ones, and (code - zero) * step is a signed byte, so that its products are those of w8.
 
 Panels hold 64 output channels, channels beyond n as zero weights. One vector register of a kernel holds 4 consecutive
 inputs (2 in bf16, 1 in f32) of neighbouring channels, so a dot product needs no horizontal sum:
@@ -15,17 +19,19 @@ inputs (2 in bf16, 1 in f32) of neighbouring channels, so a dot product needs no
 | format | data of one panel |
 |---|---|
 | w8, w8g | uint8 code + 128: [k4 / 4][64][4] (k4: k rounded up to 4; the rest is 128) |
+| w4s | [k / 32]: 1024 bytes of w4g, then a byte of `steps` for each channel |
 | w4g | [k / 8][64][4]: low nibble channel's input 8 i + j, high nibble input 8 i + 4 + j |
 | w6g | [k / 16]: 512 bytes of low nibbles (w4g), then 256 bytes [64][4]: high bits of inputs 16 i + j, + 4, + 8, + 12 |
 | bf16 | [k2 / 2][64][2] |
 | f32 | [k][64] |
 
-Scales and minima: [panels][groups][64], float16 (w8: float32, one group).
+Scales and minima: [panels][groups][64], float16 (w8, w4s: float32, one group).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -45,6 +51,7 @@ class Form:
     codes    dtype of natural codes. bits: of a weight in a panel.
     step     inputs that lie together in a panel: k is rounded up to it.
     group    inputs that share a scale, 0: one scale a channel, or none.
+    stepped  inputs that share a step of the channel's scale, 0: there are none.
     zero     the code of weight zero in a form that may have minima, None: it has none.
     inputs   how it wants its input rows: f32, bf16, row8 (int8, one scale a row) or group8 (one per 32 inputs).
     """
@@ -55,6 +62,12 @@ class Form:
     inputs: str
     group: int = 0
     zero: int | None = None
+    stepped: int = 0
+
+    @property
+    def panel_bits(self) -> Fraction:
+        """Bits of a weight in a panel, what stands beside codes there included."""
+        return Fraction(self.bits) + (Fraction(8, self.stepped) if self.stepped else 0)
 
     @property
     def quantised(self) -> bool:
@@ -68,6 +81,7 @@ FORMS = {  # in the order of the native kernels' Format
     "w8g": Form(torch.int8, 8, 4, "group8", group=32),
     "w4g": Form(torch.uint8, 4, 8, "group8", group=32, zero=8),
     "w6g": Form(torch.uint8, 6, 16, "group8", group=16, zero=32),
+    "w4s": Form(torch.uint8, 4, 32, "row8", stepped=32),
 }
 FORMATS = tuple(FORMS)
 GROUP = {name: form.group for name, form in FORMS.items() if form.group}  # inputs that share a scale
@@ -85,6 +99,7 @@ class QTensor:
     codes: Tensor
     scales: Tensor | None = None
     mins: Tensor | None = None
+    steps: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -96,13 +111,14 @@ class QTensor:
             raise ValidationError(f"codes of {self.format} must be {wanted}, got {self.codes.dtype}.", param="codes")
         n, k = self.codes.shape
         group = GROUP.get(self.format)
-        if self.format == "w8" and k > MOST_INPUTS:
+        stepped = FORMS[self.format].stepped
+        if FORMS[self.format].inputs == "row8" and k > MOST_INPUTS:
             raise ValidationError(
-                f"w8 sums at most {MOST_INPUTS} inputs in 32 bits, got {k}.", param="format", hint="Use w8g."
+                f"{self.format} sums at most {MOST_INPUTS} inputs in 32 bits, got {k}.", param="format", hint="Use w8g."
             )
-        if group and k % group:
+        if k % (group or stepped or 1):
             raise ValidationError(
-                f"{self.format} has groups of {group} inputs, which do not divide {k}.",
+                f"{self.format} has groups of {group or stepped} inputs, which do not divide {k}.",
                 param="format",
                 hint="Use w8 (one scale per channel) or bf16 for this layer.",
             )
@@ -111,6 +127,12 @@ class QTensor:
             raise ValidationError(f"{self.format} has no minima.", param="mins")
         if self.mins is not None:
             self._check("mins", self.mins, n, k, group)
+        shape = [n, k // stepped] if stepped else None
+        got = None if self.steps is None else list(self.steps.shape)
+        if got != shape or (self.steps is not None and self.steps.dtype != torch.uint8):
+            kind = None if self.steps is None else self.steps.dtype
+            wanted_steps = "there are none" if shape is None else f"they must be {shape} {torch.uint8}"
+            raise ValidationError(f"steps of {self.format}: {wanted_steps}, got {got} {kind}.", param="steps")
 
     def _check(self, name: str, value: Tensor | None, n: int, k: int, group: int | None) -> None:
         shape, dtype = ((n, k // group), torch.float16) if group else ((n,), torch.float32)
@@ -132,16 +154,26 @@ class QTensor:
             return wide
         if self.format == "w8":
             return wide * self.scales[:, None]
+        if self.steps is not None:
+            return self.whole_codes().float() * self.scales[:, None]
         n, k = self.shape
         grouped = wide.view(n, -1, GROUP[self.format])
         if self.mins is not None:
             return (grouped * self.scales.float()[..., None] - self.mins.float()[..., None]).reshape(n, k)
         return ((grouped - _ZERO.get(self.format, 0)) * self.scales.float()[..., None]).reshape(n, k)
 
+    def whole_codes(self) -> Tensor:
+        """int8 [n, k] of w4s: the codes of w8 that stand for the same weights."""
+        assert self.steps is not None
+        n, k = self.shape
+        step, zero = ((self.steps & 15) + 1)[..., None], (self.steps >> 4)[..., None]  # bytes that wrap around
+        return ((self.codes.view(n, -1, FORMS[self.format].stepped) - zero) * step).view(torch.int8).reshape(n, k)
+
     def rows(self, index: Tensor | slice) -> QTensor:
         """These output channels only, in this order (a permutation, a slice)."""
         scales = None if self.scales is None else self.scales[index]
-        return QTensor(self.format, self.codes[index], scales, None if self.mins is None else self.mins[index])
+        mins = None if self.mins is None else self.mins[index]
+        return QTensor(self.format, self.codes[index], scales, mins, None if self.steps is None else self.steps[index])
 
     def padded(self, n: int) -> QTensor:
         """With zero weights below up to n output channels."""
@@ -152,7 +184,7 @@ class QTensor:
 
         codes = pad(self.codes, 0 if self.mins is not None else _ZERO.get(self.format, 0))
         assert codes is not None
-        return QTensor(self.format, codes, pad(self.scales), pad(self.mins))
+        return QTensor(self.format, codes, pad(self.scales), pad(self.mins), pad(self.steps))
 
     @staticmethod
     def stack(parts: list[QTensor]) -> QTensor:
@@ -163,7 +195,8 @@ class QTensor:
             return None if values[0] is None else torch.cat([v for v in values if v is not None])
 
         codes = torch.cat([p.codes for p in parts])
-        return QTensor(first.format, codes, cat([p.scales for p in parts]), cat([p.mins for p in parts]))
+        sides = (cat([getattr(p, side) for p in parts]) for side in ("scales", "mins", "steps"))
+        return QTensor(first.format, codes, *sides)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +254,11 @@ def pack_panels(tensor: QTensor) -> Packed:
     by_panel = codes.view(panels, PANEL, -1)
     if tensor.format == "w4g":
         data = _nibbles(by_panel)
+    elif tensor.steps is not None:
+        steps = side(tensor.steps)
+        assert steps is not None
+        nibbles = _nibbles(by_panel).reshape(panels, k // 32, 1024)
+        data = torch.cat([nibbles, steps.view(panels, k // 32, PANEL)], dim=-1)
     elif tensor.format == "w6g":
         low = _nibbles(by_panel & 15).reshape(panels, k // 16, 512)
         bits = (by_panel >> 4).view(panels, PANEL, k // 16, 4, 4)  # [.., input / 4, input % 4]
@@ -239,17 +277,21 @@ def unpack_panels(packed: Packed) -> QTensor:
         if value is None:
             return None
         natural = value.view(panels, -1, PANEL).transpose(1, 2).reshape(panels * PANEL, -1)[:n]
-        return natural.reshape(n) if packed.format == "w8" else natural.contiguous()
+        return natural.reshape(n) if FORMS[packed.format].inputs == "row8" else natural.contiguous()
 
     def natural(by_panel: Tensor) -> Tensor:  # [panels, 64, k or more]
         return by_panel.reshape(panels * PANEL, -1)[:n, :k].contiguous()
 
-    data = packed.data
+    data, steps = packed.data, None
     if packed.format in ("w8", "w8g"):
         codes = natural(data.view(panels, -1, PANEL, 4).transpose(1, 2))
         codes = (codes.to(torch.int16) - 128).to(torch.int8)
     elif packed.format == "w4g":
         codes = natural(_from_nibbles(data.view(panels, -1, PANEL, 4)))
+    elif packed.format == "w4s":
+        groups = data.view(panels, k // 32, 1024 + PANEL)
+        codes = natural(_from_nibbles(groups[..., :1024].reshape(panels, k // 8, PANEL, 4)))
+        steps = groups[..., 1024:].transpose(1, 2).reshape(panels * PANEL, -1)[:n].contiguous()
     elif packed.format == "w6g":
         both = data.view(panels, k // 16, 768)
         low = _from_nibbles(both[..., :512].reshape(panels, k // 8, PANEL, 4)).view(panels, PANEL, k // 16, 4, 4)
@@ -258,7 +300,7 @@ def unpack_panels(packed: Packed) -> QTensor:
         codes = natural(low | ((high >> shifts) & 3) << 4)
     else:
         codes = natural(data.view(panels, -1, PANEL, 2 if packed.format == "bf16" else 1).transpose(1, 2))
-    return QTensor(packed.format, codes, side(packed.scales), side(packed.mins))
+    return QTensor(packed.format, codes, side(packed.scales), side(packed.mins), steps)
 
 
 def _nibbles(codes: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ std::string shape_of(const Weights& w, int64_t rows) {
 
 Verdict linear_case(Numbers& numbers) {
   const Kind& kind = kKinds[numbers.below(kKindCount)];
-  const int64_t k = kind.group() > 0 ? 32 * numbers.between(1, 20) : numbers.between(1, 500);
+  const int64_t k = kind.whole_groups() ? 32 * numbers.between(1, 20) : numbers.between(1, 500);
   const int64_t n = numbers.often(3) ? 64 * numbers.between(1, 3) : numbers.between(1, 200);
   const int64_t rows = numbers.often(4) ? numbers.between(1, 140) : numbers.between(1, 14);
   const Weights w(kind, n, k, numbers, numbers.often(2));

@@ -36,6 +36,10 @@ double float_weight(const Weights& w, int64_t i) {
 int64_t code(const Weights& w, int64_t channel, int64_t input) {
   const uint8_t raw = w.codes[channel * w.k + input];
   if (w.kind.format == Format::w8 || w.kind.format == Format::w8g) return static_cast<int8_t>(raw);
+  if (w.kind.format == Format::w4s) {
+    const uint8_t side = w.steps[channel * (w.k / 32) + input / 32];
+    return static_cast<int8_t>((raw - (side >> 4)) * ((side & 15) + 1));
+  }
   return raw - (w.kind.mins ? 0 : w.kind.format == Format::w4g ? 8 : 32);
 }
 
@@ -102,7 +106,7 @@ double float_output(const Weights& w, const dfk::Acts& x, int64_t channel, int64
 
 float output(const Weights& w, const dfk::Acts& x, int64_t channel, int64_t row) {
   if (!w.kind.exact()) return static_cast<float>(float_output(w, x, channel, row));
-  if (w.kind.format != Format::w8) return group_output(w, x, channel, row);
+  if (!w.kind.per_row()) return group_output(w, x, channel, row);
   const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride;
   return static_cast<float>(dot(w, channel, codes, 0, w.k)) * w.row_scales[channel] * x.scales[row];
 }

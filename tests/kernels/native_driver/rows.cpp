@@ -58,7 +58,7 @@ class Report {
 };
 
 // The widths at which linears run: an odd number of panels, the last one not whole; inputs that end inside a slice.
-int64_t inputs_of(const Kind& kind) { return kind.group() > 0 ? 416 : 327; }
+int64_t inputs_of(const Kind& kind) { return kind.whole_groups() ? 416 : 327; }
 
 void packing(Report& report) {
   for (const Kind& kind : kKinds) {

@@ -9,7 +9,8 @@ int64_t bits_of(Format f) {
   switch (f) {
     case Format::f32: return 32;
     case Format::bf16: return 16;
-    case Format::w4g: return 4;
+    case Format::w4g:
+    case Format::w4s: return 4;
     case Format::w6g: return 6;
     default: return 8;
   }
@@ -22,6 +23,7 @@ int64_t step_of(Format f) {
     case Format::bf16: return 2;
     case Format::w4g: return 8;
     case Format::w6g: return 16;
+    case Format::w4s: return 32;
     default: return 4;
   }
 }
@@ -35,13 +37,14 @@ Weights::Weights(const Kind& kind, int64_t n, int64_t k, Numbers& numbers, bool 
   draw(numbers);
   if (biased) bias = bells(numbers, n);
   const int64_t width = dfk::round_up(k, step_of(kind.format)) * bits_of(kind.format) / 8;
-  data = Array<uint8_t>(panels() * dfk::kPanel * width);
-  const bool per_row = kind.format == Format::w8;
+  const int64_t side = kind.format == Format::w4s ? k / 32 : 0;  // bytes of a channel's steps
+  data = Array<uint8_t>(panels() * dfk::kPanel * (width + side));
+  const bool per_row = kind.per_row();
   if (per_row) panel_row_scales = Array<float>(panels() * dfk::kPanel);
   if (kind.group() > 0) panel_scales = Array<uint16_t>(panels() * dfk::kPanel * groups());
   if (kind.mins) panel_mins = Array<uint16_t>(panels() * dfk::kPanel * groups());
   dfk::pack(kind.format, n, k, codes.data(), per_row ? static_cast<const void*>(row_scales.data()) : scales.data(),
-            mins.or_null(), data.data(), per_row ? static_cast<void*>(panel_row_scales.data()) : panel_scales.data(),
+            mins.or_null(), steps.or_null(), data.data(), per_row ? static_cast<void*>(panel_row_scales.data()) : panel_scales.data(),
             panel_mins.or_null());
 }
 
@@ -53,13 +56,17 @@ void Weights::draw(Numbers& numbers) {
     std::memcpy(&raw, &value, sizeof raw);
     if (f == Format::f32) std::memcpy(codes.data() + 4 * i, &raw, 4);
     else if (f == Format::bf16) std::memcpy(codes.data() + 2 * i, reinterpret_cast<const char*>(&raw) + 2, 2);
-    else if (f == Format::w4g) codes[i] = static_cast<uint8_t>(raw & 15);
+    else if (f == Format::w4g || f == Format::w4s) codes[i] = static_cast<uint8_t>(raw & 15);
     else if (f == Format::w6g) codes[i] = static_cast<uint8_t>(raw & 63);
     else codes[i] = static_cast<uint8_t>(raw & 255);  // int8, -128 among them
   }
-  if (f == Format::w8) {
+  if (kind.per_row()) {
     row_scales = Array<float>(n);
     for (int64_t i = 0; i < n; ++i) row_scales[i] = (1.5f + numbers.unit()) * 0x1p-9f;
+  }
+  if (f == Format::w4s) {  // any byte: where code, step and zero leave a signed byte, it wraps around
+    steps = Array<uint8_t>(n * (k / 32));
+    for (int64_t i = 0; i < steps.count(); ++i) steps[i] = static_cast<uint8_t>(numbers.next() & 255);
   }
   if (kind.group() == 0) return;
   scales = Array<uint16_t>(n * groups());
@@ -76,7 +83,7 @@ void Weights::draw(Numbers& numbers) {
 }
 
 dfk::Linear Weights::linear() const {
-  const void* const side = kind.format == Format::w8 ? static_cast<const void*>(panel_row_scales.or_null()) : panel_scales.or_null();
+  const void* const side = kind.per_row() ? static_cast<const void*>(panel_row_scales.or_null()) : panel_scales.or_null();
   return {kind.format, n, k, data.data(), side, panel_mins.or_null(), bias.or_null()};
 }
 

@@ -18,6 +18,8 @@ struct Kind {
   bool mins = false;
   Halves halves = Halves::differ;
   bool exact() const { return format != dfk::Format::f32 && format != dfk::Format::bf16; }
+  bool per_row() const { return dfk::act_kind(format) == dfk::ActKind::row8; }  // one scale a channel
+  bool whole_groups() const { return group() > 0 || format == dfk::Format::w4s; }  // inputs come in groups of 32
   int64_t group() const {  // inputs that share a scale; 0: the whole row, or no scale
     if (format == dfk::Format::w6g) return 16;
     return format == dfk::Format::w8g || format == dfk::Format::w4g ? 32 : 0;
@@ -36,6 +38,7 @@ constexpr Kind kKinds[] = {
     {"w6g-whole", dfk::Format::w6g, false, Halves::same},
     {"w6g-whole-mins", dfk::Format::w6g, true, Halves::same},
     {"w6g-mixed", dfk::Format::w6g, false, Halves::mixed},
+    {"w4s", dfk::Format::w4s},
 };
 
 class Weights {
@@ -50,7 +53,8 @@ class Weights {
   Kind kind;
   int64_t n, k;
   Array<uint8_t> codes;   // natural [n][k], of the format's width
-  Array<float> row_scales;      // w8 [n]
+  Array<float> row_scales;      // w8, w4s [n]
+  Array<uint8_t> steps;         // w4s [n][k / 32]
   Array<uint16_t> scales, mins;  // float16 bits [n][groups]
   Array<float> bias;      // [n], or nothing
   Array<uint8_t> data;    // panels

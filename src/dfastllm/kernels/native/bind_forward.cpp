@@ -16,7 +16,7 @@ namespace {
 
 using MaybeArray = std::optional<AnyArray>;
 
-constexpr const char* kFormats[] = {"f32", "bf16", "w8", "w8g", "w4g", "w6g"};
+constexpr const char* kFormats[] = {"f32", "bf16", "w8", "w8g", "w4g", "w6g", "w4s"};
 constexpr const char* kKinds[] = {"f32", "bf16", "row8", "group8"};
 constexpr const char* kActivations[] = {"silu", "gelu_tanh"};
 
@@ -50,13 +50,14 @@ struct BoundLinear {
       case Format::w8g: size = rows * k; break;
       case Format::w4g: size = rows * k / 2; break;
       case Format::w6g: size = rows * k / 4 * 3; break;
+      case Format::w4s: size = rows / kPanel * (k / 32) * kSteppedBytes, sides = rows; break;
     }
     require_array(data, "a packed weight", type, "its format's type", {size});
     linear.data = data.data();
     held.push_back(std::move(data));
     if (scaled != scales.has_value()) throw std::invalid_argument("quantised weights have scales, others none.");
     if (scaled) {
-      if (linear.format == Format::w8) require_array(*scales, "scales", nb::dtype<float>(), "float32", {sides});
+      if (act_kind(linear.format) == ActKind::row8) require_array(*scales, "scales", nb::dtype<float>(), "float32", {sides});
       else require_array(*scales, "scales", half(), "float16", {sides});
       linear.scales = keep(scales);
     }

@@ -66,9 +66,9 @@ void bind_linear(nb::module_& m) {
   m.def("weight_rows", [](const LinearTuple& w, Address ids, int64_t count, Address out) {
     weight_rows(linear_of(w), at<int64_t>(ids), count, at<float>(out));
   }, release());
-  m.def("pack", [](int format, int64_t n, int64_t k, Address codes, Address scales, Address mins, Address data,
-                   Address panel_scales, Address panel_mins) {
-    pack(static_cast<Format>(format), n, k, at<void>(codes), at<void>(scales), at<uint16_t>(mins), at<void>(data),
-         at<void>(panel_scales), at<uint16_t>(panel_mins));
+  m.def("pack", [](int format, int64_t n, int64_t k, Address codes, Address scales, Address mins, Address steps,
+                   Address data, Address panel_scales, Address panel_mins) {
+    pack(static_cast<Format>(format), n, k, at<void>(codes), at<void>(scales), at<uint16_t>(mins), at<uint8_t>(steps),
+         at<void>(data), at<void>(panel_scales), at<uint16_t>(panel_mins));
   }, release());
 }

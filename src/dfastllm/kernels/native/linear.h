@@ -9,15 +9,16 @@
 
 namespace dfk {
 
-enum class Format : int { f32 = 0, bf16 = 1, w8 = 2, w8g = 3, w4g = 4, w6g = 5 };
+enum class Format : int { f32 = 0, bf16 = 1, w8 = 2, w8g = 3, w4g = 4, w6g = 5, w4s = 6 };
 
 constexpr int64_t kPanel = 64;  // output channels of a panel
+constexpr int64_t kSteppedBytes = 32 * kPanel / 2 + kPanel;  // w4s: 32 inputs of a panel, the nibbles and a byte a channel
 
 struct Linear {
   Format format;
   int64_t n, k;
   const void* data;       // panels
-  const void* scales;     // [panels][groups][64]: float16 bits (uint16_t), w8: float [panels][64]; null for floats
+  const void* scales;     // [panels][groups][64]: float16 bits (uint16_t), w8 and w4s: float [panels][64]; null for floats
   const uint16_t* mins;   // [panels][groups][64] float16 bits, or null
   const float* bias;      // [n], or null
 };
@@ -29,7 +30,13 @@ enum class Activation : int { silu = 0, gelu_tanh = 1 };
 enum class ActKind : int { f32 = 0, bf16 = 1, row8 = 2, group8 = 3 };
 
 constexpr ActKind act_kind(Format f) {
-  return f == Format::f32 ? ActKind::f32 : f == Format::bf16 ? ActKind::bf16 : f == Format::w8 ? ActKind::row8 : ActKind::group8;
+  switch (f) {
+    case Format::f32: return ActKind::f32;
+    case Format::bf16: return ActKind::bf16;
+    case Format::w8:
+    case Format::w4s: return ActKind::row8;
+    default: return ActKind::group8;
+  }
 }
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -170,10 +177,10 @@ struct Barred {
 void head_stats(const Linear& w, const Acts& x, float cap, const int32_t* ban, int64_t bans, const Barred& barred,
                 bool entropy, int64_t topk, RowStats* out, float* top_values, int32_t* top_ids);
 
-// Natural codes [n][k] (int8 or uint8; bf16 bits or float for those formats), scales and mins -> the panels that
+// Natural codes [n][k] (int8 or uint8; bf16 bits or float for those formats), scales, mins and steps -> the panels that
 // kernels/packed.py defines. The destinations have the sizes that it gives.
-void pack(Format format, int64_t n, int64_t k, const void* codes, const void* scales, const uint16_t* mins, void* data,
-          void* panel_scales, uint16_t* panel_mins);
+void pack(Format format, int64_t n, int64_t k, const void* codes, const void* scales, const uint16_t* mins, const uint8_t* steps,
+          void* data, void* panel_scales, uint16_t* panel_mins);
 
 // Rows of the weight matrix as floats (an embedding table shares the head's packed matrix): out [count][k].
 void weight_rows(const Linear& w, const int64_t* ids, int64_t count, float* out);

@@ -11,6 +11,7 @@ namespace dfk::DFK_ISA {
 // Value i of a channel of a panel, codes only.
 inline int code_at(Format f, const uint8_t* panel, int64_t channel, int64_t i) {
   if (f == Format::w8 || f == Format::w8g) return panel[i / 4 * 256 + channel * 4 + i % 4];
+  if (f == Format::w4s) return code_at(Format::w4g, panel + i / 32 * kSteppedBytes, channel, i % 32);
   const uint8_t* group = f == Format::w4g ? panel + i / 8 * 256 : panel + i / 16 * 768 + i % 16 / 8 * 256;
   const int low = group[channel * 4 + i % 4] >> (i % 8 / 4 * 4) & 15;
   if (f == Format::w4g) return low;

@@ -57,8 +57,9 @@ void nibbles(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uin
   }
 }
 
-void pack_w4(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uint8_t* to) {
-  for (int64_t i = 0; i < k; i += 8, to += 256) nibbles(from + i, channels, k, zero, to);
+// The first `inputs` of k.
+void pack_w4(const uint8_t* from, int64_t channels, int64_t k, int64_t inputs, uint8_t zero, uint8_t* to) {
+  for (int64_t i = 0; i < inputs; i += 8, to += 256) nibbles(from + i, channels, k, zero, to);
 }
 
 void pack_w6(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uint8_t* to) {
@@ -79,6 +80,15 @@ void pack_w6(const uint8_t* from, int64_t channels, int64_t k, uint8_t zero, uin
   }
 }
 
+// Groups of 32 inputs with a byte a channel behind their nibbles; codes and bytes of 0 beyond: 0 times 1.
+void pack_w4s(const uint8_t* from, const uint8_t* steps, int64_t channels, int64_t k, uint8_t* to) {
+  for (int64_t g = 0; g < k / 32; ++g) {
+    pack_w4(from + 32 * g, channels, k, 32, 0, to);
+    to += 32 * kPanel / 2;
+    for (int64_t c = 0; c < kPanel; ++c) *to++ = c < channels ? steps[c * (k / 32) + g] : 0;
+  }
+}
+
 // [channels][groups] -> [groups][64], zeros beyond.
 template <class T>
 void pack_side(const T* from, int64_t channels, int64_t groups, T* to) {
@@ -93,6 +103,7 @@ size_t panel_bytes(Format f, int64_t k) {
     case Format::bf16: return static_cast<size_t>(round_up(k, 2) * kPanel * 2);
     case Format::w4g: return static_cast<size_t>(k * kPanel / 2);
     case Format::w6g: return static_cast<size_t>(k / 16 * 768);
+    case Format::w4s: return static_cast<size_t>(k / 32 * kSteppedBytes);
     default: return static_cast<size_t>(round_up(k, 4) * kPanel);
   }
 }
@@ -117,6 +128,15 @@ void weight_row(const Linear& w, int64_t id, float* out) {
     for (int64_t i = 0; i < k; ++i) out[i] = static_cast<float>(code_at(w.format, data, channel, i) - 128) * scale;
     return;
   }
+  if (w.format == Format::w4s) {
+    const float scale = static_cast<const float*>(w.scales)[id];
+    for (int64_t i = 0; i < k; ++i) {
+      const uint8_t side = data[i / 32 * kSteppedBytes + 32 * kPanel / 2 + channel];
+      const int code = (code_at(w.format, data, channel, i) - (side >> 4)) * ((side & 15) + 1);
+      out[i] = static_cast<float>(static_cast<int8_t>(code)) * scale;
+    }
+    return;
+  }
   const int64_t group = group_of(w.format), groups = k / group;
   const int zero = zero_code(w.format, w.mins != nullptr);
   for (int64_t g = 0; g < groups; ++g) {
@@ -131,12 +151,13 @@ void weight_row(const Linear& w, int64_t id, float* out) {
 
 }  // namespace
 
-void pack(Format format, int64_t n, int64_t k, const void* codes, const void* scales, const uint16_t* mins, void* data,
-          void* panel_scales, uint16_t* panel_mins) {
+void pack(Format format, int64_t n, int64_t k, const void* codes, const void* scales, const uint16_t* mins, const uint8_t* steps,
+          void* data, void* panel_scales, uint16_t* panel_mins) {
   const bool floats = format == Format::f32 || format == Format::bf16;
   const bool eight = format == Format::w8 || format == Format::w8g;
   const int64_t row = k * (format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1);  // bytes
-  const int64_t groups = format == Format::w8 ? 1 : k / group_of(format);
+  const bool per_row = format == Format::w8 || format == Format::w4s;
+  const int64_t groups = per_row ? 1 : k / group_of(format);
   const uint8_t zero = zero_code(format, mins != nullptr);
   parallel((n + kPanel - 1) / kPanel, [&](int64_t panel, int) {
     const int64_t first = panel * kPanel, channels = n - first < kPanel ? n - first : kPanel;
@@ -144,10 +165,11 @@ void pack(Format format, int64_t n, int64_t k, const void* codes, const void* sc
     const uint8_t* from = static_cast<const uint8_t*>(codes) + first * row;
     uint8_t* to = static_cast<uint8_t*>(data) + static_cast<size_t>(panel) * panel_bytes(format, k);
     if (floats || eight) interleave(from, channels, row, eight ? 0x80808080u : 0u, to);
-    else if (format == Format::w4g) pack_w4(from, channels, k, zero, to);
+    else if (format == Format::w4g) pack_w4(from, channels, k, k, zero, to);
+    else if (format == Format::w4s) pack_w4s(from, steps + first * (k / 32), channels, k, to);
     else pack_w6(from, channels, k, zero, to);
     if (floats) return;
-    if (format == Format::w8) {
+    if (per_row) {
       pack_side(static_cast<const float*>(scales) + from_side, channels, 1, static_cast<float*>(panel_scales) + to_side);
     } else {
       pack_side(static_cast<const uint16_t*>(scales) + from_side, channels, groups,

@@ -54,6 +54,8 @@ template <class Codes> constexpr int width(int, bool) { return 1; }
 constexpr int kChannelWidth = 1;
 #endif
 
+constexpr int kSteppedRows = 4;  // most rows for which w4s is unpacked in registers
+
 // Where a part's sums start, of the sums of its activation codes.
 template <class Codes, bool mins> constexpr bool kStartsAtZero = mins || Codes::offset == 0;
 template <class Codes> inline Ints16 start_of(Ints16 sums) {

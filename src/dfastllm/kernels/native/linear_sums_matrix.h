@@ -21,6 +21,8 @@ template <class Codes> constexpr int width(int rows, bool) {
 }
 constexpr int kChannelWidth = 1;
 
+constexpr int kSteppedRows = 1;  // most rows for which w4s is unpacked in registers
+
 template <class Codes, bool mins> constexpr bool kStartsAtZero = mins;
 template <class Codes> inline Ints16 start_of(Ints16 sums) {
   constexpr int power = Codes::offset == 128 ? 7 : Codes::offset == 32 ? 5 : 3;

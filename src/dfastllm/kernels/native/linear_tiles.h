@@ -29,6 +29,7 @@
 #include "linear.h"
 #include "linear_codes.h"
 #include "linear_float.h"
+#include "linear_stepped.h"
 #include "linear_walk.h"
 #include "simd.h"
 #include "unroll.h"
@@ -301,24 +302,96 @@ inline void scale_sums(const Linear& w, const Acts& x, int64_t panel, int64_t ro
   }
 }
 
-inline void w8(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
-  constexpr int64_t most = block_rows<Bytes>();
+// The codes of a panel as w8's bytes, a slice after the other.
+struct WholeBytes {  // w8
+  static constexpr bool stepped = false;
+  const uint8_t* data;
+  WholeBytes(const Linear& w, int64_t panel, void*) : data(static_cast<const uint8_t*>(w.data) + panel * round_up(w.k, 4) * kPanel) {}
+  const uint8_t* slice(int64_t step, int64_t) const { return data + step * 256; }
+  const uint8_t* packed(int64_t step) const { return data + step * 256; }  // where it lies in memory
+};
+
+struct SteppedBytes {  // w4s
+  static constexpr bool stepped = true;
+  const uint8_t* data;
+  void* scratch;
+  SteppedBytes(const Linear& w, int64_t panel, void* memory)
+      : data(static_cast<const uint8_t*>(w.data) + panel * (w.k / 32) * kSteppedBytes), scratch(memory) {}
+  const uint8_t* slice(int64_t step, int64_t steps) const { return unpack_stepped(packed(step), steps / 8, scratch); }
+  const uint8_t* packed(int64_t step) const { return data + step / 8 * kSteppedBytes; }
+};
+
+#if defined(DFK_SIMD_DOT)
+// Few rows of w4s: the panel in one pass as it lies in memory, unpacked in registers, all channels of a group before the
+// next. tile: int32 sums.
+template <int R> inline void stepped_rows(const uint8_t* data, const int8_t* x, int64_t stride, int64_t groups, int32_t* tile) {
+  constexpr int C = kChannelWidth;
+  const Codes16 offset = codes16(static_cast<int8_t>(Bytes::offset));
+  const int64_t pass = 16 * C < kPanel ? 1 : groups;  // of sums that stay in registers
+  for (int64_t first = 0; first < groups; first += pass) {
+    for (int channel = 0; channel < kPanel; channel += 16 * C) {
+      Ints16 sum[R][C];
+      DFK_EACH(r, R) {
+        DFK_EACH(c, C) sum[r][c] = load_ints(tile + r * kPanel + channel + 16 * c);
+      }
+      const uint8_t* group = data + first * kSteppedBytes;
+      for (int64_t g = first; g < first + pass; ++g, group += kSteppedBytes) {
+        Stepped stepped[C];
+        DFK_EACH(c, C) stepped[c] = Stepped(group + Nibbles::bytes + channel + 16 * c, offset);
+        DFK_EACH(i, 8) {
+          Codes16 w[C];
+          DFK_EACH(c, C) w[c] = stepped[c].at(group + 4 * channel + 64 * c, i);
+          DFK_EACH(r, R) {
+            const Codes16 codes = four_codes(x + r * stride + 32 * g + 4 * i);
+            DFK_EACH(c, C) sum[r][c] = here(dot(sum[r][c], w[c], codes));
+          }
+        }
+      }
+      DFK_EACH(r, R) {
+        DFK_EACH(c, C) store(tile + r * kPanel + channel + 16 * c, sum[r][c]);
+      }
+    }
+  }
+}
+
+template <int R = 1>
+inline void stepped_few(int64_t rows, const uint8_t* data, const int8_t* x, int64_t stride, int64_t groups, int32_t* tile) {
+  if constexpr (R < kSteppedRows) {
+    if (rows > R) return stepped_few<R + 1>(rows, data, x, stride, groups, tile);
+  }
+  stepped_rows<R>(data, x, stride, groups, tile);
+}
+#endif
+
+template <class Source>
+inline void channel_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
+  constexpr int64_t most = block_rows<Bytes>(), slice = 8 * kSlice;
   const int64_t steps = (w.k + 3) / 4, blocks = (rows + most - 1) / most;
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * 256;
+  const Source source(w, panel, scratch);
   int32_t* sums = reinterpret_cast<int32_t*>(tile);
   for (int64_t r = 0; r < rows; ++r) {
     const Ints16 start = kStartsAtZero<Bytes, false> ? ints16(0) : start_of<Bytes>(ints16(x.sums[row0 + r]));
     for (int c = 0; c < kPanel; c += 16) store(sums + r * kPanel + c, start);
   }
-  for (int64_t s = 0; s < steps; s += 8 * kSlice) {
-    const int64_t here = steps - s < 8 * kSlice ? steps - s : 8 * kSlice;
+#if defined(DFK_SIMD_DOT)
+  if constexpr (Source::stepped) {
+    if (rows <= kSteppedRows) {
+      stepped_few(rows, source.data, static_cast<const int8_t*>(x.data) + row0 * x.stride, x.stride, w.k / 32, sums);
+      return scale_sums(w, x, panel, row0, rows, tile);
+    }
+  }
+#endif
+  for (int64_t s = 0; s < steps; s += slice) {
+    const int64_t here = steps - s < slice ? steps - s : slice;
     const int64_t turns = (here + 7) / 8 * blocks * (kPanel / 16 / kChannelWidth);
-    Ahead ahead(data + (s + here) * 256, blocks == 1 ? 0 : 8 * kSlice * 256, turns);
+    const uint8_t* data = source.slice(s, here);
+    const uint8_t* next = source.packed(s + here);
+    Ahead ahead(next, blocks == 1 ? 0 : source.packed(s + here + slice) - next, turns);
     for (int64_t i = 0; i < blocks; ++i) {
       const RowBlock block = row_block(rows, blocks, i);
       const int64_t row = row0 + block.first;
       const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride + 4 * s;
-      channel_block(block.rows, data + s * 256, codes, x.stride, here, sums + block.first * kPanel, ahead);
+      channel_block(block.rows, data, codes, x.stride, here, sums + block.first * kPanel, ahead);
     }
   }
   scale_sums(w, x, panel, row0, rows, tile);
@@ -338,6 +411,8 @@ inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
   else group_tile<Sixes, false>(w, x, panel, row0, rows, tile, scratch);
 }
 
-constexpr Tile kByFormat[] = {float_tile<float>, float_tile<uint16_t>, w8, w8g, w4g, w6g};
+constexpr Tile kByFormat[] = {
+    float_tile<float>, float_tile<uint16_t>, channel_tile<WholeBytes>, w8g, w4g, w6g, channel_tile<SteppedBytes>,
+};
 
 }  // namespace dfk::DFK_ISA::tiles

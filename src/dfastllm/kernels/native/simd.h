@@ -21,6 +21,9 @@
 //   + - * / max min                                      Floats16; max, min of a NaN and a number: the second operand
 //   + - & max                                            Ints16 (sums wrap around)
 //   & |                                                  Codes16
+//   + -                                                  Codes16, byte by byte, wrapping around
+//   four_of_each(p)                                      16 bytes, each in all four of its lane
+//   scaled(codes, factors)                               products of bytes, none above 255; factors: alike in all four of a lane
 //   shift_left<n>, shift_right<n>                        Ints16, zeros come in; Codes16: within every 16 bits
 //   masked_or(a, mask, b)                                (a & mask) | b, Codes16
 //   bits(floats), floats(ints)                           the same 32 bits

@@ -125,6 +125,20 @@ template <int count> inline Codes16 shift_right(Codes16 x) {
   return {_mm256_srli_epi16(x.a, count), _mm256_srli_epi16(x.b, count)};
 }
 inline Codes16 masked_or(Codes16 a, Codes16 mask, Codes16 b) { return (a & mask) | b; }
+inline Codes16 operator-(Codes16 x, Codes16 y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
+inline Codes16 operator+(Codes16 x, Codes16 y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+inline __m256i four_of_eight(const uint8_t* p) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i first = _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+  return _mm256_shuffle_epi8(wide, _mm256_broadcastsi128_si256(first));
+}
+inline Codes16 four_of_each(const uint8_t* p) { return {four_of_eight(p), four_of_eight(p + 8)}; }
+// In 16-bit lanes: no carry leaves the low byte.
+inline Codes16 scaled(Codes16 codes, Codes16 factors) {
+  const __m256i low = _mm256_set1_epi16(255);
+  return {_mm256_mullo_epi16(codes.a, _mm256_and_si256(factors.a, low)),
+          _mm256_mullo_epi16(codes.b, _mm256_and_si256(factors.b, low))};
+}
 
 #if defined(DFK_SIMD_DOT)
 // The sum stays in a register: GCC would unpack the weights of several steps before it multiplies, and spill.

@@ -80,6 +80,16 @@ template <int count> inline Codes16 shift_right(Codes16 a) { return {_mm512_srli
 inline Codes16 masked_or(Codes16 a, Codes16 mask, Codes16 b) {
   return {_mm512_ternarylogic_epi64(a.v, mask.v, b.v, 0xEA)};
 }
+inline Codes16 operator-(Codes16 a, Codes16 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+inline Codes16 operator+(Codes16 a, Codes16 b) { return {_mm512_add_epi8(a.v, b.v)}; }
+inline Codes16 four_of_each(const uint8_t* p) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_shuffle_epi8(wide, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0))};
+}
+// In 16-bit lanes: no carry leaves the low byte.
+inline Codes16 scaled(Codes16 codes, Codes16 factors) {
+  return {_mm512_mullo_epi16(codes.v, _mm512_and_si512(factors.v, _mm512_set1_epi16(255)))};
+}
 inline Ints16 dot(Ints16 sum, Codes16 w, Codes16 x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
 
 inline Ints16 bits(Floats16 a) { return {_mm512_castps_si512(a.v)}; }

@@ -174,6 +174,21 @@ template <int count> DFK_INLINE Codes16 shift_right(Codes16 x) {
   });
 }
 DFK_INLINE Codes16 masked_or(Codes16 a, Codes16 mask, Codes16 b) { return (a & mask) | b; }
+DFK_INLINE Codes16 operator-(Codes16 x, Codes16 y) {
+  return each_quarter<Codes16>([&](int i) { return vsubq_u8(x.v[i], y.v[i]); });
+}
+DFK_INLINE Codes16 operator+(Codes16 x, Codes16 y) {
+  return each_quarter<Codes16>([&](int i) { return vaddq_u8(x.v[i], y.v[i]); });
+}
+DFK_INLINE Codes16 four_of_each(const uint8_t* p) {
+  const uint8x16_t all = vld1q_u8(p);
+  const uint8x16x2_t twice = vzipq_u8(all, all);  // 0 0 1 1 ...
+  const uint8x16x2_t low = vzipq_u8(twice.val[0], twice.val[0]), high = vzipq_u8(twice.val[1], twice.val[1]);
+  return {{low.val[0], low.val[1], high.val[0], high.val[1]}};
+}
+DFK_INLINE Codes16 scaled(Codes16 codes, Codes16 factors) {
+  return each_quarter<Codes16>([&](int i) { return vmulq_u8(codes.v[i], factors.v[i]); });
+}
 
 // Codes as dot() takes them. Without I8MM both of its operands are signed: weights of 8 bits lose their offset of 128 by
 // a flipped bit, those of fewer bits are what they are.

@@ -16,6 +16,7 @@ using Int4 = int32_t __attribute__((vector_size(16)));
 using Unsigned4 = uint32_t __attribute__((vector_size(16)));
 using Short8 = int16_t __attribute__((vector_size(16)));
 using UnsignedShort8 = uint16_t __attribute__((vector_size(16)));
+using UnsignedByte16 = uint8_t __attribute__((vector_size(16)));
 
 struct Floats16 { Float4 v[4]; };
 struct Ints16 { Int4 v[4]; };
@@ -182,6 +183,24 @@ template <int count> inline Codes16 shift_right(Codes16 a) {
   return each_quarter<Codes16>([&](int i) { return a.v[i] >> count; });
 }
 inline Codes16 masked_or(Codes16 a, Codes16 mask, Codes16 b) { return (a & mask) | b; }
+// Bytes, through vectors of them.
+template <class F> inline Codes16 bytewise(Codes16 a, Codes16 b, F f) {
+  return each_quarter<Codes16>([&](int i) { return (UnsignedShort8)f((UnsignedByte16)a.v[i], (UnsignedByte16)b.v[i]); });
+}
+inline Codes16 operator-(Codes16 a, Codes16 b) {
+  return bytewise(a, b, [](UnsignedByte16 x, UnsignedByte16 y) { return x - y; });
+}
+inline Codes16 operator+(Codes16 a, Codes16 b) {
+  return bytewise(a, b, [](UnsignedByte16 x, UnsignedByte16 y) { return x + y; });
+}
+inline Codes16 four_of_each(const uint8_t* p) {
+  uint8_t all[64];
+  for (int i = 0; i < 64; ++i) all[i] = p[i / 4];
+  return load_codes(all);
+}
+inline Codes16 scaled(Codes16 codes, Codes16 factors) {
+  return bytewise(codes, factors, [](UnsignedByte16 x, UnsignedByte16 y) { return x * y; });
+}
 // A product of two bytes fits 16 bits, the sum of two does not: inputs 0 and 2 are even bytes, 1 and 3 odd ones, and their
 // products are widened where they stand.
 inline Ints16 dot(Ints16 sum, Codes16 w, Codes16 x) {
