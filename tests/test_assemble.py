@@ -36,13 +36,13 @@ def test_backend_auto_takes_the_kernels_where_they_are_built() -> None:
     assert forced.formats == {"bf16": sum(forced.formats.values())}
 
 
-@pytest.mark.parametrize("weights", ["w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4"])
+@pytest.mark.parametrize("weights", ["w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", "w4r"])
 def test_a_shipped_model_quantised_while_loading_still_answers(weights: str) -> None:
     sums = [(3, 4), (12, 30), (21, 17), (40, 50), (8, 9), (33, 25)]
     with LLM("demo-ar", quantization=weights) as llm:
         model = llm.engine.model
         assert isinstance(model, PackedDecoder)
-        assert set(model.formats) <= {"w8", "w8g", "w6g", "w4g"}
+        assert set(model.formats) <= {"w8", "w8g", "w6g", "w4g", "w4s"}
         prompts = [llm.render([{"role": "user", "content": f"What is {a} + {b}?"}]) for a, b in sums]
         answers = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32))
     right = sum(f"Answer: {a + b}" in answer.text for (a, b), answer in zip(sums, answers, strict=True))

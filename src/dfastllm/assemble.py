@@ -90,7 +90,7 @@ def load(
     """A model and its tokenizer from a Hugging Face directory or a GGUF file.
 
     dtype: what floating-point weights are held in, None: as stored (float16, which CPUs compute poorly, as float32).
-    quantization: quantise floating-point matrices while loading, to w8, w8g, w6, w4m or w4. w8r and w8gr: all
+    quantization: quantise floating-point matrices while loading, to w8, w8g, w6, w4m or w4. w8r, w8gr and w4r: all
         matrices, those of a quantised file too, of the model in another basis (`models.basis`). 8bit: w8r, or w8g where
         the model has no such basis. fp8: float8_e4m3fn with a scale a row, of the layers' matrices, on a GPU.
     backend: native: packed weights and our kernels on a CPU; triton: our kernels on a GPU; torch: the plain model;

@@ -273,7 +273,7 @@ class Settings:
         "Quantise a float checkpoint's matrices while loading, embedding and head to 8 bits at least; 8bit: w8r, or w8g"
         " for a model that w8r cannot hold; default: as stored. Better and faster to start: `dfastllm quantize` once.",
         group="model",
-        choices=("8bit", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4"),
+        choices=("8bit", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", "w4r"),
         alone=True,
     )
     kv_cache_dtype: str = _field(

@@ -110,7 +110,7 @@ def test_check_of_a_gguf_file_is_what_loading_says(cli: Cli, source: Path, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--format", "w5"), "error: format must be w8, w8r, w8g, w8gr, w6, w4m, w4, 8bit, got 'w5'"),
+        (("--format", "w5"), "error: format must be w8, w8r, w8g, w8gr, w6, w4m, w4, w4r, 8bit, got 'w5'"),
         (("--format", "gguf-q2_k"), "format must be gguf-q8_0, gguf-q4_0, got 'gguf-q2_k'"),
         (("--format", "gguf-q8_0"), "out must be a file name that ends in .gguf"),
         (("--format", "gguf-q8_0", "--calibrate", "gptq"), "without calibration"),

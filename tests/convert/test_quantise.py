@@ -237,7 +237,7 @@ def test_sources_that_are_none(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"format": "w3"}, "format must be w8, w8r, w8g, w8gr, w6, w4m, w4, 8bit, got 'w3'"),
+        ({"format": "w3"}, "format must be w8, w8r, w8g, w8gr, w6, w4m, w4, w4r, 8bit, got 'w3'"),
         ({"format": "w4", "head": "int8"}, "head must be w8,"),
         ({"format": "w4", "calibration": "awq"}, "calibrate must be none, aware, gptq, got 'awq'"),
         ({"format": "w4", "samples": 0}, "samples must be at least 1"),

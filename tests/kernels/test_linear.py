@@ -22,7 +22,7 @@ from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.extension import native, set_threads, threads
 from dfastllm.kernels.linear import linear, linear_gated, pack, prepare, weight_rows
-from dfastllm.kernels.packed import GROUP, Packed, QTensor, pack_panels
+from dfastllm.kernels.packed import FORMS, GROUP, Packed, QTensor, pack_panels
 
 needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
 formats = pytest.mark.parametrize(("format", "mins"), CASES)
@@ -40,7 +40,7 @@ def same_threads() -> Iterator[None]:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 600), st.integers(0, 2**31), st.booleans())
 def test_against_float64(format: str, mins: bool, rows: int, n: int, k: int, seed: int, biased: bool) -> None:
-    group = 32 if format in GROUP else 1
+    group = 1 if FORMS[format].together == 1 else 32
     k = max(group, k // group * group)
     draw = torch.Generator().manual_seed(seed)
     tensor, x = random_qtensor(format, n, k, mins=mins, seed=seed), torch.randn(rows, k, generator=draw)
@@ -139,14 +139,16 @@ def test_extreme_inputs(format: str, mins: bool, value: float) -> None:
         assert bool(y[3].isfinite().all()) == (value == 1e30)
 
 
-@pytest.mark.parametrize("format", ["w8", "w8g", "w4g", "w6g"])
+@pytest.mark.parametrize("format", ["w8", "w8g", "w4g", "w6g", "w4s"])
 def test_extreme_codes_do_not_overflow(format: str) -> None:
     """The greatest sums there are: every code at its limit, all of one sign, over a long row."""
-    k, low, high = 8192, *{"w8": (-127, 127), "w8g": (-128, 127), "w4g": (0, 15), "w6g": (0, 63)}[format]
+    limits = {"w8": (-127, 127), "w8g": (-128, 127), "w4g": (0, 15), "w6g": (0, 63), "w4s": (0, 15)}
+    k, low, high = 8192, *limits[format]
     codes = torch.full((2, k), high, dtype=torch.int8 if format in ("w8", "w8g") else torch.uint8)
     codes[1] = low
-    scales = torch.ones(2) if format == "w8" else torch.ones(2, k // GROUP[format]).half()
-    tensor = QTensor(format, codes, scales)
+    scales = torch.ones(2, k // GROUP[format]).half() if format in GROUP else torch.ones(2)
+    steps = None if format != "w4s" else torch.full((2, k // 32), 0x8F, dtype=torch.uint8)  # 7 and -8 steps of 16
+    tensor = QTensor(format, codes, scales, steps=steps)
     for value in (127.0, -127.0):  # their own codes
         x = torch.full((7, k), value)
         wanted = x.double() @ tensor.dequantise().double().T
@@ -156,7 +158,7 @@ def test_extreme_codes_do_not_overflow(format: str) -> None:
 @formats
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (64, 96), (130, 160), (200, 37)])
 def test_pack_gives_the_same_bytes(format: str, mins: bool, n: int, k: int) -> None:
-    if k % GROUP.get(format, 1):
+    if k % FORMS[format].together:
         pytest.skip("groups do not divide")
     tensor = random_qtensor(format, n, k, mins=mins, seed=n)
     ours, wanted = pack(tensor), pack_panels(tensor)

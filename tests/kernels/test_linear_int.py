@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kit.isas import lesser
-from tests.kit.weights import CASES, exact
+from tests.kit.weights import CASES, exact, random_steps
 from torch import Tensor
 
 from dfastllm.kernels import linear_plain as plain
@@ -25,7 +25,7 @@ from dfastllm.kernels.packed import GROUP, QTensor
 INT_CASES = [(format, mins) for format, mins in CASES if format.startswith("w")]
 needs_native = pytest.mark.skipif(native() is None, reason="no native kernels")
 formats = pytest.mark.parametrize(("format", "mins"), INT_CASES)
-RANGE = {"w8": (-127, 127), "w8g": (-128, 127), "w4g": (0, 15), "w6g": (0, 63)}
+RANGE = {"w8": (-127, 127), "w8g": (-128, 127), "w4g": (0, 15), "w6g": (0, 63), "w4s": (0, 15)}
 K = 512  # 512 * 128 * 127 * 2 (halves) < 2^24: all sums are float32 numbers
 PATTERNS = ("any", "low", "high", "either", "by_channel", "by_input")
 
@@ -48,8 +48,9 @@ def weight_of(format: str, n: int, k: int, *, mins: bool, pattern: str, seed: in
     """Scales 1/2 or 1, minima multiples of 1/2."""
     draw = torch.Generator().manual_seed(seed)
     codes = codes_of(format, n, k, pattern, draw)
-    if format == "w8":
-        return QTensor(format, codes, torch.randint(1, 3, (n,), generator=draw).float() / 2)
+    if format in ("w8", "w4s"):
+        scale = torch.randint(1, 3, (n,), generator=draw).float() / 2
+        return QTensor(format, codes, scale, steps=random_steps(n, k, draw) if format == "w4s" else None)
     shape = (n, k // GROUP[format])
     scales = (torch.randint(1, 3, shape, generator=draw).float() / 2).half()
     low = (torch.randint(-32, 33, shape, generator=draw).float() / 2).half() if mins else None
@@ -101,7 +102,7 @@ def test_every_number_of_rows_gives_the_same_bits(format: str, mins: bool) -> No
     for k in (32, 352):
         tensor = weight_of(format, 130, k, mins=mins, pattern="any", seed=k)
         if tensor.scales is not None:  # scales that make every operation round
-            tensor = QTensor(format, tensor.codes, tensor.scales * 0.7123, tensor.mins)
+            tensor = QTensor(format, tensor.codes, tensor.scales * 0.7123, tensor.mins, tensor.steps)
         weight, x = pack(tensor), torch.randn(48, k, generator=draw)
         alone = torch.cat([linear(row[None], weight) for row in x])
         for count in range(1, 49):
@@ -116,8 +117,9 @@ def test_smallest_and_largest_scales(format: str, mins: bool, size: float, scale
     """float16's least and greatest scale, inputs far from 1: within float rounding of float64."""
     n, k = 70, 320
     codes = codes_of(format, n, k, "any", torch.Generator().manual_seed(3))
-    if format == "w8":
-        tensor = QTensor(format, codes, torch.full((n,), scale))
+    if format in ("w8", "w4s"):
+        steps = random_steps(n, k, torch.Generator().manual_seed(5)) if format == "w4s" else None
+        tensor = QTensor(format, codes, torch.full((n,), scale), steps=steps)
     else:
         full = torch.full((n, k // GROUP[format]), scale).half()
         tensor = QTensor(format, codes, full, full if mins else None)

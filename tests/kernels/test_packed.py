@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.weights import CASES, random_qtensor
+from tests.kit.weights import CASES, random_qtensor, random_steps
 
 from dfastllm.errors import ValidationError
-from dfastllm.kernels.packed import GROUP, Packed, QTensor, pack_panels, unpack_panels
+from dfastllm.kernels.packed import FORMS, GROUP, Packed, QTensor, pack_panels, unpack_panels
 
 
 @pytest.mark.parametrize(("format", "mins"), CASES)
 @pytest.mark.parametrize("n", [1, 63, 64, 130])
 @pytest.mark.parametrize("k", [32, 96, 37])
 def test_round_trip(format: str, mins: bool, n: int, k: int) -> None:
-    if k % GROUP.get(format, 1):
+    if k % FORMS[format].together:
         pytest.skip("groups do not divide")
     tensor = random_qtensor(format, n, k, mins=mins)
     packed = pack_panels(tensor)
     assert packed.data.data_ptr() % 64 == 0
     back = unpack_panels(packed)
     assert torch.equal(back.codes, tensor.codes)
-    for a, b in ((back.scales, tensor.scales), (back.mins, tensor.mins)):
+    for a, b in ((back.scales, tensor.scales), (back.mins, tensor.mins), (back.steps, tensor.steps)):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)  # type: ignore[arg-type]
 
@@ -34,14 +34,16 @@ def code_at(packed: Packed, channel: int, i: int) -> int:
     base = panel * per
     if packed.format in ("w8", "w8g"):
         return int(data[base + (i // 4) * 256 + c * 4 + i % 4]) - 128
-    if packed.format == "w4g":
+    if packed.format == "w4s":
+        base, i = base + i // 32 * (1024 + 64), i % 32
+    if packed.format in ("w4g", "w4s"):
         return int(data[base + (i // 8) * 256 + c * 4 + i % 4]) >> (4 * (i % 8 // 4)) & 15
     group = base + (i // 16) * 768
     low = int(data[group + (i % 16 // 8) * 256 + c * 4 + i % 4]) >> (4 * (i % 8 // 4)) & 15
     return low | (int(data[group + 512 + c * 4 + i % 4]) >> (2 * (i % 16 // 4)) & 3) << 4
 
 
-@pytest.mark.parametrize("format", ["w8", "w8g", "w4g", "w6g"])
+@pytest.mark.parametrize("format", ["w8", "w8g", "w4g", "w6g", "w4s"])
 def test_layout_byte_by_byte(format: str) -> None:
     tensor = random_qtensor(format, 70, 64, seed=3)
     packed = pack_panels(tensor)
@@ -50,7 +52,9 @@ def test_layout_byte_by_byte(format: str) -> None:
             assert code_at(packed, channel, i) == int(tensor.codes[channel, i])
     scales = packed.scales
     assert scales is not None
-    groups = 1 if format == "w8" else 64 // GROUP[format]
+    if tensor.steps is not None:  # of channel 69, group 1: behind its nibbles
+        assert int(packed.data[packed.data.numel() - 64 + 5]) == int(tensor.steps[69, 1])
+    groups = 1 if format in ("w8", "w4s") else 64 // GROUP[format]
     natural = tensor.scales.view(70, -1)  # type: ignore[union-attr]
     assert float(scales[(1 * groups + groups - 1) * 64 + 5]) == float(natural[69, -1])
     assert float(scales[(1 * groups) * 64 + 6]) == 0.0  # beyond n
@@ -61,6 +65,26 @@ def test_padding_weighs_nothing() -> None:
         packed = pack_panels(random_qtensor(format, 65, 32, mins=mins))
         wide = unpack_panels(Packed(format, 128, 32, packed.data, packed.scales, packed.mins)).dequantise()
         assert wide[65:].abs().max() == 0
+
+
+def test_steps_are_codes_of_eight_bits() -> None:
+    """Against Python's integers, also where a byte wraps around."""
+    tensor = random_qtensor("w4s", 3, 64, seed=5)
+    assert tensor.steps is not None
+    whole = tensor.whole_codes()
+    for channel in range(3):
+        for i in range(64):
+            side = int(tensor.steps[channel, i // 32])
+            value = (int(tensor.codes[channel, i]) - side // 16) * (side % 16 + 1)
+            assert int(whole[channel, i]) == (value + 128) % 256 - 128
+    stepped = random_steps(3, 64, torch.Generator().manual_seed(5))
+    for wrong in (None, stepped[:, :1], stepped.int()):
+        with pytest.raises(ValidationError, match=r"steps of w4s: they must be \[3, 2\] torch.uint8"):
+            QTensor("w4s", tensor.codes, tensor.scales, steps=wrong)
+    with pytest.raises(ValidationError, match="steps of w8: there are none"):
+        QTensor("w8", whole, tensor.scales, steps=stepped)
+    with pytest.raises(ValidationError, match="groups of 32 inputs, which do not divide 48"):
+        QTensor("w4s", tensor.codes[:, :48], tensor.scales, steps=stepped)
 
 
 def test_rows_and_stack() -> None:

@@ -17,14 +17,20 @@ def random_qtensor(format: str, n: int, k: int, *, mins: bool = False, seed: int
         return QTensor(
             format, torch.randn(n, k, generator=draw).to(torch.float32 if format == "f32" else torch.bfloat16)
         )
-    low, high = {"w8": (-127, 128), "w8g": (-127, 128), "w4g": (0, 16), "w6g": (0, 64)}[format]
+    low, high = {"w8": (-127, 128), "w8g": (-127, 128), "w4g": (0, 16), "w6g": (0, 64), "w4s": (0, 16)}[format]
     dtype = torch.int8 if format in ("w8", "w8g") else torch.uint8
     codes = torch.randint(low, high, (n, k), generator=draw).to(dtype)
-    if format == "w8":
-        return QTensor(format, codes, torch.rand(n, generator=draw) * 0.01 + 1e-3)
+    if format in ("w8", "w4s"):
+        scale = torch.rand(n, generator=draw) * 0.01 + 1e-3
+        return QTensor(format, codes, scale, steps=random_steps(n, k, draw) if format == "w4s" else None)
     shape = (n, k // GROUP[format])
     scales = (torch.rand(shape, generator=draw) * 0.01 + 1e-3).half()
     return QTensor(format, codes, scales, (torch.rand(shape, generator=draw) * 0.1).half() if mins else None)
+
+
+def random_steps(n: int, k: int, draw: torch.Generator) -> Tensor:
+    """Any byte: where a code so far from its zero in so wide steps is no signed byte, it wraps around."""
+    return torch.randint(0, 256, (n, k // 32), generator=draw).to(torch.uint8)
 
 
 def exact(x: Tensor, weight: QTensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

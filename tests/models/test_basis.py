@@ -118,7 +118,7 @@ def test_sizes_that_are_no_power_of_two(family: str, shape: dict[str, Any]) -> N
 
 
 @pytest.mark.skipif(native() is None, reason="no native kernels")
-@pytest.mark.parametrize("form", [None, "w8r", "w8gr"])
+@pytest.mark.parametrize("form", [None, "w8r", "w8gr", "w4r"])
 @pytest.mark.parametrize("family", ["llama", "llada2_moe"])
 def test_the_twin_is_the_native_forward(family: str, form: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(family, **grouped(family))
@@ -178,13 +178,13 @@ def saved(tmp_path: Path, family: str = "qwen2", **shape: Any) -> tuple[Decoder,
     return model, models.save(model, directory)
 
 
-@pytest.mark.parametrize("form", ["w8r", "w8gr"])
+@pytest.mark.parametrize("form", ["w8r", "w8gr", "w4r"])
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen2", True), ("qwen3_moe", False)])
 def test_a_directory_loads_as_what_loading_would_make(form: str, family: str, tied: bool, tmp_path: Path) -> None:
     _, source = saved(tmp_path, family, tied=tied)
     out = tmp_path / "out"
     report = quantise_model(source, out, Options(form))
-    assert (report.format, report.head) == (form, form)
+    assert (report.format, report.head) == (form, "w8r" if form == "w4r" else form)
     said = json.loads((out / "config.json").read_text())
     assert said["quantization_config"]["rotation"] == {"kind": "hadamard", "seed": 0, "block": 256}
     assert said["tie_word_embeddings"] is tied

@@ -123,7 +123,7 @@ def test_written_twice(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("w4g", 4), ("w6g", 6), ("w8", 8), ("w8g", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("w4g", 4), ("w4s", 4), ("w6g", 6), ("w8", 8), ("w8g", 8)])
 def test_bits(kind: str, bits: int) -> None:
     """Packed and back; the bits themselves follow from the documented order, written out with Python's integers."""
     draws = torch.Generator().manual_seed(0)
@@ -164,7 +164,7 @@ def test_weights_come_back_exactly(tmp_path: Path) -> None:
         assert isinstance(back, QTensor)
         assert back.format == weight.format
         assert back.codes.equal(weight.codes)
-        for part in ("scales", "mins"):
+        for part in ("scales", "mins", "steps"):
             ours, theirs = getattr(weight, part), getattr(back, part)
             assert (ours is None) == (theirs is None)
             assert ours is None or ours.equal(theirs)
@@ -215,6 +215,13 @@ def damage(directory: Path, **changes: Tensor | None) -> None:
         ("w8g", {"x__mins": torch.zeros(6, 2).half()}, "fit no format"),
         ("w8", {"x__scales": torch.zeros(7)}, "fit no format"),
         ("w8", {"x__codes": torch.zeros(6, 8, 8, dtype=torch.int8)}, "fit no format"),
+        ("w4r", {"x__steps": None}, "fit no format"),
+        ("w4r", {"x__codes": None}, r"without x\.codes"),
+        ("w4r", {"x__steps": torch.zeros(6, 1, dtype=torch.uint8)}, "fit no format"),
+        ("w4r", {"x__steps": torch.zeros(6, 2, dtype=torch.int8)}, "fit no format"),
+        ("w4r", {"x__codes": torch.zeros(6, 32, dtype=torch.int8)}, "fit no format"),
+        ("w4", {"x__steps": torch.zeros(6, 2, dtype=torch.uint8)}, "fit no format"),
+        ("w8", {"x__steps": torch.zeros(6, 2, dtype=torch.uint8)}, "fit no format"),
     ],
 )
 def test_parts_that_do_not_fit(tmp_path: Path, format: str, changes: dict[str, Tensor | None], said: str) -> None:

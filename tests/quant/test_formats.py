@@ -32,7 +32,13 @@ def group_errors(weight: Tensor, found: QTensor, format: Format) -> Tensor:
 
 def plain_bound(weight: Tensor, format: Format) -> Tensor:
     """What rounding to nearest without clipping may cost in every group: half a step for each weight. The step is the
-    range over the number of codes, rounded up to the next float16 (by up to 2^-10 of it, or the smallest float16)."""
+    range over the number of codes, rounded up to the next float16 (by up to 2^-10 of it, or the smallest float16); of a
+    stepped format that of all its groups, up to the next whole step, and a whole one where a byte ends."""
+    if format.stepped:
+        parts = torch.cat([weight, torch.zeros(len(weight), 1)], dim=1).double()  # ranges include zero
+        widest, far = parts.amax(-1) - parts.amin(-1), parts.abs().amax(-1) / 127
+        each = (widest / 15 + torch.maximum(widest / 15 / 16, far)) * (1 + 1e-3) + 2.0**-126
+        return weight.shape[1] * each.square() + 1e-300
     groups = groups_of(weight, format)
     if format.grid.minimum:
         low, high = groups.amin(-1), groups.amax(-1)
@@ -90,14 +96,17 @@ def test_random_weights(name: str) -> None:
     weight = draw(1, 64, 512)
     error = float((quantise(weight, name).dequantise() - weight).norm() / weight.norm())
     plain = float((quantise(weight, name, search=False).dequantise() - weight).norm() / weight.norm())
-    most = {"w8": 0.0085, "w8g": 0.0055, "w6": 0.0175, "w4m": 0.071, "w4": 0.084}[name.removesuffix("r")]
+    kind = name.removesuffix("r") if name.startswith("w8") else name
+    most = {"w8": 0.0085, "w8g": 0.0055, "w6": 0.0175, "w4m": 0.071, "w4": 0.084, "w4r": 0.0795}[kind]
     assert error < most
-    assert error < plain * {"w8": 1.0, "w8g": 0.98, "w6": 0.92, "w4m": 0.92, "w4": 0.88}[name.removesuffix("r")]
+    assert error < plain * {"w8": 1.0, "w8g": 0.98, "w6": 0.92, "w4m": 0.92, "w4": 0.88, "w4r": 0.94}[kind]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_a_format_holds_exactly_comes_back_exactly(name: str) -> None:
     format = FORMATS[name]
+    if format.stepped:
+        return check_exact_steps(name)
     size = format.group or 64
     draws = torch.Generator().manual_seed(3)
     low = 0 if format.grid.minimum else format.grid.low
@@ -110,6 +119,32 @@ def test_what_a_format_holds_exactly_comes_back_exactly(name: str) -> None:
     if format.grid.minimum:  # steps of powers of two: sums in float32 are exact
         weight = codes * 0.25 - minimum
     assert torch.allclose(quantise(weight, name).dequantise(), weight, rtol=1e-6, atol=1e-6)
+
+
+def check_exact_steps(name: str) -> None:
+    """Groups that use all codes, the widest of them with the widest step that a byte holds."""
+    draws = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (6, 4, 32), generator=draws).float()
+    codes[..., 0], codes[..., 1] = 0.0, 15.0
+    steps, zeros = torch.randint(1, 9, (6, 4, 1), generator=draws), torch.randint(0, 16, (6, 4, 1), generator=draws)
+    steps[:, 2], zeros[:, 2] = 16, 8
+    scale = torch.rand(6, 1, generator=draws) + 0.5
+    weight = ((codes - zeros) * steps).view(6, 128) * scale
+    found = quantise(weight, name)
+    assert torch.allclose(found.dequantise(), weight, rtol=1e-6, atol=1e-6)
+    assert found.steps is not None
+    assert found.steps.equal((steps - 1 + 16 * zeros).view(6, 4).to(torch.uint8))
+
+
+def test_steps_that_a_byte_does_not_hold_are_not_chosen() -> None:
+    """Weights all above (below) zero reach to 15 steps, those around it to 8: codes of w8 say that nothing wrapped."""
+    weight = torch.cat([draw(9, 4, 128).abs() + 2, -draw(10, 4, 128).abs() - 2, draw(11, 4, 128)])
+    for search in (False, True):
+        found = quantise(weight, "w4r", search=search)
+        assert found.scales is not None
+        whole = found.whole_codes().float() * found.scales[:, None]
+        assert float((whole - weight).norm() / weight.norm()) < 0.06
+        assert found.dequantise().equal(whole)
 
 
 def best_symmetric(group: Tensor, low: int, high: int) -> float:
@@ -204,7 +239,7 @@ def test_weights_that_are_no_numbers(name: str, value: float) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_group_that_does_not_divide(name: str) -> None:
     weight = draw(0, 4, 48)
-    if not FORMATS[name].group:
+    if not FORMATS[name].group and not FORMATS[name].stepped:
         assert quantise(weight, name).shape == (4, 48)
         return
     with pytest.raises(UnsupportedError, match=r"model\.q_proj has 48 inputs.*Use w8"):
@@ -212,7 +247,7 @@ def test_group_that_does_not_divide(name: str) -> None:
 
 
 def test_unknown_format_and_shape() -> None:
-    with pytest.raises(ValidationError, match="format must be w8, w8r, w8g, w8gr, w6, w4m, w4, got 'w3'"):
+    with pytest.raises(ValidationError, match="format must be w8, w8r, w8g, w8gr, w6, w4m, w4, w4r, got 'w3'"):
         find_format("w3")
     with pytest.raises(CheckpointError, match=r"bias has shape \[64\]"):
         quantise(torch.zeros(64), "w8", name="bias")
@@ -280,7 +315,8 @@ def test_rows_do_not_depend_on_one_another(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_bytes_are_counted(name: str) -> None:
     format = FORMATS[name]
-    bits = {"w8": 8 + 32 / 64, "w8g": 8.5, "w6": 7.0, "w4m": 5.0, "w4": 4.5}[name.removesuffix("r")]
+    kind = name.removesuffix("r") if name.startswith("w8") else name
+    bits = {"w8": 8 + 32 / 64, "w8g": 8.5, "w6": 7.0, "w4m": 5.0, "w4": 4.5, "w4r": 4.25 + 32 / 64}[kind]
     assert format.nbytes(10, 64) == 10 * 64 * bits / 8
 
 

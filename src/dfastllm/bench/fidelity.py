@@ -33,7 +33,7 @@ __all__ = ["AS_STORED", "FORMATS", "Fidelity", "Reference", "faithfulness", "log
 MODEL = PACKAGED["smollm2-135m"]
 PACKAGE, FILE = MODEL.requirement, MODEL.file.name
 AS_STORED = "Q4_1, as stored"
-FORMATS = ("bf16", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", AS_STORED)
+FORMATS = ("bf16", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", "w4r", AS_STORED)
 MOST = 700  # tokens of a text
 
 

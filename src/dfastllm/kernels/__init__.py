@@ -19,6 +19,7 @@ OPS = {
     "linear_bf16": "torch.nn.functional.linear",
     "linear_f32": "torch.nn.functional.linear",
     "linear_w4g": "weights widened layer by layer, float32 product of int8 activations",
+    "linear_w4s": "weights widened layer by layer, float32 product of int8 activations",
     "linear_w6g": "weights widened layer by layer, float32 product of int8 activations",
     "linear_w8": "weights widened layer by layer, float32 product of int8 activations",
     "linear_w8g": "weights widened layer by layer, float32 product of int8 activations",

@@ -65,6 +65,11 @@ class Form:
     stepped: int = 0
 
     @property
+    def together(self) -> int:
+        """What the number of inputs must be a multiple of."""
+        return self.group or self.stepped or 1
+
+    @property
     def panel_bits(self) -> Fraction:
         """Bits of a weight in a panel, what stands beside codes there included."""
         return Fraction(self.bits) + (Fraction(8, self.stepped) if self.stepped else 0)
@@ -111,14 +116,14 @@ class QTensor:
             raise ValidationError(f"codes of {self.format} must be {wanted}, got {self.codes.dtype}.", param="codes")
         n, k = self.codes.shape
         group = GROUP.get(self.format)
-        stepped = FORMS[self.format].stepped
+        stepped, together = FORMS[self.format].stepped, FORMS[self.format].together
         if FORMS[self.format].inputs == "row8" and k > MOST_INPUTS:
             raise ValidationError(
                 f"{self.format} sums at most {MOST_INPUTS} inputs in 32 bits, got {k}.", param="format", hint="Use w8g."
             )
-        if k % (group or stepped or 1):
+        if k % together:
             raise ValidationError(
-                f"{self.format} has groups of {group or stepped} inputs, which do not divide {k}.",
+                f"{self.format} has groups of {together} inputs, which do not divide {k}.",
                 param="format",
                 hint="Use w8 (one scale per channel) or bf16 for this layer.",
             )

@@ -3,8 +3,9 @@
     config.json   "quantization_config": {"quant_method": "dfastllm", "version": 1, "format": "w4", "head": "w8g", ...}
     NAME.codes    w8, w8g: I8 [n, k]. w4g: U8 [n, k / 2], the even input in the low nibble. w6g: U8 [n, k * 3 / 4],
                   four codes in three bytes, lowest bits first
-    NAME.scales   w8: F32 [n]. Others: F16 [n, k / group]
+    NAME.scales   w8, w4s: F32 [n]. Others: F16 [n, k / group]
     NAME.mins     F16 [n, k / group], where the format has minima
+    NAME.steps    w4s: U8 [n, k / 32], step - 1 in the low nibble, zero in the high one; its codes are as w4g's
 
     "rotation": {"kind": "hadamard", "seed": 0, "block": 256}, beside a format whose matrices were turned, names the
     basis (`models.basis`): codes are those of turned matrices, norms lie in the file as they were, and the head has a
@@ -47,7 +48,7 @@ __all__ = [
 
 METHOD = "dfastllm"
 VERSION = 1
-PARTS = ("codes", "scales", "mins")
+PARTS = ("codes", "scales", "mins", "steps")
 _ROTATION = "hadamard"
 # bytes of codes under one scale -> natural form
 _KIND_OF_BYTES = {form.group * form.bits // 8: name for name, form in FORMS.items() if form.group}
@@ -184,7 +185,7 @@ def stored(found: Mapping[str, Entry]) -> dict[str, Stored]:
 
 
 def _recognise(name: str, parts: Mapping[str, Entry]) -> Stored:
-    codes, scales, mins = (parts.get(f"{name}.{part}") for part in PARTS)
+    codes, scales, mins, steps = (parts.get(f"{name}.{part}") for part in PARTS)
     shown = ", ".join(f"{part} {entry.dtype} {list(entry.shape)}" for part, entry in parts.items())
     bad = CheckpointError(f"{name}: its parts fit no format of dfastllm: {shown}.")
     if codes is None or len(codes.shape) != 2:
@@ -192,8 +193,14 @@ def _recognise(name: str, parts: Mapping[str, Entry]) -> Stored:
     if scales is None:
         raise CheckpointError(f"{codes.file.name} has {name}.codes without {name}.scales.")
     n, width = codes.shape
-    if codes.dtype == "I8" and (scales.dtype, scales.shape, mins) == ("F32", (n,), None):
-        return Stored("w8", (n, width), parts)
+    if (scales.dtype, scales.shape, mins) == ("F32", (n,), None):
+        if codes.dtype == "I8" and steps is None:
+            return Stored("w8", (n, width), parts)
+        fits = codes.dtype == "U8" and steps is not None and width % 16 == 0
+        if fits and steps is not None and (steps.dtype, steps.shape) == ("U8", (n, width // 16)):
+            return Stored("w4s", (n, 2 * width), parts)
+    if steps is not None:
+        raise bad
     if scales.dtype != "F16" or len(scales.shape) != 2 or scales.shape[0] != n or scales.shape[1] == 0:
         raise bad
     kind = _KIND_OF_BYTES.get(width // scales.shape[1]) if width % scales.shape[1] == 0 else None
@@ -206,7 +213,7 @@ def _recognise(name: str, parts: Mapping[str, Entry]) -> Stored:
 
 def pack_bits(kind: str, codes: Tensor) -> Tensor:
     """Natural codes [n, k] -> as they lie in the file."""
-    if kind == "w4g":
+    if kind in ("w4g", "w4s"):
         return codes[:, 0::2] | codes[:, 1::2] << 4
     if kind == "w6g":
         a, b, c, d = codes.view(len(codes), -1, 4).unbind(-1)
@@ -216,7 +223,7 @@ def pack_bits(kind: str, codes: Tensor) -> Tensor:
 
 def unpack_bits(kind: str, data: Tensor) -> Tensor:
     """The inverse of `pack_bits`."""
-    if kind == "w4g":
+    if kind in ("w4g", "w4s"):
         return torch.stack([data & 15, data >> 4], dim=-1).view(len(data), -1)
     if kind == "w6g":
         a, b, c = data.view(len(data), -1, 3).unbind(-1)
@@ -236,7 +243,7 @@ def read_one(name: str, weight: Stored) -> QTensor | Tensor:
         if part in parts and not bool(parts[part].isfinite().all()):
             raise CheckpointError(f"{name}.{part} holds NaN or infinity.")
     codes = unpack_bits(weight.kind, parts["codes"])
-    return QTensor(weight.kind, codes, parts["scales"], parts.get("mins"))
+    return QTensor(weight.kind, codes, parts["scales"], parts.get("mins"), parts.get("steps"))
 
 
 def read(
@@ -256,7 +263,10 @@ def plan(name: str, format: Format, shape: tuple[int, int]) -> dict[str, Planned
     """The tensors that a weight of this format and shape [n, k] becomes, for a SafetensorsWriter."""
     n, k = shape
     if not format.group:
-        return {f"{name}.codes": Planned(torch.int8, (n, k)), f"{name}.scales": Planned(torch.float32, (n,))}
+        codes = Planned(format.code_dtype, (n, k * format.code_bits // 8))
+        whole = {f"{name}.codes": codes, f"{name}.scales": Planned(torch.float32, (n,))}
+        steps = {f"{name}.steps": Planned(torch.uint8, (n, k // format.stepped))} if format.stepped else {}
+        return whole | steps
     side = Planned(torch.float16, (n, k // format.group))
     parts = {f"{name}.codes": Planned(format.code_dtype, (n, k * format.code_bits // 8)), f"{name}.scales": side}
     return {**parts, f"{name}.mins": side} if format.grid.minimum else parts
@@ -264,7 +274,8 @@ def plan(name: str, format: Format, shape: tuple[int, int]) -> dict[str, Planned
 
 def tensors_of(name: str, weight: QTensor) -> dict[str, Tensor]:
     """The tensors of one weight, as they lie in the file."""
-    sides = {f"{name}.{part}": value for part, value in (("scales", weight.scales), ("mins", weight.mins))}
+    named = (("scales", weight.scales), ("mins", weight.mins), ("steps", weight.steps))
+    sides = {f"{name}.{part}": value for part, value in named}
     found = {f"{name}.codes": pack_bits(weight.format, weight.codes), **sides}
     return {part: value for part, value in found.items() if value is not None}
 

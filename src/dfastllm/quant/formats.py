@@ -13,6 +13,7 @@ from torch import Tensor
 from dfastllm.errors import CheckpointError, UnsupportedError, ValidationError
 from dfastllm.kernels.packed import FORMS, QTensor
 from dfastllm.quant.scales import Grid, encode, fit
+from dfastllm.quant.stepped import STEPPED, fit_stepped
 
 __all__ = [
     "EIGHT_BITS",
@@ -50,6 +51,11 @@ class Format:
         return FORMS[self.kind].group
 
     @property
+    def stepped(self) -> int:
+        """Inputs that share a step of their channel's scale; 0: there are no steps."""
+        return FORMS[self.kind].stepped
+
+    @property
     def code_bits(self) -> int:
         return FORMS[self.kind].bits
 
@@ -60,7 +66,8 @@ class Format:
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of an [n, k] matrix in a file."""
         scales = n * 4 if not self.group else n * (k // self.group) * 2 * (2 if self.grid.minimum else 1)
-        return n * k * self.code_bits // 8 + scales
+        steps = n * (k // self.stepped) if self.stepped else 0
+        return n * k * self.code_bits // 8 + scales + steps
 
 
 # Spans around the range's end: wider than it clips the extreme, which pays where one weight stands out.
@@ -84,6 +91,7 @@ FORMATS = {
             "w4m", "w4g", Grid(0, 15, minimum=True, tries=_RANGE), 0, "4 bits, scale and minimum per 32 inputs", "w8g"
         ),
         Format("w4", "w4g", Grid(-8, 7, tries=_FOUR), 8, "4 bits, a float16 scale per 32 inputs", "w8g"),
+        Format("w4r", "w4s", STEPPED, 0, "4 bits, whole steps of a channel's scale, in another basis", "w8r", True),
     )
 }
 
@@ -102,11 +110,11 @@ def require_format(name: str, known: Iterable[str], param: str = "format") -> No
 
 def require_divisible(format: Format, k: int, name: str) -> None:
     """Raise UnsupportedError unless groups of this format divide k inputs (of activations too: 32)."""
-    if format.group and k % 32:
+    if (format.group or format.stepped) and k % 32:
         raise UnsupportedError(
             f"{name} has {k} inputs, which groups of 32 do not divide: {format.name} cannot hold it.",
             param="format",
-            hint="Use w8, which has one scale per output channel.",
+            hint=f"Use {'w8r' if format.turned else 'w8'}, which has one scale per output channel.",
         )
 
 
@@ -154,6 +162,8 @@ def quantise(
     h = None if importance is None else prepared_importance(importance, k, name).to(weight.device)
     size = format.group or k
     rows = max(1, (CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK) // max(k, 1))
+    if format.stepped:
+        return _stepped(weight, format, h, search, rows)
     codes = torch.empty(n, k, dtype=format.code_dtype, device=weight.device)
     steps = torch.empty(n, k // size if k else 0, device=weight.device)
     mins = torch.empty_like(steps) if grid.minimum else None
@@ -167,6 +177,16 @@ def quantise(
         if mins is not None and minimum is not None:
             mins[at : at + rows] = minimum.view(-1, k // size)
     return assemble(format, codes, steps, mins)
+
+
+def _stepped(weight: Tensor, format: Format, h: Tensor | None, search: bool, rows: int) -> QTensor:
+    """`quantise` for whole-numbered steps; so many rows at once."""
+    n, k = weight.shape
+    parts = [fit_stepped(weight[at : at + rows].float().contiguous(), h, search) for at in range(0, n, rows)]
+    codes = torch.cat([part.codes.view(-1, k).to(format.code_dtype) for part in parts])
+    return QTensor(
+        format.kind, codes, torch.cat([part.scale for part in parts]), steps=torch.cat([part.sides for part in parts])
+    )
 
 
 def assemble(format: Format, codes: Tensor, steps: Tensor, mins: Tensor | None) -> QTensor:

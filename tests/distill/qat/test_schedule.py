@@ -69,7 +69,7 @@ def test_what_is_wrong_is_named(raw: dict[str, Any], match: str) -> None:
 def test_other_activations_are_not_supported() -> None:
     with pytest.raises(UnsupportedError, match="act_bits must be 8, got 4"):
         QatConfig.of({"act_bits": 4})
-    for wrong in ({"format": "w8r"}, {"format": "w8", "head": "w8gr"}):
+    for wrong in ({"format": "w8r"}, {"format": "w4r"}, {"format": "w8", "head": "w8gr"}):
         with pytest.raises(UnsupportedError, match="rounds the matrices of a model in another basis"):
             QatConfig.of(wrong)
     with pytest.raises(ValidationError, match="quant must be an object"):

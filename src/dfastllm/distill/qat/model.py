@@ -105,7 +105,7 @@ def _on_cpu(weight: QTensor) -> QTensor:
     def moved(part: Tensor | None) -> Tensor | None:
         return None if part is None else part.cpu()
 
-    return QTensor(weight.format, weight.codes.cpu(), moved(weight.scales), moved(weight.mins))
+    return QTensor(weight.format, weight.codes.cpu(), moved(weight.scales), moved(weight.mins), moved(weight.steps))
 
 
 def prepare_qat(model: Decoder, config: QatConfig) -> Qat:
