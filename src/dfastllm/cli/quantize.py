@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-FORMATS = "w8, w8r, w8g, w8gr, w6, w4m, w4, w4r, gguf-q8_0 or gguf-q4_0"  # a test compares this with the formats there are
+# A test compares this with the formats there are.
+FORMATS = "w8, w8r, w8g, w8gr, w6, w4m, w4, w4r, gguf-q8_0 or gguf-q4_0"
 
 
 def quantize(

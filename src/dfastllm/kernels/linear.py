@@ -217,8 +217,7 @@ def pack(tensor: QTensor) -> Packed:
         return pack_panels(tensor)
     n, k = tensor.shape
     codes, scales, mins, steps = (
-        None if t is None else t.detach().contiguous()
-        for t in (tensor.codes, tensor.scales, tensor.mins, tensor.steps)
+        None if t is None else t.detach().contiguous() for t in (tensor.codes, tensor.scales, tensor.mins, tensor.steps)
     )
     sizes = _sizes(tensor.format, n, k)
     dtype = tensor.codes.dtype if tensor.format in ("f32", "bf16") else torch.uint8

@@ -10,8 +10,8 @@ what the kernels read). The twins here are plain torch; `pack_panels` is the lay
 | w6g | uint8 [n, k], 0 to 63 | float16 [n, k / 16] | code * scale - min, or (code - 32) * scale without mins |
 | w4s | uint8 [n, k], 0 to 15 | float32 [n] | (code - zero) * step * scale |
 
-w4s has two levels: `steps` uint8 [n, k / 32] holds step - 1 (1 to 16) in the low four bits and zero (0 to 15) in the high
-ones, and (code - zero) * step is a signed byte, so that its products are those of w8.
+w4s has two levels: `steps` uint8 [n, k / 32] holds step - 1 (of 1 to 16) in the low four bits and zero (0 to 15) in the
+high ones, and (code - zero) * step is a signed byte, so that its products are those of w8.
 
 Panels hold 64 output channels, channels beyond n as zero weights. One vector register of a kernel holds 4 consecutive
 inputs (2 in bf16, 1 in f32) of neighbouring channels, so a dot product needs no horizontal sum:

@@ -1,10 +1,10 @@
 """The search for two-level scales: each group of 32 weights has a whole-numbered step of 1 to 16 times its channel's
 scale and a zero among its 16 codes (the natural form w4s of `dfastllm.kernels.packed`).
 
-A weight is (code - zero) * step * scale, and (code - zero) * step fits a signed byte. Minimised is the squared error of a
-whole channel, weighted by `importance`: for some guesses of the scale every group takes the best of the steps and zeros
-around what its range asks for; the whole numbers found give the best scale in closed form, and around that the groups
-choose once more. Plain rounding, which clips nothing, always takes part.
+A weight is (code - zero) * step * scale, and (code - zero) * step fits a signed byte. Minimised is the squared error of
+a whole channel, weighted by `importance`: for some guesses of the scale every group takes the best of the steps and
+zeros around what its range asks for; the whole numbers found give the best scale in closed form, and around that the
+groups choose once more. Plain rounding, which clips nothing, always takes part.
 """
 
 from __future__ import annotations
