@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.kit import weights
 from tests.kit.interpreter import device_weight, needs_interpreter, random_weight
 
 from dfastllm.kernels import extension
@@ -88,3 +89,10 @@ def test_no_rows() -> None:
     x = plain.prepare(torch.zeros(0, 64), "row8")
     packed = device_weight("w8", random_weight("w8", 8, 64))
     assert module.linear(x, packed, out=torch.float32).shape == (0, 8)
+
+
+def test_steps_are_products_of_eight_bits() -> None:
+    matrix = weights.random_qtensor("w4s", 40, 96)
+    packed = device_weight("w4s", matrix)
+    assert packed.format == "w8"
+    assert torch.equal(weight.natural(packed).dequantise(), matrix.dequantise())

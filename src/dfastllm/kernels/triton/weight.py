@@ -61,7 +61,9 @@ def fp8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(matrix: QTensor, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Weight:
-    """A matrix on the device; floats as `dtype`, or, where asked, as fp8."""
+    """A matrix on the device; floats as `dtype`, or, where asked, as fp8. w4s becomes w8: the same products."""
+    if matrix.steps is not None:
+        matrix = QTensor("w8", matrix.whole_codes(), matrix.scales)
     n, k = matrix.shape
     codes = matrix.codes.to(device)
     if not FORMS[matrix.format].quantised:
