@@ -27,7 +27,7 @@ LEVELS = (
     {"engine"},
     {"llm"},
     {"tenants", "metrics", "sandbox"},
-    {"server", "compat", "train"},
+    {"server", "compat", "train", "eval"},
     {"convert"},
     {"distill"},
     {"bench"},  # measures on the task mix that train generates

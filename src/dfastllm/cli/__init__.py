@@ -13,6 +13,7 @@ from dfastllm.cli.chat import chat
 from dfastllm.cli.check import check
 from dfastllm.cli.distill import distill
 from dfastllm.cli.doctor import doctor
+from dfastllm.cli.eval import evaluate
 from dfastllm.cli.generate import generate
 from dfastllm.cli.keys import app as keys
 from dfastllm.cli.lora import app as lora
@@ -36,7 +37,7 @@ app = typer.Typer(
 )
 for _command in (generate, chat, serve, top, bench, train, distill, quantize, check, doctor):
     app.command()(_command)
-for _named, _command in (("pull", pull), ("list", listing), ("rm", remove)):
+for _named, _command in (("eval", evaluate), ("pull", pull), ("list", listing), ("rm", remove)):
     app.command(_named)(_command)
 for _group in (gate, lora, tenants, keys):
     app.add_typer(_group)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from dfastllm.errors import ValidationError
 
-__all__ = ["Ratio", "Summary", "bootstrap_ratio", "paired_ratio", "sign_interval", "summarise"]
+__all__ = ["Ratio", "Summary", "bootstrap_ratio", "paired_ratio", "sign_interval", "summarise", "wilson"]
+
+Z95 = 1.959963984540054  # of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +100,14 @@ def bootstrap_ratio(
     found = np.concatenate(ratios)
     low, high = np.quantile(found[~np.isnan(found)], (0.025, 0.975))
     return Ratio(float(statistic(first)) / below, float(low), float(high), len(first))
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): sensible for small n and at 0 and 1."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = correct / n, Z95 * Z95
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # at the ends the exact bound, which rounding would miss by a hair
+    return (max(0.0, middle - half) if correct else 0.0), (min(1.0, middle + half) if correct < n else 1.0)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dfastllm.tasks.answers import formula, number
 from dfastllm.tasks.evaluator import Refused, run_function
 from dfastllm.tasks.sample import Sample
 
@@ -77,10 +78,12 @@ def _within(grader: Callable[[str, Any], bool]) -> Callable[[str, Any], bool]:
 
 GRADERS: Mapping[str, Callable[[str, Any], bool]] = {
     "answer": answer,
+    "formula": formula,
     "function": function,
     "function_within": _within(function),
     "json": equal_json,
     "json_within": _within(equal_json),
+    "number": number,
     "text": text,
     "text_within": _within(text),
     "tool_call": tool_call,

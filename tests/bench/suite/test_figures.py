@@ -8,11 +8,12 @@ import statistics
 import pytest
 
 from dfastllm.bench.suite.client import Answer, Chunk
-from dfastllm.bench.suite.figures import Measured, block_seconds, figures, first_call, gaps, latency, token_gaps, wilson
+from dfastllm.bench.suite.figures import Measured, block_seconds, figures, first_call, gaps, latency, token_gaps
 from dfastllm.bench.suite.run import accuracy_vs_parallelism
 from dfastllm.bench.suite.schema import Accuracy, ConfigurationResult, Figures, Forwards, Output, Speed
 from dfastllm.bench.suite.sweep import compare
 from dfastllm.bench.suite.workloads import Prompt
+from dfastllm.metrics.stats import wilson
 
 OPEN = Prompt("open/0", "open", ({"role": "user", "content": "?"},))
 

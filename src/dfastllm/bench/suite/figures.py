@@ -24,6 +24,7 @@ from dfastllm.bench.suite.schema import (
 )
 from dfastllm.bench.suite.workloads import Prompt
 from dfastllm.errors import ValidationError
+from dfastllm.metrics.stats import wilson
 from dfastllm.metrics.tool_schemas import CallFinder
 from dfastllm.text import ToolCall
 
@@ -37,11 +38,9 @@ __all__ = [
     "latency",
     "spec_counts",
     "token_gaps",
-    "wilson",
 ]
 
 POINTS = tuple(range(0, 101, 5))  # percentiles of a distribution that is drawn
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -126,17 +125,6 @@ def first_call(prompt: Prompt, answer: Answer) -> float | None:
     except (ValidationError, ValueError):  # a schema that cannot be used, arguments that are no JSON
         pass
     return None
-
-
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): sensible for small n and at 0 and 1."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = correct / n, Z95 * Z95
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # at the ends the exact bound, which rounding would miss by a hair
-    return (max(0.0, middle - half) if correct else 0.0), (min(1.0, middle + half) if correct < n else 1.0)
 
 
 def figures(
