@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,6 +121,8 @@ def model_options(settings: Settings) -> dict[str, Any]:
         "chat_template": settings.chat_template,
         "chat_template_kwargs": json.loads(settings.default_chat_template_kwargs or "{}"),
         "chat_parse_special": settings.chat_parse_special,
+        "edits": settings.edits,
+        "trained_block": settings.trained_block,
     }
 
 
@@ -139,6 +142,8 @@ def load_engine(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     template_variables: Mapping[str, Any] | None = None,
     chat_parse_special: bool = False,
+    edits: str = "auto",
+    trained_block: int | None = None,
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
     backend, quantization: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native backend) or auto.
@@ -147,8 +152,10 @@ def load_engine(
     default); other models have no use for it. chat_template: a file in place of the checkpoint's own.
     chat_template_kwargs: what the template sees unless a conversation says otherwise (template_variables is an older
     name of it). chat_parse_special: special tokens that people spell in messages become those tokens, unless a
-    conversation says otherwise. Raises UnsupportedError for a draft that does not fit or a combination that cannot be,
-    ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError, TokenizerError."""
+    conversation says otherwise. edits: auto, yes or no, whether the model was trained to overwrite what it committed.
+    trained_block: the block length of a block-diffusion model. Raises UnsupportedError for a draft that does not fit or
+    a combination that cannot be, ValidationError, ModelNotFoundError, ModelLoadError, CheckpointError,
+    TokenizerError."""
     path = resolve(model)
     if dtype == "auto":
         dtype = None
@@ -162,12 +169,13 @@ def load_engine(
     ChatTemplates({}).chosen(template, variables, file)  # what is wrong is told before a model is read
     configs = _speculation(speculative)
     served = None if config is None else config.max_len
+    _require_context(path, served)
     loaded = assemble.load(path, device=device, dtype=dtype, backend=backend, quantization=quantization, max_len=served)
     built, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.templates = tokenizer.templates.chosen(template, variables, file)
     tokenizer.chat_parse_special = chat_parse_special
     own_name = title(model) or (path.stem if path.is_file() else path.name)
-    built.info = dataclasses.replace(built.info, name=name or own_name)
+    built.info = _as_trained(dataclasses.replace(built.info, name=name or own_name), str(model), edits, trained_block)
     choose: Callable[..., Policy] = policy_for
     if draft is not None:
         choose = functools.partial(policy_for, scorer=_scorer(draft, built.info, device, dtype))
@@ -186,6 +194,36 @@ def load_engine(
     for note in built.info.notes:
         log.warning("%s: %s", built.info.name, note)
     return engine
+
+
+def _require_context(path: Path, served: int | None) -> None:
+    """Raise ValidationError for a limit above the model's own context, which would be cut without a word."""
+    if served is None:
+        return
+    info = assemble.model_info(path)
+    if served > info.max_len:
+        raise ValidationError(
+            f"max_model_len is {served}, above the context of {info.name}, {info.max_len}.",
+            param="max_model_len",
+            hint="Lower it, or leave it out. Longer contexts need a recipe in config.json: yarn's rope_scaling.",
+        )
+
+
+def _as_trained(info: ModelInfo, model: str, edits: str, block: int | None) -> ModelInfo:
+    """What the files of published models do not say of how they were trained. Raises ValidationError for a word that is
+    no choice, UnsupportedError for a model that has no blocks."""
+    if edits not in ("auto", "yes", "no"):
+        raise ValidationError(f"edits must be auto, yes or no, got {edits!r}.", param="edits")
+    for param, asked in (("edits", edits == "yes"), ("trained_block", block is not None)):
+        if asked and info.kind != "block":
+            raise UnsupportedError(f"{info.name} is of kind {info.kind}; {param} is for block diffusion.", param=param)
+    twenty_one = info.family == "llada2_moe" and re.search(r"llada2\.1", f"{model} {info.name}", re.IGNORECASE)
+    if edits != "auto":
+        info = dataclasses.replace(info, edit=edits == "yes")
+    elif twenty_one and not info.edit:
+        note = "taken for LLaDA2.1 by its name: it may overwrite what it committed (--edits no where it may not)."
+        info = dataclasses.replace(info, edit=True, notes=(*info.notes, note))
+    return info if block is None else dataclasses.replace(info, block=block)
 
 
 def _either(kwargs: Mapping[str, Any] | None, older: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -312,6 +350,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         template_variables: Mapping[str, Any] | None = None,
         chat_parse_special: bool = False,
+        edits: str = "auto",
+        trained_block: int | None = None,
         lora_modules: Mapping[str, str | Path] | None = None,
     ) -> None:
         if not isinstance(engine, Engine):
@@ -329,6 +369,8 @@ class LLM:
                 chat_template_kwargs=chat_template_kwargs,
                 template_variables=template_variables,
                 chat_parse_special=chat_parse_special,
+                edits=edits,
+                trained_block=trained_block,
             )
         self.engine = engine
         self.info = self.engine.info

@@ -310,6 +310,23 @@ class Settings:
         group="model",
         alone=True,
     )
+    edits: str = _field(
+        "auto",
+        "Whether the model was trained to overwrite tokens that it committed (LLaDA2.1), which `edit` rules need; auto:"
+        " as its config.json or its name says.",
+        group="model",
+        choices=("auto", "yes", "no"),
+        alone=True,
+    )
+    trained_block: int | None = _field(
+        None,
+        "Block length that a block-diffusion model was trained for; default: as its config.json says, which published"
+        " ones do not always.",
+        group="model",
+        minimum=1,
+        maximum=4096,
+        alone=True,
+    )
     lora_modules: tuple[str, ...] = _field(
         (),
         "LoRA adapter to serve, NAME=PATH: a PEFT directory or a shipped adapter's name; where several models are"

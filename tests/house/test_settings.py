@@ -57,6 +57,8 @@ OTHER: dict[str, tuple[str, object]] = {
     "chat_template": ("x.jinja", "x.jinja"),
     "default_chat_template_kwargs": ('{"a": 1}', '{"a": 1}'),
     "chat_parse_special": ("true", True),
+    "edits": ("yes", "yes"),
+    "trained_block": ("8", 8),
     "lora_modules": ("a=x,b=y", ("a=x", "b=y")),
     "enable_lora": ("true", True),
     "lora_root": ("adapters", "adapters"),

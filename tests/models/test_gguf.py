@@ -263,7 +263,9 @@ SCALINGS = [
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: f"{s.kind}-{s.factor:g}")
 def test_rope_scaling_comes_back(scaling: RopeScaling, tmp_path: Path) -> None:
-    model = tiny("llama", rope_scaling=scaling, rope_theta=500000.0, hidden_size=128, heads=2)
+    model = tiny(
+        "llama", rope_scaling=scaling, rope_theta=500000.0, hidden_size=128, heads=2, max_len=scaling.stretched(256)
+    )
     again = expanded(write_gguf(model, tmp_path / "m.gguf", "F32")).config.rope_scaling
     assert again is not None
     assert again == replace(scaling, attention_factor=again.attention_factor)

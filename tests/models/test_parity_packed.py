@@ -70,7 +70,7 @@ def test_scaled_positions(kind: str, native: bool, monkeypatch: pytest.MonkeyPat
     """The torch model, which transformers vouches for, at a real head size and trained length: tables of the packed
     forwards are their own. 600 positions, so that frequencies turn which scaling stretches."""
     scaling = SCALED[kind]
-    shape = {"hidden_size": 128, "heads": 2, "kv_heads": 1, "head_dim": 64, "layers": 2, "max_len": 8192}
+    shape = {"hidden_size": 128, "heads": 2, "kv_heads": 1, "head_dim": 64, "layers": 2, "max_len": 32768}
     model = models.tiny("llama", 3, **shape, rope_scaling=scaling)
     if not native:
         monkeypatch.setattr("dfastllm.models.packed.native", lambda: None)

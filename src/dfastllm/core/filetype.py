@@ -9,7 +9,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Mistaken", "is_gguf", "mistaken", "mistaken_bytes"]
+__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "Mistaken", "is_gguf", "mistaken", "mistaken_bytes", "shards_of"]
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+MOST_SHARDS = 10_000
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")
 
 _LFS = b"version https://git-lfs"
 _AGAIN = "Download it again."
@@ -53,6 +58,14 @@ def mistaken_bytes(head: bytes) -> Mistaken | None:
     if not head.strip(b"\x00"):
         return Mistaken("full of zeros", _AGAIN)
     return None
+
+
+def shards_of(name: str) -> tuple[str, ...]:
+    """All parts of a file whose name says that it is one of several, NAME-00001-of-00003; of another file itself."""
+    match = _SHARD.fullmatch(name)
+    if match is None or int(match[2]) > MOST_SHARDS:
+        return (name,)
+    return tuple(f"{match[1]}-{i:05d}-of-{match[2]}{match[3]}" for i in range(1, int(match[2]) + 1))
 
 
 def _head(path: Path) -> bytes:

@@ -9,16 +9,15 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from dfastllm.core.filetype import INDEX_FILE, WEIGHTS_FILE, shards_of
 from dfastllm.errors import ModelLoadError
 from dfastllm.hub.places import first_parts
-from dfastllm.quant.stream import INDEX_FILE, WEIGHTS_FILE
 
-__all__ = ["Choice", "choose", "shards_of"]
+__all__ = ["Choice", "choose"]
 
 _SMALL = re.compile(
     r"[\w.-]+\.json|merges\.txt|vocab\.txt|tokenizer\.model|[\w.-]+\.jinja|additional_chat_templates/[\w.-]+\.jinja"
 )
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.safetensors|\.gguf)")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -68,14 +67,6 @@ def choose(names: Collection[str], repo: str, variant: str = "") -> Choice:
         hint="Look for a conversion of it; many repositories have one in a branch (ORG/NAME@refs/pr/1).",
         param="model",
     )
-
-
-def shards_of(name: str) -> tuple[str, ...]:
-    """All parts of a file that is one of several; of another file the file itself."""
-    match = _SHARD.fullmatch(name)
-    if match is None or int(match[3]) > 10_000:
-        return (name,)
-    return tuple(f"{match[1]}-{i:05d}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1))
 
 
 def _whole(tensors: list[str], repo: str) -> tuple[str, ...]:

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfastllm.core.filetype import INDEX_FILE
 from dfastllm.errors import DFastLLMError, DownloadError, ModelLoadError, ModelNotFoundError
-from dfastllm.hub.choose import Choice, choose, shards_of
+from dfastllm.hub.choose import Choice, choose
 from dfastllm.hub.ids import ModelId
 from dfastllm.hub.places import place_of
-from dfastllm.quant.stream import INDEX_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -149,7 +149,7 @@ def _indexed(index: Path) -> tuple[str, ...]:
 
 def _loaded(directory: Path, choice: Choice, weights: tuple[str, ...]) -> Path:
     """The directory of a checkpoint, or its one GGUF file."""
-    return directory if choice.small else place_of(directory / shards_of(weights[0])[0])
+    return directory if choice.small else place_of(directory / weights[0])
 
 
 @contextmanager

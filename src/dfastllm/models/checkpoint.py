@@ -26,7 +26,7 @@ from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.basis import Basis, basis_of
 from dfastllm.models.bigram import FILE as BIGRAM_FILE
-from dfastllm.models.config import DecoderConfig
+from dfastllm.models.config import DecoderConfig, require_held
 from dfastllm.models.decoder import Decoder
 from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible
 from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inventory, read_json
@@ -116,12 +116,23 @@ def read_model(
         config = family.read(fields).within(max_len)
     except ValidationError as error:
         raise ModelLoadError(f"{fields.where}: {error}", param=error.param) from error
+    _require_held(directory, config)
     config, headed = _with_own_head(directory, family, config)
     ids, passed = usable(read_ids(directory, fields, family, config.vocab_size), family, config.vocab_size)
     block = fields.get(family.block[0], int, family.block[1]) if family.block else None
     edit = fields.get(EDIT_FIELD, bool, False)
     info = describe(family.name, config, ids, name=name or directory.resolve().name, block=block, edit=edit)
     return family, config, replace(info, defaults=read_defaults(directory, info.kind), notes=(*headed, *passed))
+
+
+def _require_held(directory: Path, config: DecoderConfig) -> None:
+    """Raise ModelLoadError for a config that describes more weights than the files can hold, before anything of its
+    size is made. Where there are no files the bounds of DecoderConfig have to do."""
+    try:
+        held = sum(file.stat().st_size for file in {entry.file for entry in inventory(directory).values()})
+    except (CheckpointError, OSError):  # told where the weights are read
+        return
+    require_held(config, held, str(directory / "config.json"), str(directory))
 
 
 def _with_own_head(directory: Path, family: Family, config: DecoderConfig) -> tuple[DecoderConfig, tuple[str, ...]]:

@@ -6,20 +6,43 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dfastllm.errors import ValidationError
+from dfastllm.errors import ModelLoadError, ValidationError
 
-__all__ = ["DecoderConfig", "MoEConfig", "RopeScaling"]
+__all__ = ["MOST_LAYERS", "DecoderConfig", "MoEConfig", "RopeScaling", "require_held"]
 
 
 # Bounds far above any published model: a damaged or hostile config.json is refused before anything is allocated.
 LARGEST = 2**31 - 1
+MOST: dict[str, int] = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "heads": 1 << 14,
+    "kv_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "max_len": LARGEST,
+}
 MOST_LAYERS = 1024
 MOST_EXPERTS = 4096
+MOST_EXPERTS_OF_ALL_LAYERS = 1 << 17
 
 
 def _require(ok: bool, name: str, wanted: str, got: object) -> None:
     if not ok:
         raise ValidationError(f"{name} must be {wanted}, got {got!r}.", param=name)
+
+
+def require_held(config: DecoderConfig, held: int, where: str, files: str) -> None:
+    """Raise ModelLoadError for a shape with more weights than `held` bytes can hold: no format has fewer than a bit a
+    weight. where: what says the shape; files: what holds the bytes."""
+    wanted = config.least_parameters()
+    if wanted > 8 * held:
+        sizes = f"hidden size {config.hidden_size}, {config.layers} layers, {config.heads} heads of {config.head_dim}"
+        raise ModelLoadError(
+            f"{where} describes {wanted:,} weights or more ({sizes}, vocabulary {config.vocab_size}); {files} has "
+            f"{held:,} bytes.",
+            hint="The description is damaged or of another model.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +67,13 @@ class RopeScaling:
     truncate: bool = True
     short: tuple[float, ...] = ()  # [rotary dim / 2] each
     long: tuple[float, ...] = ()
+
+    def stretched(self, max_len: int) -> int:
+        """The context of a model whose file says max_len: yarn's recipe (Qwen's model cards) adds the scaling alone and
+        leaves max_position_embeddings at the trained length, so the longer of the two counts, as in vLLM."""
+        if self.kind != "yarn":
+            return max_len
+        return max(max_len, int(min(self.factor * self.original_max_len, LARGEST + 1)))
 
     def __post_init__(self) -> None:
         _require(self.factor > 0, "rope scaling factor", "greater than 0", self.factor)
@@ -135,9 +165,8 @@ class DecoderConfig:
     logits_softcap: float = 0.0
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "max_len")
-        for name in sizes:
-            _require(1 <= getattr(self, name) <= LARGEST, name, f"in [1, {LARGEST}]", getattr(self, name))
+        for name, most in MOST.items():
+            _require(1 <= getattr(self, name) <= most, name, f"in [1, {most}]", getattr(self, name))
         _require(1 <= self.layers <= MOST_LAYERS, "layers", f"in [1, {MOST_LAYERS}]", self.layers)
         _require(self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads={self.kv_heads}", self.heads)
         wanted = f"even and in [2, head_dim={self.head_dim}]"
@@ -151,6 +180,9 @@ class DecoderConfig:
             marks["moe.layers"] = self.moe.layers
         for name, layers in marks.items():
             _require(len(layers) in (0, self.layers), name, f"of length {self.layers}", layers)
+        experts = self.moe.experts * self.layers if self.moe is not None else 0
+        wanted = f"at most {MOST_EXPERTS_OF_ALL_LAYERS}"
+        _require(experts <= MOST_EXPERTS_OF_ALL_LAYERS, "experts of all layers", wanted, experts)
         _require(0 <= self.window <= LARGEST, "window", f"in [1, {LARGEST}], or 0 for none", self.window)
         _require(self.local_theta == 0 or 1 < self.local_theta < math.inf, "local_theta", "above 1", self.local_theta)
         for name in ("attention_scale", "attention_softcap", "logits_softcap"):
@@ -164,6 +196,16 @@ class DecoderConfig:
     def within(self, max_len: int | None) -> DecoderConfig:
         """The same for a context of at most this length. None: the model's own."""
         return self if max_len is None or max_len >= self.max_len else replace(self, max_len=max_len)
+
+    def least_parameters(self) -> int:
+        """A number of weights that every wiring of this shape has at least: the embedding, q projections, one matrix of
+        each MLP."""
+        mixtures = sum(self.is_mixture(layer) for layer in range(self.layers))
+        rows = self.vocab_size + self.layers * self.heads * self.head_dim
+        rows += (self.layers - mixtures) * self.intermediate_size
+        if self.moe is not None:
+            rows += mixtures * self.moe.experts * self.moe.intermediate_size
+        return rows * self.hidden_size
 
     @property
     def rotary_dim(self) -> int:

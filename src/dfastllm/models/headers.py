@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dfastllm.core.filetype import mistaken
+from dfastllm.core.filetype import INDEX_FILE, WEIGHTS_FILE, mistaken, shards_of
 from dfastllm.errors import CheckpointError, ModelLoadError
 from dfastllm.quant.header import BYTES, TensorEntry, read_header
-from dfastllm.quant.stream import INDEX_FILE, WEIGHTS_FILE
 
 __all__ = ["BYTES", "INDEX_FILE", "WEIGHTS_FILE", "TensorEntry", "inventory", "read_json"]
+
+NO_WEIGHTS = ("adapter_model.safetensors", "bigram.safetensors")  # files that lie beside the weights of a model
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,33 +32,59 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inventory(directory: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a directory: of model.safetensors, or of the shards its index names.
+    """Every tensor of a directory: of the shards its index names, of model.safetensors, or of the one set of shards (or
+    the one file) that is there without an index.
 
     Raises CheckpointError for no weights, a missing or corrupt shard, an index path outside the directory, and an
     index that disagrees with its shards.
     """
     index = directory / INDEX_FILE
     if not index.exists():
-        single = directory / WEIGHTS_FILE
-        if not single.exists():
-            others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            instead = f"; found {', '.join(others)}, which are not read" if others else ""
-            raise CheckpointError(
-                f"no weights in {directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE}{instead}.",
-                hint="Convert the checkpoint to safetensors.",
-            )
-        return read_header(single)
+        return _together(directory, _without_index(directory))
     where = _weight_map(index)
-    found: dict[str, TensorEntry] = {}
-    for name in sorted(set(where.values())):
-        for tensor, entry in read_header(_shard(directory, name)).items():
-            if tensor in found:
-                raise CheckpointError(f"tensor {tensor!r} is in two shards: {found[tensor].file.name} and {name}.")
-            found[tensor] = entry
+    found = _together(directory, sorted(set(where.values())))
     for tensor, name in where.items():
         if tensor not in found or found[tensor].file != directory / name:
             raise CheckpointError(f"{INDEX_FILE} says tensor {tensor!r} is in {name}, which does not hold it.")
     return found
+
+
+def _together(directory: Path, names: Sequence[str]) -> dict[str, TensorEntry]:
+    """The tensors of several files. Raises CheckpointError for one that is in two of them."""
+    found: dict[str, TensorEntry] = {}
+    for name in names:
+        for tensor, entry in read_header(_shard(directory, name)).items():
+            if tensor in found:
+                raise CheckpointError(f"tensor {tensor!r} is in two shards: {found[tensor].file.name} and {name}.")
+            found[tensor] = entry
+    return found
+
+
+def _without_index(directory: Path) -> tuple[str, ...]:
+    """model.safetensors; else all shards of the one set that says how many it has; else the only file there is."""
+    if (directory / WEIGHTS_FILE).exists():
+        return (WEIGHTS_FILE,)
+    files = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in NO_WEIGHTS)
+    sets = sorted({shards_of(name) for name in files})
+    if not files:
+        others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        instead = f"; found {', '.join(others)}, which are not read" if others else ""
+        raise CheckpointError(
+            f"no weights in {directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE}{instead}.",
+            hint="Convert the checkpoint to safetensors.",
+        )
+    if len(sets) > 1:
+        raise CheckpointError(
+            f"{directory} has no {WEIGHTS_FILE} and no {INDEX_FILE}, but files of several sets: {', '.join(files[:8])}.",
+            hint=f"Download {INDEX_FILE} too, or keep one set in the directory.",
+        )
+    missing = [name for name in sets[0] if name not in files]
+    if missing:
+        raise CheckpointError(
+            f"{directory} has {len(files)} of {len(sets[0])} shards; missing: {', '.join(missing[:8])}.",
+            hint="Download the rest.",
+        )
+    return sets[0]
 
 
 def _weight_map(index: Path) -> dict[str, str]:

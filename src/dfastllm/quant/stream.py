@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dfastllm.core.filetype import INDEX_FILE, WEIGHTS_FILE
 from dfastllm.errors import CheckpointError, StorageError
 from dfastllm.quant.partial import clear_left, part_of, require_space, storing
 
@@ -52,8 +53,6 @@ DTYPES = {
 }
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 1 << 20  # bytes that are compared at a time
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 class Entry(Protocol):

@@ -18,7 +18,7 @@ from dfastllm.core import ModelInfo
 from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.checkpoint import listed, skeleton
-from dfastllm.models.config import DecoderConfig
+from dfastllm.models.config import DecoderConfig, require_held
 from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf
 from dfastllm.models.gguf.names import HARMLESS, SAMPLING, SETTINGS, row_order, separate
 from dfastllm.models.gguf.rope import read_scaling
@@ -135,6 +135,7 @@ def _match(file: GgufFile, name: str | None, max_len: int | None) -> GgufModel:
     family, gguf = family_of_gguf(fields.get("general.architecture", str), str(file.path))
     _refuse(fields, gguf, family)
     config = _config(file, fields, gguf).within(max_len)
+    require_held(config, file.nbytes, "its metadata", str(file.path))
     sources = _sources(file, family, gguf, config)
     title = name or fields.get("general.name", str, file.path.stem)
     ids, notes = _ids(file, family, config)
@@ -199,7 +200,7 @@ def _config(file: GgufFile, fields: Fields, gguf: Gguf) -> DecoderConfig:
         heads=heads,
         kv_heads=number("attention.head_count_kv", heads),
         head_dim=dim,
-        max_len=context,
+        max_len=context if scaling is None else scaling.stretched(context),
         rope_theta=theta,
         rope_dim=0 if rotary == dim else rotary,
         rope_scaling=scaling,

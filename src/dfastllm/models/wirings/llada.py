@@ -34,7 +34,7 @@ def read_llada(fields: Fields) -> DecoderConfig:
     """OLMo's many switches are refused unless they have LLaDA's values: other values change what is computed."""
     fields.only(
         block_type="llama",
-        activation_type=("silu", "swiglu"),
+        activation_type="silu",  # with swiglu, which halves its input, the authors' llama block cannot multiply
         layer_norm_type="rms",
         rope=True,
         alibi=False,

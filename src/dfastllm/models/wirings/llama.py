@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from dfastllm.errors import ModelLoadError
-from dfastllm.models.config import DecoderConfig, RopeScaling
+from dfastllm.models.config import MOST_LAYERS, DecoderConfig, RopeScaling
 from dfastllm.models.family import Family, Fields, Gguf, NameTable, register, variant
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "NAMES",
     "QWEN2",
     "QWEN3",
+    "read_layers",
     "read_llama",
     "read_qwen2",
     "read_qwen3",
@@ -116,6 +117,16 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": raw}
 
 
+def read_layers(fields: Fields) -> int:
+    """The number of layers, in bounds before anything is made that has one for each. Raises ModelLoadError."""
+    layers = fields.get("num_hidden_layers", int)
+    if not 1 <= layers <= MOST_LAYERS:
+        raise ModelLoadError(
+            f"{fields.where}: num_hidden_layers must be in [1, {MOST_LAYERS}], got {layers}.", param="num_hidden_layers"
+        )
+    return layers
+
+
 def read_window(
     fields: Fields, layers: int, windowed: Callable[[int], bool] = lambda layer: True
 ) -> tuple[int, tuple[bool, ...]]:
@@ -152,11 +163,12 @@ def write_window(config: DecoderConfig) -> dict[str, Any]:
 
 def read_llama(fields: Fields) -> DecoderConfig:
     """Llama and Mistral. Fields absent from old files have the defaults of their transformers classes."""
-    fields.only(hidden_act="silu", pretraining_tp=1)
+    fields.only(hidden_act=("silu", "swish"), pretraining_tp=1)  # two names of one function in transformers
     heads, hidden = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
     theta, scaling = read_rope(fields)
-    layers = fields.get("num_hidden_layers", int)
+    layers = read_layers(fields)
     window, windowed = read_window(fields, layers)
+    longest = fields.get("max_position_embeddings", int, 2048)
     bias = fields.get("attention_bias", bool, False)
     head_dim = fields.get("head_dim", int, hidden // max(heads, 1))
     rotating = Fields(fields.get("rope_parameters", dict, {})).get(
@@ -170,7 +182,7 @@ def read_llama(fields: Fields) -> DecoderConfig:
         heads=heads,
         kv_heads=fields.get("num_key_value_heads", int, heads),
         head_dim=head_dim,
-        max_len=fields.get("max_position_embeddings", int, 2048),
+        max_len=longest if scaling is None else scaling.stretched(longest),
         rope_theta=theta,
         rope_dim=0 if rotating == 1 else int(head_dim * rotating),
         rope_scaling=scaling,
@@ -189,7 +201,7 @@ def _with_used_window(fields: Fields) -> Fields:
     the layers from `max_window_layers` on."""
     if not fields.get("use_sliding_window", bool, False):
         return Fields({**fields.raw, "sliding_window": None}, fields.where)
-    first, layers = fields.get("max_window_layers", int, 28), fields.get("num_hidden_layers", int)
+    first, layers = fields.get("max_window_layers", int, 28), read_layers(fields)
     return Fields({"layer_types": [_TYPES[i >= first] for i in range(layers)], **fields.raw}, fields.where)
 
 

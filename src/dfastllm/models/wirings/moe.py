@@ -65,10 +65,12 @@ def _moe(config: DecoderConfig) -> MoEConfig:
 
 
 def read_qwen3_moe(fields: Fields) -> DecoderConfig:
-    """Qwen3's body; the softmax router's chosen weights are rescaled to sum to 1 where `norm_topk_prob` says so."""
+    """Qwen3's body, in which a silent file has no head_dim of its own; the softmax router's chosen weights are rescaled
+    to sum to 1 where `norm_topk_prob` says so."""
     step = fields.get("decoder_sparse_step", int, 1)
     dense = fields.get("mlp_only_layers", list, [])
-    body = read_qwen3(fields)
+    silent = {"head_dim": fields.get("hidden_size", int) // max(fields.get("num_attention_heads", int), 1)}
+    body = read_qwen3(Fields({**silent, **fields.raw}, fields.where))
     return replace(
         body,
         moe=MoEConfig(

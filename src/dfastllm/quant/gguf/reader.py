@@ -181,6 +181,11 @@ class GgufFile:
         first = tensor.offset // page * page
         self._map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.nbytes - first)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def close(self) -> None:
         if self._map is not None:
             self._map.close()
