@@ -75,7 +75,7 @@ def _without_index(directory: Path) -> tuple[str, ...]:
         )
     if len(sets) > 1:
         raise CheckpointError(
-            f"{directory} has no {WEIGHTS_FILE} and no {INDEX_FILE}, but files of several sets: {', '.join(files[:8])}.",
+            f"{directory} has no {WEIGHTS_FILE} and no {INDEX_FILE}, but several sets: {', '.join(files[:8])}.",
             hint=f"Download {INDEX_FILE} too, or keep one set in the directory.",
         )
     missing = [name for name in sets[0] if name not in files]
