@@ -214,9 +214,8 @@ def test_a_signal_keeps_what_is_there(tmp_path: Path, number: int, code: int, re
         assert results.configurations[0].figures is not None
 
 
-def test_a_server_is_started_when_none_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_is_started_for_a_checkpoint_that_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped models behind our own server: right answers, and gone afterwards."""
-    monkeypatch.setattr("dfastllm.bench.suite.run.DEFAULT_SERVERS", {})
     settings = Settings(requests=2, rounds=1, max_tokens=48)
     plan = Plan(
         sources={"extraction": prompt_types()["extraction"]},
@@ -225,7 +224,10 @@ def test_a_server_is_started_when_none_is_up(tmp_path: Path, monkeypatch: pytest
         model=str(resolve("demo-ar")),  # a directory: it is served under its last part
         serve=("--model", str(resolve("demo-ar")), "--threads", "1"),
     )
-    results = asyncio.run(Suite(plan, tmp_path).run())
+    with MockServer(SPECULATES) as other:  # on a usual port; a model named by its directory is served from here
+        monkeypatch.setattr("dfastllm.bench.suite.run.DEFAULT_SERVERS", {"other": other.url})
+        results = asyncio.run(Suite(plan, tmp_path).run())
+    assert other.bodies == []
     assert not results.partial, results.partial_reason
     assert results.target is not None
     assert (results.target.started_here, results.target.kind, results.target.model) == (True, "ar", "demo-ar")

@@ -151,7 +151,9 @@ class Suite:
         """The root URL of the server to measure; None when only the status was wanted and there is none."""
         plan = self.plan
         self.progress("status", 0, 1, "looking for servers")
-        urls = {"given": plan.url} if plan.url is not None else DEFAULT_SERVERS
+        urls: Mapping[str, str] = {"given": plan.url} if plan.url is not None else DEFAULT_SERVERS
+        if plan.url is None and plan.model is not None and Path(plan.model).exists() and set(plan.parts) != {"status"}:
+            urls = {}  # a checkpoint that lies here is served from here, whatever else is up
         self.servers = await probe_all(urls, plan.api_key)
         self.progress("status", 1, 1, "done")
         running = [status for status in self.servers if status.status == "running"]

@@ -106,7 +106,7 @@ def _task(name: str) -> Callable[[str, Any], bool]:
 GRADERS: Mapping[str, Callable[[str, Any], bool]] = {
     "contains": _contains,
     "pattern": _pattern,
-    **{name: _task(name) for name in ("answer", "function", "json", "text", "tool_call")},
+    **{name: _task(name) for name in ("answer", "formula", "function", "json", "number", "text", "tool_call")},
 }
 
 
