@@ -183,12 +183,12 @@ METHODS: Mapping[str, tuple[Callable[[Tensor], Encoded], dict[str, Any]]] = {
 def publish(directory: Path, method: str, *, embedding: bool = False) -> dict[str, Tensor]:
     """Quantise the float checkpoint in a directory in place, all matrices of its layers (and with `embedding` that
     too); returns what each quantised weight now is, float32, by published name. With compressed-tensors, down_proj is
-    left out, as `ignore` says."""
+    left out, as `ignore` says; routers are quantised by MLX alone."""
     encode, config = METHODS[method]
     path = directory / "model.safetensors"
     tensors, meant, said = load_file(path), {}, {}
     for name, value in list(tensors.items()):
-        left = "ignore" in config and "down_proj" in name
+        left = ("ignore" in config and "down_proj" in name) or (method != "mlx" and name.endswith("mlp.gate.weight"))
         inside = "layers." in name or (embedding and "embed" in name)
         if value.ndim != 2 or not inside or left or not name.endswith(".weight"):
             continue

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,58 @@ def test_other_bits_for_some_modules(tmp_path: Path) -> None:
     raw["quantization"]["model.layers.0.self_attn.q_proj"] = {"group_size": 32, "bits": 4}
     file.write_text(json.dumps(raw))
     models.load(tmp_path)
+
+
+def median_cosine(a: Tensor, b: Tensor) -> float:
+    """Of the rows: rounded activations choose another expert here and there, where two are nearly equal."""
+    return float(torch.nn.functional.cosine_similarity(a, b).median())
+
+
+def moe(path: Path) -> models.Decoder:
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 64, "heads": 4, "kv_heads": 2}
+    rows = assemble.model_info(DEMO).vocab_size
+    experts = replace(models.tiny_config("qwen3_moe").moe, intermediate_size=32)  # type: ignore[type-var]
+    model = models.tiny("qwen3_moe", vocab_size=rows, tied=True, moe=experts, **sizes)
+    models.save(model, path, files=[DEMO / "tokenizer.json", DEMO / "tokenizer_config.json"])
+    return model
+
+
+def test_experts_that_mlx_stacks(tmp_path: Path) -> None:
+    """All experts of a layer in one tensor, the router and a tied embedding quantised too."""
+    model = moe(tmp_path)
+    right = plain(with_weights(model, publish(tmp_path, "mlx", embedding=True)))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name in sorted(tensors):
+        before, found, after = name.partition(".experts.")
+        if found:
+            number, _, end = after.partition(".")
+            stacks.setdefault(f"{before}.switch_mlp.{end}", {})[int(number)] = tensors.pop(name)
+    assert len(stacks) == 2 * 3 * 3
+    stacked = {name: torch.stack([parts[i] for i in range(len(parts))]) for name, parts in stacks.items()}
+    save_file({**tensors, **stacked}, path)
+    assert torch.equal(plain(models.load(tmp_path, dtype="float32")), right)
+    loaded = assemble.load(tmp_path, backend="native").model
+    assert isinstance(loaded, models.PackedDecoder)
+    assert median_cosine(served(loaded), right) > 0.999
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "nf4"])
+def test_mixtures(method: str, tmp_path: Path) -> None:
+    model = moe(tmp_path)
+    right = plain(with_weights(model, publish(tmp_path, method)))
+    assert torch.equal(plain(models.load(tmp_path, dtype="float32")), right)
+    loaded = assemble.load(tmp_path, backend="native").model
+    assert isinstance(loaded, models.PackedDecoder)
+    assert median_cosine(served(loaded), right) > 0.999
+
+
+def test_static_scales_of_activations_and_attention_are_not_used(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    right = plain(with_weights(model, publish(tmp_path, "fp8")))
+    path = tmp_path / "model.safetensors"
+    layer = "model.layers.0.self_attn"
+    more = {f"{layer}.{end}": torch.tensor(0.5) for end in ("q_proj.input_scale", "k_scale", "v_scale")}
+    save_file({**load_file(path), **more}, path)
+    assert torch.equal(plain(models.load(tmp_path, dtype="float32")), right)

@@ -5,11 +5,14 @@
     MODULE.scales  [n, k / group_size]
     MODULE.biases  [n, k / group_size]      not a layer's own bias, which is MODULE.bias
 
-weight = code * scale + bias. Embeddings are quantised too.
+weight = code * scale + bias. Embeddings are quantised too. The experts of a mixture are one tensor, `switch_mlp`, whose
+first dim counts them: a module of each is made of its slices.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from dfastllm.quant.checkpoint import Stored
+from dfastllm.quant.header import BYTES, TensorEntry
 from dfastllm.quant.published.matrix import Codes, opened
 from dfastllm.quant.published.parts import FLOATS, Parts, collect, fields, option, refuse_option
 from dfastllm.quant.stream import Entry
@@ -26,6 +30,7 @@ __all__ = ["Mlx", "parse"]
 PARTS = ("weight", "scales", "biases")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (16, 32, 64, 128)
+STACKED = ".switch_mlp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class Mlx:
 
     def weights(self, found: Mapping[str, Entry]) -> dict[str, Stored]:
         """See `Method.weights`."""
+        found = _apart(found)
         modules, rest = collect(found, "MLX", PARTS, ("scales", "biases"))
         for name, entry in rest.items():
             if entry.dtype == "U32":
@@ -53,7 +59,8 @@ class Mlx:
         return weights
 
     def _weight(self, owner: str, parts: Parts) -> Stored:
-        bits, group = self.other.get(owner, (self.bits, self.group))
+        told = re.sub(r"\.experts\.\d+\.", STACKED, owner)  # its settings are those of all experts
+        bits, group = self.other.get(owner, self.other.get(told, (self.bits, self.group)))
         n, words = parts.entry("weight", ("U32",), (None, None)).shape
         k = words * 32 // bits
         if words * 32 % bits or k % group:
@@ -62,6 +69,21 @@ class Mlx:
             parts.entry(part, FLOATS, (n, k // group))
         entries = {f"{owner}.{part}": entry for part, entry in parts.entries.items()}
         return Stored(self.label, (n, k), entries, opened(lambda: _matrix(parts, bits, group, (n, k))))
+
+
+def _apart(found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The same with tensors of each expert in place of those of all: [experts, n, ...] lies expert after expert."""
+    apart: dict[str, Entry] = {}
+    for name, entry in found.items():
+        if STACKED not in name or len(entry.shape) != 3 or entry.dtype not in BYTES:
+            apart[name] = entry
+            continue
+        count, *shape = entry.shape
+        step = math.prod(shape) * BYTES[entry.dtype]
+        for i in range(count):
+            own = name.replace(STACKED, f".experts.{i}.")
+            apart[own] = TensorEntry(entry.file, entry.dtype, tuple(shape), entry.offset + i * step)
+    return apart
 
 
 def _matrix(parts: Parts, bits: int, group: int, shape: tuple[int, int]) -> Codes:

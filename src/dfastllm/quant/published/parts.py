@@ -19,6 +19,8 @@ __all__ = ["FLOATS", "Parts", "collect", "fields", "option", "refuse_option", "s
 
 FLOATS = ("F32", "F16", "BF16")
 PARAM = "quantization_config"
+# Static scales of attention's K, V, queries and weights: those are rounded here as they come.
+OF_ATTENTION = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale")
 _LISTED = 12  # values of an option that are shown at most
 
 
@@ -79,7 +81,7 @@ def collect(
     found: Mapping[str, Entry], method: str, parts: Iterable[str], marks: Collection[str]
 ) -> tuple[dict[str, Parts], dict[str, Entry]]:
     """(the modules that have a tensor of one of `marks`, with all of their `parts`; the tensors of no such module).
-    parts, marks: ends of names."""
+    parts, marks: ends of names. Static scales of attention are in neither."""
     owners: dict[str, dict[str, Entry]] = {}
     longest = sorted(parts, key=len, reverse=True)
     marked: dict[str, None] = {}
@@ -91,7 +93,7 @@ def collect(
             if end in marks:
                 marked[owner] = None
     taken = {f"{owner}.{part}" for owner in marked for part in owners[owner]}
-    rest = {name: entry for name, entry in found.items() if name not in taken}
+    rest = {name: entry for name, entry in found.items() if name not in taken and not name.endswith(OF_ATTENTION)}
     return {owner: Parts(method, owner, owners[owner]) for owner in marked}, rest
 
 
