@@ -19,6 +19,7 @@ from dfastllm.core.filetype import is_gguf
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.extension import native
 from dfastllm.kernels.packed import QTensor
+from dfastllm.kernels.triton.memory import named_device, out_of_memory
 from dfastllm.kernels.triton.ops import triton_problem
 from dfastllm.models import Decoder, DecoderConfig, DeviceDecoder, PackedDecoder, device_decoder, pack_decoder
 from dfastllm.models import load as load_decoder
@@ -110,7 +111,7 @@ def load(
         named_dtype(dtype)
     if quantization is not None:
         require_format(quantization, (*FORMATS, EIGHT_BITS, FP8), "quantization")
-    path, place = Path(path), torch.device(device)
+    path, place = Path(path), named_device(device)
     if is_gguf(path):
         with open_gguf(path, name=name, max_len=max_len) as gguf:
             tokenizer = read_tokenizer(gguf.file.metadata)
@@ -255,7 +256,8 @@ def _served(
     if form == "native":
         return _assemble(source, quantization, shortlist)
     chosen = None if dtype is None else named_dtype(dtype)
-    return _placed(source, device, chosen, quantization, shortlist, invariant=invariant)
+    with out_of_memory("loading the weights"):
+        return _placed(source, device, chosen, quantization, shortlist, invariant=invariant)
 
 
 def _from_directory(path: Path, dtype: torch.dtype | str | None, name: str | None, max_len: int | None) -> _Source:

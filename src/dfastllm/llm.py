@@ -71,7 +71,13 @@ __all__ = [
 ]
 
 Params = TypeVar("Params", SamplingParams, DecodeParams)
-KV_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 log = logging.getLogger("dfastllm.load")
 
@@ -115,6 +121,7 @@ def model_options(settings: Settings) -> dict[str, Any]:
         "device": settings.device,
         "dtype": settings.dtype,
         "backend": settings.backend,
+        "batch_invariant": settings.batch_invariant,
         "quantization": settings.quantization,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "speculative": settings.speculative_config,
@@ -133,6 +140,7 @@ def load_engine(
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     backend: Backend = "auto",
+    batch_invariant: bool = False,
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
     config: EngineConfig | None = None,
@@ -146,7 +154,8 @@ def load_engine(
     trained_block: int | None = None,
 ) -> Engine:
     """An engine over a checkpoint and its tokenizer. dtype: a torch dtype or its name; None or "auto": as stored.
-    backend, quantization: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native backend) or auto.
+    backend, quantization, batch_invariant: see `assemble.load`. kv_cache_dtype: float32, bfloat16, int8 (native and
+    triton backends), fp8 (triton) or auto.
     draft: a small autoregressive model of the same vocabulary, the second opinion of rule `apd` (canvas models only).
     speculative: how requests of an autoregressive model draft, `SpeculativeConfig`s or their JSON (the first is the
     default); other models have no use for it. chat_template: a file in place of the checkpoint's own.
@@ -170,7 +179,15 @@ def load_engine(
     configs = _speculation(speculative)
     served = None if config is None else config.max_len
     _require_context(path, served)
-    loaded = assemble.load(path, device=device, dtype=dtype, backend=backend, quantization=quantization, max_len=served)
+    loaded = assemble.load(
+        path,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantization=quantization,
+        max_len=served,
+        invariant=batch_invariant,
+    )
     built, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.templates = tokenizer.templates.chosen(template, variables, file)
     tokenizer.chat_parse_special = chat_parse_special
@@ -341,6 +358,7 @@ class LLM:
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
         backend: Backend = "auto",
+        batch_invariant: bool = False,
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
         engine: EngineConfig | Engine | None = None,
@@ -360,6 +378,7 @@ class LLM:
                 device=device,
                 dtype=dtype,
                 backend=backend,
+                batch_invariant=batch_invariant,
                 quantization=quantization,
                 kv_cache_dtype=kv_cache_dtype,
                 config=engine,

@@ -263,24 +263,34 @@ class Settings:
     )
     backend: str = _field(
         "auto",
-        "What computes on a CPU: native (packed weights, our own kernels) or torch; auto: native where it can be.",
+        "What computes: native (packed weights, our own kernels) on a CPU, triton (our own kernels) on a GPU, or torch;"
+        " auto: one of the first two where it can be.",
         group="model",
-        choices=("auto", "native", "torch"),
+        choices=("auto", "native", "torch", "triton"),
+        alone=True,
+    )
+    batch_invariant: bool = _field(
+        False,
+        "On a GPU: a request's bits do not depend on the requests beside it, at some cost in speed; always so with w8"
+        " and on a CPU.",
+        group="model",
         alone=True,
     )
     quantization: str | None = _field(
         None,
         "Quantise a float checkpoint's matrices while loading, embedding and head to 8 bits at least; 8bit: w8r, or w8g"
-        " for a model that w8r cannot hold; default: as stored. Better and faster to start: `dfastllm quantize` once.",
+        " for a model that w8r cannot hold; fp8: on a GPU; default: as stored. Better and faster to start: `dfastllm"
+        " quantize` once.",
         group="model",
-        choices=("8bit", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", "w4r"),
+        choices=("8bit", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", "w4r", "fp8"),
         alone=True,
     )
     kv_cache_dtype: str = _field(
         "auto",
-        "Number format of K,V: auto is the weights' (bfloat16 for quantised ones); int8 needs the native backend.",
+        "Number format of K,V: auto is the weights' (bfloat16 for quantised ones); int8 needs the native or the triton"
+        " backend, fp8 the triton one.",
         group="model",
-        choices=("auto", "float32", "bfloat16", "int8"),
+        choices=("auto", "float32", "bfloat16", "int8", "fp8"),
         alone=True,
     )
     speculative_config: str | None = _field(
@@ -402,6 +412,14 @@ class Settings:
     kv_cache_tokens: int = _field(
         65536, "K,V memory of all sequences together.", group="engine", minimum=16, unit="tokens", engine="kv_tokens"
     )
+    gpu_memory_utilization: float | None = _field(
+        None,
+        "On a GPU: share of its memory that may be in use; K,V get what is left of it, in place of kv_cache_tokens.",
+        group="engine",
+        minimum=0.01,
+        maximum=1.0,
+        engine="gpu_memory_utilization",
+    )
     page_size: int = _field(
         16,
         "K,V page: the unit of allocation; a multiple of 16 but for backend torch.",
@@ -461,19 +479,35 @@ class Settings:
 
     def _check_backend(self) -> None:
         """Refuse what would fail for want of the native backend, or because of it, when a model is already loaded."""
-        native = self.device == "cpu" and self.backend != "torch"
-        if native and self.page_size % BLOCK:
+        native = self.device == "cpu" and self.backend not in ("torch", "triton")
+        triton = (self.device.startswith("cuda") and self.backend in ("auto", "triton")) or self.backend == "triton"
+        if (native or triton) and self.page_size % BLOCK:
             raise ValidationError(
-                f"page_size must be a multiple of {BLOCK} on the native backend; got {self.page_size}.",
+                f"page_size must be a multiple of {BLOCK} on the {'native' if native else 'triton'} backend; got "
+                f"{self.page_size}.",
                 param="page_size",
                 hint="Any other goes with backend torch.",
             )
         for name, given in (("quantization", self.quantization), ("kv_cache_dtype", self.kv_cache_dtype)):
-            if not native and given not in (None, *FLOATS):
+            if given in (None, *FLOATS) or triton or (native and given != "fp8"):
+                continue
+            wanted = "the triton backend" if given == "fp8" else "the native or the triton backend"
+            raise ValidationError(
+                f"{name} {given} needs {wanted}; got device {self.device} and backend {self.backend}.",
+                param=name,
+                hint="Take device cuda, and backend triton or auto."
+                if given == "fp8"
+                else "Take device cpu or cuda, and no backend or auto.",
+            )
+        for name, there in (
+            ("gpu_memory_utilization", self.gpu_memory_utilization is not None),
+            ("batch_invariant", self.batch_invariant),
+        ):
+            if there and not triton:
                 raise ValidationError(
-                    f"{name} {given} needs the native backend; got device {self.device} and backend {self.backend}.",
+                    f"{name} is for the triton backend; got device {self.device} and backend {self.backend}.",
                     param=name,
-                    hint="Take device cpu and backend native or auto.",
+                    hint="Leave it out, or take device cuda.",
                 )
 
     @classmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,9 @@ from dfastllm.decode.policy import Compiled
 from dfastllm.decode.registry import policy_for
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.errors import ContextLengthError, QueueFullError, ValidationError
+from dfastllm.kernels.rows import Rows
+from dfastllm.kernels.step import Step
+from dfastllm.models import tiny
 from tests.kit.fake import MASK, FakeModel
 
 
@@ -383,3 +387,44 @@ def test_a_new_request_takes_its_turn_behind_those_under_way() -> None:
     engine.step()
     forwards = {live.request.request_id: live.state.forwards for live in engine.scheduler.running}
     assert forwards == {"old": 4, "new": 1}  # then in turn
+
+
+def test_memory_that_runs_out_ends_the_request_with_the_most_rows_alone() -> None:
+    """The others run in the next step, and get the tokens that they get alone."""
+    model = tiny("llama", seed=3)
+    config = EngineConfig(kv_tokens=512, prefix_caching=False)
+
+    def requests() -> list[Request]:
+        sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        return [Request(name, tuple(range(3, 3 + n)), sampling) for name, n in (("a", 5), ("b", 40), ("c", 7))]
+
+    def answers(engine: Engine) -> tuple[dict[str, list[int]], dict[str, str]]:
+        tokens: dict[str, list[int]] = {}
+        errors = {}
+        while engine.has_work:
+            for event in engine.step():
+                tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                if event.finish is not None and event.finish.error is not None:
+                    errors[event.request_id] = str(event.finish.error)
+        return tokens, errors
+
+    alone = Engine(model, config=config)
+    for request in requests():
+        alone.add(request)
+    wanted, _ = answers(alone)
+    full = Engine(model, config=config)
+    run = full.runner.run
+
+    def small(step: Step) -> Rows:
+        if len(step) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return run(step)
+
+    full.runner.run = small  # type: ignore[method-assign]
+    for request in requests():
+        full.add(request)
+    tokens, errors = answers(full)
+    assert set(errors) == {"b"}
+    assert "memory ran out while computing this request: CUDA out of memory" in errors["b"]
+    assert {name: tokens[name] for name in "ac"} == {name: wanted[name] for name in "ac"}
+    assert full.pages.used == 0

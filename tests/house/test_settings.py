@@ -51,6 +51,8 @@ OTHER: dict[str, tuple[str, object]] = {
     "dtype": ("bfloat16", "bfloat16"),
     "threads": ("3", 3),
     "backend": ("torch", "torch"),
+    "batch_invariant": ("1", True),
+    "gpu_memory_utilization": ("0.5", 0.5),
     "speculative_config": ('{"method": "ngram"}', '{"method": "ngram"}'),
     "quantization": ("w4m", "w4m"),
     "kv_cache_dtype": ("int8", "int8"),
@@ -75,6 +77,11 @@ OTHER: dict[str, tuple[str, object]] = {
     "enable_prefix_caching": ("false", False),
     "kv_cache_tokens": ("4096", 4096),
     "page_size": ("32", 32),
+}
+ALSO = {  # what some cannot be without
+    "served_model_name": {"DFASTLLM_MODEL": "x,y"},
+    "batch_invariant": {"DFASTLLM_DEVICE": "cuda"},
+    "gpu_memory_utilization": {"DFASTLLM_DEVICE": "cuda"},
 }
 BAD = {
     int: ["x", "", "1.5", "-1"],
@@ -124,7 +131,7 @@ def test_engine_settings_are_the_engines() -> None:
 @pytest.mark.parametrize("name", OTHER)
 def test_environment_and_python_agree(name: str) -> None:
     text, value = OTHER[name]
-    also = {"DFASTLLM_MODEL": "x,y"} if name == "served_model_name" else {}
+    also = ALSO.get(name, {})
     loaded = Settings.load(env={BY_NAME[name].variable: text, **also})
     assert getattr(loaded, name) == value != BY_NAME[name].default
     assert getattr(Settings.load({name: value}, env=also), name) == value
@@ -193,7 +200,13 @@ def test_unknown_variables() -> None:
         ({"page_size": 8}, "page_size"),
         ({"page_size": 24, "backend": "native"}, "page_size"),
         ({"quantization": "w8", "backend": "torch"}, "quantization"),
-        ({"quantization": "w8", "device": "cuda"}, "quantization"),
+        ({"quantization": "w8", "device": "cuda", "backend": "torch"}, "quantization"),
+        ({"quantization": "w8", "device": "mps"}, "quantization"),
+        ({"quantization": "fp8"}, "quantization"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"page_size": 24, "device": "cuda"}, "page_size"),
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization"),
+        ({"batch_invariant": True, "device": "mps"}, "batch_invariant"),
         ({"kv_cache_dtype": "int8", "backend": "torch"}, "kv_cache_dtype"),
         ({"kv_cache_dtype": "int8", "device": "mps"}, "kv_cache_dtype"),
     ],
@@ -211,5 +224,8 @@ def test_what_another_backend_can_do_is_taken() -> None:
     assert settings.BLOCK == BLOCK
     Settings(page_size=BLOCK * 3)
     Settings(page_size=8, backend="torch")
-    Settings(page_size=8, device="cuda")
+    Settings(page_size=8, device="mps")
+    Settings(page_size=8, device="cuda", backend="torch")
+    Settings(device="cuda", quantization="fp8", kv_cache_dtype="fp8", batch_invariant=True, gpu_memory_utilization=0.9)
+    Settings(device="cuda:1", quantization="w4", kv_cache_dtype="int8")
     Settings(kv_cache_dtype="bfloat16", backend="torch")

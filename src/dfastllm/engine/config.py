@@ -18,6 +18,8 @@ class EngineConfig:
     page_size          positions per K,V page.
     kv_tokens          K,V positions of all sequences together (rounded up to pages).
     ageing_steps       every so many steps waited count as one level of priority, so nothing starves. 0: no ageing.
+    gpu_memory_utilization  share of a card's whole memory that may be in use: K,V get what is left of it, in place of
+                       `kv_tokens`. None: as many as those. On a CPU it means nothing.
     min_rows           a forward is padded to this many rows; None: 8 per CPU thread, at least 16. Matrix products of
                        fewer rows use other kernels with another order of summation, so without padding a request's last
                        bits would depend on its neighbours (measured: LOG.md). 1: no padding.
@@ -33,6 +35,7 @@ class EngineConfig:
     max_waiting: int = 1024
     page_size: int = 16
     kv_tokens: int = 65536
+    gpu_memory_utilization: float | None = None
     ageing_steps: int = 64
     min_rows: int | None = None
     max_len: int | None = None
@@ -44,6 +47,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name == "gpu_memory_utilization":
+                if value is not None and not 0 < value <= 1:
+                    raise ValidationError(f"{f.name} must be above 0 and at most 1, got {value}.", param=f.name)
+                continue
             least = 0 if f.name == "ageing_steps" else 1
             if value is not None and not isinstance(value, bool) and value < least:
                 raise ValidationError(f"{f.name} must be at least {least}, got {value}.", param=f.name)

@@ -31,6 +31,7 @@ from dfastllm.engine.config import EngineConfig
 from dfastllm.engine.pages import Pages, PageTable
 from dfastllm.engine.prefix import PrefixCache, refusal
 from dfastllm.engine.runners import Runnable, runner_for
+from dfastllm.engine.runners.triton import kv_tokens_that_fit
 from dfastllm.engine.scheduler import Scheduler
 from dfastllm.engine.sequence import Live
 from dfastllm.engine.speculate.drafting import Drafting
@@ -45,6 +46,7 @@ from dfastllm.errors import (
 )
 from dfastllm.kernels import torch_team
 from dfastllm.kernels.halt import Interrupted
+from dfastllm.kernels.triton.memory import serving_error
 from dfastllm.lora import Adapter, read_adapter
 from dfastllm.models import Decoder, DeviceDecoder, PackedDecoder, adapter_base
 from dfastllm.models.adapted import bytes_beside
@@ -88,10 +90,22 @@ class Engine:
         self.info = model.info
         self.device = device
         self.tokenizer = tokenizer
+        limits = {"max_rows": self.config.max_batch_rows, "max_spans": max(256, 4 * self.config.max_sequences)}
+        share = self.config.gpu_memory_utilization
+        if share is not None:
+            if not isinstance(model, DeviceDecoder):
+                raise UnsupportedError(
+                    "gpu_memory_utilization is for models on a GPU by the triton runner.",
+                    param="gpu_memory_utilization",
+                    hint="Give kv_tokens.",
+                )
+            self.config = dataclasses.replace(
+                self.config, kv_tokens=kv_tokens_that_fit(model, dtype or model.dtype, share, **limits)
+            )
         self.pages = Pages(math.ceil(self.config.kv_tokens / self.config.page_size), self.config.page_size)
         slots = self.pages.count * self.pages.page_size
         min_rows = self.config.min_rows or max(16, 8 * torch.get_num_threads())
-        self.runner = runner_for(model, slots, dtype or model.dtype, device, min_rows, self.config.page_size)
+        self.runner = runner_for(model, slots, dtype or model.dtype, device, min_rows, self.config.page_size, **limits)
         self.prefix = self._prefix_cache()
         self.scheduler = Scheduler(self.config, self.pages, self.prefix)
         self.underway = Underway(self.scheduler, self.runner.halt)
@@ -255,11 +269,13 @@ class Engine:
             else:
                 self._deadline = min(self._deadline, deadline)
 
-    def _run(self, chosen: Chosen) -> tuple[Chosen, Rows | None, float]:
-        """What ran, its wanted rows and the seconds. Rows are None when the forward failed: then every request in it
-        fails, and no other. Nothing ran when it was given up for a newcomer."""
+    def _run(self, chosen: Chosen) -> tuple[Chosen, Rows | GenerationError | None, float]:
+        """What ran, its wanted rows and the seconds; an error when the forward failed: then every request in it fails,
+        and no other. Nothing ran when it was given up for a newcomer. Where a device's memory ran out, the request with
+        the most rows ran, and failed; the others wait for the next step."""
         if not chosen:
             return chosen, None, 0.0
+        rows: Rows | GenerationError
         now = time.monotonic()
         self.underway.begins(chosen)
         try:
@@ -270,9 +286,13 @@ class Engine:
         except Interrupted:
             self.underway.interrupted()
             return (), None, time.monotonic() - now
+        except torch.OutOfMemoryError as error:
+            log.exception("the device's memory ran out")
+            chosen, rows = [max(chosen, key=lambda one: one[1].rows)], serving_error(error)
+            torch.cuda.empty_cache()
         except Exception:
             log.exception("forward pass failed")
-            rows = None
+            rows = GenerationError("the model failed on this step; see the server's log.")
         self.underway.ended()
         for live, span in chosen:
             live.ran = self.steps
@@ -280,10 +300,10 @@ class Engine:
             live.first_scheduled = live.first_scheduled or now
         return chosen, rows, time.monotonic() - now
 
-    def _absorb(self, chosen: Chosen, rows: Rows | None) -> list[Commit | Exception]:
+    def _absorb(self, chosen: Chosen, rows: Rows | GenerationError | None) -> list[Commit | Exception]:
         """One commit, or the error that ends the request, per chosen sequence: one `absorb` call per policy."""
-        if rows is None:
-            return [GenerationError("the model failed on this step; see the server's log.") for _ in chosen]
+        if rows is None or isinstance(rows, GenerationError):
+            return [rows for _ in chosen if rows is not None]
         policies = [live.policy for live, _ in chosen]
         if policies.count(policies[0]) == len(policies):  # nearly always
             out = _ask(policies[0], chosen, rows)
@@ -404,6 +424,8 @@ def _ask(policy: Policy, chosen: Chosen, rows: Rows) -> list[Commit | Exception]
         return [*policy.absorb([(live.state, span) for live, span in chosen], rows)]
     except Exception as error:
         log.exception("policy %s failed", policy.name)
+        if isinstance(error, torch.OutOfMemoryError):
+            return [serving_error(error)] * len(chosen)
         return [GenerationError(f"decoder {policy.name!r} failed: {error}")] * len(chosen)
 
 

@@ -16,11 +16,11 @@ from dfastllm.core import Span
 from dfastllm.engine import Engine, EngineConfig
 from dfastllm.engine.batch import pack
 from dfastllm.engine.pages import Pages, PageTable
-from dfastllm.engine.runners.graphs import row_counts
+from dfastllm.engine.runners.graphs import Graphs, row_counts
 from dfastllm.engine.runners.native import NativeRunner
 from dfastllm.engine.runners.torch import TorchRunner
 from dfastllm.engine.runners.triton import TritonRunner
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.errors import ModelLoadError, UnsupportedError, ValidationError
 from dfastllm.kernels import set_threads
 from dfastllm.kernels.rows import DenseRows
 from dfastllm.kernels.token_set import TokenSet
@@ -140,6 +140,68 @@ def test_a_bucket_gives_what_the_exact_layout_gives() -> None:
         torch.testing.assert_close(padded.run(laid).logits(), exact.run(laid).logits(), rtol=1e-5, atol=1e-5)
     assert exact.counts["eager"] == len(sequences[0].todo)
     assert padded.counts["bucket"] + padded.counts["graph"] > 5
+
+
+class Replayed:
+    """What a captured graph is here: the work, run again."""
+
+    def __init__(self, work: Any) -> None:
+        self.replay = work
+
+
+def test_captured_work_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All buckets, and the statistics of as many rows, before the first step, which launches nothing else."""
+    captured = []
+
+    def record(graphs: Graphs, work: Any) -> Replayed:
+        work()
+        captured.append(work)
+        return Replayed(work)
+
+    monkeypatch.setattr(Graphs, "_recorded", record)
+    model = tiny("llada", seed=6, **WIDE)
+    runner = runner_of(model, "twins", 1024, graphs=True, max_rows=64)
+    assert len(captured) == len(list(runner.buckets)) + len(runner.buckets.sizes)
+    plain = runner_of(model, "twins", 1024)
+    sequences = many(Pages(64, 16), 2)
+    for number, step in enumerate((0, 2, 6)):
+        laid = pack([s.item(step) for s in sequences])
+        for ban in ((), (7,), (8, 9)):
+            rows, wanted = runner.run(laid), plain.run(laid)
+            got, expected = (some.stats(ban=ban, norm=True, spread=True) for some in (rows, wanted))
+            assert got.token.tolist() == expected.token.tolist()
+            np.testing.assert_allclose(got.norm, expected.norm, rtol=1e-5)
+        assert runner.counts["graph"] + runner.counts["eager"] == 3 * (number + 1)
+    assert runner.counts["graph"] >= 6
+    assert not runner.counts["bucket"]
+
+
+def test_what_cannot_be_captured_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(graphs: Graphs, work: Any) -> Replayed:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Graphs, "_recorded", refuse)
+    runner = runner_of(tiny("llada", seed=6, **WIDE), "twins", 1024, graphs=True, max_rows=4)
+    assert "operation not permitted" in caplog.text
+    table = PageTable(Pages(4, 16))
+    table.grow(3)
+    rows = runner.run(pack([(Span(0, (5, 9, 3), "causal", "keep", want=(2,)), table, 0)]))
+    assert len(rows.stats().token) == 1
+    assert runner.counts == {"bucket": 1}
+    assert runner.graphs is not None
+    assert set(runner.graphs.failed.values()) == {"operation not permitted when stream is capturing"}
+
+
+def test_memory_that_runs_out_while_capturing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(graphs: Graphs, work: Any) -> Replayed:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Graphs, "_recorded", full)
+    with pytest.raises(ModelLoadError, match="while capturing graphs: CUDA out of memory") as caught:
+        runner_of(tiny("llada", seed=6, **WIDE), "twins", 1024, graphs=True)
+    assert "Lower gpu_memory_utilization" in str(caught.value.hint)
 
 
 class Transfers:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 
 from dfastllm.kernels.step import BLOCK, Step
-from dfastllm.kernels.triton.laid import PIECE, Bucket, Laid, pieces_of, tail_words
+from dfastllm.kernels.triton.laid import PIECE, Bucket, pieces_of, tail_words
+from dfastllm.kernels.triton.memory import out_of_memory
 
-__all__ = ["Buckets", "Graphs"]
+__all__ = ["Buckets", "Graphs", "row_counts"]
 
 log = logging.getLogger("dfastllm.engine")
 
@@ -18,6 +20,7 @@ SHORT = 16  # query rows of a tile, all heads of a group counted: what one produ
 TALL = 64  # and of buckets of many rows
 MANY = 256
 FINE = 64  # from so many rows on, buckets are half as far apart: their time grows with their rows
+WARM = 2  # runs before one is recorded: kernels compile in the first
 MOST_TAIL = 1 << 20  # words of block tables and masks that a bucket holds
 
 
@@ -80,15 +83,48 @@ def row_counts(most: int) -> list[int]:
 
 
 class Graphs:
-    """forward: runs a layout, its results to where they always lie, without looking at a value."""
+    """Work of fixed sizes, captured once for each and replayed.
 
-    def __init__(self, forward: Callable[[Laid], None]) -> None:
-        self._forward = forward
-        self._captured: dict[Bucket, torch.cuda.CUDAGraph] = {}
+    device  that it runs on.
+    failed  what could not be captured, and why: it runs op by op.
+    """
 
-    def run(self, bucket: Bucket, laid: Laid) -> bool:
-        """Replay a bucket's graph. False: it has none."""
-        graph = self._captured.get(bucket)
+    def __init__(self, device: torch.device) -> None:
+        self.failed: dict[Hashable, str] = {}
+        self._device = device
+        self._captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None  # of memory, which all share: one runs at a time
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def capture(self, name: Hashable, work: Callable[[], None]) -> None:
+        """Run `work` until its kernels are compiled, then record what it launches. It must read and write the same
+        memory every time, and look at no value. Raises ModelLoadError where memory runs out."""
+        try:
+            with out_of_memory("capturing graphs"):
+                self._captured[name] = self._recorded(work)
+        except RuntimeError as error:
+            self.failed[name] = str(error).splitlines()[0]
+            log.warning("no graph for %s, which will run op by op: %s", name, self.failed[name])
+
+    def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM):
+                work()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph
+
+    def run(self, name: Hashable) -> bool:
+        """Replay what was captured under a name. False: nothing was."""
+        graph = self._captured.get(name)
         if graph is None:
             return False
         graph.replay()

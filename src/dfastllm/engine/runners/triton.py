@@ -9,6 +9,7 @@ graph, in a layout of just their sizes.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -27,9 +28,11 @@ from dfastllm.kernels.halt import Halt
 from dfastllm.kernels.rows import Barred, DenseRows, Rows, RowStats
 from dfastllm.kernels.step import BLOCK, Step
 from dfastllm.kernels.token_set import rows_by_set
-from dfastllm.kernels.triton.kv import DeviceKv
+from dfastllm.kernels.triton.kv import DeviceKv, kv_bytes
 from dfastllm.kernels.triton.laid import Bucket, Laid, lay, pieces_of, tail_words
+from dfastllm.kernels.triton.memory import out_of_memory, room_for_kv
 from dfastllm.kernels.triton.ops import Ops, ops_for
+from dfastllm.kernels.triton.plain import WORDS
 from dfastllm.lora import HEAD
 from dfastllm.models.adapted import AdaptedRows, on_device, require_numbers
 from dfastllm.models.device import DeviceDecoder
@@ -38,9 +41,10 @@ from dfastllm.models.turned import require_turnable, turned_adapter
 if TYPE_CHECKING:
     from dfastllm.lora import Adapter
 
-__all__ = ["DeviceRows", "TritonRunner"]
+__all__ = ["DeviceRows", "TritonRunner", "kv_tokens_that_fit"]
 
-WORDS = 8  # of a row of statistics, before its best tokens
+log = logging.getLogger("dfastllm.engine")
+
 BANS = 8  # banned ids are padded to a multiple of so many
 
 
@@ -79,7 +83,8 @@ class TritonRunner:
         self.cut_free = model.invariant
         self.own_threads = model.device.type != "cpu"
         blocks = -(-slots // BLOCK)
-        self.kv = DeviceKv(info.layers, blocks * BLOCK, info.kv_heads, info.head_dim, dtype, model.device)
+        with out_of_memory("making room for K,V"):
+            self.kv = DeviceKv(info.layers, blocks * BLOCK, info.kv_heads, info.head_dim, dtype, model.device)
         self.halt = Halt()
         self.counts: Counter[str] = Counter()
         self._given: tuple[Adapter | None, ...] = (None,)
@@ -90,11 +95,27 @@ class TritonRunner:
         self._upload = _Upload(self.buckets.words, model.device)
         self._hidden = torch.zeros(self.buckets.most_rows, model.config.hidden_size, device=model.device)
         self._last: weakref.ref[_Held] | None = None
-        self.graphs = Graphs(self._forward) if self._may_capture(graphs) else None
+        self._head = _HeadBuffers(self.buckets.most_rows, model.device)
+        self.graphs: Graphs | None = None
+        if graphs or (graphs is None and self.device.type == "cuda" and self.ops.captured):
+            self.graphs = Graphs(self.device)
+            self._capture(self.graphs)
 
-    def _may_capture(self, wanted: bool | None) -> bool:
-        possible = self.device.type == "cuda" and self.ops.captured
-        return possible if wanted is None else wanted
+    @torch.inference_mode()
+    def _capture(self, graphs: Graphs) -> None:
+        """A graph of every bucket, and of the statistics of as many rows: all before the first step. Raises
+        ModelLoadError where memory runs out."""
+        for bucket in self.buckets:
+            laid = self._upload.idle(bucket)
+            graphs.capture(bucket, lambda laid=laid: self._forward(laid))  # type: ignore[misc]
+        for rows in reversed(self.buckets.sizes):
+            graphs.capture(rows, lambda rows=rows: self._head_of(rows))  # type: ignore[misc]
+        log.info("%s: %d graphs captured, %d not", self.info.name, len(graphs), len(graphs.failed))
+
+    def _head_of(self, rows: int) -> None:
+        """Statistics of the first rows of the last step, to where they always lie."""
+        found = self.model.head_stats(self._hidden[:rows], self.ops, ban=self._head.ban, barred=None, which=None, top=0)
+        self._head.out[:rows].copy_(found)
 
     @property
     def info(self) -> ModelInfo:
@@ -117,7 +138,7 @@ class TritonRunner:
             hidden = self.model.forward(laid, self.kv, self.ops, halt=self.halt)
         else:
             laid = self._upload.put(step, bucket)
-            if self.graphs is not None and self.graphs.run(bucket, laid):
+            if self.graphs is not None and self.graphs.run(bucket):
                 self.counts["graph"] += 1
             else:
                 self.counts["bucket"] += 1
@@ -145,7 +166,7 @@ class TritonRunner:
 
     def _held(self, hidden: Tensor) -> _Held:
         held = _Held(hidden)
-        self._last = weakref.ref(held)
+        self._last = weakref.ref(held)  # the hidden states of a bucket lie where the next one's will
         return held
 
     def _keep_last(self) -> None:
@@ -178,20 +199,54 @@ class TritonRunner:
             require_turnable(adapter, self.model.basis)
 
     def stats(
-        self, hidden: Tensor, ban: tuple[int, ...], sets: tuple[Tensor, Tensor] | None, top: int
+        self, held: _Held, rows: Tensor, ban: tuple[int, ...], sets: tuple[Tensor, Tensor] | None, top: int
     ) -> NDArray[np.int32]:
-        """What `ops.head_stats` says of hidden rows, on the host: the one copy back of a step."""
+        """What `ops.head_stats` says of hidden rows, on the host: the one copy back of a step. held: what they are
+        of."""
+        whole = sets is None and not top and len(ban) <= BANS and rows.data_ptr() == self._hidden.data_ptr()
+        if self.graphs is not None and whole and self._last is not None and self._last() is held:
+            size = next(size for size in self.buckets.sizes if size >= len(rows))
+            self._head.set_ban(ban)
+            if self.graphs.run(size):
+                return self._head.fetch(len(rows))
         if ban not in self._bans:
-            padded = np.full(max(BANS, -(-len(ban) // BANS) * BANS), -1, dtype=np.int32)
-            padded[: len(ban)] = ban
-            self._bans[ban] = torch.from_numpy(padded).to(self.device)
+            self._bans[ban] = torch.from_numpy(_padded(ban)).to(self.device)
         barred, which = (None, None) if sets is None else sets
-        found = self.model.head_stats(hidden, self.ops, ban=self._bans[ban], barred=barred, which=which, top=top)
-        return self.fetch(found)
+        return self.fetch(
+            self.model.head_stats(rows, self.ops, ban=self._bans[ban], barred=barred, which=which, top=top)
+        )
 
     def fetch(self, values: Tensor) -> NDArray[np.int32]:
         """Values on the host, once they are there."""
         return values.cpu().numpy()
+
+
+def _padded(ban: tuple[int, ...]) -> NDArray[np.int32]:
+    padded = np.full(max(BANS, -(-len(ban) // BANS) * BANS), -1, dtype=np.int32)
+    padded[: len(ban)] = ban
+    return padded
+
+
+class _HeadBuffers:
+    """Where the captured statistics read the banned ids and write what they find, and its way to the host."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.ban = torch.full((BANS,), -1, dtype=torch.int32, device=device)
+        self.out = torch.zeros(rows, WORDS, dtype=torch.int32, device=device)
+        self._banned: tuple[int, ...] = ()
+        self._host = torch.zeros(rows, WORDS, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = device
+
+    def set_ban(self, ban: tuple[int, ...]) -> None:
+        if ban != self._banned:
+            self.ban.copy_(torch.from_numpy(_padded(ban)))
+            self._banned = ban
+
+    def fetch(self, rows: int) -> NDArray[np.int32]:
+        self._host[:rows].copy_(self.out[:rows], non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return self._host[:rows].numpy().copy()
 
 
 def _exactly(step: Step, tile_rows: int) -> Bucket:
@@ -239,6 +294,10 @@ class _Upload:
             self._copied[self._turn].record()
         return self.views(bucket)
 
+    def idle(self, bucket: Bucket) -> Laid:
+        """The bucket's layout of a step without rows."""
+        return self.put(Step.blank(0, 0), bucket)
+
     def views(self, bucket: Bucket) -> Laid:
         found = self._views.get(bucket)
         if found is None:
@@ -277,7 +336,7 @@ class DeviceRows(Rows):
             return _no_stats(min(top, self.vocab))
         sets = self._sets(barred)
         top = min(top, self.vocab)
-        found = self._runner.stats(self._rows(), ban, sets, top)
+        found = self._runner.stats(self._held, self._rows(), ban, sets, top)
         floats = found.view(np.float32)
         none, no_ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
         return RowStats(
@@ -371,3 +430,24 @@ def _no_stats(top: int) -> RowStats:
         np.empty((0, top), dtype=np.int64),
         np.empty((0, top), dtype=np.float32),
     )
+
+
+@torch.inference_mode()
+def kv_tokens_that_fit(model: DeviceDecoder, dtype: torch.dtype, share: float, *, max_rows: int, max_spans: int) -> int:
+    """K,V positions for which a share of the card's memory is left, beside the weights and the largest step, which runs
+    once to tell what it needs. max_rows, max_spans: as of TritonRunner. Raises ModelLoadError, ValidationError."""
+    info, device = model.info, model.device
+    peak = 0
+    if device.type == "cuda":
+        with out_of_memory("running the largest step"):
+            runner = TritonRunner(model, BLOCK, dtype, BLOCK, graphs=False, max_rows=max_rows, max_spans=max_spans)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            largest = next(iter(runner.buckets))
+            runner._forward(runner._upload.idle(largest))
+            runner._head_of(largest.rows)
+            torch.cuda.synchronize(device)
+            peak = torch.cuda.max_memory_allocated(device) - before
+            del runner
+        torch.cuda.empty_cache()
+    return room_for_kv(device, share, kv_bytes(info.layers, info.kv_heads, info.head_dim, dtype), peak)
