@@ -6,6 +6,7 @@ A row is one program's, in one order of its sums, so its bits depend on nothing 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -100,7 +101,7 @@ def _launch(
         x, x if y is None else y, x if weight is None else weight, x if post is None else post, some,
         some if acts.scales is None else acts.scales, some if acts.sums is None else acts.sums,
         x.stride(0), (x if y is None else y).stride(0), k, stride, 1.0 / k, eps, post_eps, factor,
-        float(1.0 / torch.tensor(float(block)).sqrt()), float(LEAST_AMAX),
+        float(np.float32(1.0) / np.sqrt(np.float32(block))), float(LEAST_AMAX),
         B=width, KIND=KINDS[acts.kind], ADD=add, NORM=weight is not None, POST=post is not None,
         GATE=("", "silu", "gelu_tanh").index(activation), TURNS=block.bit_length() - 1,
         num_warps=4 if width <= 4096 else 8 if width <= 16384 else 32, enable_fp_fusion=False,
