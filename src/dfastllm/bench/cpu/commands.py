@@ -271,10 +271,14 @@ def serving(
 
 @app.command()
 def report(out: Out = Path("benchmarks/cpu")) -> None:
-    """Write RESULTS.md from the records that are there."""
+    """Write RESULTS.md from the records that are there, and the table in the README two directories up."""
     from dfastllm.bench.cpu.report import write_results
+    from dfastllm.bench.cpu.summary import write_summary
 
     console.print(f"written: {write_results(out)}")
+    readme = out.resolve().parents[1] / "README.md"
+    if write_summary(readme, out):
+        console.print(f"written: the table of {readme}")
 
 
 @app.command()
