@@ -125,7 +125,7 @@ def test_missing_files_are_named(directory: Path, tmp_path: Path) -> None:
     (directory / "tokenizer_config.json").unlink()
     assert not Tokenizer.load(directory).has_chat_template
     (directory / "tokenizer.json").rename(directory / "tokenizer.model")
-    with pytest.raises(TokenizerError, match=r"no tokenizer.json \(it has tokenizer.model\).*save_pretrained"):
+    with pytest.raises(TokenizerError, match=r"tokenizer.model is no SentencePiece model.*save_pretrained"):
         Tokenizer.load(directory)
     with pytest.raises(TokenizerError, match="not a directory"):
         Tokenizer.load(tmp_path / "absent")

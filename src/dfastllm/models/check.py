@@ -218,7 +218,7 @@ def _tokenizer_problems(directory: Path, rows: int) -> list[Problem]:
 
 def _notes(directory: Path, info: ModelInfo) -> list[str]:
     notes = []
-    if not (directory / "tokenizer.json").is_file():
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt")):
         notes.append("no tokenizer.json: the model takes token ids only.")
     return notes + _of_model(info)
 

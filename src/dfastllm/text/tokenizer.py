@@ -1,8 +1,8 @@
 """Text <-> token ids from a checkpoint's tokenizer files.
 
-Wraps the `tokenizers` library. Reads tokenizer.json (needed), tokenizer_config.json, special_tokens_map.json,
-generation_config.json (further EOS ids) and chat templates; writes nothing. It does not know the model: `check_fits`
-compares it with one.
+Wraps the `tokenizers` library. Reads tokenizer.json (or the older files that `slow` reads), tokenizer_config.json,
+special_tokens_map.json, generation_config.json (further EOS ids) and chat templates; writes nothing. It does not know
+the model: `check_fits` compares it with one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dfastllm.text.chat import ChatTemplates, Rendering
 from dfastllm.text.files import read_json, read_text
 from dfastllm.text.library import LARGEST_ID, calling, from_json, unusable
 from dfastllm.text.reach import reach
+from dfastllm.text.slow import read_slow
 from dfastllm.text.spelled import PlainText
 from dfastllm.text.templates.quoting import Marks, Quoting
 
@@ -112,11 +113,11 @@ class Tokenizer:
         directory = Path(directory)
         if not directory.is_dir():
             raise TokenizerError(f"{directory} is not a directory, so it holds no tokenizer.")
-        backend = _load_backend(directory)
         config = _optional(directory / "tokenizer_config.json")
+        backend, given = _load_backend(directory, config)
         _add_declared(backend, config.get("added_tokens_decoder"), directory)
         roles = _optional(directory / "special_tokens_map.json") | config
-        special = {role: text for role in _SPECIAL_NAMES if (text := _token_text(roles.get(role))) is not None}
+        special = given | {role: text for role in _SPECIAL_NAMES if (text := _token_text(roles.get(role))) is not None}
         eos = _optional(directory / "generation_config.json").get("eos_token_id")
         eos_ids = [eos] if isinstance(eos, int) else eos or []
         if not isinstance(eos_ids, list) or not all(isinstance(i, int) for i in eos_ids):
@@ -260,19 +261,14 @@ class Tokenizer:
         return (f"added tokens past the model's {vocab_size} embeddings: {shown}{more}; prompts cannot have them.",)
 
 
-def _load_backend(directory: Path) -> tokenizers.Tokenizer:
+def _load_backend(directory: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The library's tokenizer, and the roles that its own files give to tokens."""
     file = directory / "tokenizer.json"
     if not file.is_file():
-        old = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (directory / name).is_file()]
-        raise TokenizerError(
-            f"{directory} has no tokenizer.json" + (f" (it has {', '.join(old)})." if old else "."),
-            hint="Save the model's fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(directory)."
-            if old
-            else "Download the model's tokenizer files too.",
-        )
+        return read_slow(directory, config)
     text = read_text(file)
     spec = read_json(file)  # its errors name the file and the place; the library's do not
-    return from_json(text, spec, f"tokenizer.json in {directory}")
+    return from_json(text, spec, f"tokenizer.json in {directory}"), {}
 
 
 def _add_declared(backend: tokenizers.Tokenizer, declared: Any, directory: Path) -> None:

@@ -21,11 +21,11 @@ from dfastllm.text.chat import ChatTemplates
 from dfastllm.text.files import json_object
 from dfastllm.text.gguf.splits import SPLITS
 from dfastllm.text.library import calling, from_json
+from dfastllm.text.merges import merges_of
 from dfastllm.text.tokenizer import Tokenizer
 
 __all__ = ["read_tokenizer"]
 
-LONGEST = 512  # characters; longer tokens (a hostile file) are never the result of a merge
 SPACE = "\u2581"  # SentencePiece's mark of a space
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "pad", "mask_token": "mask"}
 
@@ -132,7 +132,7 @@ def _sentencepiece(
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_merges(tokens, scores, vocabulary),
+            merges=merges_of(tokens, scores, vocabulary),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -145,21 +145,6 @@ def _sentencepiece(
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     _surround(backend, metadata, ids, bos=True)
     return backend
-
-
-def _merges(tokens: list[str], scores: np.ndarray, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece's BPE joins the neighbours whose joint token has the best score; as a list of merges, that is every
-    way to cut a token into two others, in order of the token's score (equal scores: in order of id; llama.cpp takes the
-    leftmost in the text then, which no list of merges can say)."""
-    merges = []
-    for token in sorted(range(len(tokens)), key=lambda i: (-float(scores[i]), i)):
-        text = tokens[token]
-        merges += [
-            (text[:cut], text[cut:])
-            for cut in range(1, len(text) if len(text) <= LONGEST else 0)
-            if text[:cut] in vocabulary and text[cut:] in vocabulary
-        ]
-    return merges
 
 
 def _surround(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], ids: SpecialIds, bos: bool) -> None:
