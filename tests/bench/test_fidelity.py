@@ -40,7 +40,7 @@ def test_the_reference_is_the_float_model_of_the_file(tmp_path: Path) -> None:
 
 
 def test_the_figures_are_the_mean_divergence_over_every_token(file: Path) -> None:
-    [coarse, kept] = faithfulness(file, reference_of(file, TEXTS, 1), ["w4", AS_STORED], 1)
+    [coarse, kept] = faithfulness({AS_STORED: file}, reference_of(file, TEXTS, 1), ["w4", AS_STORED], 1)
     plain = assemble.dequantised(file, torch.float32)
     assert isinstance(plain.model, Decoder)
     packed = assemble.pack(plain.model, "w4")
@@ -61,5 +61,5 @@ def test_the_figures_are_the_mean_divergence_over_every_token(file: Path) -> Non
 
 def test_a_format_is_the_same_after_another_one(file: Path) -> None:
     reference = reference_of(file, TEXTS, 1)
-    [alone] = faithfulness(file, reference, ["w8g"], 1)
-    assert list(faithfulness(file, reference, ["bf16", "w8g"], 1))[1] == alone
+    [alone] = faithfulness({}, reference, ["w8g"], 1)
+    assert list(faithfulness({}, reference, ["bf16", "w8g"], 1))[1] == alone

@@ -50,7 +50,8 @@ def weight_of(format: str, n: int, k: int, *, mins: bool, pattern: str, seed: in
     codes = codes_of(format, n, k, pattern, draw)
     if format in ("w8", "w4s"):
         scale = torch.randint(1, 3, (n,), generator=draw).float() / 2
-        return QTensor(format, codes, scale, steps=random_steps(n, k, draw) if format == "w4s" else None)
+        codes, steps = random_steps(codes, draw) if format == "w4s" else (codes, None)
+        return QTensor(format, codes, scale, steps=steps)
     shape = (n, k // GROUP[format])
     scales = (torch.randint(1, 3, shape, generator=draw).float() / 2).half()
     low = (torch.randint(-32, 33, shape, generator=draw).float() / 2).half() if mins else None
@@ -118,7 +119,7 @@ def test_smallest_and_largest_scales(format: str, mins: bool, size: float, scale
     n, k = 70, 320
     codes = codes_of(format, n, k, "any", torch.Generator().manual_seed(3))
     if format in ("w8", "w4s"):
-        steps = random_steps(n, k, torch.Generator().manual_seed(5)) if format == "w4s" else None
+        codes, steps = random_steps(codes, torch.Generator().manual_seed(5)) if format == "w4s" else (codes, None)
         tensor = QTensor(format, codes, torch.full((n,), scale), steps=steps)
     else:
         full = torch.full((n, k // GROUP[format]), scale).half()

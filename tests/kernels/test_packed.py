@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.weights import CASES, random_qtensor, random_steps
+from tests.kit.weights import CASES, random_qtensor
 
 from dfastllm.errors import ValidationError
 from dfastllm.kernels.packed import FORMS, GROUP, Packed, QTensor, pack_panels, unpack_panels
@@ -68,7 +68,7 @@ def test_padding_weighs_nothing() -> None:
 
 
 def test_steps_are_codes_of_eight_bits() -> None:
-    """Against Python's integers, also where a byte wraps around."""
+    """Against Python's integers."""
     tensor = random_qtensor("w4s", 3, 64, seed=5)
     assert tensor.steps is not None
     whole = tensor.whole_codes()
@@ -76,8 +76,14 @@ def test_steps_are_codes_of_eight_bits() -> None:
         for i in range(64):
             side = int(tensor.steps[channel, i // 32])
             value = (int(tensor.codes[channel, i]) - side // 16) * (side % 16 + 1)
-            assert int(whole[channel, i]) == (value + 128) % 256 - 128
-    stepped = random_steps(3, 64, torch.Generator().manual_seed(5))
+            assert int(whole[channel, i]) == value
+    stepped = tensor.steps
+    assert tensor.steps_fit
+    assert int(whole.min()) < -120
+    for code, side in ((15, 0x0F), (0, 0x9F)):  # 15 steps of 16 above zero, 9 below
+        tensor.codes[2, 40], stepped[2, 1] = code, side
+        tensor.codes[2, 32:40], tensor.codes[2, 41:] = side // 16, side // 16
+        assert not tensor.steps_fit
     for wrong in (None, stepped[:, :1], stepped.int()):
         with pytest.raises(ValidationError, match=r"steps of w4s: they must be \[3, 2\] torch.uint8"):
             QTensor("w4s", tensor.codes, tensor.scales, steps=wrong)

@@ -22,15 +22,20 @@ def random_qtensor(format: str, n: int, k: int, *, mins: bool = False, seed: int
     codes = torch.randint(low, high, (n, k), generator=draw).to(dtype)
     if format in ("w8", "w4s"):
         scale = torch.rand(n, generator=draw) * 0.01 + 1e-3
-        return QTensor(format, codes, scale, steps=random_steps(n, k, draw) if format == "w4s" else None)
+        codes, steps = random_steps(codes, draw) if format == "w4s" else (codes, None)
+        return QTensor(format, codes, scale, steps=steps)
     shape = (n, k // GROUP[format])
     scales = (torch.rand(shape, generator=draw) * 0.01 + 1e-3).half()
     return QTensor(format, codes, scales, (torch.rand(shape, generator=draw) * 0.1).half() if mins else None)
 
 
-def random_steps(n: int, k: int, draw: torch.Generator) -> Tensor:
-    """Any byte: where a code so far from its zero in so wide steps is no signed byte, it wraps around."""
-    return torch.randint(0, 256, (n, k // 32), generator=draw).to(torch.uint8)
+def random_steps(codes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(codes, steps) of w4s: any steps and zeros, codes moved to where a step from zero is still a signed byte."""
+    n, k = codes.shape
+    steps = torch.randint(0, 256, (n, k // 32), generator=draw).to(torch.uint8)
+    step, zero = ((steps & 15) + 1).int()[..., None], (steps >> 4).int()[..., None]
+    moved = codes.view(n, -1, 32).int().clamp(zero - 128 // step, zero + 127 // step)
+    return moved.to(torch.uint8).view(n, k), steps
 
 
 def exact(x: Tensor, weight: QTensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

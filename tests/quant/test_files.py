@@ -231,6 +231,13 @@ def test_parts_that_do_not_fit(tmp_path: Path, format: str, changes: dict[str, T
         stored(inventory(tmp_path))
 
 
+def test_steps_that_leave_a_byte(tmp_path: Path) -> None:
+    store(tmp_path, {"x": "w4r"})
+    damage(tmp_path, x__steps=torch.full((6, 2), 0x0F, dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match=r"x\.codes lie further from their zero than a signed byte holds"):
+        dict(read(inventory(tmp_path)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["scales", "mins"])
 def test_scales_that_are_no_numbers(tmp_path: Path, part: str, value: float) -> None:

@@ -412,7 +412,7 @@ def fidelity(
     out: Out = Path("benchmarks"),
     only: Annotated[list[str] | None, typer.Option("--format", help="Repeatable; default: all.")] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="Measure formats of this peer: pytorch, openvino-genai; repeatable.")
+        list[str] | None, typer.Option(help="Measure formats of this peer: pytorch, openvino-genai, llama.cpp.")
     ] = None,
     threads: int = 0,
     cache: Annotated[Path, typer.Option(help="Where models and peers are kept.", envvar="BENCH_CACHE")] = CACHE,
@@ -421,16 +421,16 @@ def fidelity(
     What is not measured keeps its figures; --peer alone measures none of ours."""
     import json
 
-    from dfastllm.bench.fidelity import FORMATS, PACKAGE, faithfulness, real_model, reference_of
+    from dfastllm.bench.fidelity import AS_STORED, FORMATS, MADE, PACKAGE, faithfulness, real_model, reference_of
     from dfastllm.bench.peer_fidelity import FORMATS as PEER_FORMATS
-    from dfastllm.bench.peer_fidelity import peer_faithfulness
+    from dfastllm.bench.peer_fidelity import made_file, peer_faithfulness
     from dfastllm.kernels.extension import describe, set_threads
     from dfastllm.kernels.extension import threads as used
 
     chosen = only or ([] if peer else list(FORMATS))
-    unknown = set(chosen) - set(FORMATS)
+    unknown = set(chosen) - {*FORMATS, *MADE}
     if unknown:
-        raise typer.BadParameter(f"unknown format {min(unknown)!r}; known: {', '.join(FORMATS)}.")
+        raise typer.BadParameter(f"unknown format {min(unknown)!r}; known: {', '.join((*FORMATS, *MADE))}.")
     peers = [pair for pair in PEER_FORMATS if pair[0] in (peer or ())]
     known = {name for name, _ in PEER_FORMATS}
     if set(peer or ()) - known:
@@ -441,7 +441,8 @@ def fidelity(
         raise typer.BadParameter(f"there are no texts (*.txt) in {out / 'fidelity'}.", param_hint="--out")
     texts = [file.read_text(encoding="utf-8") for file in files]
     reference = reference_of(real_model(cache), texts, used())
-    found = faithfulness(real_model(cache), reference, chosen, used())
+    stored = {form: made_file(form.partition(",")[0], cache, used()) for form in (AS_STORED, *MADE) if form in chosen}
+    found = faithfulness(stored, reference, chosen, used())
     rows = [asdict(row) for row in track(found, "fidelity", total=len(chosen), console=console)]
     rivals = peer_faithfulness(reference, peers, cache, used())
     others = [asdict(row) for row in track(rivals, "peers", total=len(peers), console=console)]

@@ -20,7 +20,7 @@ HEADING = "KL on the real model, 1e-3"  # nats a token
 LESS, RANDOM, UNKNOWN = "less faithful", "random weights", "not measured"
 # Figures nearer to each other than this are equal: other texts of this length change their order.
 MARGIN = 1.05
-KINDS = {"w4g": "w4", "w6g": "w6"}  # of the kernels, which know no minima -> a format made of them
+KINDS = {"w4g": "w4", "w6g": "w6", "w4s": "w4r"}  # of the kernels, which know no minima -> a format made of them
 _JUDGED = ("verdict", "possible", "of_possible")  # keys of rows that say something of a ratio
 # Whose figures hold for a peer that is not measured itself: a build of the same program, the same arithmetic.
 SAME = {"llama.cpp-avx2": "llama.cpp", "llama.cpp-avx-vnni": "llama.cpp", "vllm": "pytorch"}

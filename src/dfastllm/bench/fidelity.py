@@ -8,7 +8,7 @@ model made at random or trained for minutes shows none of this: it has no outlie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,22 @@ from dfastllm.hub.packages import fetch_packaged, kept
 from dfastllm.models import Decoder, PackedDecoder
 from dfastllm.text import Tokenizer
 
-__all__ = ["AS_STORED", "FORMATS", "Fidelity", "Reference", "faithfulness", "logits_of", "real_model", "reference_of"]
+__all__ = [
+    "AS_STORED",
+    "FORMATS",
+    "MADE",
+    "Fidelity",
+    "Reference",
+    "faithfulness",
+    "logits_of",
+    "real_model",
+    "reference_of",
+]
 
 MODEL = PACKAGED["smollm2-135m"]
 PACKAGE, FILE = MODEL.requirement, MODEL.file.name
 AS_STORED = "Q4_1, as stored"
+MADE = ("Q8_0, as stored", "Q4_K_M, as stored")  # files that llama.cpp makes of the model, where its rows are measured
 FORMATS = ("bf16", "w8", "w8r", "w8g", "w8gr", "w6", "w4m", "w4", "w4r", AS_STORED)
 MOST = 700  # tokens of a text
 
@@ -90,11 +101,14 @@ def reference_of(path: Path, texts: Sequence[str], threads: int) -> Reference:
 
 
 @torch.inference_mode()
-def faithfulness(path: Path, reference: Reference, formats: Sequence[str], threads: int) -> Iterator[Fidelity]:
-    """Each format against the float32 weights of the file, which `reference` was made of."""
+def faithfulness(
+    files: Mapping[str, Path], reference: Reference, formats: Sequence[str], threads: int
+) -> Iterator[Fidelity]:
+    """Each format against `reference`. files: GGUF files that are run as they are stored, by format; others are made of
+    the reference's weights."""
     for form in formats:
-        if form == AS_STORED:
-            model = assemble.load(path, backend="native").model
+        if form in files:
+            model = assemble.load(files[form], backend="native").model
         else:
             # A copy: rounding the model itself would leave the formats after it rounded weights to hold.
             floats = deepcopy(reference.model).to(torch.bfloat16) if form == "bf16" else reference.model

@@ -18,13 +18,13 @@ from dfastllm.bench.faithful import Faithfulness
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import act_kind
 from dfastllm.kernels.linear import head_stats, linear, linear_gated, pack, prepare
-from dfastllm.kernels.packed import GROUP, Packed, QTensor
+from dfastllm.kernels.packed import FORMS, GROUP, Packed, QTensor
 from dfastllm.metrics.records import spread
 
 __all__ = ["FORMATS", "ROWS", "SHAPES", "Work", "measure", "shown", "works"]
 
 ROWS = (1, 8, 32, 128, 512)
-FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w6g")
+FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w6g", "w4s")
 SHAPES = ((9728, 896), (896, 4864), (8960, 1536))  # [n, k]: gate and up, down (0.5B), up (1.5B)
 VOCABULARY = (151_936, 896)
 STREAMED = 96e6  # bytes of different weights a measurement goes through: three times the machine's last cache
@@ -53,10 +53,12 @@ def random_weight(format: str, n: int, k: int) -> QTensor:
             format, torch.randn(n, k, generator=draw).to(torch.float32 if format == "f32" else torch.bfloat16)
         )
     signed = format in ("w8", "w8g")
-    low, high = (-127, 128) if signed else (0, 16 if format == "w4g" else 64)
+    low, high = (-127, 128) if signed else (0, 1 << FORMS[format].bits)
     codes = torch.randint(low, high, (n, k), generator=draw, dtype=torch.int8 if signed else torch.uint8)
-    scales = torch.full((n,), 0.01) if format == "w8" else torch.full((n, k // GROUP[format]), 0.01).half()
-    return QTensor(format, codes, scales)
+    scales = torch.full((n, k // GROUP[format]), 0.01).half() if format in GROUP else torch.full((n,), 0.01)
+    stepped = FORMS[format].stepped
+    steps = torch.full((n, k // stepped), 0x87, dtype=torch.uint8) if stepped else None  # steps of 8 around code 8
+    return QTensor(format, codes, scales, steps=steps)
 
 
 def copies(weight: Packed) -> list[Packed]:

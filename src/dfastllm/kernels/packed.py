@@ -167,6 +167,14 @@ class QTensor:
             return (grouped * self.scales.float()[..., None] - self.mins.float()[..., None]).reshape(n, k)
         return ((grouped - _ZERO.get(self.format, 0)) * self.scales.float()[..., None]).reshape(n, k)
 
+    @property
+    def steps_fit(self) -> bool:
+        """Whether all whole codes are signed bytes, as the kernels trust."""
+        assert self.steps is not None
+        step, zero = ((self.steps & 15) + 1).short()[..., None], (self.steps >> 4).short()[..., None]
+        whole = (self.codes.view(len(self.codes), -1, FORMS[self.format].stepped) - zero) * step
+        return bool(((whole >= -128) & (whole <= 127)).all())
+
     def whole_codes(self) -> Tensor:
         """int8 [n, k] of w4s: the codes of w8 that stand for the same weights."""
         assert self.steps is not None

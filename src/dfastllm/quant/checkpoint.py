@@ -243,7 +243,13 @@ def read_one(name: str, weight: Stored) -> QTensor | Tensor:
         if part in parts and not bool(parts[part].isfinite().all()):
             raise CheckpointError(f"{name}.{part} holds NaN or infinity.")
     codes = unpack_bits(weight.kind, parts["codes"])
-    return QTensor(weight.kind, codes, parts["scales"], parts.get("mins"), parts.get("steps"))
+    found = QTensor(weight.kind, codes, parts["scales"], parts.get("mins"), parts.get("steps"))
+    if found.steps is not None and not found.steps_fit:
+        raise CheckpointError(
+            f"{name}.codes lie further from their zero than a signed byte holds in steps of {name}.steps.",
+            hint="The file is damaged; quantise the original again.",
+        )
+    return found
 
 
 def read(

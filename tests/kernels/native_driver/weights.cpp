@@ -64,9 +64,15 @@ void Weights::draw(Numbers& numbers) {
     row_scales = Array<float>(n);
     for (int64_t i = 0; i < n; ++i) row_scales[i] = (1.5f + numbers.unit()) * 0x1p-9f;
   }
-  if (f == Format::w4s) {  // any byte: where code, step and zero leave a signed byte, it wraps around
+  if (f == Format::w4s) {  // codes up to where a step away from zero would leave a signed byte
     steps = Array<uint8_t>(n * (k / 32));
     for (int64_t i = 0; i < steps.count(); ++i) steps[i] = static_cast<uint8_t>(numbers.next() & 255);
+    for (int64_t i = 0; i < n * k; ++i) {
+      const int step = (steps[i / 32] & 15) + 1, zero = steps[i / 32] >> 4;
+      const int least = zero - 128 / step, most = zero + 127 / step;
+      if (codes[i] < least) codes[i] = static_cast<uint8_t>(least);
+      if (codes[i] > most) codes[i] = static_cast<uint8_t>(most);
+    }
   }
   if (kind.group() == 0) return;
   scales = Array<uint16_t>(n * groups());

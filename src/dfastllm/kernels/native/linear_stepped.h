@@ -2,7 +2,7 @@
 // a channel: its step less one in the low nibble, its zero in the high one. A weight is (code - zero) * step * scale of its
 // channel, and (code - zero) * step fits a signed byte: so the integer loop of w8 does the rest, with nothing to pay for
 // a group but this, once for all rows of a call (a step of 4 bits under the range of 8: QServe, Lin et al. 2024,
-// arXiv 2405.04532). In bytes that wrap around: a file that breaks the bound gives the same wrong numbers everywhere.
+// arXiv 2405.04532). Codes that break the bound wrap around here and not everywhere: reading a file refuses them.
 #pragma once
 
 #include <cstdint>

@@ -10,6 +10,8 @@
 // 16 bits: the same, and 1/2 for unpacking; the absolute value of one side with the sign on the other: the same).
 // 4-bit codes: sums over a group fit as they are, 8 * 2 * 15 * 127 = 30,480. They start at half of the part's start in
 // each 16-bit number, and end within the same 30,480.
+// w4s, whose codes are 4-bit ones: the same, from minus the zero times the sum of the codes x on, so that the sums of a
+// group end within 8 * 2 * 15 * 127 again; widening multiplies with the step.
 // 6-bit codes: 2 * 63 * 127 fits, a sum of 4 need not. It starts at minus 32 times the sum of the codes that this 16-bit
 // number adds up, and so ends within 4 * 2 * 32 * 127 = 32,512. For minima the 32 comes in again as a 32-bit number.
 #pragma once
@@ -151,6 +153,39 @@ inline Sums<R, C> part_sums(const uint8_t* data, const Inputs<Codes, R>& in, con
     }
     return sum;
   }
+}
+
+// R rows of w4s over the groups of a slice, all channels of a group before the next. tile: int32 sums.
+template <int R>
+inline void stepped_slice(const uint8_t* data, const int8_t* x, int64_t stride, int64_t groups, int32_t* tile) {
+  int32_t sums[R][kSlice];
+  for (int r = 0; r < R; ++r) {
+    for (int64_t g = 0; g < groups; ++g) sums[r][g] = group_sums(x + r * stride + 32 * g);
+  }
+  for (int64_t g = 0; g < groups; ++g, data += kSteppedBytes) {
+    for (int channel = 0; channel < kPanel; channel += 16) {
+      const Codes16 side = four_of_each(data + Nibbles::bytes + channel);
+      const Pairs16 step = low_nibbles(side) + pairs16(1), zero = high_nibbles(side);
+      Pairs16 pairs[R];
+      DFK_EACH(r, R) pairs[r] = pairs16(0) - zero * two_shorts(sums[r][g]);
+      DFK_EACH(i, 8) {
+        const Codes16 w = Nibbles::at(data + 4 * channel, i);
+        DFK_EACH(r, R) pairs[r] = add_products(pairs[r], w, four_codes(x + r * stride + 32 * g + 4 * i));
+      }
+      DFK_EACH(r, R) {
+        int32_t* const to = tile + r * kPanel + channel;
+        store(to, load_ints(to) + widened(pairs[r], step));
+      }
+    }
+  }
+}
+
+template <int R = 1>
+inline void stepped_block(int rows, const uint8_t* data, const int8_t* x, int64_t stride, int64_t groups, int32_t* tile) {
+  if constexpr (R < block_rows<Nibbles>()) {
+    if (rows > R) return stepped_block<R + 1>(rows, data, x, stride, groups, tile);
+  }
+  stepped_slice<R>(data, x, stride, groups, tile);
 }
 
 }  // namespace dfk::DFK_ISA::tiles

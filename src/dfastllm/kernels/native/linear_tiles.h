@@ -9,6 +9,7 @@
 // What is computed, in this order whatever the number of rows, and to the same bits on every instruction set (each line
 // one rounding, for products with 2^p are exact):
 //   w8          y = (float(sum) * scale[n]) * act_scale[m], one rounding more        sum over the whole k
+//   w4s         the same of the codes (code - zero[g, n]) * step[g, n], which are signed bytes
 //   w8g, w4g    y = fma(float(sum_g) * 2^p[m, g], factor[m, g] * scale[g, n], y)     g = 0, 1, 2, ... from y = 0
 //   w6g         the same for each half of 16 inputs of group g; for the whole of it in slices of a panel whose halves
 //               share their scales and minima
@@ -363,9 +364,16 @@ inline void stepped_few(int64_t rows, const uint8_t* data, const int8_t* x, int6
 }
 #endif
 
+#if defined(DFK_SIMD_DOT)
+constexpr bool kSteppedAsStored = false;
+#else
+constexpr bool kSteppedAsStored = true;  // products of nibbles are cheaper than those of bytes
+#endif
+
 template <class Source>
 inline void channel_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  constexpr int64_t most = block_rows<Bytes>(), slice = 8 * kSlice;
+  constexpr bool as_stored = Source::stepped && kSteppedAsStored;
+  constexpr int64_t most = as_stored ? block_rows<Nibbles>() : block_rows<Bytes>(), slice = 8 * kSlice;
   const int64_t steps = (w.k + 3) / 4, blocks = (rows + most - 1) / most;
   const Source source(w, panel, scratch);
   int32_t* sums = reinterpret_cast<int32_t*>(tile);
@@ -383,14 +391,21 @@ inline void channel_tile(const Linear& w, const Acts& x, int64_t panel, int64_t 
 #endif
   for (int64_t s = 0; s < steps; s += slice) {
     const int64_t here = steps - s < slice ? steps - s : slice;
-    const int64_t turns = (here + 7) / 8 * blocks * (kPanel / 16 / kChannelWidth);
-    const uint8_t* data = source.slice(s, here);
+    const int64_t turns = as_stored ? blocks : (here + 7) / 8 * blocks * (kPanel / 16 / kChannelWidth);
+    const uint8_t* data = as_stored ? source.packed(s) : source.slice(s, here);
     const uint8_t* next = source.packed(s + here);
     Ahead ahead(next, blocks == 1 ? 0 : source.packed(s + here + slice) - next, turns);
     for (int64_t i = 0; i < blocks; ++i) {
       const RowBlock block = row_block(rows, blocks, i);
       const int64_t row = row0 + block.first;
       const int8_t* codes = static_cast<const int8_t*>(x.data) + row * x.stride + 4 * s;
+#if !defined(DFK_SIMD_DOT)
+      if constexpr (as_stored) {
+        ahead.turn();
+        stepped_block(block.rows, data, codes, x.stride, here / 8, sums + block.first * kPanel);
+        continue;
+      }
+#endif
       channel_block(block.rows, data, codes, x.stride, here, sums + block.first * kPanel, ahead);
     }
   }

@@ -159,6 +159,14 @@ inline Pairs16 pairs16(int16_t x) { return {_mm256_set1_epi16(x), _mm256_set1_ep
 inline Pairs16 operator+(Pairs16 x, Pairs16 y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
 // Two products, w unsigned, x signed bytes, added up; their sum must fit 16 bits (the instruction saturates).
 inline Pairs16 pair_products(Codes16 w, Codes16 x) { return {_mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b)}; }
+inline Pairs16 operator-(Pairs16 x, Pairs16 y) { return {_mm256_sub_epi16(x.a, y.a), _mm256_sub_epi16(x.b, y.b)}; }
+inline Pairs16 operator*(Pairs16 x, Pairs16 y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
+// The nibbles of every even byte as 16-bit numbers.
+inline Pairs16 low_nibbles(Codes16 x) {
+  const __m256i nibble = _mm256_set1_epi16(15);
+  return {_mm256_and_si256(x.a, nibble), _mm256_and_si256(x.b, nibble)};
+}
+inline Pairs16 high_nibbles(Codes16 x) { return low_nibbles(shift_right<4>(x)); }
 // sum + pair_products(w, x), the sum kept in registers: GCC would multiply for all sums of a tile before it adds to any of
 // them, and spill.
 inline Pairs16 add_products(Pairs16 sum, Codes16 w, Codes16 x) {
@@ -190,11 +198,15 @@ inline __m256i pair_sums(const int8_t* x) {
   const __m256i twos = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0x4e));
   return _mm256_add_epi16(twos, _mm256_shuffle_epi32(twos, 0xb1));
 }
-// -8 times those of all 32.
-inline int32_t group_starts(const int8_t* x) {
+// Those of all 32.
+inline __m128i all_pair_sums(const int8_t* x) {
   const __m256i sums = pair_sums(x);
-  const __m128i all = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(all, 3)));
+  return _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+}
+inline int32_t group_sums(const int8_t* x) { return _mm_cvtsi128_si32(all_pair_sums(x)); }
+// -8 times them.
+inline int32_t group_starts(const int8_t* x) {
+  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(all_pair_sums(x), 3)));
 }
 // -32 times those of each half.
 inline void half_starts(const int8_t* x, int32_t* out) {

@@ -100,8 +100,6 @@ def write_base(shape: dict[str, Any], path: Path, seed: int) -> None:
 
 def make(shape: dict[str, Any], directory: str, formats: list[str], seed: int, threads: int) -> dict[str, int]:
     """Write `<format>.gguf` for each format that is not there yet. Returns bytes of the files."""
-    import llama_cpp
-
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     base = root / "F16.gguf"
@@ -109,15 +107,22 @@ def make(shape: dict[str, Any], directory: str, formats: list[str], seed: int, t
     if missing:
         write_base(shape, base, seed)
     for name in missing:
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread = FTYPES[name], threads
-        part = root / f"{name}.part"
-        failed = llama_cpp.llama_model_quantize(str(base).encode(), str(part).encode(), ctypes.byref(params))
-        if failed:
-            raise RuntimeError(f"llama_model_quantize to {name} failed with {failed}")
-        part.rename(root / f"{name}.gguf")
+        quantise(str(base), str(root / f"{name}.gguf"), name, threads)
     base.unlink(missing_ok=True)
     return {name: (root / f"{name}.gguf").stat().st_size for name in formats}
+
+
+def quantise(source: str, target: str, form: str, threads: int) -> None:
+    """Write a GGUF file of another type, of a file that may be quantised itself (its floats are rounded again)."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.allow_requantize = FTYPES[form], threads, True
+    part = Path(f"{target}.part")
+    failed = llama_cpp.llama_model_quantize(source.encode(), str(part).encode(), ctypes.byref(params))
+    if failed:
+        raise RuntimeError(f"llama_model_quantize to {form} failed with {failed}")
+    part.rename(target)
 
 
 class Session:
@@ -238,6 +243,23 @@ class Session:
         llama_cpp.llama_set_causal_attn(context, True)
         return seconds
 
+    def logits(self, ids: list[int], path: str) -> int:
+        """Write the logits of every position of a causal prefill of `ids` to `path`, float32 as they lie in memory.
+        Returns the width of a row."""
+        import llama_cpp
+
+        context = self._cached(1, 0, len(ids))
+        llama_cpp.llama_set_causal_attn(context, True)
+        with open(path, "wb") as out:
+            for first in range(0, len(ids), 512):  # of a batch of the context
+                rows = [(token, first + i, 0, True) for i, token in enumerate(ids[first : first + 512])]
+                self._decode(rows)
+                for i in range(len(rows)):
+                    row = llama_cpp.llama_get_logits_ith(context, i)
+                    np.ctypeslib.as_array(row, shape=(self.vocab,)).tofile(out)
+        self._forget(1, 0)
+        return self.vocab
+
     def concurrent(self, sequences: int, cached: int, repeats: int) -> list[float]:
         """Seconds of `repeats` decodes of one greedy token for every one of `sequences`, each `cached` long before."""
         self._cached(sequences, cached, repeats)
@@ -252,7 +274,8 @@ class Session:
 
 
 def main() -> None:
-    serve_session(make, Session())
+    session = Session()
+    serve_session(make, session, quantise=quantise, logits=session.logits)
 
 
 if __name__ == "__main__":
