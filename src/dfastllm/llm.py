@@ -432,6 +432,19 @@ class LLM:
             return tuple(self.tokenizer.encode(prompt, add_special=add_special, parse_special=parse_special))
         return tuple(prompt)
 
+    def _require_fits(self, *prompts: Prompt) -> None:
+        """Refuse a text that has more tokens than the context whatever they are, before it is encoded: one of millions
+        of characters takes seconds and gigabytes. Raises ContextLengthError."""
+        for prompt in prompts:
+            least = self.tokenizer.fewest(prompt) if isinstance(prompt, str) else 0
+            if least > self.engine.max_len:
+                raise ContextLengthError(
+                    f"the prompt has at least {least:,} tokens; the context of {self.info.name} is "
+                    f"{self.engine.max_len:,}.",
+                    param="prompt",
+                    hint="Shorten the prompt.",
+                )
+
     def submit(
         self,
         prompt: Prompt,
@@ -449,6 +462,7 @@ class LLM:
     ) -> Stream:
         """Queue one sequence (n must be 1) and return its stream of events. cache_salt, speculative, shown, lora: see
         `core.Request`. Where requests hold all the adapters that may be in memory, it waits for one of them to end."""
+        self._require_fits(prompt, suffix)
         request = Request(
             request_id or uuid.uuid4().hex,
             self.encode(prompt),
@@ -503,7 +517,9 @@ class LLM:
         """Answers to all prompts, batched together, in order. A single prompt is a list of one. sampling, decode and
         lora: one for all or one per prompt. shown, lora: see `core.Request`. If any request fails the others are
         cancelled and its error is raised."""
-        batch = [self.encode(prompt) for prompt in _as_batch(prompts)]
+        texts = _as_batch(prompts)
+        self._require_fits(*texts)
+        batch = [self.encode(prompt) for prompt in texts]
         samplings = _per_prompt(SamplingParams() if sampling is None else sampling, len(batch), "sampling")
         samplings = [_of(one, SamplingParams, "sampling") for one in samplings]
         decodes = _per_prompt(decode, len(batch), "decode")

@@ -29,7 +29,7 @@ MOST_EXPERTS_OF_ALL_LAYERS = 1 << 17
 
 def _require(ok: bool, name: str, wanted: str, got: object) -> None:
     if not ok:
-        raise ValidationError(f"{name} must be {wanted}, got {got!r}.", param=name)
+        raise ValidationError(f"{name} must be {wanted}, got {got!r:.200}.", param=name)
 
 
 def require_held(config: DecoderConfig, held: int, where: str, files: str) -> None:

@@ -7,6 +7,7 @@ everything else asks the registry. A family is data and a few functions, never a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -52,10 +53,10 @@ class Fields:
             if value is None:
                 continue
             if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
+                value = float(value) if abs(value) < 1 << 1000 else math.inf
             if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
                 raise ModelLoadError(
-                    f"{self.where}: field {key!r} must be {wanted.__name__}, got {value!r}.", param=key
+                    f"{self.where}: field {key!r} must be {wanted.__name__}, got {value!r:.200}.", param=key
                 )
             return value
         if default is None:

@@ -132,7 +132,7 @@ def _sentencepiece(
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=merges_of(tokens, scores, vocabulary),
+            merges=merges_of(tokens, scores.tolist(), vocabulary),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
