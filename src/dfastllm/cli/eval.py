@@ -94,6 +94,7 @@ def evaluate(
     from dfastllm.eval import Plan, grid
     from dfastllm.eval import evaluate as asked
     from dfastllm.eval.run import fingerprint
+    from dfastllm.hub import title
     from dfastllm.llm import model_kind, resolve
     from dfastllm.sandbox import ProgramLimits
 
@@ -101,7 +102,8 @@ def evaluate(
     limits = ProgramLimits(seconds=code_seconds, memory=code_memory << 20)
     count = limit or (QUICK_QUESTIONS if quick_test else None)
     questions = _questions(data, task, field, count, seed, limits)
-    where = out or Path("eval-results") / f"{resolve(model).name}-{data.stem if data is not None else 'mix'}"
+    called = (title(model) or resolve(model).stem).replace("/", "--").replace(":", "-")
+    where = out or Path("eval-results") / f"{called}-{data.stem if data is not None else 'mix'}"
     with open_model(model, loaded) as llm:
         tokens = max_tokens or _tokens(llm, quick_test, data is None)
         sampling = SamplingParams(temperature=temperature, max_tokens=tokens, seed=seed)

@@ -75,7 +75,12 @@ def read_tensor(entry: Entry, name: str, file: RawIOBase | None = None) -> Tenso
     CheckpointError."""
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, which is not read.")
-    out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    try:
+        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    except RuntimeError as error:  # a shape like [0, 2^62], or no memory for it
+        raise CheckpointError(
+            f"{entry.file}: tensor {name!r} of {list(entry.shape)} cannot be held: {error}."
+        ) from error
     if out.numel() == 0:
         return out
     view = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

@@ -58,6 +58,8 @@ class Awq:
     def _weight(self, owner: str, parts: Parts) -> Stored:
         rows, words = parts.entry("qweight", ("I32",), (None, None)).shape
         n, k = (words * EACH, rows) if self.layout == "gemm" else (rows, words * EACH)
+        if not k:
+            raise parts.fault("qweight", "rows and columns")
         group = k if self.group == -1 else self.group
         if k % group:
             raise parts.fault("qweight", f"inputs that groups of {group} divide; it has {k}")

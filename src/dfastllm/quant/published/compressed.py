@@ -21,7 +21,6 @@ group of the configuration a module belongs to is told by its targets: names, pa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,7 @@ from dfastllm.errors import CheckpointError
 from dfastllm.quant.checkpoint import Stored
 from dfastllm.quant.published.fp8 import EIGHT_BIT, block_sizes, eight_bit_floats, require_scale
 from dfastllm.quant.published.matrix import Codes, Matrix, opened
-from dfastllm.quant.published.parts import FLOATS, Parts, collect, fields, option, refuse_option
+from dfastllm.quant.published.parts import FLOATS, Parts, collect, fields, matches, option, pattern_of, refuse_option
 from dfastllm.quant.stream import Entry
 
 __all__ = ["Compressed", "Scheme", "parse"]
@@ -111,7 +110,7 @@ class Compressed:
 
 def _named(owner: str, target: str) -> bool:
     if target.startswith("re:"):
-        return re.match(target[3:], owner) is not None
+        return matches(target[3:], owner)
     return target == owner
 
 
@@ -218,10 +217,8 @@ def _scheme(name: str, raw: object, where: str) -> Scheme:
     if raw.get("format") is not None:
         option(raw, "format", where, FORMATS)
     for target in targets:
-        try:
-            re.compile(target.removeprefix("re:"))
-        except re.error as error:
-            raise refuse_option(f"{path}.targets", where, target, f"regular expressions ({error})") from error
+        if target.startswith("re:"):
+            pattern_of(target[3:], f"{path}.targets", where)
     kind = option(weights, "type", where, ("int", "float"), "int")
     bits = option(weights, "num_bits", where, (8,) if kind == "float" else (2, 3, 4, 5, 6, 7, 8), 8)
     group = weights.get("group_size")

@@ -13,7 +13,6 @@ the inputs were in the order of their groups anyway.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from dfastllm.errors import CheckpointError
 from dfastllm.quant.checkpoint import Stored
 from dfastllm.quant.published.matrix import Codes, opened
-from dfastllm.quant.published.parts import FLOATS, Parts, collect, fields, option, refuse_option
+from dfastllm.quant.published.parts import FLOATS, Parts, collect, fields, matches, option, pattern_of, refuse_option
 from dfastllm.quant.stream import Entry
 
 __all__ = ["Gptq", "parse"]
@@ -55,11 +54,13 @@ class Gptq:
         return weights
 
     def _weight(self, owner: str, parts: Parts) -> Stored:
-        found = next(((bits, group) for pattern, bits, group in self.other if re.match(pattern, owner)), None)
+        found = next(((bits, group) for pattern, bits, group in self.other if matches(pattern, owner)), None)
         bits, group = found or (self.bits, self.group)
         each = 32 // bits
         rows, n = parts.entry("qweight", ("I32",), (None, None)).shape
         k = rows * each
+        if not k:
+            raise parts.fault("qweight", "rows")
         group = k if group == -1 else group
         if k % group:
             raise parts.fault("qweight", f"inputs that groups of {group} divide; it has {k}")
@@ -103,15 +104,16 @@ def parse(raw: Mapping[str, Any], where: str) -> Gptq:
     layout = option(raw, "checkpoint_format", where, ("gptq", "gptq_v2"), "gptq")
     option(raw, "is_marlin_format", where, (False,), False)
     other = []
-    for pattern, changes in (raw.get("dynamic") or {}).items():
+    dynamic = raw.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise refuse_option("dynamic", where, dynamic, "an object, pattern by pattern")
+    for pattern, changes in dynamic.items():
         if pattern.startswith("-:"):
             continue  # modules that are not quantised: their weights are there as floats
-        pattern = pattern.removeprefix("+:")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise refuse_option("dynamic", where, pattern, f"regular expressions ({error})") from error
-        other.append((pattern, *_sizes(changes or {}, where, bits, group)))
+        if not isinstance(changes, Mapping):
+            raise refuse_option(f"dynamic.{pattern}", where, changes, "an object with bits or group_size")
+        own = pattern_of(pattern.removeprefix("+:"), "dynamic", where)
+        other.append((own, *_sizes(changes, where, bits, group)))
     return Gptq(bits, group, 1 if layout == "gptq" else 0, tuple(other))
 
 

@@ -5,6 +5,7 @@ Knows no method: each says which tensors belong to a module, and what shapes the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,14 @@ from torch import Tensor
 from dfastllm.errors import CheckpointError, ModelLoadError
 from dfastllm.quant.stream import Entry, read_tensor
 
-__all__ = ["FLOATS", "Parts", "collect", "fields", "option", "refuse_option", "scales_of"]
+__all__ = ["FLOATS", "Parts", "collect", "fields", "matches", "option", "pattern_of", "refuse_option"]
 
 FLOATS = ("F32", "F16", "BF16")
 PARAM = "quantization_config"
 # Static scales of attention's K, V, queries and weights: those are rounded here as they come.
 OF_ATTENTION = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale")
+REPETITIONS = 4
+LONGEST = 200  # characters of a pattern, and of a name that one is held against
 _LISTED = 12  # values of an option that are shown at most
 
 
@@ -97,11 +100,6 @@ def collect(
     return {owner: Parts(method, owner, owners[owner]) for owner in marked}, rest
 
 
-def scales_of(parts: Parts, part: str) -> Tensor:
-    """A part as float32, exactly."""
-    return parts.read(part).float()
-
-
 def fields(words: Tensor, bits: int, count: int) -> Tensor:
     """Numbers of `bits` bits packed along the last dim of int32 words, lowest bits first and without gaps: int32
     [..., words] -> uint8 [..., count]."""
@@ -120,6 +118,35 @@ def fields(words: Tensor, bits: int, count: int) -> Tensor:
     joined = (whole << torch.arange(0, 8 * bits, 8)).sum(dim=-1)
     numbers: Tensor = (joined[..., None] >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
     return numbers.to(torch.uint8).flatten(-2)[..., :count]
+
+
+def pattern_of(text: str, name: str, where: str) -> str:
+    """A pattern of module names that a configuration brings, which must be a regular expression whose matching takes
+    no long time: at most four repetitions, and none of them inside of another. Raises ModelLoadError."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise refuse_option(name, where, text, f"regular expressions ({error})") from error
+    inside, nested = [0], False
+    plain = re.sub(r"\\.|\[[^\]]*\]", "x", text)  # what is escaped or of a class repeats nothing
+    for at, character in enumerate(plain):
+        repeated = plain[at + 1 : at + 2] in ("*", "+", "{")
+        if character == "(":
+            inside.append(0)
+        elif character == ")" and len(inside) > 1:
+            within = inside.pop()
+            nested |= repeated and within > 0
+            inside[-1] += within
+        elif character in "*+{":
+            inside[-1] += 1
+    if nested or sum(inside) > REPETITIONS or len(text) > LONGEST:
+        raise refuse_option(name, where, text, f"patterns of at most {REPETITIONS} repetitions, none inside another")
+    return text
+
+
+def matches(pattern: str, owner: str) -> bool:
+    """Whether a module's name begins as this pattern says; longer ones than any model has do not."""
+    return len(owner) <= LONGEST and re.match(pattern, owner) is not None
 
 
 def option(raw: Mapping[str, Any], name: str, where: str, allowed: Collection[Any], default: Any = None) -> Any:

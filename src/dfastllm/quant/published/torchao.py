@@ -99,7 +99,7 @@ def _require_sides(parts: Parts, kind: str, shape: tuple[int, int]) -> None:
         fits = entry.shape[0] > 0 and k % entry.shape[0] == 0
     else:
         rows, groups = _two(entry.shape)
-        divides = rows > 0 and groups > 0 and n % rows == 0 and k % groups == 0
+        divides = len(entry.shape) < 3 and rows > 0 and groups > 0 and n % rows == 0 and k % groups == 0
         fits = divides and (kind == "Float8Tensor" or rows in (1, n))
     if not fits:
         raise parts.fault("_weight_scale", f"scales that share {n} x {k} weights evenly")
