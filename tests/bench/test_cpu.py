@@ -294,6 +294,22 @@ def test_results_are_generated_from_the_records(tmp_path: Path) -> None:
     assert line.replace("4.3 /", "5.4 /") + "less faithful | less faithful | 4 not judged |" in text
 
 
+def test_a_mixture_is_shown_as_what_it_is(tmp_path: Path) -> None:
+    """Its formats are known on no real model: the column says so, and the ratio stays, whatever dense models say."""
+    mixture = Contest(find_shape("moe-a1b-4l"), "llama.cpp", "Q8_0", "Q8_0", 2 * 10**9, 2 * 10**9, Pace())
+    turns = [Turn({"ours": 0.02, "peer": 0.1, "made": 0.025}, 0.02)] * 3
+    row = asdict(mixture.row(CASES["decode, batch 1"], turns))
+    context = {"threads": 2, "kernels": "avx512", "versions": {}, "ceilings": asdict(Ceilings(40, 100, 500, 1000))}
+    path = tmp_path / "cpu" / "llama.cpp-moe-a1b-4l.json"
+    write_record(path, "cpu llama.cpp", [row], shape="moe-a1b-4l", **context)
+    known = {"format": "Q8_0, as stored", "kl": 0.9, "agreement": 0.1, "tokens": 9, "bytes": 1}
+    theirs = {"peer": "llama.cpp", "format": "Q8_0", "kl": 0.1, "agreement": 0.9, "tokens": 9}
+    write_record(tmp_path / "fidelity.json", "fidelity", [known], model="a-model", peers=[theirs])
+    text = write_results(tmp_path / "cpu").read_text()
+    assert "| Q8_0 | random weights | decode, batch 1 | 20.0 (20.0–20.0) | 100.0 (100.0–100.0) | 50 / 10 | 5.00" in text
+    assert "1.5 met?" in text
+
+
 def test_an_environment_is_made_once_and_its_failure_quoted(tmp_path: Path) -> None:
     made = Environment("fake", (), "print('checked')")
     python = made.ensure(tmp_path)
