@@ -48,6 +48,17 @@ def test_turned(kind: str, block: int) -> None:
     check(rows.prepare(x, kind, block=block), plain.prepare(x, kind, block=block))
 
 
+@pytest.mark.parametrize("kind", ["fp8", "row8"])
+@pytest.mark.parametrize("block", [1, 32])
+def test_rows_too_long_for_registers(kind: str, block: int) -> None:
+    y = inputs(2, 2 * 8224)
+    got, wanted = (made.gate(y, "silu", kind, block=block) for made in (rows, plain))
+    assert got.data.shape == wanted.data.shape
+    torch.testing.assert_close(got.scales, wanted.scales, rtol=1e-6, atol=0)
+    assert (got.data.float() != wanted.data.float()).float().mean() < 1e-3
+    check(rows.prepare(y, kind, block=block), plain.prepare(y, kind, block=block))
+
+
 @pytest.mark.parametrize("kind", ["fp8", "row8", "group8"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_makes_the_scale_nan(kind: str, bad: float) -> None:

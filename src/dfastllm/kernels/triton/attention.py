@@ -49,7 +49,7 @@ def attention(
     Products are of K's dtype, q and the weights rounded to it; of qkv's where K has a byte a number. invariant: see the
     head of this file. split: one program a piece; None: where the tiles alone would leave a card idle.
     """
-    rows, group = len(qkv), heads // kv_heads
+    rows, group, deep = len(qkv), heads // kv_heads, max(16, triton.next_power_of_2(dim))
     height = max(16, triton.next_power_of_2(laid.tile_rows * group))
     work, wide = working_type(qkv.dtype if kv.k.dtype.itemsize == 1 else kv.k.dtype)
     out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
@@ -59,20 +59,22 @@ def attention(
     cut = (few if split is None else split) and rows <= PIECE and memory <= MOST_PARTS
     sums = torch.empty(tiles * parts * kv_heads * height * dim if cut else 1, device=qkv.device)
     ends = torch.empty(2 * tiles * parts * kv_heads * height if cut else 1, device=qkv.device)
+    warps = 8 if height >= 64 and (height > 64 or invariant or deep > 128) else 4  # as many as hold the sums
     scales = (sums, sums) if kv.k_scales is None or kv.v_scales is None else (kv.k_scales, kv.v_scales)
-    sizes = {"D": dim, "DP": max(16, triton.next_power_of_2(dim)), "HEADS": heads, "KV_HEADS": kv_heads, "BM": height}
+    sizes = {"D": dim, "DP": deep, "HEADS": heads, "KV_HEADS": kv_heads, "BM": height}
     _attend[(tiles, kv_heads, parts if cut else 1)](
         qkv, kv.k, kv.v, *scales, out, sums, ends, laid.words, laid.words.view(torch.uint8),
         laid.positions, laid.cached_limit, laid.own_limit, laid.spans, laid.tiles,
         qkv.stride(0), scale, softcap, window, laid.pieces,
-        **sizes, BN=64, PIECE=PIECE, BLOCK=BLOCK, SPAN=SPAN_WORDS, TILE=TILE_WORDS, TYPE=work, WIDE=wide,
+        **sizes, BN=64 if deep <= 128 else 32, PIECE=PIECE, BLOCK=BLOCK, SPAN=SPAN_WORDS, TILE=TILE_WORDS,
+        TYPE=work, WIDE=wide,
         CODES=kv.k_scales is not None, CAP=softcap > 0, WINDOW=window > 0,
         MASK=laid.masked, STEADY=invariant, CUT=cut,
-        num_warps=4 if height < 128 else 8, num_stages=3 if kv.k.dtype.itemsize < 4 else 2,
+        num_warps=warps, num_stages=3 if kv.k.dtype.itemsize < 4 and deep <= 128 else 2,
     )  # fmt: skip
     if cut:
         _merge[(tiles, kv_heads)](sums, ends, out, laid.spans, laid.tiles, laid.pieces, **sizes,
-                                  PIECE=PIECE, SPAN=SPAN_WORDS, TILE=TILE_WORDS, num_warps=4)  # fmt: skip
+                                  PIECE=PIECE, SPAN=SPAN_WORDS, TILE=TILE_WORDS, num_warps=warps)  # fmt: skip
     return out
 
 

@@ -52,7 +52,7 @@ def head_stats(
         x.data, *sides, weight.data, *theirs, ban, len(ban), *sets, facts, found, rows, n, weight.k, x.data.shape[1],
         tiles, cap, kept, **form_of(x, weight), CAP=cap > 0, BARRED=shut, FACTS=FACTS, BM=height, BN=WIDTH,
         BK=32 if weight.format == "f32" else 128 if not floats else 64,
-        num_warps=4, num_stages=3,
+        num_warps=8 if height == 64 else 4, num_stages=3,
     )  # fmt: skip
     _rows[(rows,)](
         facts, found, out, rows, tiles, kept, top, FACTS=FACTS, WORDS=WORDS, BN=WIDTH,

@@ -29,8 +29,9 @@ def linear(x: Acts, weight: Packed, bias: Tensor | None = None, *, out: torch.dt
     rows, n = x.rows, weight.n
     if weight.format in FLOATS and weight.format != "fp8" and not invariant:
         data = x.data if x.data.dtype == weight.data.dtype else x.data.to(weight.data.dtype)
-        y = F.linear(data, weight.data)
-        return (y if bias is None else y.float() + bias).to(out)
+        if bias is None or bias.dtype == data.dtype:  # then it is added in the product's own last step
+            return F.linear(data, weight.data, bias).to(out)
+        return (F.linear(data, weight.data).float() + bias).to(out)
     if weight.format == "fp8" and not invariant and not interpreted() and x.scales is not None:
         assert weight.scales is not None
         y = torch._scaled_mm(

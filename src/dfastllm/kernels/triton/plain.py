@@ -130,10 +130,12 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    invariant: bool = True,
 ) -> Tensor:
     """softmax(scale * q k^T) v over the keys that each row sees -> [rows, heads * dim] in qkv's dtype. qkv: as
     `rope_write` leaves it. A score s becomes softcap * tanh(s / softcap) where softcap > 0; window: a row at position p
-    sees only keys at positions above p - window, 0: all. Rows that see no key give zeros."""
+    sees only keys at positions above p - window, 0: all. Rows that see no key give zeros. invariant: the bits of a row
+    do not depend on the other rows; here they never do."""
     out = torch.zeros(len(qkv), heads * dim, dtype=qkv.dtype, device=qkv.device)
     masks = laid.words.view(torch.uint8)
     for row0, row1, cached, own, block0, own0, own_start, mask_at in laid.spans.tolist():
@@ -176,7 +178,7 @@ def _widened(held: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
 
 
 def linear(x: Acts, weight: Packed, bias: Tensor | None = None, *, out: torch.dtype, invariant: bool = False) -> Tensor:
-    """x W^T + bias float32 [n] -> [rows, n] of dtype `out`. w8: the sum of codes is exact, then
+    """x W^T + bias [n] -> [rows, n] of dtype `out`. w8: the sum of codes is exact, then
     (float(sum) * scale[n]) * act_scale[m]. invariant: a row's bits do not depend on the other rows."""
     if weight.format == "w8":
         assert weight.scales is not None
@@ -186,10 +188,11 @@ def linear(x: Acts, weight: Packed, bias: Tensor | None = None, *, out: torch.dt
         return (y if bias is None else y + bias).to(out)
     if weight.format in _DTYPES and not invariant:
         data = x.data if x.data.dtype == weight.data.dtype else x.data.to(weight.data.dtype)
-        y = F.linear(data, weight.data)
-        return (y if bias is None else y.float() + bias).to(out)
+        if bias is None or bias.dtype == data.dtype:
+            return F.linear(data, weight.data, bias).to(out)
+        return (F.linear(data, weight.data).float() + bias).to(out)
     wide = F.pad(floats_of(x), (0, 0, 0, -x.rows % max(16, 8 * torch.get_num_threads())))
-    y = F.linear(wide, natural(weight).dequantise(), bias)[: x.rows]
+    y = F.linear(wide, natural(weight).dequantise(), None if bias is None else bias.float())[: x.rows]
     return y.to(out)
 
 

@@ -19,8 +19,9 @@ from dfastllm.kernels.triton.laid import Laid
 from dfastllm.kernels.triton.tiles import MAGIC, narrowed
 from dfastllm.kernels.triton.weight import MOST_FP8
 
-__all__ = ["add_norm", "gate", "prepare", "rope_write"]
+__all__ = ["KINDS", "add_norm", "empty", "gate", "prepare", "rope_write"]
 
+ACTIVATIONS = ("", "silu", "gelu_tanh")
 CHUNK = 1024  # columns of a program where a row need not be seen whole
 KINDS = {"f32": 0, "bf16": 1, "f16": 1, "fp8": 2, "row8": 3, "group8": 4}
 DTYPES = {
@@ -32,12 +33,13 @@ DTYPES = {
     "group8": torch.int8,
 }
 WHOLE = ("fp8", "row8")  # one scale a row
+WIDEST = 8192  # columns that a program holds in its registers, if it can go through them twice
 
 
 def prepare(x: Tensor, kind: str, *, block: int = 1) -> Acts:
     """See the twin."""
     rows, k = x.shape
-    acts = _empty(kind, rows, k, x.device)
+    acts = empty(kind, rows, k, x.device)
     _launch(acts, block, x, x, None, 0.0, 1.0, None, 0.0)
     return acts
 
@@ -53,7 +55,7 @@ def add_norm(
     post: tuple[Tensor, float] | None = None,
 ) -> Acts:
     """See the twin. post: weight float32 [k] and eps of a norm of y before it is added."""
-    acts = _empty(kind, len(x), x.shape[1], x.device)
+    acts = empty(kind, len(x), x.shape[1], x.device)
     after = (None, 0.0) if post is None else post
     _launch(acts, 1, x, y, weight, eps, factor, *after, add=y is not None)
     return acts
@@ -61,12 +63,13 @@ def add_norm(
 
 def gate(y: Tensor, activation: str, kind: str, *, block: int = 1) -> Acts:
     """See the twin."""
-    acts = _empty(kind, len(y), y.shape[1] // 2, y.device)
+    acts = empty(kind, len(y), y.shape[1] // 2, y.device)
     _launch(acts, block, y, y, None, 0.0, 1.0, None, 0.0, activation=activation)
     return acts
 
 
-def _empty(kind: str, rows: int, k: int, device: torch.device) -> Acts:
+def empty(kind: str, rows: int, k: int, device: torch.device) -> Acts:
+    """Rows of a kind, uninitialised."""
     codes = kind in ("row8", "group8")
     stride = -(-k // 32) * 32 if codes else k
     data = torch.empty(rows, stride, dtype=DTYPES[kind], device=device)
@@ -96,15 +99,21 @@ def _launch(
         return
     whole = acts.kind in WHOLE or weight is not None or post is not None
     width = triton.next_power_of_2(max(stride, 32)) if whole else max(CHUNK, block)
-    some = acts.data
+    some, turn = acts.data, float(np.float32(1.0) / np.sqrt(np.float32(block)))
+    how = {"KIND": KINDS[acts.kind], "GATE": ACTIVATIONS.index(activation), "TURNS": block.bit_length() - 1}
+    if width > WIDEST and weight is None and y is x:
+        _long[(rows,)](
+            x, some, acts.scales, some if acts.sums is None else acts.sums, x.stride(0), k, stride, turn,
+            float(LEAST_AMAX), B=max(2 * CHUNK, block), **how, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+        return
     _rows[(rows, 1 if whole else triton.cdiv(stride, width))](
         x, x if y is None else y, x if weight is None else weight, x if post is None else post, some,
         some if acts.scales is None else acts.scales, some if acts.sums is None else acts.sums,
-        x.stride(0), (x if y is None else y).stride(0), k, stride, 1.0 / k, eps, post_eps, factor,
-        float(np.float32(1.0) / np.sqrt(np.float32(block))), float(LEAST_AMAX),
-        B=width, KIND=KINDS[acts.kind], ADD=add, NORM=weight is not None, POST=post is not None,
-        GATE=("", "silu", "gelu_tanh").index(activation), TURNS=block.bit_length() - 1,
-        num_warps=4 if width <= 4096 else 8 if width <= 16384 else 32, enable_fp_fusion=False,
+        x.stride(0), (x if y is None else y).stride(0), k, stride, 1.0 / k, eps, post_eps, factor, turn,
+        float(LEAST_AMAX),
+        B=width, **how, ADD=add, NORM=weight is not None, POST=post is not None,
+        num_warps=4 if width <= 4096 else 8 if width <= 8192 else 16, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -141,6 +150,71 @@ def _codes(v, worst, inverse, least):
 
 
 @triton.jit
+def _value(x, k, i, GATE: tl.constexpr):
+    """Columns i of a row, or activation(first k) * the k behind them."""
+    v = tl.load(x + i, mask=i < k, other=0.0).to(tl.float32)
+    if GATE > 0:
+        up = tl.load(x + k + i, mask=i < k, other=0.0).to(tl.float32)
+        inner = v
+        if GATE == 2:
+            inner = 1.59576912 * (v + 0.044715 * v * v * v)
+        v = tl.math.div_rn(v, 1.0 + tl.exp(-inner)) * up
+    return v
+
+
+@triton.jit
+def _scale(worst, least, to, KIND: tl.constexpr):
+    """What the codes of a row are multiples of, stored; NaN where something is not finite."""
+    if KIND == 2:
+        scale = tl.where(worst == 0.0, 1.0, tl.math.div_rn(worst, MOST))
+    else:
+        scale = tl.where(worst >= least, tl.math.div_rn(worst, 127.0), 0.0)
+    tl.store(to, tl.where(worst < float("inf"), scale, float("nan")))
+    return scale
+
+
+@triton.jit
+def _coded(v, worst, scale, least, KIND: tl.constexpr):
+    """Codes of a row: float32 for float8, int8."""
+    if KIND == 2:
+        code = tl.math.div_rn(v, scale)
+        code = tl.where(code > MOST, MOST, tl.where(code < -MOST, -MOST, code))
+    else:
+        code = _codes(v, worst, tl.math.div_rn(127.0, worst), least)
+    return code
+
+
+@triton.jit
+def _long(
+    x, out, scales, sums, x_stride, k, stride, turn, least,
+    B: tl.constexpr, KIND: tl.constexpr, GATE: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """A row of one scale that is too long for registers: once for the scale, and again for the codes."""
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.zeros([B], tl.float32)
+    for at in range(0, stride, B):
+        v = _value(x + row * x_stride, k, at + tl.arange(0, B), GATE)
+        if TURNS > 0:
+            v = _turned(v, B, TURNS) * turn
+        size = tl.abs(v)
+        most = tl.maximum(most, tl.where(size < float("inf"), size, float("inf")))
+    worst = tl.max(most, 0)
+    scale = _scale(worst, least, scales + row, KIND)
+    total = tl.zeros([B], tl.int32)
+    for at in range(0, stride, B):
+        i = at + tl.arange(0, B)
+        v = _value(x + row * x_stride, k, i, GATE)
+        if TURNS > 0:
+            v = _turned(v, B, TURNS) * turn
+        code = _coded(v, worst, scale, least, KIND)
+        tl.store(out + row * stride + i, narrowed(code, out.dtype.element_ty), mask=i < stride)
+        if KIND == 3:
+            total += code.to(tl.int32)
+    if KIND == 3:
+        tl.store(sums + row, tl.sum(total, 0))
+
+
+@triton.jit
 def _rows(
     x, y, weight, post, out, scales, sums, x_stride, y_stride, k, stride, inverse_k, eps, post_eps, factor, turn,
     least, B: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, POST: tl.constexpr,
@@ -151,13 +225,7 @@ def _rows(
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = chunk * B + tl.arange(0, B)
     inside = i < k
-    v = tl.load(x + row * x_stride + i, mask=inside, other=0.0).to(tl.float32)
-    if GATE > 0:
-        up = tl.load(x + row * x_stride + k + i, mask=inside, other=0.0).to(tl.float32)
-        inner = v
-        if GATE == 2:
-            inner = 1.59576912 * (v + 0.044715 * v * v * v)
-        v = tl.math.div_rn(v, 1.0 + tl.exp(-inner)) * up
+    v = _value(x + row * x_stride, k, i, GATE)
     if ADD:
         more = tl.load(y + row * y_stride + i, mask=inside, other=0.0).to(tl.float32)
         if POST:
@@ -173,20 +241,13 @@ def _rows(
     to = out + row * stride + i
     if KIND <= 1:
         tl.store(to, narrowed(v, out.dtype.element_ty), mask=inside)
-    elif KIND == 2:
+    elif KIND <= 3:
         worst = _worst(v, 0)
-        scale = tl.where(worst == 0.0, 1.0, tl.math.div_rn(worst, MOST))
-        code = tl.math.div_rn(v, scale)
-        code = tl.where(code > MOST, MOST, tl.where(code < -MOST, -MOST, code))
-        tl.store(to, narrowed(code, out.dtype.element_ty), mask=inside)
-        tl.store(scales + row, tl.where(worst < float("inf"), scale, float("nan")))
-    elif KIND == 3:
-        worst = _worst(v, 0)
-        code = _codes(v, worst, tl.math.div_rn(127.0, worst), least)
-        tl.store(to, code, mask=i < stride)
-        scale = tl.where(worst >= least, tl.math.div_rn(worst, 127.0), 0.0)
-        tl.store(scales + row, tl.where(worst < float("inf"), scale, float("nan")))
-        tl.store(sums + row, tl.sum(code.to(tl.int32), 0))
+        size = _scale(worst, least, scales + row, KIND)
+        code = _coded(v, worst, size, least, KIND)
+        tl.store(to, narrowed(code, out.dtype.element_ty), mask=i < stride)
+        if KIND == 3:
+            tl.store(sums + row, tl.sum(code.to(tl.int32), 0))
     else:
         groups = tl.reshape(v, [B // 32, 32])
         worst = _worst(groups, 1)
