@@ -105,7 +105,16 @@ class Engine:
         self.pages = Pages(math.ceil(self.config.kv_tokens / self.config.page_size), self.config.page_size)
         slots = self.pages.count * self.pages.page_size
         min_rows = self.config.min_rows or max(16, 8 * torch.get_num_threads())
-        self.runner = runner_for(model, slots, dtype or model.dtype, device, min_rows, self.config.page_size, **limits)
+        self.runner = runner_for(
+            model,
+            slots,
+            dtype or model.dtype,
+            device,
+            min_rows,
+            self.config.page_size,
+            max_len=self.config.max_len,
+            **limits,
+        )
         self.prefix = self._prefix_cache()
         self.scheduler = Scheduler(self.config, self.pages, self.prefix)
         self.underway = Underway(self.scheduler, self.runner.halt)

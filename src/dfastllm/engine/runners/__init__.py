@@ -76,15 +76,16 @@ def runner_for(
     *,
     max_rows: int = 2048,
     max_spans: int = 256,
+    max_len: int | None = None,
 ) -> Runner:
     """The runner of this kind of model, with K,V of `slots` positions. dtype: of the K,V; int8 only with packed models.
-    min_rows: of a forward of the torch runner. max_rows, max_spans: of a step that the triton runner has a graph for.
-    Raises UnsupportedError."""
+    min_rows: of a forward of the torch runner. max_rows, max_spans: of a step that the triton runner has a graph
+    for; max_len: of its sequences, None: the model's own. Raises UnsupportedError."""
     runner: Any
     if isinstance(model, PackedDecoder):
         runner = NativeRunner(model, slots, dtype, page_size)
     elif isinstance(model, DeviceDecoder):
-        runner = TritonRunner(model, slots, dtype, page_size, max_rows=max_rows, max_spans=max_spans)
+        runner = TritonRunner(model, slots, dtype, page_size, max_rows=max_rows, max_spans=max_spans, max_len=max_len)
     elif not dtype.is_floating_point:
         raise UnsupportedError(
             f"K,V of dtype {dtype} need the native backend.", param="kv_cache_dtype", hint="Use auto."
