@@ -19,10 +19,11 @@ from dfastllm.errors import (
 )
 from dfastllm.kernels import native
 from dfastllm.llm import LLM, SHIPPED, load_engine, resolve
-from dfastllm.models import Decoder, PackedDecoder, pack_decoder, save, tiny
+from dfastllm.models import Decoder, DeviceDecoder, PackedDecoder, pack_decoder, save, tiny
 from dfastllm.models.gguf import write_gguf
 from dfastllm.quant.formats import FORMATS
 from dfastllm.text.gguf import tokenizer_metadata
+from tests.kit.device import DEVICE, NO_TRITON, ops_of
 
 DEMO = SHIPPED / "demo-ar"
 
@@ -151,3 +152,23 @@ def test_embedding_and_head_take_the_formats_own_form_for_them(name: str) -> Non
     outer = FORMATS[format.head].kind if format.head else format.kind
     assert packed.embed.format == packed.head_weights.format == outer
     assert {w.packed.format for w in packed._linears()} == {format.kind}
+
+
+@pytest.mark.skipif(NO_TRITON is not None or DEVICE.type != "cpu", reason="triton's interpreter")
+def test_files_load_for_a_device_as_for_a_cpu(tmp_path: Path) -> None:
+    """A directory, a quantised one and a GGUF file: the same formats, and nearly the same logits, by the twins."""
+    from dfastllm.engine.runners.native import NativeRunner
+    from dfastllm.engine.runners.triton import TritonRunner
+    from tests.kit.adapters import step_of
+
+    gguf = write_gguf(DEMO, tmp_path / "m.gguf", "Q8_0", tokenizer=tokenizer_metadata(DEMO, 1280))
+    step = step_of([[5, 9, 11, 3, 17, 2, 8], [4, 4, 7]], [0, 0])
+    for path, quantization in ((DEMO, None), (DEMO, "w4m"), (DEMO, "w8r"), (gguf, None)):
+        there = assemble.load(path, backend="triton", quantization=quantization, dtype="float32").model
+        here = assemble.load(path, backend="native", quantization=quantization, dtype="float32").model
+        assert isinstance(there, DeviceDecoder)
+        assert isinstance(here, PackedDecoder)
+        assert set(there.formats) == set(here.formats)
+        got = TritonRunner(there, 64, torch.float32, 16, max_rows=16, ops=ops_of("twins")).run(step).logits()
+        wanted = NativeRunner(here, 64, torch.float32, 16).run(step).logits()
+        assert float((got - wanted).norm() / wanted.norm()) < 0.02, (path, quantization)

@@ -72,12 +72,13 @@ def test_gauges_show_the_last_step_and_counters_add_up() -> None:
     metrics, engine = watched()
     assert values(metrics)["num_requests_running", M] == 0  # there from the start
     engine.report(stats())
-    engine.report(stats(waiting=0, running=1, pages_used=16, preempted=2))
+    engine.report(stats(waiting=0, running=1, pages_used=16, preempted=2, uncaptured=True))
     seen = values(metrics)
     assert seen["num_requests_running", M] == 1
     assert seen["num_requests_waiting", M] == 0
     assert seen["kv_cache_usage_perc", M] == 0.5
     assert seen["num_preemptions_total", M] == 2
+    assert seen["uncaptured_steps_total", M] == 1
     assert seen["engine_steps_total", M] == 2
     assert seen["parallel_batch_size_sum", M] == 6
     assert seen["engine_step_seconds_sum", M] == 0.008

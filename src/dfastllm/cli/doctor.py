@@ -34,6 +34,7 @@ def doctor(
         "software": software(),
         "devices": devices(),
         "ops": ops(),
+        "gpu_ops": gpu_ops(),
         "prefix_caching": prefix_caching(),
     }
     if as_json:
@@ -110,6 +111,23 @@ def ops() -> list[dict[str, str]]:
     return [dataclasses.asdict(choice) for choice in table()]
 
 
+def gpu_ops() -> list[dict[str, str]]:
+    """The same of a card: which implementation the triton runner uses there. Without a card: why there is none."""
+    import torch
+
+    from dfastllm.kernels import OpChoice
+    from dfastllm.kernels.triton.ops import ops_for, triton_problem
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        problem = triton_problem(device)
+        if problem is None:
+            return [dataclasses.asdict(choice) for choice in ops_for(device).choices]
+        return [dataclasses.asdict(OpChoice("all", "torch: the plain model", problem))]
+    why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA card"
+    return [dataclasses.asdict(OpChoice("all", "none", why))]
+
+
 def prefix_caching() -> dict[str, str]:
     """Whether requests share the K,V of a common beginning, by kind of model."""
     from dfastllm.core import Kind
@@ -142,11 +160,14 @@ def _print(report: dict[str, Any]) -> None:
     choices = Table("op", "implementation", "reason", title="Operations", title_justify="left")
     for choice in report["ops"]:
         choices.add_row(choice["op"], choice["implementation"], choice["reason"])
+    on_gpu = Table("op", "implementation", "reason", title="Operations on a GPU", title_justify="left")
+    for choice in report["gpu_ops"]:
+        on_gpu.add_row(choice["op"], choice["implementation"], choice["reason"])
     titles = ("kind of model", "requests share K,V")
     sharing = Table(*titles, title="Prefix caching, unless switched off", title_justify="left")
     for kind, state in report["prefix_caching"].items():
         sharing.add_row(kind, state)
     screen = console()
-    for part in (machine, devices, choices, sharing):
+    for part in (machine, devices, choices, on_gpu, sharing):
         screen.print(part)
         screen.print()

@@ -113,6 +113,7 @@ class StepStats:
     draft_seconds: float = 0.0
     drafts: tuple[tuple[int, int], ...] = ()  # (drafted, accepted) of each draft verified in this step
     suppressed: int = 0  # sequences that could have had a draft and got none because it would not have paid
+    uncaptured: bool = False  # it ran on a GPU op by op, for want of a graph that holds it
     prefix_queries: int = 0  # tokens of requests that got their first place, looked up in the shared K,V
     prefix_hits: int = 0  # those found there
     finished: tuple[Finish, ...] = field(default_factory=tuple)

@@ -389,6 +389,7 @@ class Engine:
             draft_seconds=draft_seconds,
             drafts=tuple([(c.drafted, c.accepted) for c in commits if isinstance(c, Commit) and c.drafted]),
             suppressed=self.drafting.suppressed,
+            uncaptured=bool(chosen) and getattr(self.runner, "uncaptured", False),
             prefix_queries=queries,
             prefix_hits=hits,
             finished=tuple([e.finish for e in events if e.finish is not None]),

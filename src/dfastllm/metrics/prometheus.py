@@ -67,6 +67,9 @@ class Metrics:
         self.prefix_queries = self._counter(
             "prefix_cache_queries", "Prompt tokens looked up in the K,V that requests share."
         )
+        self.uncaptured = self._counter(
+            "uncaptured_steps", "Forward passes on a GPU that ran op by op, for want of a graph that holds them."
+        )
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found there, which no forward computed.")
         self.steps = self._counter("engine_steps", "Turns of the engine's loop.")
         self.batch = self._histogram("parallel_batch_size", "Sequences in a step.", SIZES)
@@ -189,6 +192,8 @@ class Metrics:
             self.batch.labels(name).observe(stats.sequences)
         if stats.preempted:
             self.preemptions.labels(name).inc(stats.preempted)
+        if stats.uncaptured:
+            self.uncaptured.labels(name).inc()
         if stats.prefix_queries or stats.prefix_hits:
             self.prefix_queries.labels(name).inc(stats.prefix_queries)
             self.prefix_hits.labels(name).inc(stats.prefix_hits)

@@ -55,6 +55,7 @@ class TritonRunner:
     graphs     whether buckets become graphs; None: where the device has them and all ops are kernels.
     ops        implementations; None: the best there are.
     counts     steps by how they ran: graph, bucket (the same without a graph), eager.
+    uncaptured whether the last step had no graph, though others have.
     """
 
     block_size = BLOCK
@@ -87,6 +88,7 @@ class TritonRunner:
             self.kv = DeviceKv(info.layers, blocks * BLOCK, info.kv_heads, info.head_dim, dtype, model.device)
         self.halt = Halt()
         self.counts: Counter[str] = Counter()
+        self.uncaptured = False
         self._given: tuple[Adapter | None, ...] = (None,)
         self._table: list[Adapter | None] = [None]  # the same, as they are computed with, on the device
         self._bans: dict[tuple[int, ...], Tensor] = {}
@@ -133,18 +135,22 @@ class TritonRunner:
             return self._run_adapted(step)
         bucket = self.buckets.of(step)
         if bucket is None:
-            self.counts["eager"] += 1
+            self._count("eager")
             laid = self._upload.put(step, _exactly(step, self.buckets.tile_rows(len(step))))
             hidden = self.model.forward(laid, self.kv, self.ops, halt=self.halt)
         else:
             laid = self._upload.put(step, bucket)
             if self.graphs is not None and self.graphs.run(bucket):
-                self.counts["graph"] += 1
+                self._count("graph")
             else:
-                self.counts["bucket"] += 1
+                self._count("bucket")
                 self._forward(laid, self.halt)
             hidden = self._hidden
         return DeviceRows(self._held(hidden), len(step.want), self)
+
+    def _count(self, way: str) -> None:
+        self.counts[way] += 1
+        self.uncaptured = way != "graph" and self.graphs is not None
 
     def _forward(self, laid: Laid, halt: Halt | None = None) -> None:
         """A bucket's forward; hidden states of its wanted rows go to where they always lie."""
@@ -152,7 +158,7 @@ class TritonRunner:
         self._hidden[: len(hidden)].copy_(hidden)
 
     def _run_adapted(self, step: Step) -> Rows:
-        self.counts["eager"] += 1
+        self._count("eager")
         laid = self._upload.put(step, _exactly(step, self.buckets.tile_rows(len(step))))
         adapt = AdaptedRows(self._table, laid.adapter.long(), 16)
         hidden = self.model.forward(laid, self.kv, self.ops, adapt, self.halt)
