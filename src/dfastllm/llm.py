@@ -435,8 +435,9 @@ class LLM:
     def _require_fits(self, *prompts: Prompt) -> None:
         """Refuse a text that has more tokens than the context whatever they are, before it is encoded: one of millions
         of characters takes seconds and gigabytes. Raises ContextLengthError."""
+        tokenizer = self.engine.tokenizer
         for prompt in prompts:
-            least = self.tokenizer.fewest(prompt) if isinstance(prompt, str) else 0
+            least = tokenizer.fewest(prompt) if tokenizer is not None and isinstance(prompt, str) else 0
             if least > self.engine.max_len:
                 raise ContextLengthError(
                     f"the prompt has at least {least:,} tokens; the context of {self.info.name} is "
