@@ -502,7 +502,7 @@ def changed(tmp_path: Path, family: str = "llama", **changes: Any) -> Path:
         ({"A__rope__freq_base": float("nan")}, "rope_theta"),
         ({"A__attention__layer_norm_rms_epsilon": None}, "is missing"),
         ({"A__context_length": "many"}, "must be int"),
-        ({"split__count": 3}, "split GGUF"),
+        ({"split__count": 3}, "one of 3 parts of a split GGUF file"),
     ],
 )
 def test_unsupported_files_are_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:

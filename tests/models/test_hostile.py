@@ -57,7 +57,7 @@ def load_or_refuse(path: Path) -> None:
         assert report.problems or report.info is not None
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(family=st.sampled_from(FAMILIES), data=st.data())
 def test_any_field_of_config_may_say_anything(family: str, data: st.DataObject, directories: dict[str, Path]) -> None:
     file = directories[family] / "config.json"

@@ -28,7 +28,7 @@ from dfastllm.models.basis import Basis, basis_of
 from dfastllm.models.bigram import FILE as BIGRAM_FILE
 from dfastllm.models.config import DecoderConfig, require_held
 from dfastllm.models.decoder import Decoder
-from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible
+from dfastllm.models.family import Family, Fields, describe, family_of, find_family, require_expressible, sums_of
 from dfastllm.models.headers import INDEX_FILE, WEIGHTS_FILE, TensorEntry, inventory, read_json
 from dfastllm.models.ids import read_defaults, read_ids, usable
 from dfastllm.options import generation_config
@@ -112,10 +112,8 @@ def read_model(
     fields = Fields(read_json(directory / "config.json"), str(directory / "config.json"))
     family = family_of(fields)
     quant_config(directory)
-    try:
+    with sums_of(fields.where):
         config = family.read(fields).within(max_len)
-    except ValidationError as error:
-        raise ModelLoadError(f"{fields.where}: {error}", param=error.param) from error
     _require_held(directory, config)
     config, headed = _with_own_head(directory, family, config)
     ids, passed = usable(read_ids(directory, fields, family, config.vocab_size), family, config.vocab_size)

@@ -115,8 +115,10 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.experts <= MOST_EXPERTS, "experts", f"in [1, {MOST_EXPERTS}]", self.experts)
-        _require(self.intermediate_size >= 1, "expert intermediate size", "at least 1", self.intermediate_size)
-        _require(self.shared_size >= 0, "shared expert size", "at least 0", self.shared_size)
+        most = MOST["intermediate_size"]
+        own, shared = self.intermediate_size, self.shared_size
+        _require(1 <= own <= most, "expert intermediate size", f"in [1, {most}]", own)
+        _require(0 <= shared <= most, "shared expert size", f"in [0, {most}]", shared)
         _require(1 <= self.groups_kept <= self.groups, "groups_kept", f"in [1, {self.groups}]", self.groups_kept)
         _require(self.experts % self.groups == 0, "experts", f"a multiple of {self.groups} groups", self.experts)
         reachable = self.experts // self.groups * self.groups_kept

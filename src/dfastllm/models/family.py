@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ __all__ = [
     "find_family",
     "register",
     "require_expressible",
+    "sums_of",
     "variant",
 ]
 
@@ -54,6 +56,8 @@ class Fields:
                 continue
             if wanted is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value) if abs(value) < 1 << 1000 else math.inf
+            if wanted is float and isinstance(value, float) and not math.isfinite(value):
+                raise ModelLoadError(f"{self.where}: field {key!r} must be a finite number, got {value}.", param=key)
             if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
                 raise ModelLoadError(
                     f"{self.where}: field {key!r} must be {wanted.__name__}, got {value!r:.200}.", param=key
@@ -75,6 +79,21 @@ class Fields:
             if got is not None and got not in options:
                 wanted = " or ".join(repr(option) for option in options)
                 raise ModelLoadError(f"{self.where}: {name}={got!r} is not supported; supported: {wanted}.", param=name)
+
+
+@contextmanager
+def sums_of(where: str) -> Iterator[None]:
+    """Around what a family computes of the numbers in a file: where they cannot be computed with (a division by zero, a
+    root of a negative number), the error is a ModelLoadError that names the file."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ModelLoadError(f"{where}: {error}", param=error.param) from error
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ModelLoadError(
+            f"{where} has numbers that describe no model: {type(error).__name__}: {error!s:.200}.",
+            hint="The file is damaged: download it again.",
+        ) from error
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -19,7 +19,7 @@ from dfastllm.errors import CheckpointError, ModelLoadError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.models.checkpoint import listed, skeleton
 from dfastllm.models.config import DecoderConfig, require_held
-from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf
+from dfastllm.models.family import Family, Fields, Gguf, Ids, describe, family_of_gguf, sums_of
 from dfastllm.models.gguf.names import HARMLESS, SAMPLING, SETTINGS, row_order, separate
 from dfastllm.models.gguf.rope import read_scaling
 from dfastllm.models.ids import usable, with_fallbacks
@@ -134,7 +134,8 @@ def _match(file: GgufFile, name: str | None, max_len: int | None) -> GgufModel:
     fields = Fields(_plain(file.metadata), str(file.path))
     family, gguf = family_of_gguf(fields.get("general.architecture", str), str(file.path))
     _refuse(fields, gguf, family)
-    config = _config(file, fields, gguf).within(max_len)
+    with sums_of(str(file.path)):
+        config = _config(file, fields, gguf).within(max_len)
     require_held(config, file.nbytes, "its metadata", str(file.path))
     sources = _sources(file, family, gguf, config)
     title = name or fields.get("general.name", str, file.path.stem)
@@ -163,13 +164,6 @@ def _refuse(fields: Fields, gguf: Gguf, family: Family) -> None:
     fields.only(**{f"{gguf.arch}.{key}": values for key, values in {**_ONLY, **settings}.items()})
     causal = (True,) if family.kind == "ar" else (False,)
     fields.only(**{f"{gguf.arch}.attention.causal": causal, "diffusion.shift_logits": bool(family.shift)})
-    split = fields.get("split.count", int, 1)
-    if split > 1:
-        raise ModelLoadError(
-            f"{fields.where} is one of {split} parts of a split GGUF file.",
-            hint="Join the parts with llama.cpp's `llama-gguf-split --merge`.",
-            param="split.count",
-        )
 
 
 def _config(file: GgufFile, fields: Fields, gguf: Gguf) -> DecoderConfig:

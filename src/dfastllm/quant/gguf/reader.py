@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dfastllm.core.filetype import mistaken
+from dfastllm.core.filetype import mistaken, shards_of
 from dfastllm.errors import CheckpointError, ModelLoadError
 from dfastllm.quant.gguf.types import BY_NUMBER, GgmlType
 
@@ -41,13 +41,15 @@ _UNKNOWN_TYPES = {4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I1
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """shape: slowest dim first, as torch has it ([n, k] for a matrix); offset: bytes from the start of the file."""
+    """shape: slowest dim first, as torch has it ([n, k] for a matrix); offset: bytes from the start of the file; part:
+    which file of a split one."""
 
     name: str
     type: GgmlType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
     @property
     def rows(self) -> int:
@@ -125,7 +127,8 @@ class _Cursor:
 
 class GgufFile:
     """An open GGUF file: `metadata` (key -> number, bool, str, numpy array or list) and `tensors` (name -> GgufTensor,
-    in the order of the file). Use it as a context manager, or call `close`."""
+    in the order of the file). Of a split file all parts are open, and its metadata is the first's. Use it as a context
+    manager, or call `close`."""
 
     def __init__(
         self, path: Path, data: mmap.mmap, metadata: dict[str, Any], tensors: dict[str, GgufTensor], version: int
@@ -134,13 +137,30 @@ class GgufFile:
         self.version = version
         self.metadata = metadata
         self.tensors = tensors
-        self._map: mmap.mmap | None = data
+        self._maps: list[mmap.mmap] = [data]
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
-        """Map the file and read its header. Raises ModelLoadError when it cannot be opened, CheckpointError when it is
-        not a sound GGUF file, or of a version or byte order this reader does not read."""
-        path = Path(path)
+        """Map the file and read its header, and those of the other parts of a split file, of which `path` is the first.
+        Raises ModelLoadError when a file cannot be opened, CheckpointError when it is not a sound GGUF file, or of a
+        version or byte order this reader does not read."""
+        file = cls._open(Path(path))
+        try:
+            for part in _parts(file):
+                file._add(cls._open(part))
+            wanted = file.metadata.get("split.tensors.count", len(file.tensors))
+            if file.parts > 1 and wanted != len(file.tensors):
+                raise CheckpointError(
+                    f"{path} is split into {file.parts} parts with {wanted} tensors; they hold {len(file.tensors)}.",
+                    hint="The parts are of different files: download them again.",
+                )
+        except Exception:
+            file.close()
+            raise
+        return file
+
+    @classmethod
+    def _open(cls, path: Path) -> GgufFile:
         try:
             with path.open("rb") as file:
                 size = path.stat().st_size
@@ -163,23 +183,35 @@ class GgufFile:
             raise
         return cls(path, data, metadata, tensors, version)
 
+    def _add(self, other: GgufFile) -> None:
+        """Take over another part. Raises CheckpointError for a tensor that both have."""
+        self._maps += other._maps
+        twice = self.tensors.keys() & other.tensors.keys()
+        if twice:
+            raise CheckpointError(f"tensor {min(twice)!r:.80} is in {other.path} and in a part before it.")
+        self.tensors |= {name: replace(one, part=len(self._maps) - 1) for name, one in other.tensors.items()}
+
+    @property
+    def parts(self) -> int:
+        return len(self._maps)
+
     def raw(self, tensor: GgufTensor, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy of rows [start, stop) as bytes, uint8 [rows, bytes of a row]. Raises ModelLoadError once closed."""
-        if self._map is None:
+        if not self._maps:
             raise ModelLoadError(f"{self.path} is closed.")
         stop = tensor.rows if stop is None else stop
         width = tensor.type.row_bytes(tensor.shape[-1])
         first = tensor.offset + start * width
-        with memoryview(self._map) as view:  # a copy: nothing keeps the map from being closed
+        with memoryview(self._maps[tensor.part]) as view:  # a copy: nothing keeps the map from being closed
             return np.frombuffer(view[first : first + (stop - start) * width], np.uint8).reshape(-1, width).copy()
 
     def release(self, tensor: GgufTensor) -> None:
         """Tell the system that this tensor's pages will not be read again, so they stop counting as resident memory."""
-        if self._map is None or not hasattr(self._map, "madvise"):
+        if not self._maps or not hasattr(self._maps[tensor.part], "madvise"):
             return
         page = mmap.PAGESIZE
         first = tensor.offset // page * page
-        self._map.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.nbytes - first)
+        self._maps[tensor.part].madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.nbytes - first)
 
     @property
     def nbytes(self) -> int:
@@ -187,15 +219,45 @@ class GgufFile:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        for part in self._maps:
+            part.close()
+        self._maps = []
 
     def __enter__(self) -> GgufFile:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _parts(first: GgufFile) -> list[Path]:
+    """The other files of a split one. Raises ModelLoadError for a part that is not the first, and where the names do
+    not say which files they are."""
+    count = first.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return []
+    names = shards_of(first.path.name)
+    number = first.metadata.get("split.no", 0)
+    if len(names) != count:
+        raise ModelLoadError(
+            f"{first.path} is one of {count} parts of a split GGUF file, which its name does not say.",
+            hint=f"Name the parts as they were published, NAME-00001-of-{count:05d}.gguf, in one directory.",
+            param="split.count",
+        )
+    if number != 0 or first.path.name != names[0]:
+        raise ModelLoadError(
+            f"{first.path} is part {int(number) + 1} of {count} of a split GGUF file.",
+            hint=f"Name the first part, {first.path.with_name(names[0])}.",
+            param="split.no",
+        )
+    missing = [name for name in names if not first.path.with_name(name).is_file()]
+    if missing:
+        raise ModelLoadError(
+            f"{first.path} is the first of {count} parts; missing: {', '.join(missing[:8])}.",
+            hint="Download the rest into the same directory.",
+            param="split.count",
+        )
+    return [first.path.with_name(name) for name in names[1:]]
 
 
 def _read_header(view: memoryview, path: Path) -> tuple[int, dict[str, Any], dict[str, GgufTensor]]:
