@@ -4,11 +4,11 @@ A span's keys are its cached ones, read through its block table, and its own, wh
 row sees are two limits, within a window where the layer has one and a mask where the span has one, so causal, full and
 block spans need no mode. The query heads that share a K,V head are folded into the rows of a tile.
 
-Where a bucket has few tiles, one program sums a piece of PIECE cached keys, another the own ones, and a second kernel
-adds them in order; else a program sums all keys of its tile. Invariant, it adds the pieces in the same order in its
-registers, so that both do the same sums; a key that a row does not see changes no bit of it. A row's bits then depend
-neither on its neighbours nor on where its keys lie; only tiles of another height may show, in whose products a card may
-sum otherwise.
+Where a bucket has few tiles, several programs sum pieces of PIECE cached keys, another the own ones, and a second
+kernel adds them in order; else a program sums all keys of its tile. Invariant, it adds the pieces in the same order in
+its registers, so that both do the same sums; a key that a row does not see changes no bit of it. A row's bits then
+depend neither on its neighbours nor on where its keys lie; only tiles of another height may show, in whose products a
+card may sum otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def attention(
     """softmax(scale * q k^T) v over the keys that each row sees -> [rows, heads * dim] in qkv's dtype; see the twin.
 
     Products are of K's dtype, q and the weights rounded to it; of qkv's where K has a byte a number. invariant: see the
-    head of this file. split: one program a piece; None: where the tiles alone would leave a card idle.
+    head of this file. split: several programs a tile; None: where the tiles alone would leave a card idle.
     """
     rows, group, deep = len(qkv), heads // kv_heads, max(16, triton.next_power_of_2(dim))
     height = max(16, triton.next_power_of_2(laid.tile_rows * group))
@@ -57,15 +57,16 @@ def attention(
     memory = 4 * tiles * height * kv_heads * parts * dim
     few = tiles * kv_heads < 2 * processors(qkv.device) and laid.pieces > 1
     cut = (few if split is None else split) and rows <= PIECE and memory <= MOST_PARTS
+    walkers = max(1, min(laid.pieces, triton.cdiv(2 * processors(qkv.device), tiles * kv_heads)))
     sums = torch.empty(tiles * parts * kv_heads * height * dim if cut else 1, device=qkv.device)
     ends = torch.empty(2 * tiles * parts * kv_heads * height if cut else 1, device=qkv.device)
     warps = 8 if height >= 64 and (height > 64 or invariant or deep > 128) else 4  # as many as hold the sums
     scales = (sums, sums) if kv.k_scales is None or kv.v_scales is None else (kv.k_scales, kv.v_scales)
     sizes = {"D": dim, "DP": deep, "HEADS": heads, "KV_HEADS": kv_heads, "BM": height}
-    _attend[(tiles, kv_heads, parts if cut else 1)](
+    _attend[(tiles, kv_heads, walkers + 1 if cut else 1)](
         qkv, kv.k, kv.v, *scales, out, sums, ends, laid.words, laid.words.view(torch.uint8),
         laid.positions, laid.cached_limit, laid.own_limit, laid.spans, laid.tiles,
-        qkv.stride(0), scale, softcap, window, laid.pieces,
+        qkv.stride(0), scale, softcap, window, laid.pieces, walkers,
         **sizes, BN=64 if deep <= 128 else 32, PIECE=PIECE, BLOCK=BLOCK, SPAN=SPAN_WORDS, TILE=TILE_WORDS,
         TYPE=work, WIDE=wide,
         CODES=kv.k_scales is not None, CAP=softcap > 0, WINDOW=window > 0,
@@ -141,25 +142,38 @@ def _walk(
 
 
 @triton.jit
+def _keep(sums, ends, at, top, total, acc, live, D: tl.constexpr, DP: tl.constexpr):
+    """What `_merge` adds: the sums of a piece."""
+    d = tl.arange(0, DP)
+    tl.store(sums + at[:, None] * D + d[None, :], acc, mask=live[:, None] & unpadded(d, D, DP)[None, :])
+    tl.store(ends + 2 * at, top, mask=live)
+    tl.store(ends + 2 * at + 1, total, mask=live)
+
+
+@triton.jit
 def _attend(
     qkv, k, v, k_scales, v_scales, out, sums, ends, words, bytes, positions, cached_limit, own_limit, spans, tiles,
-    q_stride, scale, softcap, window, pieces,
+    q_stride, scale, softcap, window, pieces, walkers,
     D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
     TYPE: tl.constexpr, WIDE: tl.constexpr, CODES: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
     MASK: tl.constexpr, STEADY: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one span and a K,V head: all its pieces, or (CUT) one of them, the last number being the own keys."""
-    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """A tile of one span and a K,V head: all its pieces, or (CUT) every so many-th of them, the last program having the
+    own keys."""
+    tile, head, walker = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(tiles + tile * TILE + 1)
-    if n > 0:
+    span = spans + tl.load(tiles + tile * TILE + 2) * SPAN
+    cached, own = tl.load(span + 2), tl.load(span + 3)
+    needed = n
+    if CUT:
+        needed = tl.minimum(n, tl.where(walker < walkers, cached - walker * PIECE, own))
+    if needed > 0:
         G: tl.constexpr = HEADS // KV_HEADS
         m, d = tl.arange(0, BM), tl.arange(0, DP)
         deep = unpadded(d, D, DP)
-        span = spans + tl.load(tiles + tile * TILE + 2) * SPAN
         live = m // G < n
         rows = tl.load(tiles + tile * TILE) + m // G
-        cached, own = tl.load(span + 2), tl.load(span + 3)
         sees = tl.load(cached_limit + rows, mask=live, other=0)
         sees_own = tl.load(own_limit + rows, mask=live, other=0)
         end, end_own = tl.max(sees, 0), tl.max(sees_own, 0)
@@ -186,19 +200,23 @@ def _attend(
         zeros = tl.zeros([BM, DP], tl.float32)
         top, total, acc = none, zero, zeros
         if CUT:
-            if part < pieces:
-                top, total, acc = _walk(
-                    none, zero, zeros, qv, sees, lowest, tl.maximum(part * PIECE, low),
-                    tl.minimum(end, (part + 1) * PIECE), k_head, v_head, k_scales, v_scales, KV_HEADS * D, table, head,
-                    0, bytes, mask, masked, scale, softcap,
-                    D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, False,
-                )  # fmt: skip
+            at = ((tile * KV_HEADS + head).to(tl.int64) * (pieces + 1)) * BM + m
+            if walker < walkers:
+                for piece in range(walker, tl.cdiv(cached, PIECE), walkers):
+                    top2, total2, acc2 = _walk(
+                        none, zero, zeros, qv, sees, lowest, tl.maximum(piece * PIECE, low),
+                        tl.minimum(end, (piece + 1) * PIECE), k_head, v_head, k_scales, v_scales, KV_HEADS * D, table,
+                        head, 0, bytes, mask, masked, scale, softcap,
+                        D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, False,
+                    )  # fmt: skip
+                    _keep(sums, ends, at + piece * BM, top2, total2, acc2, live, D, DP)
             else:
-                top, total, acc = _walk(
+                top2, total2, acc2 = _walk(
                     none, zero, zeros, qv, sees_own, lowest, low_own, end_own, k_own, v_own, k_scales, v_scales,
                     q_stride, table_own, head, own_start, bytes, mask + cached, masked, scale, softcap,
                     D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, True,
                 )  # fmt: skip
+                _keep(sums, ends, at + pieces * BM, top2, total2, acc2, live, D, DP)
         elif STEADY:
             for piece in range(tl.cdiv(end, PIECE)):
                 top2, total2, acc2 = _walk(
@@ -225,12 +243,7 @@ def _attend(
                 table_own, head, own_start, bytes, mask + cached, masked, scale, softcap,
                 D, DP, KV_HEADS, BM, BN, BLOCK, TYPE, WIDE, CODES, CAP, WINDOW, MASK, True,
             )  # fmt: skip
-        if CUT:
-            at = ((tile * KV_HEADS + head).to(tl.int64) * (pieces + 1) + part) * BM + m
-            tl.store(sums + at[:, None] * D + d[None, :], acc, mask=here)
-            tl.store(ends + 2 * at, top, mask=live)
-            tl.store(ends + 2 * at + 1, total, mask=live)
-        else:
+        if not CUT:
             mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             at_out = rows.to(tl.int64)[:, None] * (HEADS * D) + (heads * D)[:, None] + d[None, :]
             tl.store(out + at_out, narrowed(mean, out.dtype.element_ty), mask=here)

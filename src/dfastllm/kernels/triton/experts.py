@@ -88,7 +88,7 @@ def _product(x: Acts, weight: Packed, order: Sorted, pair: Tensor, top_k: int) -
     sides = [x.data if side is None else side for side in (x.scales, x.sums)]
     theirs = [weight.data if side is None else side for side in (weight.scales, weight.mins)]
     floats = weight.format in FLOATS
-    _grouped[(triton.cdiv(weight.n, 64), len(order.tiles))](
+    _grouped[(len(order.tiles), triton.cdiv(weight.n, 64))](
         x.data, *sides, weight.data, *theirs, pair, order.tiles, out, weight.n, weight.k, x.data.shape[1],
         weight.data[0].numel(), 0 if weight.scales is None else weight.scales[0].numel(),
         **form_of(x, weight), TOP=top_k, BM=order.height, BN=64,
@@ -146,7 +146,7 @@ def _grouped(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of an expert's pairs and a tile of its outputs."""
-    tile = tiles + 3 * tl.program_id(1)
+    tile = tiles + 3 * tl.program_id(0)
     count = tl.load(tile + 2)
     if count > 0:
         expert = tl.load(tile).to(tl.int64)
@@ -156,7 +156,7 @@ def _grouped(
         m = at
         if TOP > 0:
             m = tl.load(pair + at, mask=some, other=0) // TOP
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
         chosen = n < N
         scales, mins = w_scales + expert * side_size, w_mins + expert * side_size
         acc = tile_product(x, x_scales, x_sums, w + expert * w_size, scales, mins, m, n, some, chosen, 0, K, K, N,

@@ -48,7 +48,7 @@ def head_stats(
     theirs = [weight.data if side is None else side for side in (weight.scales, weight.mins)]
     shut = barred is not None and which is not None
     sets = (out, out) if barred is None or which is None else (barred, which)
-    _tiles[(tiles, triton.cdiv(rows, height))](
+    _tiles[(triton.cdiv(rows, height), tiles)](
         x.data, *sides, weight.data, *theirs, ban, len(ban), *sets, facts, found, rows, n, weight.k, x.data.shape[1],
         tiles, cap, kept, **form_of(x, weight), CAP=cap > 0, BARRED=shut, FACTS=FACTS, BM=height, BN=WIDTH,
         BK=32 if weight.format == "f32" else 128 if not floats else 64,
@@ -72,8 +72,8 @@ def _tiles(
 ):  # fmt: skip
     """Of the logits of BM rows and BN tokens: the best, its id, the second best, the sums of e = exp(logit - best) and
     of e * (logit - best), whether one is not finite, the best that is not barred and its id; and the `kept` best."""
-    tile = tl.program_id(0)
-    m, n = tl.program_id(1) * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)
+    tile = tl.program_id(1)
+    m, n = tl.program_id(0) * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     some, chosen = m < M, n < N
     acc = tile_product(x, x_scales, x_sums, w, w_scales, w_mins, m, n, some, chosen, 0, K, K, N, stride,
                        FORM, MINS, WIDE, BM, BN, BK)  # fmt: skip

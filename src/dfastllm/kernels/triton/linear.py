@@ -50,7 +50,7 @@ def linear(x: Acts, weight: Packed, bias: Tensor | None = None, *, out: torch.dt
     theirs = [weight.data if side is None else side for side in (weight.scales, weight.mins)]
     some = y if bias is None else bias
     how = form_of(x, weight)
-    _linear[(triton.cdiv(n, width), triton.cdiv(rows, height), pieces)](
+    _linear[(triton.cdiv(rows, height), triton.cdiv(n, width), pieces)](
         x.data, *sides, weight.data, *theirs, some, y if pieces == 1 else parts, rows, n, weight.k,
         x.data.shape[1], piece, **how, BIAS=bias is not None, CUT=pieces > 1, BM=height, BN=width, BK=depth,
         num_warps=warps, num_stages=stages,
@@ -88,8 +88,8 @@ def _linear(
     CUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the outputs, or (CUT) of a piece's sums."""
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # tiles of the same weights follow each other
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     some, chosen = m < M, n < N
     begin = tl.program_id(2) * piece
     acc = tile_product(x, x_scales, x_sums, w, w_scales, w_mins, m, n, some, chosen, begin,
