@@ -96,10 +96,10 @@ class Awq:
 
 def _in_order(words: Tensor) -> Tensor:
     """int32 [rows, words] packed along the outputs in AWQ's order -> uint8 [rows, 8 words]."""
-    mixed = fields(words, BITS, words.shape[1] * EACH).view(len(words), -1, EACH)
-    out = torch.empty_like(mixed)
-    out[..., list(ORDER)] = mixed
-    return out.flatten(1)
+    moved = torch.zeros_like(words)
+    for at, output in enumerate(ORDER):
+        moved |= ((words >> BITS * at) & 15) << BITS * output
+    return fields(moved, BITS, words.shape[1] * EACH)
 
 
 def parse(raw: Mapping[str, Any], where: str) -> Awq:

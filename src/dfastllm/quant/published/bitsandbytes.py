@@ -113,8 +113,12 @@ def _four(parts: Parts) -> tuple[tuple[int, int], Callable[[], Matrix]]:
             first, last = start * k, stop * k
             some = packed[first // 2 : -(-last // 2)]
             codes = torch.stack([some >> 4, some & 15], dim=-1).view(-1)[first % 2 : first % 2 + last - first]
-            scale = absmax[torch.arange(first, last) // state.block]
-            return (table[codes.long()] * scale).view(stop - start, k)
+            values = table.index_select(0, codes.int())
+            if k % state.block == 0:
+                values.view(-1, state.block).mul_(absmax[first // state.block : last // state.block, None])
+            else:
+                values *= absmax[torch.arange(first, last) // state.block]
+            return values.view(stop - start, k)
 
         return Values(parts.where("weight"), (n, k), floats, kind)
 

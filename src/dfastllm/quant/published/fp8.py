@@ -11,7 +11,7 @@ weight = the eight-bit float times the scale of its block, although the name of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from dfastllm.quant.published.matrix import Values, opened
 from dfastllm.quant.published.parts import FLOATS, Parts, collect, option, refuse_option
 from dfastllm.quant.stream import Entry
 
-__all__ = ["EIGHT_BIT", "Fp8", "block_sizes", "eight_bit_floats", "parse", "require_scale"]
+__all__ = ["EIGHT_BIT", "Fp8", "block_sizes", "eight_bit_floats", "numbers_of", "parse", "require_scale"]
 
 PARTS = ("weight", "weight_scale_inv", "weight_scale", "input_scale", "activation_scale", "input_scale_ub")
 SCALES = ("weight_scale_inv", "weight_scale")
@@ -86,12 +86,20 @@ def eight_bit_floats(parts: Parts, part: str, shape: tuple[int, int], block: tup
     size = (n if len(scales) == 1 else 1, k) if block is None else block
 
     columns = torch.arange(k) // size[1]
+    numbers = numbers_of(weight)
 
     def floats(start: int, stop: int) -> Tensor:
         rows = torch.arange(start, stop) // size[0]
-        return weight[start:stop].float() * scales[rows[:, None], columns]
+        return numbers(start, stop).mul_(scales.index_select(0, rows).index_select(1, columns))
 
     return Values(parts.where("weight"), shape, floats, SAID)
+
+
+def numbers_of(weight: Tensor) -> Callable[[int, int], Tensor]:
+    """(start, stop) -> these rows of eight-bit floats as float32, by a table: torch converts them one by one."""
+    table = torch.arange(256).to(torch.uint8).view(weight.dtype).float()
+    codes = weight.view(torch.uint8)
+    return lambda start, stop: table.index_select(0, codes[start:stop].flatten().int()).view(stop - start, -1)
 
 
 def block_sizes(raw: object, name: str, where: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ scales seldom; a scale of 11 bits times a zero of 4 has up to 15 bits and is rou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -66,16 +67,16 @@ class Codes:
 
     def values(self, start: int, stop: int) -> Tensor:
         """float32 [rows, k]. The product is rounded once where the scale has more than 16 bits, else exact."""
-        codes, (_, k) = self.rows(start, stop), self.shape
+        codes, k = self.rows(start, stop).to(torch.int16), self.shape[1]
         spread: Callable[[Tensor], Tensor]
         if self.index is not None:
             index = self.index
-            spread = lambda side: side[start:stop, index]  # noqa: E731
+            spread = lambda side: side[start:stop].index_select(1, index)  # noqa: E731
         else:
             codes = codes.view(stop - start, -1, self.group)
             spread = lambda side: side[start:stop, :, None]  # noqa: E731
-        centred = codes.int() - (spread(self.zeros) if isinstance(self.zeros, Tensor) else self.zeros)
-        value = centred.float() * spread(self.scales)
+        codes = codes - (spread(self.zeros).to(torch.int16) if isinstance(self.zeros, Tensor) else self.zeros)
+        value = codes.float().mul_(spread(self.scales))
         if self.offsets is not None:
             value += spread(self.offsets)
         return value.view(stop - start, k)
@@ -109,7 +110,9 @@ def to_float(matrix: Matrix) -> Tensor:
     finite."""
     out = torch.empty(matrix.shape)
     for start, stop in _chunks(matrix.shape):
-        out[start:stop] = _finite(matrix, start, stop)
+        values = matrix.values(start, stop)
+        _require_numbers(matrix, values, start)
+        out[start:stop] = values
     return out
 
 
@@ -198,7 +201,8 @@ def _codes(matrix: Codes, form: str, shift: int) -> Tensor:
     """All codes, shifted, in the dtype of the form."""
     out = torch.empty(matrix.shape, dtype=FORMS[form].codes)
     for start, stop in _chunks(matrix.shape):
-        out[start:stop] = matrix.rows(start, stop).to(torch.int16) + shift
+        codes = matrix.rows(start, stop)
+        out[start:stop] = codes.to(torch.int16).add_(shift) if shift else codes
     return out
 
 
@@ -207,29 +211,31 @@ def _rounded(matrix: Matrix, said: str) -> tuple[QTensor, str]:
     (n, k), group = matrix.shape, FORMS["w8g"].group
     codes, scales = torch.empty(n, k, dtype=torch.int8), torch.empty(n, k // group, dtype=torch.float16)
     for start, stop in _chunks(matrix.shape):
-        values = _finite(matrix, start, stop).view(stop - start, -1, group)
-        scale = (values.abs().amax(dim=-1) / 127).half()
+        values = matrix.values(start, stop).view(stop - start, -1, group)
+        largest = values.abs().amax(dim=-1)
+        if not bool(largest.isfinite().all()):
+            _require_numbers(matrix, values.view(stop - start, -1), start)
+        scale = (largest / 127).half()
         if bool(scale.isinf().any()):
             raise CheckpointError(
                 f"{matrix.where} has weights up to {float(values.abs().amax()):.3g}, beyond what float16 scales reach.",
                 hint="No trained model has such weights; the file is damaged.",
             )
         wide = scale.float()[..., None]
-        divided = torch.where(wide > 0, values / wide, 0.0)
-        codes[start:stop] = divided.round_().clamp_(-127, 127).to(torch.int8).view(stop - start, k)
+        values /= wide.masked_fill_(wide == 0, math.inf)  # what float16 has no scale for is zero
+        codes[start:stop] = values.round_().clamp_(-127, 127).to(torch.int8).view(stop - start, k)
         scales[start:stop] = scale
     return QTensor("w8g", codes, scales), f"{said} rounded to w8g (8-bit codes, groups of 32)"
 
 
-def _finite(matrix: Matrix, start: int, stop: int) -> Tensor:
-    values = matrix.values(start, stop)
-    if not bool(values.isfinite().all()):
-        row = start + int((~values.isfinite()).any(dim=1).int().argmax())
+def _require_numbers(matrix: Matrix, values: Tensor, start: int) -> None:
+    """Raise CheckpointError for values that are not finite, naming the first row."""
+    bad = (~values.isfinite()).any(dim=1)
+    if bool(bad.any()):
         raise CheckpointError(
-            f"{matrix.where} holds weights that are NaN or infinite, first in row {row}.",
+            f"{matrix.where} holds weights that are NaN or infinite, first in row {start + int(bad.int().argmax())}.",
             hint="The file is damaged, or was made from damaged weights.",
         )
-    return values
 
 
 def _require_finite(matrix: Codes) -> None:

@@ -106,10 +106,12 @@ def fields(words: Tensor, bits: int, count: int) -> Tensor:
     raw: Tensor = words.contiguous().view(torch.uint8)  # little-endian bytes
     if bits == 8:
         return raw[..., :count]
-    if bits in (1, 2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        spread: Tensor = (raw[..., None] >> shifts) & (2**bits - 1)
-        return spread.flatten(-2)[..., :count]
+    if bits == 4:  # both halves of a byte as the two bytes of a wider number
+        wide = raw.to(torch.int16)
+        return ((wide | wide << 4) & 0x0F0F).view(torch.uint8)[..., :count]
+    if bits == 2:
+        wide = raw.to(torch.int32)
+        return ((wide | wide << 6 | wide << 12 | wide << 18) & 0x03030303).view(torch.uint8)[..., :count]
     # Eight numbers lie in `bits` whole bytes.
     pad = -raw.shape[-1] % bits
     if pad:

@@ -28,7 +28,7 @@ from torch import Tensor
 from dfastllm.errors import CheckpointError
 from dfastllm.quant.checkpoint import Stored
 from dfastllm.quant.header import read_metadata
-from dfastllm.quant.published.fp8 import SAID
+from dfastllm.quant.published.fp8 import SAID, numbers_of
 from dfastllm.quant.published.matrix import Codes, Matrix, Values, opened
 from dfastllm.quant.published.parts import FLOATS, Parts, collect
 from dfastllm.quant.stream import Entry
@@ -130,11 +130,11 @@ def _matrix(parts: Parts, kind: str, shape: tuple[int, int]) -> Matrix:
     scale = scale.reshape(_two(tuple(scale.shape)))
     rows, groups = scale.shape
     if kind == "Float8Tensor":
-        columns = torch.arange(k) // (k // groups)
+        columns, numbers = torch.arange(k) // (k // groups), numbers_of(data)
 
         def floats(start: int, stop: int) -> Tensor:
             side = torch.arange(start, stop) // (n // rows)
-            return data[start:stop].float() * scale[side[:, None], columns]
+            return numbers(start, stop).mul_(scale.index_select(0, side).index_select(1, columns))
 
         return Values(where, shape, floats, SAID)
     return _plain(parts, data, scale.expand(n, groups).contiguous(), where)
