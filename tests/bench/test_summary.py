@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dfastllm.bench.cpu.summary import BEGIN, END, summary, write_summary
+from dfastllm.bench.cpu.summary import BEGIN, END, refresh, summary, write_summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +55,17 @@ def test_it_is_put_between_the_marks_as_often_as_one_likes(tmp_path: Path) -> No
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert text.count("| llama.cpp Q8_0 | not measured | 1.5 |") == 1
+
+
+def test_all_that_shows_the_figures_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks" / "cpu").mkdir(parents=True)
+    results = tmp_path / "benchmarks" / "cpu" / "RESULTS.md"
+    assert refresh(results.parent) == [results]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    assert refresh(results.parent) == [results, readme]
+    assert results.exists()
+    assert "| against |" in readme.read_text()
 
 
 def test_readme_says_what_the_records_say() -> None:

@@ -421,6 +421,7 @@ def fidelity(
     What is not measured keeps its figures; --peer alone measures none of ours."""
     import json
 
+    from dfastllm.bench.cpu.summary import refresh
     from dfastllm.bench.fidelity import AS_STORED, FORMATS, MADE, PACKAGE, faithfulness, real_model, reference_of
     from dfastllm.bench.peer_fidelity import FORMATS as PEER_FORMATS
     from dfastllm.bench.peer_fidelity import made_file, peer_faithfulness
@@ -459,6 +460,9 @@ def fidelity(
     )
     shown = [{**row, "kl": 1e3 * row["kl"], "agreement": f"{row['agreement']:.1%}"} for row in rows or others]
     _table("SmolLM2-135M against its float32 weights: KL in 1e-3 nats a token", shown)
+    if (out / "cpu").is_dir():  # whose tables show these figures
+        for path in refresh(out / "cpu"):
+            console.print(f"written: {path}")
 
 
 def _kept(

@@ -187,7 +187,7 @@ def openvino(
     out: Out = Path("benchmarks/cpu"),
     cache: Cache = CACHE,
 ) -> None:
-    """Against openvino-genai and its continuous batching: int8 (with our w8r, w8g and w8), int4."""
+    """Against openvino-genai and its continuous batching: int8 (with our w8r, w8g and w8), int4 (w4r, w4)."""
     from dfastllm.bench.cpu.records import against_openvino
 
     chosen = _chosen(formats, ("int8", "int4"))
@@ -272,13 +272,10 @@ def serving(
 @app.command()
 def report(out: Out = Path("benchmarks/cpu")) -> None:
     """Write RESULTS.md from the records that are there, and the table in the README two directories up."""
-    from dfastllm.bench.cpu.report import write_results
-    from dfastllm.bench.cpu.summary import write_summary
+    from dfastllm.bench.cpu.summary import refresh
 
-    console.print(f"written: {write_results(out)}")
-    readme = out.resolve().parents[1] / "README.md"
-    if write_summary(readme, out):
-        console.print(f"written: the table of {readme}")
+    for path in refresh(out):
+        console.print(f"written: {path}")
 
 
 @app.command()

@@ -32,7 +32,7 @@ ARCHITECTURES = {"qwen2": "qwen2", "llada": "llama", "qwen3_moe": "qwen3moe"}  #
 # costs.
 PAIRS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("openvino-genai", "int8"): ("w8r", "w8g", "w8"),
-    ("openvino-genai", "int4"): ("w4",),
+    ("openvino-genai", "int4"): ("w4r", "w4"),
 }
 
 
@@ -91,8 +91,8 @@ def against_llamacpp(plan: Plan, peer: str = "llama.cpp") -> Iterator[Row | dict
 
 
 def against_openvino(plan: Plan) -> Iterator[Row | dict[str, Any]]:
-    """The same shape on both sides: int8 against w8r, w8g and w8, int4 (groups of 128) against w4 (groups of 32); head
-    and embedding of 8 bits on both sides."""
+    """The same shape on both sides: int8 against w8r, w8g and w8, int4 (groups of 128) against w4r and w4 (groups of
+    32); head and embedding of 8 bits on both sides."""
     config, info = plan.shape.own()
     with _worker("openvino-genai", "openvino_genai", plan.cache, plan.threads) as worker:
         directory = plan.cache / "models" / f"openvino-{plan.shape.name}"

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dfastllm.bench.cpu.report import write_results
 from dfastllm.bench.faithful import LESS, Faithfulness
 
-__all__ = ["summary", "write_summary"]
+__all__ = ["refresh", "summary", "write_summary"]
 
 BEGIN, END = "<!-- speeds: made by `python -m dfastllm.bench cpu report` -->", "<!-- /speeds -->"
 CASES = {
@@ -25,6 +26,7 @@ ROWS = (
     ("llama.cpp-qwen2.5-0.5b", "llama.cpp", "Q4_K_M", "Q4_K_M"),
     ("openvino-genai-qwen2.5-0.5b", "OpenVINO", "int8", "w8r"),
     ("openvino-genai-qwen2.5-0.5b", "OpenVINO", "int8", "w8g"),
+    ("openvino-genai-qwen2.5-0.5b", "OpenVINO", "int4", "w4r"),
     ("openvino-genai-qwen2.5-0.5b", "OpenVINO", "int4", "w4"),
     ("pytorch-qwen2.5-0.5b", "torch", "bf16", "bf16"),
 )
@@ -71,3 +73,10 @@ def write_summary(readme: Path, directory: Path) -> bool:
     lines = "\n".join(summary(directory))
     readme.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
     return True
+
+
+def refresh(directory: Path) -> list[Path]:
+    """RESULTS.md beside the `cpu` records of a directory, and the table of the README two directories up where it has
+    one, made anew. Returns what was written."""
+    written, readme = [write_results(directory)], directory.resolve().parents[1] / "README.md"
+    return [*written, readme] if write_summary(readme, directory) else written
