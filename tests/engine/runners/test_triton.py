@@ -25,6 +25,7 @@ from dfastllm.kernels import set_threads
 from dfastllm.kernels.rows import DenseRows
 from dfastllm.kernels.token_set import TokenSet
 from dfastllm.models import tiny
+from dfastllm.models.device_random import random_decoder
 from tests.engine.runners.test_native import WIDE, Sequence
 from tests.engine.test_invariance import answers, requests
 from tests.kit.device import DEVICE, KINDS, NO_TRITON, ops_of, placed, runner_of
@@ -249,6 +250,25 @@ def test_what_it_cannot_run_is_named() -> None:
     table.grow(3)
     with pytest.raises(ValidationError, match="the step has id 160; this model has 160 embedding rows"):
         runner.run(pack([(Span(0, (5, 9, 160), "causal", "keep", want=(2,)), table, 0)]))
+
+
+@pytest.mark.parametrize("weights", [None, "w8", "w8g", "w6", "w4", "w4m", "w4r", "fp8"])
+def test_random_weights_are_made_on_the_device(weights: str | None) -> None:
+    """The same for the same seed, of the format asked for, and finite."""
+    model = tiny("llada", seed=6, **WIDE)
+
+    def logits(seed: int) -> torch.Tensor:
+        made = random_decoder(model.config, model.info, DEVICE, torch.float32, quantization=weights, seed=seed)
+        assert {"w4r": "w8", "w6": "w6g", "w4": "w4g", "w4m": "w4g", None: "f32"}.get(weights, weights) in made.formats
+        assert made.invariant == (weights not in (None, "fp8"))
+        runner = TritonRunner(made, 1024, torch.float32, 16, max_rows=64, ops=ops_of("twins"))
+        return runner.run(pack([s.item(2) for s in many(Pages(64, 16), 2)])).logits().cpu()
+
+    first = logits(1)
+    assert first.isfinite().all()
+    assert first.std() > 0.05
+    assert torch.equal(first, logits(1))
+    assert not torch.equal(first, logits(2))
 
 
 def test_sizes_of_buckets() -> None:

@@ -13,7 +13,8 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfastllm.core import ModelInfo
-from dfastllm.engine.runners.apart import stats_apart
+from dfastllm.engine.runners.device_rows import AdaptedDeviceRows, DeviceRows, Held
 from dfastllm.engine.runners.graphs import Buckets, Graphs
 from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.halt import Halt
-from dfastllm.kernels.rows import Barred, DenseRows, Rows, RowStats
+from dfastllm.kernels.rows import Rows
 from dfastllm.kernels.step import BLOCK, Step
-from dfastllm.kernels.token_set import rows_by_set
 from dfastllm.kernels.triton.kv import DeviceKv, kv_bytes
 from dfastllm.kernels.triton.laid import Bucket, Laid, lay, pieces_of, tail_words
 from dfastllm.kernels.triton.memory import out_of_memory, room_for_kv
@@ -41,7 +41,7 @@ from dfastllm.models.turned import require_turnable, turned_adapter
 if TYPE_CHECKING:
     from dfastllm.lora import Adapter
 
-__all__ = ["DeviceRows", "TritonRunner", "kv_tokens_that_fit"]
+__all__ = ["TritonRunner", "kv_tokens_that_fit"]
 
 log = logging.getLogger("dfastllm.engine")
 
@@ -81,7 +81,7 @@ class TritonRunner:
         self.model = model
         self.device = model.device
         self.ops = ops or ops_for(model.device)
-        self.cut_free = model.invariant
+        self.cut_free = model.invariant and self.ops.captured
         self.own_threads = model.device.type != "cpu"
         blocks = -(-slots // BLOCK)
         with out_of_memory("making room for K,V"):
@@ -96,22 +96,27 @@ class TritonRunner:
         self.buckets = Buckets(max_rows, max_spans, max_len or info.max_len, group, invariant=model.invariant)
         self._upload = _Upload(self.buckets.words, model.device)
         self._hidden = torch.zeros(self.buckets.most_rows, model.config.hidden_size, device=model.device)
-        self._last: weakref.ref[_Held] | None = None
+        self._last: weakref.ref[Held] | None = None
         self._head = _HeadBuffers(self.buckets.most_rows, model.device)
         self.graphs: Graphs | None = None
         if graphs or (graphs is None and self.device.type == "cuda" and self.ops.captured):
             self.graphs = Graphs(self.device)
             self._capture(self.graphs)
 
+    def there(self) -> AbstractContextManager[Any]:
+        """Where kernels are launched: Triton asks for the thread's current card."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     @torch.inference_mode()
     def _capture(self, graphs: Graphs) -> None:
         """A graph of every bucket, and of the statistics of as many rows: all before the first step. Raises
         ModelLoadError where memory runs out."""
-        for bucket in self.buckets:
-            laid = self._upload.idle(bucket)
-            graphs.capture(bucket, lambda laid=laid: self._forward(laid))  # type: ignore[misc]
-        for rows in reversed(self.buckets.sizes):
-            graphs.capture(rows, lambda rows=rows: self._head_of(rows))  # type: ignore[misc]
+        with self.there():
+            for bucket in self.buckets:
+                laid = self._upload.idle(bucket)
+                graphs.capture(bucket, lambda laid=laid: self._forward(laid))  # type: ignore[misc]
+            for rows in reversed(self.buckets.sizes):
+                graphs.capture(rows, lambda rows=rows: self._head_of(rows))  # type: ignore[misc]
         log.info("%s: %d graphs captured, %d not", self.info.name, len(graphs), len(graphs.failed))
 
     def _head_of(self, rows: int) -> None:
@@ -129,6 +134,10 @@ class TritonRunner:
         step.check(self.kv.slots // BLOCK, len(step.own_blocks))
         step.check_ids(self.model.embed.n)
         self.halt.begin()
+        with self.there():
+            return self._run(step)
+
+    def _run(self, step: Step) -> Rows:
         self._keep_last()
         if step.adapter.any():
             require_numbers(step, self._table)
@@ -170,8 +179,8 @@ class TritonRunner:
             return DeviceRows(held, len(step.want), self)
         return AdaptedDeviceRows(held, len(step.want), self, numbers, list(self._table))
 
-    def _held(self, hidden: Tensor) -> _Held:
-        held = _Held(hidden)
+    def _held(self, hidden: Tensor) -> Held:
+        held = Held(hidden)
         self._last = weakref.ref(held)  # the hidden states of a bucket lie where the next one's will
         return held
 
@@ -205,7 +214,7 @@ class TritonRunner:
             require_turnable(adapter, self.model.basis)
 
     def stats(
-        self, held: _Held, rows: Tensor, ban: tuple[int, ...], sets: tuple[Tensor, Tensor] | None, top: int
+        self, held: Held, rows: Tensor, ban: tuple[int, ...], sets: tuple[Tensor, Tensor] | None, top: int
     ) -> NDArray[np.int32]:
         """What `ops.head_stats` says of hidden rows, on the host: the one copy back of a step. held: what they are
         of."""
@@ -261,13 +270,6 @@ def _exactly(step: Step, tile_rows: int) -> Bucket:
     return Bucket(max(1, len(step)), len(step.want), 2 * spans + 1, tile_rows, pieces_of(step))
 
 
-class _Held:
-    """Hidden states float32 [wanted or more, hidden] of a step, as long as someone has its rows."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
 class _Upload:
     """The buffer of steps on a device, and two on the host that take turns: a copy may still read the last one."""
 
@@ -313,131 +315,6 @@ class _Upload:
         return found
 
 
-class DeviceRows(Rows):
-    """Hidden rows on a device and the head of their model; logits exist only where someone asks for them."""
-
-    def __init__(self, held: _Held, count: int, runner: TritonRunner, index: NDArray[np.int64] | None = None) -> None:
-        model = runner.model
-        super().__init__(count, model.info.vocab_size if model.shortlist is None else len(model.shortlist))
-        self._held = held
-        self._runner = runner
-        self._index = index  # which of the step's wanted rows these are, None: all
-
-    def _rows(self, index: NDArray[np.int64] | None = None) -> Tensor:
-        """Hidden states of these rows, or of some of them."""
-        mine = index if self._index is None else self._index if index is None else self._index[index]
-        hidden = self._held.hidden
-        if mine is None:
-            return hidden[: self.count]
-        return hidden.index_select(0, torch.from_numpy(mine).to(hidden.device, non_blocking=True))
-
-    @torch.inference_mode()
-    def _logits(self) -> tuple[Tensor, NDArray[np.bool_]]:
-        logits = self._runner.model.logits(self._rows(), self._runner.ops)
-        return logits, _finite(logits, self._runner)
-
-    @torch.inference_mode()
-    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
-        if not self.count:
-            return _no_stats(min(top, self.vocab))
-        sets = self._sets(barred)
-        top = min(top, self.vocab)
-        found = self._runner.stats(self._held, self._rows(), ban, sets, top)
-        floats = found.view(np.float32)
-        none, no_ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
-        return RowStats(
-            token=found[:, 0].astype(np.int64),
-            best=floats[:, 1].copy(),
-            finite=found[:, 2] != 0,
-            norm=floats[:, 3].copy() if norm or spread else none,
-            entropy=floats[:, 4].copy() if spread else none,
-            margin=floats[:, 5].copy() if spread else none,
-            ids=found[:, WORDS : WORDS + top].astype(np.int64) if top else no_ids,
-            logits=floats[:, WORDS + top :].copy() if top else none,
-        )
-
-    def _sets(self, barred: Barred) -> tuple[Tensor, Tensor] | None:
-        """The sets of barred ids as bits uint8 [sets, bytes], and the number of each row's, on the device."""
-        if barred is None:
-            return None
-        found = rows_by_set(barred, self.count, self.vocab)
-        if not found:
-            return None
-        which = np.full(self.count, -1, dtype=np.int32)
-        for number, (_, rows) in enumerate(found):
-            which[rows] = number
-        bits = np.stack([closed.words.view(np.uint8)[: -(-self.vocab // 8)] for closed, _ in found])
-        device = self._runner.device
-        return torch.from_numpy(bits).to(device), torch.from_numpy(which).to(device)
-
-    def _take(self, index: NDArray[np.int64]) -> Rows:
-        mine = index if self._index is None else self._index[index]
-        return DeviceRows(self._held, len(index), self._runner, mine)
-
-
-class AdaptedDeviceRows(DeviceRows):
-    """Rows some of whose adapters change the head: those go through their logits, the others as ever.
-
-    numbers: int64 [count], the adapter of a row that changes the head, 0: none. table: adapters by number."""
-
-    def __init__(
-        self,
-        held: _Held,
-        count: int,
-        runner: TritonRunner,
-        numbers: NDArray[np.int64],
-        table: Sequence[Adapter | None],
-        index: NDArray[np.int64] | None = None,
-    ) -> None:
-        super().__init__(held, count, runner, index)
-        self._numbers = numbers
-        self._table = table
-
-    @torch.inference_mode()
-    def _logits(self) -> tuple[Tensor, NDArray[np.bool_]]:
-        numbers = torch.from_numpy(self._numbers).to(self._runner.device)
-        adapt = AdaptedRows(self._table, numbers, 16)
-        every = torch.arange(self.count, device=self._runner.device)
-        logits = self._runner.model.logits(self._rows(), self._runner.ops, adapt, every)
-        return logits, _finite(logits, self._runner)
-
-    def _stats(self, ban: tuple[int, ...], barred: Barred, norm: bool, spread: bool, top: int) -> RowStats:
-        return stats_apart(
-            self._numbers != 0,
-            lambda index: DeviceRows._take(self, index),
-            lambda index: DenseRows(self._take(index).logits()),
-            ban=ban,
-            barred=barred,
-            norm=norm,
-            spread=spread,
-            top=top,
-        )
-
-    def _take(self, index: NDArray[np.int64]) -> Rows:
-        mine = index if self._index is None else self._index[index]
-        return AdaptedDeviceRows(self._held, len(index), self._runner, self._numbers[index], self._table, mine)
-
-
-def _finite(logits: Tensor, runner: TritonRunner) -> NDArray[np.bool_]:
-    """bool [rows]: one NaN or infinity in a row shows in its sum."""
-    finite: NDArray[np.bool_] = runner.fetch(torch.isfinite(logits.sum(dim=-1)).int()) != 0
-    return finite
-
-
-def _no_stats(top: int) -> RowStats:
-    none, no_ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
-    return RowStats(
-        no_ids,
-        none,
-        np.empty(0, dtype=np.bool_),
-        none,
-        none,
-        none,
-        np.empty((0, top), dtype=np.int64),
-        np.empty((0, top), dtype=np.float32),
-    )
-
-
 @torch.inference_mode()
 def kv_tokens_that_fit(model: DeviceDecoder, dtype: torch.dtype, share: float, *, max_rows: int, max_spans: int) -> int:
     """K,V positions for which a share of the card's memory is left, beside the weights and the largest step, which runs
@@ -450,8 +327,9 @@ def kv_tokens_that_fit(model: DeviceDecoder, dtype: torch.dtype, share: float, *
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             largest = next(iter(runner.buckets))
-            runner._forward(runner._upload.idle(largest))
-            runner._head_of(largest.rows)
+            with runner.there():
+                runner._forward(runner._upload.idle(largest))
+                runner._head_of(largest.rows)
             torch.cuda.synchronize(device)
             peak = torch.cuda.max_memory_allocated(device) - before
             del runner
