@@ -6,7 +6,8 @@ On a CPU a model becomes a `PackedDecoder` (kernels of our own, quantised or not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -131,14 +132,30 @@ def load(
     form = _form(place, backend, quantised=quantised, fp8=quantization == FP8)
     if form != "torch":
         shortlist = read_shortlist(path, info.vocab_size) if drafting and info.kind == "ar" else None
-        source = _from_directory(path, dtype, name, max_len)
+        given = _from_directory(path, dtype, name, max_len)
         model: Decoder | PackedDecoder | DeviceDecoder = _served(
-            source, form, place, dtype, quantization, shortlist, invariant=invariant
+            given, form, place, dtype, quantization, shortlist, invariant=invariant
         )
+        notes = (*notes, *_summed(given.notes))
     else:
         model = load_decoder(path, device=device, dtype=dtype, name=name, max_len=max_len)
     model.info = replace(model.info, notes=notes)
     return Loaded(model, tokenizer, bigram)
+
+
+def _summed(notes: Sequence[str]) -> list[str]:
+    """Notes of matrices, in a line for each kind: how many there are, and the one that says the largest number."""
+    kinds: dict[str, list[str]] = {}
+    for note in notes:
+        own, _, text = note.partition(": ")
+        if own.endswith(".weight"):
+            kinds.setdefault(text.partition(" at most ")[0], []).append(text)
+
+    def moved(text: str) -> float:
+        found = re.search(r" at most ([0-9.e-]+)", text)
+        return float(found[1]) if found else 0.0
+
+    return [f"{len(texts)} matrices: {max(texts, key=moved)}" for texts in kinds.values()]
 
 
 def _noting(info: ModelInfo, tokenizer: Tokenizer) -> ModelInfo:

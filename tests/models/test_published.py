@@ -79,6 +79,8 @@ def test_logits(method: str, tmp_path: Path) -> None:
     loaded = assemble.load(tmp_path, backend="native").model
     assert isinstance(loaded, models.PackedDecoder)
     assert bool(loaded.notes) == (method not in EXACT)
+    if method not in EXACT:  # told when it is loaded, in a line
+        assert [note.partition(": ")[0] for note in loaded.info.notes] == [f"{len(meant)} matrices"]
     assert cosine(served(loaded), right) > 0.999
     assert check(tmp_path).ok
 
