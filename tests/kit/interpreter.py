@@ -1,11 +1,15 @@
-"""What tests of the GPU's kernels share: they run under Triton's interpreter, which must be switched on before the
-kernels are imported, and skip with a word where there is no Triton."""
+"""What tests of the GPU's kernels share. Where there is a card they run on it; else under Triton's interpreter, which
+must be switched on before the kernels are imported; and they skip with a word where there is no Triton."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +19,56 @@ from dfastllm.kernels.packed import FORMS, QTensor
 from dfastllm.kernels.step import BLOCK, Step
 from dfastllm.kernels.triton.weight import Weight, pack
 
-__all__ = ["device_weight", "needs_interpreter", "random_weight", "step_of"]
+__all__ = ["DEVICE", "device_weight", "lent", "needs_interpreter", "random_weight", "step_of"]
 
 HAVE = importlib.util.find_spec("triton") is not None
-if HAVE:
+if HAVE and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 needs_interpreter = pytest.mark.skipif(not HAVE, reason="triton is not installed")
+
+
+class lent:
+    """A module of kernels for tests that have all tensors on the CPU: on a card a function gets copies there, and what
+    it gives or changes comes back."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if DEVICE.type == "cpu" or not callable(found):
+            return found
+
+        @functools.wraps(found)
+        def call(*args: Any, **options: Any) -> Any:
+            moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            args, options = _moved((args, options), lambda tensor: _there(tensor, moved))
+            out = found(*args, **options)
+            for here, there in moved.values():
+                here.copy_(there)
+            return _moved(out, lambda tensor: tensor.cpu())
+
+        return call
+
+
+def _there(tensor: torch.Tensor, moved: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    return moved.setdefault(id(tensor), (tensor, tensor.to(DEVICE)))[1]
+
+
+def _moved(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same with its tensors moved."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, dict):
+        return {name: _moved(part, move) for name, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [_moved(part, move) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _moved(getattr(value, field.name), move) for field in dataclasses.fields(value)}
+        return type(value)(**fields)
+    return value
 
 
 def step_of(spans: Sequence[tuple[int, int, bool]], *, seed: int = 0, gap: int = 0) -> Step:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.kit.interpreter import needs_interpreter, step_of
+from tests.kit.interpreter import lent, needs_interpreter, step_of
 from torch import Tensor
 
 from dfastllm.kernels.step import Step
@@ -16,7 +16,7 @@ from dfastllm.kernels.triton import laid, plain
 from dfastllm.kernels.triton.kv import DeviceKv
 
 pytestmark = needs_interpreter
-module = pytest.importorskip("dfastllm.kernels.triton.attention")
+module = lent(pytest.importorskip("dfastllm.kernels.triton.attention"))
 CPU = torch.device("cpu")
 
 
@@ -94,7 +94,7 @@ MIX = [(3, 21, True), (5, 40, False), (1, 90, True), (4, 0, False)]
 )
 def test_shapes(shape: Shape, tile_rows: int) -> None:
     step = step_of(MIX, gap=1)
-    compare(step, shape, kv=torch.float32, dtype=torch.float32, atol=2e-6, tile_rows=tile_rows)
+    compare(step, shape, kv=torch.float32, dtype=torch.float32, atol=5e-6, tile_rows=tile_rows)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_shapes(shape: Shape, tile_rows: int) -> None:
         (torch.bfloat16, torch.bfloat16, 3e-2),
         (torch.bfloat16, torch.float32, 3e-2),
         (torch.float8_e4m3fn, torch.float16, 4e-3),
-        (torch.int8, torch.float32, 2e-6),
+        (torch.int8, torch.float32, 5e-6),
         (torch.int8, torch.float16, 4e-3),
     ],
 )
@@ -118,13 +118,13 @@ def test_long_contexts(split: bool, window: int, softcap: float) -> None:
     """More than a piece of keys, with a window that leaves out whole pieces."""
     step = step_of([(2, 1020, True), (3, 5, False)])
     how = {"window": window, "softcap": softcap, "split": split}
-    compare(step, Shape(2, 1), kv=torch.float32, dtype=torch.float32, atol=2e-6, **how)
+    compare(step, Shape(2, 1), kv=torch.float32, dtype=torch.float32, atol=5e-6, **how)
 
 
 @pytest.mark.parametrize("window", [0, 15])
 def test_any_limits_and_masks(window: int) -> None:
-    compare(ragged(step_of(MIX, gap=1), 3), Shape(), kv=torch.float32, dtype=torch.float32, atol=2e-6, window=window)
-    compare(masked(step_of(MIX), [1, 3], 5), Shape(), kv=torch.float32, dtype=torch.float32, atol=2e-6, window=window)
+    compare(ragged(step_of(MIX, gap=1), 3), Shape(), kv=torch.float32, dtype=torch.float32, atol=5e-6, window=window)
+    compare(masked(step_of(MIX), [1, 3], 5), Shape(), kv=torch.float32, dtype=torch.float32, atol=5e-6, window=window)
 
 
 def test_rows_that_see_nothing_give_zeros() -> None:
@@ -166,7 +166,9 @@ def test_a_row_alone_has_the_same_bits(kv: torch.dtype, monkeypatch: pytest.Monk
         )
         for split in (False, True)
     ]
-    monkeypatch.setattr(module, "processors", lambda device: 1)  # then one program has all pieces of a tile
+    monkeypatch.setattr(
+        "dfastllm.kernels.triton.attention.processors", lambda device: 1
+    )  # then one program has all pieces of a tile
     place = laid.on(CPU, together, 4)
     found.append(module.attention(qkv, first.layer(0), place, **shape.facts, split=True, invariant=True)[row0:row1])
     assert found[0].isfinite().all()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.interpreter import device_weight, needs_interpreter, random_weight
+from tests.kit.interpreter import device_weight, lent, needs_interpreter, random_weight
 from torch import Tensor
 
 from dfastllm.kernels.triton import plain, weight
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-module = pytest.importorskip("dfastllm.kernels.triton.experts")
-adapters = pytest.importorskip("dfastllm.kernels.triton.low_rank")
+module = lent(pytest.importorskip("dfastllm.kernels.triton.experts"))
+adapters = lent(pytest.importorskip("dfastllm.kernels.triton.low_rank"))
 
 
 def routing(rows: int, count: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor]:

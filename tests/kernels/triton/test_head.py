@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kit.interpreter import device_weight, needs_interpreter, random_weight
+from tests.kit.interpreter import device_weight, lent, needs_interpreter, random_weight
 from torch import Tensor
 
 from dfastllm.kernels.packed import QTensor
@@ -14,7 +14,7 @@ from dfastllm.kernels.triton import plain, weight
 from dfastllm.kernels.triton.plain import WORDS
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-module = pytest.importorskip("dfastllm.kernels.triton.head")
+module = lent(pytest.importorskip("dfastllm.kernels.triton.head"))
 NO_BAN = torch.tensor([-1])
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.kit import weights
-from tests.kit.interpreter import device_weight, needs_interpreter, random_weight
+from tests.kit.interpreter import device_weight, lent, needs_interpreter, random_weight
+from torch import Tensor
 
 from dfastllm.kernels import extension
 from dfastllm.kernels import linear as cpu
+from dfastllm.kernels.activations import Acts
+from dfastllm.kernels.packed import FORMS, QTensor
 from dfastllm.kernels.triton import plain, weight
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-module = pytest.importorskip("dfastllm.kernels.triton.linear")
+module = lent(pytest.importorskip("dfastllm.kernels.triton.linear"))
 FORMATS = ["f32", "f16", "bf16", "fp8", "w8", "w8g", "w4g", "w4m", "w6g", "w6m"]
 
 
@@ -61,6 +64,34 @@ def test_has_the_bits_of_the_cpu_kernels(format: str) -> None:
     got = module.linear(plain.prepare(rows, kind), device_weight(format, matrix), out=torch.float32)
     wanted = cpu.linear(cpu.prepare(rows, kind), cpu.pack(matrix))
     assert torch.equal(got, wanted)
+
+
+def law(x: Acts, matrix: QTensor) -> Tensor:
+    """What linear_plain says of group formats: each group's sum exact, each step rounded to float32 once."""
+    assert x.scales is not None
+    assert matrix.scales is not None
+    size = matrix.codes.shape[1] // matrix.scales.shape[1]
+    zero = 0 if matrix.mins is not None else FORMS[matrix.format].zero or 0
+    codes, weights = x.data[:, : x.k].double(), matrix.codes.double() - zero
+    y = torch.zeros(x.rows, len(weights))
+    for begin in range(0, x.k, 32):
+        scale = x.scales[:, begin // 32, None].double()
+        parts = [slice(at, at + size) for at in range(begin, begin + 32, size)]
+        for part in parts:
+            sums = codes[:, part] @ weights[:, part].T
+            y = (y + sums * scale * matrix.scales[:, part.start // size].double()).float()
+        for part in parts if matrix.mins is not None else ():
+            taken = (scale * codes[:, part].sum(dim=1, keepdim=True)).float()
+            y = (y - taken * matrix.mins[:, part.start // size].double()).float()
+    return y
+
+
+@pytest.mark.parametrize("format", ["w8g", "w4g", "w4m", "w6g", "w6m"])
+def test_group_formats_have_the_bits_of_their_law(format: str) -> None:
+    matrix = random_weight(format, 30, 160)
+    x = plain.prepare(torch.randn(3, 160), "group8")
+    got = module.linear(x, device_weight(format, matrix), out=torch.float32)
+    assert torch.equal(got, law(x, matrix))
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.interpreter import needs_interpreter, step_of
+from tests.kit.interpreter import lent, needs_interpreter, step_of
 from torch import Tensor
 
 from dfastllm.kernels.activations import Acts
@@ -12,7 +12,7 @@ from dfastllm.kernels.triton import laid, plain
 from dfastllm.kernels.triton.kv import DeviceKv
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-rows = pytest.importorskip("dfastllm.kernels.triton.rows")
+rows = lent(pytest.importorskip("dfastllm.kernels.triton.rows"))
 
 KINDS = ("f32", "bf16", "f16", "fp8", "row8", "group8")
 ODD = (1, 100, 1056)  # columns
@@ -54,7 +54,7 @@ def test_rows_too_long_for_registers(kind: str, block: int) -> None:
     y = inputs(2, 2 * 8224)
     got, wanted = (made.gate(y, "silu", kind, block=block) for made in (rows, plain))
     assert got.data.shape == wanted.data.shape
-    torch.testing.assert_close(got.scales, wanted.scales, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.scales, wanted.scales, rtol=1e-5, atol=0)
     assert (got.data.float() != wanted.data.float()).float().mean() < 1e-3
     check(rows.prepare(y, kind, block=block), plain.prepare(y, kind, block=block))
 
@@ -118,7 +118,7 @@ def test_gate(kind: str, activation: str, width: int, block: int) -> None:
     y[2] /= 10  # its products fit into float16
     got, wanted = (made.gate(y, activation, kind, block=block) for made in (rows, plain))
     if kind in ("f32", "f16", "bf16"):
-        close = {"f32": 1e-6, "f16": 1e-3, "bf16": 8e-3}[kind]
+        close = {"f32": 1e-5, "f16": 1e-3, "bf16": 8e-3}[kind]
         torch.testing.assert_close(got.data, wanted.data, rtol=close, atol=1e-6)
     else:  # two libraries' exp may differ in the last bit
         torch.testing.assert_close(plain.floats_of(got), plain.floats_of(wanted), rtol=0.07, atol=0.05)
