@@ -44,6 +44,16 @@ def test_run_explains_itself_without_installing() -> None:
         assert f"./run {command}" in text
 
 
+def test_run_lists_every_command() -> None:
+    from dfastllm.cli import app
+
+    text = subprocess.run(["./run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    groups = [group.typer_instance.info.name for group in app.registered_groups]
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert len(names) > 10
+    assert [name for name in [*names, *groups] if f"./run {name}" not in text] == []
+
+
 @pytest.mark.parametrize("words", run_lines(), ids=" ".join)
 def test_commands_exist(words: list[str]) -> None:
     """A word after ./run is one of the script's own, or a dfastllm command that knows the options shown."""

@@ -335,7 +335,7 @@ def test_unreadable_config(llada: Path, tmp_path: Path) -> None:
         ({"n_heads": 5}, "multiple of kv_heads"),
         ({"n_layers": 10**9}, "layers must be in"),
         ({"rope_theta": -1}, "rope_theta must be greater than 1"),
-        ({"rms_norm_eps": float("nan")}, "norm_eps must be in"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps. must be a finite number"),
         ({"layer_norm_type": "low_precision"}, "layer_norm_type='low_precision' is not supported; supported: 'rms'"),
         ({"alibi": True}, "alibi=True is not supported"),
         ({"mask_token_id": 4000}, "mask token id 4000 is outside the vocabulary of 40"),

