@@ -16,7 +16,7 @@ from torch import Tensor
 from dfastllm.core import ModelInfo
 from dfastllm.kernels.halt import Halt
 from dfastllm.kernels.packed import FORMS, Packed, QTensor
-from dfastllm.kernels.triton.weight import kind_of, natural, one_of, pack, stack
+from dfastllm.kernels.triton.weight import FLOATS, kind_of, natural, one_of, pack, stack
 from dfastllm.models.basis import Basis
 from dfastllm.models.config import DecoderConfig
 from dfastllm.models.device_walk import DeviceOp, Mixture, Walk
@@ -27,6 +27,7 @@ from dfastllm.models.packed import (
     Project,
     Routed,
     ScaledNorm,
+    Weights,
 )
 from dfastllm.models.parts import inverse_frequencies, softcapped
 from dfastllm.models.program import Program
@@ -199,10 +200,21 @@ def _settled(ops: tuple[PackedOp, ...]) -> tuple[DeviceOp, ...]:
             case Routed(), _:
                 out.append(_stacked(op))
             case Gated(), Project():
-                out.append(replace(op, kind=kind_of(after.weights[0].packed.format)))
+                kind = kind_of(after.weights[0].packed.format)
+                out.append(replace(op, kind=kind, weights=_with_bias(op.weights)))
+            case Project(), _:
+                out.append(replace(op, weights=tuple(_with_bias(weights) for weights in op.weights)))
             case _:
                 out.append(op)
     return tuple(out)
+
+
+def _with_bias(weights: Weights) -> Weights:
+    """The bias beside a matrix of floats in their dtype: so the product adds it itself."""
+    dtype = weights.packed.data.dtype
+    if weights.bias is None or weights.packed.format not in FLOATS.values():
+        return weights
+    return replace(weights, bias=weights.bias.to(dtype))
 
 
 def _stacked(op: Routed) -> Mixture:
@@ -243,7 +255,7 @@ def _of_linear(op: Project | Gated, name: str, leaf: str) -> Tensor | None:
                 parts = [torch.zeros(w.packed.n, device=device) if w.bias is None else w.bias for w in every]
             else:
                 parts = [natural(w.packed).dequantise() for w in every]
-            return torch.cat(parts)[column : column + size]
+            return torch.cat([part.float() for part in parts])[column : column + size]
         column += size
     return None
 

@@ -199,7 +199,14 @@ class Walk:
         q_norm, k_norm = norms
         self.ops.rope_write(qkv, self.laid, cos, sin, kv, q_norm=q_norm, k_norm=k_norm, eps=eps, **shape)
         self.h = self.ops.attention(
-            qkv, kv, self.laid, scale=attend.scale, window=attend.window, softcap=attend.softcap, **shape
+            qkv,
+            kv,
+            self.laid,
+            scale=attend.scale,
+            window=attend.window,
+            softcap=attend.softcap,
+            invariant=self.model.invariant,
+            **shape,
         )
         if layer == len(self.model.layers) - 1 and len(self.laid.want) < self.laid.rows:
             self._take(self.laid.want)  # what follows is only looked at in the wanted rows

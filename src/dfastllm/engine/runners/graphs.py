@@ -40,10 +40,10 @@ class Buckets:
         self._max_spans = max_spans
         self._pieces = max(1, -(-max_len // PIECE))
         tail = min(MOST_TAIL, max_spans * (-(-max_len // BLOCK) + 1) + BLOCK * self.most_rows)
-        self.words = max(self._bucket(rows, self._pieces).head for rows in self.sizes) + tail
+        self.words = max(bucket.head for bucket in self) + tail
 
-    def _bucket(self, rows: int, pieces: int) -> Bucket:
-        return Bucket(rows, rows, min(rows, self._max_spans), self.tile_rows(rows), pieces)
+    def _bucket(self, rows: int, pieces: int, masked: bool) -> Bucket:
+        return Bucket(rows, rows, min(rows, self._max_spans), self.tile_rows(rows), pieces, masked=masked)
 
     def tile_rows(self, rows: int) -> int:
         """Rows of a tile in a step of so many."""
@@ -51,10 +51,12 @@ class Buckets:
         return max(1, height // self._group)
 
     def __iter__(self) -> Iterator[Bucket]:
-        """All of them, the largest first."""
+        """All of them, the largest first: of each size one for masks, which hold any context, and for steps without a
+        mask one for short contexts and one for all."""
         for rows in reversed(self.sizes):
+            yield self._bucket(rows, self._pieces, True)
             for pieces in sorted({1, self._pieces}, reverse=True):
-                yield self._bucket(rows, pieces)
+                yield self._bucket(rows, pieces, False)
 
     def of(self, step: Step) -> Bucket | None:
         """The smallest that holds a step, None: none does."""
@@ -65,7 +67,8 @@ class Buckets:
         if pieces > self._pieces:
             return None
         size = next(size for size in self.sizes if size >= rows)
-        bucket = self._bucket(size, 1 if pieces == 1 else self._pieces)
+        masked = bool(step.mask.size) and bool((spans[:, 7] >= 0).any())
+        bucket = self._bucket(size, self._pieces if masked or pieces > 1 else 1, masked)
         if bucket.head + tail_words(step) > self.words:
             return None
         together = spans[0, 0] == 0 and spans[-1, 1] == rows and bool((spans[1:, 0] == spans[:-1, 1]).all())
