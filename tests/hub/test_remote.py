@@ -51,6 +51,7 @@ def test_a_model_is_fetched_once_and_only_what_it_needs(hub: Hub, files: dict[st
     assert set(hub.fetched()) == set(files)
     hub.asked.clear()
     assert find_model(REPO) == directory
+    assert title(directory) == REPO
     assert hub.asked == []
     with LLM(REPO) as llm:
         assert llm.info.name == REPO

@@ -65,7 +65,9 @@ class ModelRegistry:
                 return self._models[str(name)]
         try:
             return resolve(name)
-        except ModelNotFoundError:
+        except ModelNotFoundError as error:
+            if error.hint is not None:  # of a name that could be had
+                raise
             known = ", ".join(self.list()) or "none"
             raise ModelNotFoundError(
                 f"no model {str(name)!r}: it is neither a name known here ({known}) nor a directory.", param="model"

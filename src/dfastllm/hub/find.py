@@ -63,16 +63,24 @@ def pull(name: str) -> Path:
 
 def title(model: str | Path) -> str | None:
     """What a model is called that is named by something else than a path: its registered name, or its id without the
-    revision. None for a path, whose last part names it."""
+    revision. None for another path than of the hub's cache; its last part names it."""
     name = str(model)
     if name in shipped_models():
         return name
     if Path(model).exists():
-        return None
+        return _of_snapshot(Path(model))
     if (entry := packaged(name)) is not None:
         return entry.name
     id = parse_id(name)
     return None if id is None else id.title
+
+
+def _of_snapshot(path: Path) -> str | None:
+    """The id of a directory of the hub's cache, models--ORG--NAME/snapshots/COMMIT, whose own name is a commit."""
+    folder = path.parent.parent.name
+    if path.parent.name != "snapshots" or not folder.startswith("models--"):
+        return None
+    return folder.removeprefix("models--").replace("--", "/", 1)
 
 
 def _megabytes(size: int) -> str:
