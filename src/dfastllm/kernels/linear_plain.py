@@ -2,10 +2,12 @@
 compute. They read natural weights (QTensor) or panels, and trust what `linear` has checked.
 
 The twins multiply in float32 and may differ from the native kernels by rounding. Those agree with each other: prepared
-rows, products of the integer formats (w8, w8g, w4g, w6g, with minima or without), gates, caps and the head's statistics
-over them are the same bits on every instruction set, by one law that rounds in the same places (native/linear_tiles.h):
+rows, products of the integer formats (w8, w4s, w8g, w4g, w6g, with minima or without), gates, caps and the head's
+statistics over them are the same bits on every instruction set, by one law that rounds in the same places
+(native/linear_tiles.h):
 
     w8         y = (float(sum) * scale[n]) * act_scale[m], the integer sum over all inputs
+    w4s        the same with the codes (code - zero) * step, which are bytes of w8
     the others y = fma(float(sum) * 2^p, factor * scale[g, n], y) for each group in order, or half of a group that has
                its own scale; where there are minima then y = fma(-min[g, n], act_scale[m, g] * float(sum of codes), y)
 
