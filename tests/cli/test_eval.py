@@ -50,7 +50,8 @@ def test_programs_say_how_they_ran(cli: Cli, ar: Path, tmp_path: Path) -> None:
     result = cli("eval", file, "--model", ar, "--max-tokens", 8, "--out", tmp_path / "out", "--code-seconds", 3)
     assert result.exit_code == 0, result.output
     assert "0.0% (0-79)" in result.stdout
-    assert "programs ran with: 3 s, 1024 MiB of memory" in result.stdout
+    assert "programs ran with: 3 s, 1024 MiB of memory" in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines()[1:])) <= 80  # the first names the file
 
 
 def test_the_mix_and_other_names(cli: Cli, ar: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -182,7 +183,7 @@ def _report(
     if cut := sum(row["cut"] for row in results["settings"]):
         typer.echo(f"{cut} answers ended at their token limit (--max-tokens).")
     if "programs" in about:
-        typer.echo(f"programs ran with: {about['programs']}")
+        typer.echo(textwrap.fill(f"programs ran with: {about['programs']}", 80))
     typer.echo(f"{where / 'answers.jsonl'}, {where / 'results.json'}", err=True)
 
 

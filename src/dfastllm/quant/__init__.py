@@ -5,7 +5,7 @@ nothing it makes (that is `kernels`).
 """
 
 from dfastllm.quant.calibrate import InputStatistics, recording
-from dfastllm.quant.checkpoint import QuantConfig, Stored, read, stored
+from dfastllm.quant.checkpoint import QuantConfig, Stored, stored
 from dfastllm.quant.formats import FORMATS, Format, find_format, quantise
 from dfastllm.quant.gptq import gptq
 from dfastllm.quant.stream import Planned, SafetensorsWriter
@@ -21,7 +21,6 @@ __all__ = [
     "find_format",
     "gptq",
     "quantise",
-    "read",
     "recording",
     "stored",
 ]

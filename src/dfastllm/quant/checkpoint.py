@@ -19,7 +19,7 @@ here, and which tensors there must be is for `models` to say.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,7 +38,6 @@ __all__ = [
     "Stored",
     "pack_bits",
     "plan",
-    "read",
     "read_one",
     "stored",
     "tensors_of",
@@ -250,19 +249,6 @@ def read_one(name: str, weight: Stored) -> QTensor | Tensor:
             hint="The file is damaged; quantise the original again.",
         )
     return found
-
-
-def read(
-    found: Mapping[str, Entry], order: Iterable[str] | None = None, rename: Callable[[str], str] = str
-) -> Iterator[tuple[str, QTensor | Tensor]]:
-    """(renamed name, weight) of every weight of a directory, or of those in `order` (published names); each is read
-    when its turn comes and not held. Raises CheckpointError for a name that is not there, and as `stored` and
-    `read_one` do."""
-    weights = stored(found)
-    for name in weights if order is None else order:
-        if name not in weights:
-            raise CheckpointError(f"missing tensor {name}.")
-        yield rename(name), read_one(name, weights[name])
 
 
 def plan(name: str, format: Format, shape: tuple[int, int]) -> dict[str, Planned]:
