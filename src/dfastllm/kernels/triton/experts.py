@@ -48,6 +48,7 @@ def experts(
     activation: str = "silu",
     block: int = 1,
     kind: str,
+    invariant: bool = False,
 ) -> Tensor:
     """See the twin."""
     rows, top_k = chosen.shape
@@ -55,8 +56,9 @@ def experts(
     if not rows:
         return out
     count = len(gated.data)
-    # Few pairs an expert want low tiles; what follows from the sizes of a bucket alone stays the same in its graph.
-    height = 16 if rows * top_k <= 8 * count or gated.mins is not None else 64
+    # Few pairs an expert want low tiles; sums of integers are the same in any.
+    low = rows * top_k <= 8 * count or gated.mins is not None or (invariant and gated.format in FLOATS)
+    height = 16 if low else 64
     order = sort_pairs(chosen, count, height)
     both = _product(x, gated, order, order.pair, top_k)
     middle = gate(both, activation, kind, block=block)

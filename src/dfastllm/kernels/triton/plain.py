@@ -206,10 +206,12 @@ def experts(
     activation: str = "silu",
     block: int = 1,
     kind: str,
+    invariant: bool = True,
 ) -> Tensor:
     """The sum of the chosen experts' outputs times their weights, float32 [rows, hidden]. chosen int32, weights float32
     [rows, top_k]; gated, down: of all experts; kind: how `down` wants its rows. A row's sum runs over its experts in
-    ascending order."""
+    ascending order. invariant: a
+    row's bits do not depend on the other rows; here they never do."""
     out = torch.zeros(x.rows, down.n, device=x.data.device)
     for number in sorted(set(chosen.flatten().tolist())):
         row, slot = (chosen == number).nonzero(as_tuple=True)
