@@ -44,6 +44,7 @@ CASES: Mapping[str, Case] = {
         Case("decode, batch 1", 1, 256, grow=True),
         Case("decode, 16 concurrent", 1, 128, grow=True, sequences=16),
         Case("prefill 512", 512, 0, every_row=False),
+        Case("prefill 4096", 4096, 0, every_row=False),
         Case("block of 32, all rows", 32, 256),
         Case("block of 32, one row", 32, 256, every_row=False),
         Case("block of 128, all rows", 128, 256),
@@ -75,6 +76,7 @@ AIMS: Mapping[tuple[str, str], Mapping[str, float]] = {
             "decode, batch 1": 1.4,
             "decode, 16 concurrent": 1.5,
             "prefill 512": 1.2,
+            "prefill 4096": 1.5,
             "block of 32, all rows": 2.0,
         }
         for name in ("int8", "int4")

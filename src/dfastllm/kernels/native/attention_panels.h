@@ -40,10 +40,15 @@ inline void put_step(const int8_t* a, const int8_t*, Singles, char* to) {
 inline void put_step(const uint16_t* a, const uint16_t* b, Pairs, char* to) {
   store(reinterpret_cast<uint8_t*>(to), zip(a, b));
 }
+inline void put_keys(const uint16_t* k, Pairs, char* to) { store(reinterpret_cast<uint8_t*>(to), zip_halves(k)); }
 inline void put_step(const int8_t* a, const int8_t* b, Pairs, char* to) {
   store(reinterpret_cast<uint8_t*>(to), exact_pairs(load_int8(a), load_int8(b)));
 }
 #endif
+
+template <class T, class P> inline void put_keys(const T* k, P, char* to) {
+  put_step(k, k + (P::kTogether - 1) * kBlock, P{}, to);
+}
 
 template <class P> constexpr int64_t key_steps(int64_t dim) { return (dim + P::kTogether - 1) / P::kTogether; }
 template <class P> constexpr int64_t value_steps() { return kBlock / P::kTogether; }
@@ -52,7 +57,7 @@ template <class T>
 void unpack_keys(const T* k, int64_t dim, char* to) {
   using P = Products<T>;
   int64_t d = 0;
-  for (; d + P::kTogether <= dim; d += P::kTogether, to += 64) put_step(k + d * kBlock, k + (d + 1) * kBlock, P{}, to);
+  for (; d + P::kTogether <= dim; d += P::kTogether, to += 64) put_keys(k + d * kBlock, P{}, to);
   if (d < dim) {  // the last of an odd number
     const T none[16] = {};
     put_step(k + d * kBlock, none, P{}, to);

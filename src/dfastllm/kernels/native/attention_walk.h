@@ -349,9 +349,10 @@ inline void put_query(Singles, const float* q, int64_t dim, float factor, int64_
 }
 #if defined(DFK_SIMD_PAIRS)
 inline void put_query(Pairs, const float* q, int64_t dim, float factor, int64_t rows, float* to) {
-  for (int64_t d = 0; d < dim; d += 2, to += rows) {
-    const uint16_t pair[2] = {to_bf16(q[d] * factor), d + 1 < dim ? to_bf16(q[d + 1] * factor) : uint16_t{0}};
-    std::memcpy(to, pair, sizeof(pair));
+  for (int64_t d = 0; d < dim; d += 16) {
+    uint16_t rounded[16];
+    store_bf16(rounded, load_up_to(q + d, dim - d) * floats16(factor));
+    for (int64_t i = 0; i < 16 && d + i < dim; i += 2, to += rows) std::memcpy(to, rounded + i, 4);
   }
 }
 #endif

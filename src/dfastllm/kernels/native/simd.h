@@ -49,6 +49,7 @@
 //   pair_products(w, x), widened(pairs, factors), ...    (AVX2 without it, see there)
 //   Bf16Pairs, add_bf16_pairs                            products of bfloat16 pairs, see linear_float.h
 //   zip(p, q)               (DFK_SIMD_PAIRS)             the pairs p[i], q[i] of two times 16 bfloat16
+//   zip_halves(p)           (DFK_SIMD_PAIRS)             zip(p, p + 16)
 //   exact_pairs(a, b)       (DFK_SIMD_PAIRS)             the same of floats that are bfloat16 numbers
 //   store_bf16(p, floats)   (DFK_SIMD_PAIRS)             rounded to bfloat16; -> what was stored, as floats
 //

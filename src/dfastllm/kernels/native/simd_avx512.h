@@ -148,6 +148,11 @@ inline __m512i wide_16(const uint16_t* p) {
 inline Bf16Pairs zip(const uint16_t* first, const uint16_t* second) {
   return {_mm512_or_si512(wide_16(first), _mm512_slli_epi32(wide_16(second), 16))};
 }
+inline Bf16Pairs zip_halves(const uint16_t* p) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_loadu_si512(p))};
+}
 inline Bf16Pairs exact_pairs(Floats16 first, Floats16 second) {
   return {_mm512_or_si512(_mm512_srli_epi32(bits(first).v, 16), bits(second).v)};
 }
