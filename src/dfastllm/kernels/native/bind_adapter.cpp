@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "gil.h"
+#include "bind_gil.h"
 
 namespace nb = nanobind;
 using namespace dfk;

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "adapter.h"
-#include "arrays.h"
+#include "bind_arrays.h"
 
 struct BoundAdapter : dfk::Adapter {
   std::vector<dfk::AnyArray> held;

@@ -4,7 +4,7 @@
 #include <nanobind/stl/optional.h>
 
 #include "bind_step.h"
-#include "gil.h"
+#include "bind_gil.h"
 
 namespace nb = nanobind;
 using namespace dfk;

@@ -7,7 +7,7 @@
 #include "bind_adapter.h"
 #include "bind_step.h"
 #include "forward.h"
-#include "gil.h"
+#include "bind_gil.h"
 
 namespace nb = nanobind;
 using namespace dfk;

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "gil.h"
+#include "bind_gil.h"
 #include "linear.h"
 
 namespace nb = nanobind;

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "arrays.h"
+#include "bind_arrays.h"
 #include "step.h"
 
 namespace dfk {

@@ -1,8 +1,9 @@
-// The extension module. Steps, K,V and the weights of a forward come as arrays, checked where they cross (arrays.h); single
-// linear calls (bind_linear.cpp) take addresses: there dfastllm.kernels keeps the memory alive and has checked it.
+// The extension module. Steps, K,V and the weights of a forward come as arrays, checked where they cross
+// (bind_arrays.h); single linear calls (bind_linear.cpp) take addresses: there dfastllm.kernels keeps the memory alive and
+// has checked it.
 #include <nanobind/nanobind.h>
 
-#include "gil.h"
+#include "bind_gil.h"
 #include "cpu.h"
 #include "pool.h"
 
