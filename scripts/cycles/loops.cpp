@@ -11,7 +11,7 @@
 
 namespace dfk::DFK_ISA::tiles {
 
-template <class Codes, int R> constexpr int kProducts = 32 * 16 * width<Codes>(R, false) * R;
+template <class Codes, int R> constexpr int kProducts = 32 * 16 * width<Codes>(R) * R;
 
 // A comment in the assembly. Memory is what it is in order with.
 #define DFK_MARK(text, number) asm volatile("# " text : : "i"(number) : "memory")
@@ -19,9 +19,9 @@ template <class Codes, int R> constexpr int kProducts = 32 * 16 * width<Codes>(R
 // A function with the loop's body in it.
 #define DFK_LOOP(name, Codes, with_mins, R)                                                                       \
   void name##_##R(const Block& b, const Inputs<Codes, R>& in, const Starts<Codes, with_mins, R>& starts, int g) { \
-    Outputs<R, width<Codes>(R, false)> y(b.tile);                                                                 \
+    Outputs<R, width<Codes>(R)> y(b.tile);                                                                        \
     DFK_MARK("LLVM-MCA-BEGIN " #name "_" #R "_%c0", (kProducts<Codes, R>));                                       \
-    add_group<Codes, with_mins, R, width<Codes>(R, false), false>(b.data, b.table, b.mins, in, starts, g, y);     \
+    add_group<Codes, with_mins, R, width<Codes>(R)>(b.data, b.table, b.mins, in, starts, g, y);                   \
     DFK_MARK("LLVM-MCA-END " #name "_" #R "_%c0", (kProducts<Codes, R>));                                         \
     y.finish();                                                                                                   \
   }

@@ -30,4 +30,5 @@ def test_every_line_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             assert row["gflops"] * seconds == pytest.approx(flops / 1e9)
             assert row["gbps"] * seconds == pytest.approx(size / 1e9)
             assert row["of_bound"] * seconds == pytest.approx(max(size / 10e9, flops / 20e9))
+            assert row["of_stream"] * seconds == pytest.approx(size / 10e9)
             assert row["bound"] == ("memory" if size / 10 > flops / 20 else "compute")

@@ -67,13 +67,13 @@ def test_as_of_the_logits(
 
 @needs_native
 def test_rows_and_threads_change_no_bit() -> None:
-    before, weight = threads(), pack(random_qtensor("w4g", 5000, 96))
+    before, weight = threads(), pack(random_qtensor("w4g", 5000, 96))  # the last of its chunks has 15 panels
     x = torch.randn(150, 96)
     whole = head_stats(x, weight, ban=(7, 4999), entropy=True, topk=9)
     try:
         for count in (1, 2, 3, 8):
             set_threads(count)
-            for first, rows in ((0, 150), (149, 1), (63, 2), (30, 70)):
+            for first, rows in ((0, 150), (149, 1), (63, 2), (70, 3), (30, 70)):
                 part = head_stats(x[first : first + rows], weight, ban=(4999, 7, 7), entropy=True, topk=9)
                 for name in HeadStats.__slots__:
                     assert np.array_equal(getattr(part, name), getattr(whole, name)[first : first + rows]), name

@@ -38,6 +38,24 @@ def test_pieces_do_not_overlap() -> None:
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
+def test_parts_of_one_thing_lie_together() -> None:
+    parts = [(hugepages.SMALL + 3, torch.uint8), (1000, torch.float16), (0, torch.float32), (5, torch.float32)]
+    tensors = hugepages.together(parts)
+    assert [(t.numel(), t.dtype) for t in tensors] == parts
+    for i, tensor in enumerate(tensors):
+        tensor.fill_(i + 1)
+    assert all(bool((tensor == i + 1).all()) for i, tensor in enumerate(tensors))
+    starts = [t.data_ptr() for t in tensors if t.numel()]
+    assert all(at % 64 == 0 for at in starts)
+    assert starts == [starts[0], starts[0] + hugepages.SMALL + 64, starts[0] + hugepages.SMALL + 64 + 2048]
+
+
+def test_small_parts_have_memory_of_their_own() -> None:
+    """So that a sanitizer sees who runs past one of them."""
+    first, second = hugepages.together([(1000, torch.uint8), (1000, torch.float16)])
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
 def test_a_mapping_goes_with_its_last_piece() -> None:
     hugepages._slab = None

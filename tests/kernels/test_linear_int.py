@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfastllm.kernels import linear_plain as plain
 from dfastllm.kernels.activations import act_kind
-from dfastllm.kernels.extension import native
+from dfastllm.kernels.extension import native, set_threads, threads
 from dfastllm.kernels.linear import linear, pack, prepare
 from dfastllm.kernels.packed import GROUP, QTensor
 
@@ -109,6 +109,33 @@ def test_every_number_of_rows_gives_the_same_bits(format: str, mins: bool) -> No
         for count in range(1, 49):
             first = (5 * count) % (49 - count)
             assert torch.equal(linear(x[first : first + count], weight), alone[first : first + count]), (k, count)
+
+
+@needs_native
+@formats
+def test_panels_that_go_together_give_the_same_bits(format: str, mins: bool) -> None:
+    """Few rows walk two panels at once: any number of panels on any number of threads, with halves of w6g that share
+    scales and minima in some slices of some panels."""
+    before = threads()
+    tensor = weight_of(format, 64 * 9 + 10, 352, mins=mins, pattern="any", seed=3)
+    if tensor.scales is not None:
+        tensor = QTensor(format, tensor.codes, tensor.scales * 0.7123, tensor.mins)
+    for side in (tensor.scales, tensor.mins):
+        if format == "w6g" and side is not None:
+            side[64:320, 1::2] = side[64:320, 0::2]
+            side[450:, 1:8:2] = side[450:, 0:8:2]
+    x = torch.randn(20, 352, generator=torch.Generator().manual_seed(4))
+    many = linear(x, pack(tensor))
+    try:
+        for count in (1, 2, 3):
+            set_threads(count)
+            for n in (64, 70, 128, 192, 320, 64 * 9 + 10):
+                part = [None if t is None else t[:n].contiguous() for t in (tensor.codes, tensor.scales, tensor.mins)]
+                weight = pack(QTensor(format, *part))  # type: ignore[arg-type]
+                for rows in (1, 2, 3, 4, 8):
+                    assert torch.equal(linear(x[:rows], weight), many[:rows, :n]), (count, n, rows)
+    finally:
+        set_threads(before)
 
 
 @formats

@@ -23,8 +23,8 @@ from dfastllm.metrics.records import spread
 
 __all__ = ["FORMATS", "ROWS", "SHAPES", "Work", "measure", "shown", "works"]
 
-ROWS = (1, 8, 32, 128, 512)
-FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w6g", "w4s")
+ROWS = (1, 2, 3, 4, 6, 8, 32, 128, 512)
+FORMATS = ("f32", "bf16", "w8", "w8g", "w4g", "w4m", "w6g", "w4s")  # w4m: w4g with minima
 SHAPES = ((9728, 896), (896, 4864), (8960, 1536))  # [n, k]: gate and up, down (0.5B), up (1.5B)
 VOCABULARY = (151_936, 896)
 STREAMED = 96e6  # bytes of different weights a measurement goes through: three times the machine's last cache
@@ -53,25 +53,19 @@ def random_weight(format: str, n: int, k: int) -> QTensor:
             format, torch.randn(n, k, generator=draw).to(torch.float32 if format == "f32" else torch.bfloat16)
         )
     signed = format in ("w8", "w8g")
-    low, high = (-127, 128) if signed else (0, 1 << FORMS[format].bits)
+    kind = "w4g" if format == "w4m" else format
+    low, high = (-127, 128) if signed else (0, 1 << FORMS[kind].bits)
     codes = torch.randint(low, high, (n, k), generator=draw, dtype=torch.int8 if signed else torch.uint8)
-    scales = torch.full((n, k // GROUP[format]), 0.01).half() if format in GROUP else torch.full((n,), 0.01)
-    stepped = FORMS[format].stepped
+    scales = torch.full((n, k // GROUP[kind]), 0.01).half() if kind in GROUP else torch.full((n,), 0.01)
+    stepped = FORMS[kind].stepped
     steps = torch.full((n, k // stepped), 0x87, dtype=torch.uint8) if stepped else None  # steps of 8 around code 8
-    return QTensor(format, codes, scales, steps=steps)
+    return QTensor(kind, codes, scales, torch.full_like(scales, 0.05) if format == "w4m" else None, steps=steps)
 
 
-def copies(weight: Packed) -> list[Packed]:
-    count = max(1, round(STREAMED / weight.nbytes))
-
-    def clone(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.clone()
-
-    more = (
-        Packed(weight.format, weight.n, weight.k, weight.data.clone(), clone(weight.scales), clone(weight.mins))
-        for _ in range(count - 1)
-    )
-    return [weight, *more]
+def copies(weight: QTensor) -> list[Packed]:
+    """Packed as often as measurements need, each in memory as a model's weights are."""
+    first = pack(weight)
+    return [first, *(pack(weight) for _ in range(max(1, round(STREAMED / first.nbytes)) - 1))]
 
 
 def torch_weights(format: str, n: int, k: int) -> tuple[list[Tensor], str]:
@@ -94,17 +88,17 @@ def torch_product(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tenso
 def works(formats: Sequence[str] = FORMATS, rows: Sequence[int] = ROWS) -> Iterator[Work]:
     """Products of every format and shape; then, on the first shape, what surrounds them; then the head."""
     for format, (n, k) in itertools.product(formats, SHAPES):
-        ours, (theirs, against) = copies(pack(random_weight(format, n, k))), torch_weights(format, n, k)
+        ours, (theirs, against) = copies(random_weight(format, n, k)), torch_weights(format, n, k)
         for m in rows:
             x = torch.randn(m, k)
-            yield _product(x, ours, torch_product(x, theirs), against)
+            yield _product(format, x, ours, torch_product(x, theirs), against)
     for format in formats:
         yield from _glue(format, rows)
     for format in (f for f in formats if f in ("bf16", "w8g", "w4g")):
         yield from _head(format, [m for m in rows if m <= 32])
 
 
-def _product(x: Tensor, weights: list[Packed], theirs: Callable[[int], object], against: str) -> Work:
+def _product(format: str, x: Tensor, weights: list[Packed], theirs: Callable[[int], object], against: str) -> Work:
     first = weights[0]
     m, n, k = x.shape[0], first.n, first.k
     acts = prepare(x, act_kind(first.format))
@@ -112,13 +106,14 @@ def _product(x: Tensor, weights: list[Packed], theirs: Callable[[int], object], 
     def ours(i: int) -> object:
         return linear(acts, weights[i % len(weights)])
 
-    return Work("linear", first.format, m, (n, k), 2.0 * m * n * k, first.nbytes, ours, theirs, against)
+    return Work("linear", format, m, (n, k), 2.0 * m * n * k, first.nbytes, ours, theirs, against)
 
 
 def _glue(format: str, rows: Sequence[int]) -> Iterator[Work]:
     n, k = SHAPES[0]
-    kind, norm = act_kind(format), torch.rand(k)
-    weights, (dense, against) = copies(pack(random_weight(format, n, k))), torch_weights("bf16", n, k)
+    norm = torch.rand(k)
+    weights, (dense, against) = copies(random_weight(format, n, k)), torch_weights("bf16", n, k)
+    kind = act_kind(weights[0].format)
 
     for m in rows:
         x = torch.randn(m, k)
@@ -179,7 +174,7 @@ def _burst(call: Callable[[int], object], seconds: float) -> list[float]:
 
 def measure(work: Work, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
     """Ours and torch's in bursts, in turn, for `seconds` (at least 5 calls). `of_bound`: the share of the ceiling that
-    bounds the op, memory or the format's arithmetic, at the median."""
+    bounds the op, memory or the format's arithmetic, at the median; `of_stream`: the share of memory's."""
     ours: list[float] = []
     theirs: list[float] = []
     with torch.inference_mode():
@@ -201,6 +196,7 @@ def measure(work: Work, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
         "gbps": work.weight_bytes / mine.median / 1e9,
         "bound": "" if not work.flops else "memory" if memory > compute else "compute",
         "of_bound": max(memory, compute) / mine.median,
+        "of_stream": memory / mine.median,
         "torch_us": spread([t * 1e6 for t in theirs]),
         "against": work.against,
         "times_torch": other.median / mine.median,

@@ -11,13 +11,14 @@ import contextlib
 import mmap
 import threading
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dfastllm.kernels.packed import aligned
 
-__all__ = ["Memory", "aligned_size", "empty"]
+__all__ = ["Memory", "aligned_size", "empty", "together"]
 
 HUGE = 2 << 20
 SLAB = 32 << 20
@@ -69,6 +70,21 @@ def empty(size: int) -> Tensor:
         piece = torch.frombuffer(current, dtype=torch.uint8, count=size, offset=_used)
         _used += -(-size // LINE) * LINE
     return piece
+
+
+def together(parts: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """Uninitialised tensors of so many elements, each on a 64-byte boundary, which lie one behind the other: what is read
+    together shares its huge pages, however small its parts are. Where all of it is small each has its own memory."""
+    sizes = [count * dtype.itemsize for count, dtype in parts]
+    lines = [-(-size // LINE) * LINE for size in sizes]
+    if sum(lines) < SMALL:
+        return [aligned(count, dtype) for count, dtype in parts]
+    out: list[Tensor] = []
+    memory, at = empty(sum(lines)), 0
+    for size, line, (_, dtype) in zip(sizes, lines, parts, strict=True):
+        out.append(memory[at : at + size].view(dtype))
+        at += line
+    return out
 
 
 def _mapping(size: int) -> tuple[mmap.mmap, int]:

@@ -221,11 +221,11 @@ def pack(tensor: QTensor) -> Packed:
     )
     sizes = _sizes(tensor.format, n, k)
     dtype = tensor.codes.dtype if tensor.format in ("f32", "bf16") else torch.uint8
-    data = hugepages.empty(sizes[0] * dtype.itemsize).view(dtype)
-    sides = [None if t is None else aligned(sizes[1], t.dtype) for t in (scales, mins)]
-    where = [_address(t) for t in (codes, scales, mins, steps, data, *sides)]
-    module.pack(FORMATS.index(tensor.format), n, k, *where)
-    return Packed(tensor.format, n, k, data, *sides)
+    given = [t.dtype for t in (scales, mins) if t is not None]
+    data, *sides = hugepages.together([(sizes[0], dtype), *((sizes[1], side) for side in given)])
+    parts = (data, sides[0] if sides else None, sides[1] if len(sides) > 1 else None)
+    module.pack(FORMATS.index(tensor.format), n, k, *(_address(t) for t in (codes, scales, mins, steps, *parts)))
+    return Packed(tensor.format, n, k, *parts)
 
 
 def _sizes(format: str, n: int, k: int) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from dfastllm.kernels import hugepages
+
 __all__ = ["Ceilings", "floor_seconds", "measure_ceilings"]
 
 
@@ -42,11 +44,11 @@ def _best(work: Callable[[], object], tries: int) -> float:
 
 
 def measure_ceilings(threads: int, *, megabytes: int = 512, size: int = 2048, tries: int = 4) -> Ceilings:
-    """At `threads` of torch's. The buffer is read as a sum and as a matrix times a vector; the faster counts."""
+    """At `threads` of torch's. The buffer, in huge pages as weights are, is read as a sum and as a matrix times a vector; the faster counts."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        buffer = torch.ones(megabytes << 18)
+        buffer = hugepages.empty(megabytes << 20).view(torch.float32).fill_(1)
         matrix, vector = buffer.view(-1, 4096), torch.ones(4096)
         read = min(_best(buffer.sum, tries), _best(lambda: torch.mv(matrix, vector), tries))
         draw = torch.Generator().manual_seed(0)

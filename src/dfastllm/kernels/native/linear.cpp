@@ -78,18 +78,31 @@ void each_tile(const Share* shares, int64_t count, const Acts& x, const Adapted&
   Stretches stretches(pieces);
   parallel(pieces < thread_count() ? pieces : thread_count(), [&](int64_t, int) {
     char* memory = thread_scratch(kTaskBytes);
-    float* tile = reinterpret_cast<float*>(memory + kTileScratch);
+    float* tiles = reinterpret_cast<float*>(memory + kTileScratch);
     int64_t at, last, i = 0;
     while (stretches.take(at, last)) {
-      for (; at < last; ++at) {
+      while (at < last) {
         while (i + 1 < count && cuts[i + 1].first <= at) ++i;  // stretches come in ascending order
         const Share& share = shares[i];
-        const int64_t piece = at - cuts[i].first, panel = piece / cuts[i].blocks;
-        const int64_t row = piece % cuts[i].blocks * cuts[i].block, left = share.rows - row;
-        const int64_t rows = left < cuts[i].block ? left : cuts[i].block;
-        if (adapted.work) adapted.work->fetch(adapted.column + panel * kPanel, share.row0 + row, rows);
-        linear_ops().tile[static_cast<int>(share.w->format)](*share.w, x, panel, share.row0 + row, rows, tile, memory);
-        finish(*share.w, panel, share.row0 + row, rows, tile);
+        const int64_t end = i + 1 < count && cuts[i + 1].first < last ? cuts[i + 1].first : last;
+        const auto work = [&](int64_t first, int64_t second) {
+          const int64_t piece = first - cuts[i].first, row = piece % cuts[i].blocks * cuts[i].block, left = share.rows - row;
+          const int64_t rows = left < cuts[i].block ? left : cuts[i].block;
+          const Panels panels{{piece / cuts[i].blocks, second < 0 ? -1 : second - cuts[i].first}};
+          for (int p = 0; adapted.work && p < panels.count(); ++p) {
+            adapted.work->fetch(adapted.column + panels.at[p] * kPanel, share.row0 + row, rows);
+          }
+          linear_ops().tile[static_cast<int>(share.w->format)](*share.w, x, panels, share.row0 + row, rows, tiles, memory);
+          for (int p = 0; p < panels.count(); ++p) {
+            finish(*share.w, panels.at[p], share.row0 + row, rows, tiles + p * rows * kPanel);
+          }
+        };
+        // The first half of a stretch beside the second.
+        const bool paired = share.rows <= linear_ops().paired_rows[static_cast<int>(share.w->format)];
+        const int64_t pairs = paired ? (end - at) / 2 : 0, middle = end - pairs;
+        for (int64_t p = 0; p < pairs; ++p) work(at + p, middle + p);
+        for (at += pairs; at < middle; ++at) work(at, -1);
+        at = end;
       }
     }
   });

@@ -60,9 +60,16 @@ struct Spread;    // low_rank.h
 class LowRank;    // low_rank.h
 enum class Element : int;
 
-// One panel of output channels for rows [row0, row0 + rows) of acts -> tile [rows][64] float, scales applied, no bias.
+// One panel or two; no second one: -1.
+struct Panels {
+  int64_t at[2];
+  int count() const { return at[1] < 0 ? 1 : 2; }
+};
+
+// Panels of output channels for rows [row0, row0 + rows) of acts -> tiles [panels][rows][64] float, scales applied, no bias.
 // scratch: kTileScratch bytes of the thread, 64-byte aligned.
-using Tile = void (*)(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch);
+using Tile = void (*)(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles,
+                      void* scratch);
 
 // One instruction set's kernels of single rows and panels (linear_*.cpp).
 struct LinearOps {
@@ -74,7 +81,8 @@ struct LinearOps {
   // x [k] -> out [k], other memory: each stretch of `block` (a power of two that divides k) times the Hadamard matrix, over
   // sqrt(block).
   void (*hadamard)(const float* x, int64_t k, int64_t block, float* out);
-  const Tile* tile;  // by Format
+  const Tile* tile;            // by Format
+  const int64_t* paired_rows;  // by Format: so many rows take two panels at once sooner than one after the other
   void (*gate_mul[2])(const float* gate, const float* up, float* out, int64_t count);  // by Activation
   void (*softcap)(float* x, int64_t count, float cap);  // cap * tanh(x / cap); NaN where x is not finite
   // The first `channels` of a tile [rows][64] into y [rows][ldy]; bias [channels] or null.
@@ -92,6 +100,7 @@ struct LinearOps {
 };
 
 constexpr size_t kTileScratch = 64 * 1024;
+constexpr int64_t kMostPaired = 8;  // of paired_rows, for whoever keeps tiles
 
 extern const LinearOps linear_scalar;
 #if defined(DFK_X86)

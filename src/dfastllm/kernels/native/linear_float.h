@@ -89,7 +89,7 @@ inline void float_block(int rows, const T* w, const T* x, int64_t stride, int64_
 }
 
 template <class T>
-inline void float_tile(const Linear& w, const Acts& acts, int64_t panel, int64_t row0, int64_t rows, float* tile, void*) {
+inline void float_tile(const Linear& w, const Acts& acts, int64_t panel, int64_t row0, int64_t rows, float* tile) {
   constexpr int64_t slice = 131072 / (kPanel * sizeof(T));  // inputs: this slice and the next fit the L2 cache
   const int64_t k = round_up(w.k, 4 / sizeof(T)), s = acts.stride, blocks = (rows + kFloatRows - 1) / kFloatRows;
   const T* data = static_cast<const T*>(w.data) + panel * k * kPanel;

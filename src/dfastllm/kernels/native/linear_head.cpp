@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kChunk = 16;  // panels
 constexpr int64_t kRows = 64;   // rows of a task
+constexpr int64_t kTileRows = kChunk * kMostPaired;  // of the tiles that a task keeps: at least kRows
 
 // What a chunk says of a row. sum is NaN if something is not finite.
 struct ChunkPart {
@@ -73,30 +74,25 @@ ChunkPart settle(const HeadPart& part) {
   return {sum, weighted, part.best, part.second, part.token};
 }
 
-// Rows [top, top + rows) of one chunk.
-void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
-  const Linear& w = head.w;
-  const LinearOps& ops = linear_ops();
-  constexpr size_t part_bytes = kRows * sizeof(HeadPart), tile_bytes = kRows * kPanel * sizeof(float);
-  char* memory = thread_scratch(kTileScratch + tile_bytes + part_bytes);
-  float* tile = reinterpret_cast<float*>(memory + kTileScratch);
-  HeadPart* parts = reinterpret_cast<HeadPart*>(memory + kTileScratch + tile_bytes);
-  const bool bars = head.barred.words != nullptr;
+// What is known of rows [top, top + rows) while the panels of a chunk are reduced.
+struct ChunkRows {
+  const Head& head;
+  int64_t top, rows;
+  HeadPart* parts;
   float maxima[kRows];
   HeadChoice choices[kRows];
-  for (int64_t r = 0; r < rows; ++r) {
-    parts[r] = {{}, {}, kNone, kNone, -1};
-    choices[r] = {-1, kNone};
-  }
-  const int64_t panels = (w.n + kPanel - 1) / kPanel, last = std::min((chunk + 1) * kChunk, panels);
-  for (int64_t panel = chunk * kChunk; panel < last; ++panel) {
+
+  // One more panel, in order. tile [rows][64]: its products.
+  void add(int64_t panel, float* tile) {
+    const Linear& w = head.w;
+    const LinearOps& ops = linear_ops();
     const int64_t first_id = panel * kPanel, channels = std::min(kPanel, w.n - first_id);
-    ops.tile[static_cast<int>(w.format)](w, head.x, panel, top, rows, tile, memory);
     if (w.bias) ops.write_tile(tile, rows, channels, w.bias + first_id, tile, kPanel, false);
     if (head.cap > 0) ops.softcap(tile, rows * kPanel, head.cap);
     const auto banned = std::lower_bound(head.ban.begin(), head.ban.end(), static_cast<int32_t>(first_id));
     const bool whole = channels == kPanel && (banned == head.ban.end() || *banned >= first_id + kPanel);
     if (!whole) exclude(head, first_id, channels, rows, tile, parts);
+    const bool bars = head.barred.words != nullptr;
     ops.head_rows(tile, rows, static_cast<int32_t>(first_id), whole, head.entropy, parts,
                   head.topk > 0 || bars ? maxima : nullptr);
     if (bars) choose(head, panel, top, rows, tile, maxima, choices);
@@ -104,9 +100,38 @@ void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
       head.best[top + r].offer_panel(maxima[r], tile + r * kPanel, first_id);
     }
   }
+};
+
+// Rows [top, top + rows) of one chunk.
+void reduce_chunk(Head& head, int64_t chunk, int64_t top, int64_t rows) {
+  const Linear& w = head.w;
+  const Tile tile = linear_ops().tile[static_cast<int>(w.format)];
+  constexpr size_t part_bytes = kRows * sizeof(HeadPart), tile_bytes = kTileRows * kPanel * sizeof(float);
+  char* memory = thread_scratch(kTileScratch + tile_bytes + part_bytes);
+  float* const tiles = reinterpret_cast<float*>(memory + kTileScratch);
+  ChunkRows of{head, top, rows, reinterpret_cast<HeadPart*>(memory + kTileScratch + tile_bytes), {}, {}};
   for (int64_t r = 0; r < rows; ++r) {
-    head.parts[chunk * head.x.rows + top + r] = settle(parts[r]);
-    if (bars) head.choices[chunk * head.x.rows + top + r] = choices[r];
+    of.parts[r] = {{}, {}, kNone, kNone, -1};
+    of.choices[r] = {-1, kNone};
+  }
+  const int64_t panels = (w.n + kPanel - 1) / kPanel, first = chunk * kChunk, last = std::min(first + kChunk, panels);
+  // Few rows: the first half of the chunk beside the second, whose tiles wait for their turn.
+  const bool paired = rows <= linear_ops().paired_rows[static_cast<int>(w.format)];
+  const int64_t pairs = paired ? (last - first) / 2 : 0, middle = last - pairs, size = rows * kPanel;
+  for (int64_t p = 0; p < pairs; ++p) {
+    float* const both = tiles + 2 * p * size;
+    tile(w, head.x, {{first + p, middle + p}}, top, rows, both, memory);
+    of.add(first + p, both);
+  }
+  for (int64_t panel = first + pairs; panel < middle; ++panel) {
+    float* const one = tiles + 2 * pairs * size;
+    tile(w, head.x, {{panel, -1}}, top, rows, one, memory);
+    of.add(panel, one);
+  }
+  for (int64_t p = 0; p < pairs; ++p) of.add(middle + p, tiles + (2 * p + 1) * size);
+  for (int64_t r = 0; r < rows; ++r) {
+    head.parts[chunk * head.x.rows + top + r] = settle(of.parts[r]);
+    if (head.barred.words) head.choices[chunk * head.x.rows + top + r] = of.choices[r];
   }
 }
 

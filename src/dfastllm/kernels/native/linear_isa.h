@@ -11,7 +11,7 @@
 namespace dfk::DFK_ISA {
 
 constexpr LinearOps kOps = {
-    prepare_row, prepare_32, hadamard, tiles::kByFormat, {gate_mul<silu_mul_16>, gate_mul<gelu_mul_16>}, softcap, write_tile, head_rows,
+    prepare_row, prepare_32, hadamard, tiles::kByFormat, tiles::kPairedRows, {gate_mul<silu_mul_16>, gate_mul<gelu_mul_16>}, softcap, write_tile, head_rows,
     low_rank::dots, low_rank::widen, low_rank::spread,
 };
 

@@ -19,39 +19,41 @@ template <int R, int C> struct Sums { Ints16 at[R][C]; };
 #if defined(DFK_SIMD_AVX512)
 constexpr bool kFloatsHeld = true;  // in registers while a slice is walked
 template <class Codes> constexpr int block_rows() { return 6; }
-// Few rows (then there is no other row block) wait for weights from memory: they walk them in one sequential pass. The
-// hardware prefetchers then bring 25 to 31 GB/s to a core (Zen 4), prefetch instructions 20, and two passes over
-// 32 channels without them 12.
-template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
-// What measured best of what fits.
-template <class Codes> constexpr int width(int rows, bool few) { return few || rows <= 2 ? 4 : 2; }
+template <class Codes> constexpr int width(int rows) { return rows <= 2 ? 4 : 2; }
+// Of few rows (linear_few.h): what measured best. They walk all 64 channels, as these lie in memory: passes over 32 of them
+// come to 12 GB/s a core, and one row more of outputs than fits the registers costs as much as two.
+template <class Codes, bool mins> constexpr int kFewRows = Codes::parts == 2 ? 1 : mins ? 2 : 3;
+template <class Codes> constexpr int few_width(int) { return 4; }
+template <int R, int C> constexpr bool kFewHeld = R * C <= 8;
 constexpr int kChannelWidth = 4;
 #elif defined(DFK_SIMD_AVX2)
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr int block_rows() { return 6; }
-template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
-template <class Codes> constexpr int width(int rows, bool) { return rows <= 2 ? 2 : 1; }
+template <class Codes> constexpr int width(int rows) { return rows <= 2 ? 2 : 1; }
+template <class Codes, bool mins> constexpr int kFewRows = 4;
 constexpr int kChannelWidth = 1;
 #elif defined(DFK_SIMD_DOT_TWICE)  // 32 registers of 128 bits: 4 x 4 of sums, 8 of weights, 4 of 16-bit products
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr int block_rows() { return 4; }
-template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
-template <class Codes> constexpr int width(int, bool) { return 1; }
+template <class Codes> constexpr int width(int) { return 1; }
+template <class Codes, bool mins> constexpr int kFewRows = 4;
 constexpr int kChannelWidth = 1;
 #elif defined(DFK_SIMD_NEON)  // 6 x 4 of sums, 4 of weights
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr int block_rows() { return 6; }
-template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
-template <class Codes> constexpr int width(int rows, bool) {
-  return rows == 1 && Codes::offset != 32 ? 4 : rows <= 2 ? 2 : 1;
-}
+template <class Codes> constexpr int width(int rows) { return rows == 1 && Codes::offset != 32 ? 4 : rows <= 2 ? 2 : 1; }
+template <class Codes, bool mins> constexpr int kFewRows = 4;
 constexpr int kChannelWidth = 1;
 #else
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr int block_rows() { return 2; }
-template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 2; }
-template <class Codes> constexpr int width(int, bool) { return 1; }
+template <class Codes> constexpr int width(int) { return 1; }
+template <class Codes, bool mins> constexpr int kFewRows = 2;
 constexpr int kChannelWidth = 1;
+#endif
+#if !defined(DFK_SIMD_AVX512)
+template <class Codes> constexpr int few_width(int rows) { return width<Codes>(rows); }
+template <int R, int C> constexpr bool kFewHeld = kFloatsHeld;
 #endif
 
 constexpr int kSteppedRows = 4;  // most rows for which w4s is unpacked in registers

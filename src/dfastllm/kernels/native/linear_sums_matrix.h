@@ -15,10 +15,10 @@ template <int R, int C> struct Sums { Ints16 at[R][C]; };
 
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr int block_rows() { return 6; }
-template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 4; }
-template <class Codes> constexpr int width(int rows, bool) {
-  return rows == 1 && Codes::offset != 32 ? 4 : rows <= 2 ? 2 : 1;
-}
+template <class Codes> constexpr int width(int rows) { return rows == 1 && Codes::offset != 32 ? 4 : rows <= 2 ? 2 : 1; }
+template <class Codes, bool mins> constexpr int kFewRows = 4;
+template <class Codes> constexpr int few_width(int rows) { return width<Codes>(rows); }
+template <int R, int C> constexpr bool kFewHeld = kFloatsHeld;
 constexpr int kChannelWidth = 1;
 
 constexpr int kSteppedRows = 1;  // most rows for which w4s is unpacked in registers

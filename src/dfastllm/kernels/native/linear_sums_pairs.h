@@ -28,8 +28,10 @@ template <int R, int C> struct PairSums { Pairs16 at[R][C]; };
 constexpr bool kFloatsHeld = false;
 template <class Codes> constexpr bool is_bytes() { return Codes::offset == 128; }
 template <class Codes> constexpr int block_rows() { return is_bytes<Codes>() ? 3 : 5; }
-template <class Codes> constexpr bool few_rows(int64_t rows) { return rows <= 3; }
-template <class Codes> constexpr int width(int rows, bool) { return rows == 1 && !is_bytes<Codes>() ? 2 : 1; }
+template <class Codes> constexpr int width(int rows) { return rows == 1 && !is_bytes<Codes>() ? 2 : 1; }
+template <class Codes, bool mins> constexpr int kFewRows = 3;
+template <class Codes> constexpr int few_width(int rows) { return width<Codes>(rows); }
+template <int R, int C> constexpr bool kFewHeld = kFloatsHeld;
 constexpr int kChannelWidth = 1;
 
 template <class Codes, bool mins> constexpr bool kStartsAtZero = Codes::offset == 32 ? !mins : mins || is_bytes<Codes>();

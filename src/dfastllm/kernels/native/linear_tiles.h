@@ -21,7 +21,7 @@
 // The panel is walked in slices of 256 inputs (at most 16 KB, half of the L1 cache) and all row blocks of the call pass
 // over a slice. With more than one row block the slice after it is prefetched meanwhile, a little at a time. Panels lie
 // one after another, so the prefetch runs on into the next one; at the end of the matrix it runs past it, which is
-// allowed (prefetches never fault). Few rows take a panel in one pass, which the hardware prefetchers follow.
+// allowed (prefetches never fault). Few rows take two panels at a time, see linear_few.h.
 #pragma once
 
 #include <cstdint>
@@ -29,27 +29,20 @@
 
 #include "linear.h"
 #include "linear_codes.h"
+#include "linear_few.h"
 #include "linear_float.h"
+#include "linear_groups.h"
 #include "linear_stepped.h"
 #include "linear_walk.h"
 #include "simd.h"
 #include "unroll.h"
-
-#if defined(DFK_SIMD_MATRIX)
-#include "linear_sums_matrix.h"
-#elif defined(DFK_SIMD_DOT)
-#include "linear_sums_dot.h"
-#else
-#include "linear_sums_pairs.h"
-#endif
 
 namespace dfk::DFK_ISA::tiles {
 
 // One row block's walk over one slice.
 struct Block {
   const uint8_t* data;      // panel, at the slice
-  const uint16_t* scales;   // [groups][64] float16 bits, at the slice
-  const float* table;       // of scale_table, unless there are few rows
+  const float* table;       // of scale_table
   const uint16_t* mins;
   const int8_t* x;          // codes, at the block's first row and the slice
   int64_t stride;
@@ -60,24 +53,16 @@ struct Block {
   float* tile;
 };
 
-// Where the integer sums start, and what minima are multiplied with (less than zero), for the slice, by part of a group; by group how
-// activation scales come in.
-template <class Codes, bool mins, int R> struct Starts {
-  alignas(64) int32_t sum[kStartsAtZero<Codes, mins> ? 1 : R][16];
-  alignas(64) float weighted[mins ? R : 1][16];
+// The starts of many rows, and by group how activation scales come in.
+template <class Codes, bool mins, int R> struct Starts : SumStarts<Codes, mins, R> {
   alignas(64) float power[R][16];      // activation scales are factor * 2^power
   alignas(64) int32_t variant[R][16];  // factor is (4 + variant) / 4
 
-  explicit Starts(const Block& b) {
-    static_assert(2 * kSlice <= 16, "the sums of a slice fill sixteen lanes");
+  explicit Starts(const Block& b) : SumStarts<Codes, mins, R>(b.x_scales, b.x_scales_stride, b.x_sums, b.groups) {
     for (int r = 0; r < R; ++r) {
       const Floats16 x_scales = load(b.x_scales + r * b.x_scales_stride, b.groups);
       store(power[r], powers(x_scales));
       store(variant[r], shift_right<21>(bits(x_scales)) & ints16(3));
-      Ints16 sums = load_ints(b.x_sums + r * 2 * b.x_scales_stride, 2 * b.groups);
-      if (Codes::parts == 1) sums = neighbours_added(sums);
-      if (mins) store(weighted[r], (Codes::parts == 2 ? doubled(x_scales) : x_scales) * to_float(sums) * floats16(-1.0f));
-      if (!kStartsAtZero<Codes, mins>) store(sum[r], start_of<Codes>(sums));
     }
   }
 };
@@ -101,115 +86,57 @@ template <class Codes> inline const float* scale_table(const uint16_t* scales, i
   return out;
 }
 
-// The outputs of R rows x C times 16 channels while a slice is walked: in registers where they fit, else in the tile.
-template <int R, int C> struct Outputs {
-  Floats16 held[kFloatsHeld ? R : 1][kFloatsHeld ? C : 1];
-  float* tile;
-  explicit DFK_INLINE Outputs(float* at) : tile(at) {
-    if constexpr (kFloatsHeld) {
-      DFK_EACH(r, R) {
-        DFK_EACH(c, C) held[r][c] = load(tile + r * kPanel + 16 * c);
-      }
-    }
-  }
-  DFK_INLINE Floats16 get(int r, int c) const {
-    if constexpr (kFloatsHeld) return held[r][c];
-    else return load(tile + r * kPanel + 16 * c);
-  }
-  DFK_INLINE void put(int r, int c, Floats16 y) {
-    if constexpr (kFloatsHeld) held[r][c] = y;
-    else store(tile + r * kPanel + 16 * c, y);
-  }
-  DFK_INLINE void finish() {
-    if constexpr (kFloatsHeld) {
-      DFK_EACH(r, R) {
-        DFK_EACH(c, C) store(tile + r * kPanel + 16 * c, held[r][c]);
-      }
-    }
-  }
-};
-
-// y += sums * activation scale * weight scale (- minima * weighted sums), for group `g`. side: its scales, float16 (few)
-// or the table's.
-template <class Codes, bool mins, int R, int C, bool few>
-DFK_INLINE void add_group(const uint8_t* data, const void* side, const uint16_t* minima, const Inputs<Codes, R>& in,
+// y += sums * activation scale * weight scale (- minima * weighted sums), for group `g`. table: its scales.
+template <class Codes, bool mins, int R, int C>
+DFK_INLINE void add_group(const uint8_t* data, const float* table, const uint16_t* minima, const Inputs<Codes, R>& in,
                       const Starts<Codes, mins, R>& starts, int g, Outputs<R, C>& y) {
   DFK_EACH(p, Codes::parts) {
-    Sums<R, C> sum;
-    if constexpr (kStartsAtZero<Codes, mins>) sum = part_sums<Codes, mins, R, C>(data, in, {}, g, p);
-    else sum = part_sums<Codes, mins, R, C>(data, in, starts.sum, g, p);
-    Floats16 scale[C];
-    if (few) {
-      DFK_EACH(c, C) scale[c] = load_half(static_cast<const uint16_t*>(side) + p * kPanel + 16 * c);
-    }
+    const Sums<R, C> sum = group_part<Codes, mins, R, C>(data, in, starts, g, p);
     DFK_EACH(r, R) {
       const Floats16 power = floats16(starts.power[r][g]);
-      const int32_t variant = starts.variant[r][g];
-      const float* row = few ? nullptr : static_cast<const float*>(side) + (variant * Codes::parts + p) * kPanel;
-      const Floats16 factor = floats16(few ? 1.0f + 0.25f * static_cast<float>(variant) : 0.0f);
-      DFK_EACH(c, C) {
-        const Floats16 s = times_power(to_float(sum.at[r][c]), power);
-        y.put(r, c, fma(s, few ? scale[c] * factor : load(row + 16 * c), y.get(r, c)));
-      }
+      const float* const row = table + (starts.variant[r][g] * Codes::parts + p) * kPanel;
+      DFK_EACH(c, C) y.put(r, c, fma(times_power(to_float(sum.at[r][c]), power), load(row + 16 * c), y.get(r, c)));
     }
   }
-  if (!mins) return;
-  DFK_EACH(p, Codes::parts) {
-    Floats16 low[C];
-    DFK_EACH(c, C) low[c] = load_half(minima + p * kPanel + 16 * c);
-    DFK_EACH(r, R) {
-      const Floats16 weighted = floats16(starts.weighted[r][g * Codes::parts + p]);
-      DFK_EACH(c, C) y.put(r, c, fma(low[c], weighted, y.get(r, c)));
-    }
-  }
+  if (mins) take_minima<Codes, mins>(minima, starts, g, y);
 }
 
-// R rows x C times 16 channels from `channel` on, over groups [first, last) of the slice.
-template <class Codes, bool mins, int R, int C, bool few>
+// R rows x C times 16 channels from `channel` on, over the slice.
+template <class Codes, bool mins, int R, int C>
 inline void group_columns(const Block& b, const Inputs<Codes, R>& in, const Starts<Codes, mins, R>& starts, int channel,
-                          int first, int last, Ahead& ahead) {
-  const uint8_t* data = b.data + channel * 4 + first * Codes::bytes;
-  const uint16_t* minima = mins ? b.mins + channel + first * Codes::side : nullptr;
+                          Ahead& ahead) {
+  const uint8_t* data = b.data + channel * 4;
+  const float* table = b.table + channel;
+  const uint16_t* minima = mins ? b.mins + channel : nullptr;
   Outputs<R, C> y(b.tile + channel);
-  for (int g = first; g < last; ++g, data += Codes::bytes) {
+  for (int g = 0; g < b.groups; ++g, data += Codes::bytes, table += 4 * Codes::parts * kPanel) {
     ahead.turn();
-    const void* side = few ? static_cast<const void*>(b.scales + channel + g * Codes::side)
-                           : b.table + channel + 4 * g * Codes::parts * kPanel;
-    add_group<Codes, mins, R, C, few>(data, side, minima, in, starts, g, y);
+    add_group<Codes, mins, R, C>(data, table, minima, in, starts, g, y);
     if (mins) minima += Codes::side;
   }
   y.finish();
 }
 
-template <class Codes, bool mins, int R, bool few> void group_rows(const Block& b, Ahead& ahead) {
-  constexpr int C = width<Codes>(R, few);
+template <class Codes, bool mins, int R> void group_rows(const Block& b, Ahead& ahead) {
+  constexpr int C = width<Codes>(R);
   const Starts<Codes, mins, R> starts(b);
   const Inputs<Codes, R> in(b.x, b.stride, b.groups);
-  // Few rows: all channels of a group before the next, as they lie in memory.
-  const int step = few && 16 * C < kPanel ? 1 : b.groups;
-  for (int g = 0; g < b.groups; g += step) {
-    for (int channel = 0; channel < kPanel; channel += 16 * C) {
-      group_columns<Codes, mins, R, C, few>(b, in, starts, channel, g, g + step, ahead);
-    }
+  for (int channel = 0; channel < kPanel; channel += 16 * C) {
+    group_columns<Codes, mins, R, C>(b, in, starts, channel, ahead);
   }
 }
 
 // The kernel for `rows` rows, at most block_rows.
-template <class Codes, bool mins, bool few, int R = 1> void group_block(int rows, const Block& b, Ahead& ahead) {
-  if constexpr (few && !few_rows<Codes>(R)) {
-    return;
-  } else {
-    if constexpr (R < block_rows<Codes>()) {
-      if (rows > R) return group_block<Codes, mins, few, R + 1>(rows, b, ahead);
-    }
-    group_rows<Codes, mins, R, few>(b, ahead);
+template <class Codes, bool mins, int R = 1> void group_block(int rows, const Block& b, Ahead& ahead) {
+  if constexpr (R < block_rows<Codes>()) {
+    if (rows > R) return group_block<Codes, mins, R + 1>(rows, b, ahead);
   }
+  group_rows<Codes, mins, R>(b, ahead);
 }
 
-template <class Codes, bool mins> void group_slice(int rows, const Block& b, bool few, bool unpacked, Ahead& ahead) {
-  if (few) group_block<Codes, mins, true>(rows, b, ahead);
-  else if (unpacked) group_block<typename Codes::Unpacked, mins, false>(rows, b, ahead);
-  else group_block<Codes, mins, false>(rows, b, ahead);
+template <class Codes, bool mins> void group_slice(int rows, const Block& b, bool unpacked, Ahead& ahead) {
+  if (unpacked) group_block<typename Codes::Unpacked, mins>(rows, b, ahead);
+  else group_block<Codes, mins>(rows, b, ahead);
 }
 
 // Groups of the slice after [g, g + here): the panel's next or the first of the next panel.
@@ -224,27 +151,26 @@ void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
   constexpr int64_t slice = kSlice / Codes::parts;  // w6g: its unpacked codes and two scales a group fill the L1 cache sooner
   constexpr int64_t most = block_rows<Codes>();
   const int64_t groups = w.k / 32, x_groups = x.stride / 32, blocks = (rows + most - 1) / most;
-  const bool few = few_rows<Codes>(rows), unpack = Codes::parts == 2 && blocks > 2;
+  const bool unpack = Codes::parts == 2 && blocks > 2;
   using Whole = typename Codes::Whole;
   std::memset(tile, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
   Block b;
-  b.table = nullptr;
   b.stride = x.stride;
   b.x_scales_stride = x_groups;
   for (int64_t g = 0; g < groups; g += slice) {
     const int64_t here = groups - g < slice ? groups - g : slice, at = panel * groups + g;
-    const int64_t fetch = few ? 0 : groups_ahead(groups, g, here, slice);
+    const int64_t fetch = groups_ahead(groups, g, here, slice);
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + at * Codes::bytes;
     b.groups = static_cast<int>(here);
     b.data = unpack ? unpack_sixes(data, here, scratch) : data;
-    b.scales = static_cast<const uint16_t*>(w.scales) + at * side;
+    const uint16_t* const scales = static_cast<const uint16_t*>(w.scales) + at * side;
     b.mins = mins ? w.mins + at * side : nullptr;
     // Depends on the weights alone, so it is the same for every row.
-    const bool whole = Codes::parts == 2 && equal_parts(b.scales, here) && (!mins || equal_parts(b.mins, here));
-    if (!few) b.table = whole ? scale_table<Whole>(b.scales, here, scratch) : scale_table<Codes>(b.scales, here, scratch);
-    Ahead(b.scales + here * side, fetch * side * 2, 1).turn();
+    const bool whole = Codes::parts == 2 && equal_parts(scales, here) && (!mins || equal_parts(b.mins, here));
+    b.table = whole ? scale_table<Whole>(scales, here, scratch) : scale_table<Codes>(scales, here, scratch);
+    Ahead(scales + here * side, fetch * side * 2, 1).turn();
     if (mins) Ahead(b.mins + here * side, fetch * side * 2, 1).turn();
-    const int64_t passes = kPanel / 16 / width<Codes>(static_cast<int>(rows / blocks), few);
+    const int64_t passes = kPanel / 16 / width<Codes>(static_cast<int>(rows / blocks));
     Ahead ahead(data + here * Codes::bytes, fetch * Codes::bytes, here * blocks * passes);
     for (int64_t i = 0; i < blocks; ++i) {
       const RowBlock block = row_block(rows, blocks, i);
@@ -253,8 +179,8 @@ void group_tile(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int
       b.x_scales = x.scales + row * x_groups + g;
       b.x_sums = x.sums + 2 * (row * x_groups + g);
       b.tile = tile + block.first * kPanel;
-      if (whole) group_slice<Whole, mins>(block.rows, b, few, unpack, ahead);
-      else group_slice<Codes, mins>(block.rows, b, few, unpack, ahead);
+      if (whole) group_slice<Whole, mins>(block.rows, b, unpack, ahead);
+      else group_slice<Codes, mins>(block.rows, b, unpack, ahead);
     }
   }
 }
@@ -300,6 +226,14 @@ inline void scale_sums(const Linear& w, const Acts& x, int64_t panel, int64_t ro
       const Ints16 sum = load_ints(reinterpret_cast<const int32_t*>(tile + c));
       store(tile + c, to_float(sum) * load(scales + c) * x_scale);
     }
+  }
+}
+
+// Where a panel's sums begin: at minus the offset times a row's sum of codes.
+inline void start_sums(const Acts& x, int64_t row0, int64_t rows, int32_t* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Ints16 start = kStartsAtZero<Bytes, false> ? ints16(0) : start_of<Bytes>(ints16(x.sums[row0 + r]));
+    for (int c = 0; c < kPanel; c += 16) store(sums + r * kPanel + c, start);
   }
 }
 
@@ -362,11 +296,30 @@ inline void stepped_few(int64_t rows, const uint8_t* data, const int8_t* x, int6
   }
   stepped_rows<R>(data, x, stride, groups, tile);
 }
+
+// Of panels in turns, as other formats' (linear_few.h).
+inline void stepped_tiles(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles) {
+  constexpr int64_t turn = kTurnGroups<Nibbles>;
+  const int64_t groups = w.k / 32;
+  const int8_t* const codes = static_cast<const int8_t*>(x.data) + row0 * x.stride;
+  int32_t* const sums = reinterpret_cast<int32_t*>(tiles);
+  for (int i = 0; i < panels.count(); ++i) start_sums(x, row0, rows, sums + i * rows * kPanel);
+  for (int64_t g = 0; g < groups; g += turn) {
+    const int64_t here = groups - g < turn ? groups - g : turn;
+    for (int i = 0; i < panels.count(); ++i) {
+      const uint8_t* const data = static_cast<const uint8_t*>(w.data) + (panels.at[i] * groups + g) * kSteppedBytes;
+      stepped_few(rows, data, codes + 32 * g, x.stride, here, sums + i * rows * kPanel);
+    }
+  }
+  for (int i = 0; i < panels.count(); ++i) scale_sums(w, x, panels.at[i], row0, rows, tiles + i * rows * kPanel);
+}
 #endif
 
 #if defined(DFK_SIMD_DOT)
 constexpr bool kSteppedAsStored = false;
+constexpr int64_t kSteppedPaired = kSteppedRows;
 #else
+constexpr int64_t kSteppedPaired = 0;
 constexpr bool kSteppedAsStored = true;  // products of nibbles are cheaper than those of bytes
 #endif
 
@@ -377,18 +330,7 @@ inline void channel_tile(const Linear& w, const Acts& x, int64_t panel, int64_t 
   const int64_t steps = (w.k + 3) / 4, blocks = (rows + most - 1) / most;
   const Source source(w, panel, scratch);
   int32_t* sums = reinterpret_cast<int32_t*>(tile);
-  for (int64_t r = 0; r < rows; ++r) {
-    const Ints16 start = kStartsAtZero<Bytes, false> ? ints16(0) : start_of<Bytes>(ints16(x.sums[row0 + r]));
-    for (int c = 0; c < kPanel; c += 16) store(sums + r * kPanel + c, start);
-  }
-#if defined(DFK_SIMD_DOT)
-  if constexpr (Source::stepped) {
-    if (rows <= kSteppedRows) {
-      stepped_few(rows, source.data, static_cast<const int8_t*>(x.data) + row0 * x.stride, x.stride, w.k / 32, sums);
-      return scale_sums(w, x, panel, row0, rows, tile);
-    }
-  }
-#endif
+  start_sums(x, row0, rows, sums);
   for (int64_t s = 0; s < steps; s += slice) {
     const int64_t here = steps - s < slice ? steps - s : slice;
     const int64_t turns = as_stored ? blocks : (here + 7) / 8 * blocks * (kPanel / 16 / kChannelWidth);
@@ -412,22 +354,64 @@ inline void channel_tile(const Linear& w, const Acts& x, int64_t panel, int64_t 
   scale_sums(w, x, panel, row0, rows, tile);
 }
 
-inline void w8g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  group_tile<Bytes, false>(w, x, panel, row0, rows, tile, scratch);
+// one(panel, its tile) for each.
+template <class One> void each_panel(const Panels& panels, int64_t rows, float* tiles, One&& one) {
+  for (int i = 0; i < panels.count(); ++i) one(panels.at[i], tiles + i * rows * kPanel);
 }
 
-inline void w4g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  if (w.mins) group_tile<Nibbles, true>(w, x, panel, row0, rows, tile, scratch);
-  else group_tile<Nibbles, false>(w, x, panel, row0, rows, tile, scratch);
+template <class Codes, bool mins>
+void group_tiles(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles, void* scratch) {
+  if (rows <= kFewRows<Codes, mins>) return few_tiles<Codes, mins>(w, x, panels, row0, rows, tiles);
+  each_panel(panels, rows, tiles, [&](int64_t panel, float* tile) {
+    group_tile<Codes, mins>(w, x, panel, row0, rows, tile, scratch);
+  });
 }
 
-inline void w6g(const Linear& w, const Acts& x, int64_t panel, int64_t row0, int64_t rows, float* tile, void* scratch) {
-  if (w.mins) group_tile<Sixes, true>(w, x, panel, row0, rows, tile, scratch);
-  else group_tile<Sixes, false>(w, x, panel, row0, rows, tile, scratch);
+inline void w8(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles, void* scratch) {
+  each_panel(panels, rows, tiles, [&](int64_t panel, float* tile) {
+    channel_tile<WholeBytes>(w, x, panel, row0, rows, tile, scratch);
+  });
 }
 
-constexpr Tile kByFormat[] = {
-    float_tile<float>, float_tile<uint16_t>, channel_tile<WholeBytes>, w8g, w4g, w6g, channel_tile<SteppedBytes>,
-};
+inline void w4s(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles, void* scratch) {
+#if defined(DFK_SIMD_DOT)
+  if (rows <= kSteppedRows) return stepped_tiles(w, x, panels, row0, rows, tiles);
+#endif
+  each_panel(panels, rows, tiles, [&](int64_t panel, float* tile) {
+    channel_tile<SteppedBytes>(w, x, panel, row0, rows, tile, scratch);
+  });
+}
+
+inline void w8g(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles, void* scratch) {
+  group_tiles<Bytes, false>(w, x, panels, row0, rows, tiles, scratch);
+}
+
+inline void w4g(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles, void* scratch) {
+  if (w.mins) group_tiles<Nibbles, true>(w, x, panels, row0, rows, tiles, scratch);
+  else group_tiles<Nibbles, false>(w, x, panels, row0, rows, tiles, scratch);
+}
+
+inline void w6g(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles, void* scratch) {
+  if (w.mins) group_tiles<Sixes, true>(w, x, panels, row0, rows, tiles, scratch);
+  else group_tiles<Sixes, false>(w, x, panels, row0, rows, tiles, scratch);
+}
+
+template <class T>
+void floats(const Linear& w, const Acts& x, const Panels& panels, int64_t row0, int64_t rows, float* tiles, void*) {
+  each_panel(panels, rows, tiles, [&](int64_t panel, float* tile) { float_tile<T>(w, x, panel, row0, rows, tile); });
+}
+
+constexpr Tile kByFormat[] = {floats<float>, floats<uint16_t>, w8, w8g, w4g, w6g, w4s};
+
+// The most rows that take two panels at once, by format. w8 has little to do between loads, and one stream is enough.
+constexpr int64_t kPairedRows[] = {0, 0, 0, kFewRows<Bytes, false>, kFewRows<Nibbles, false>, kFewRows<Sixes, false>, kSteppedPaired};
+static_assert(sizeof kByFormat / sizeof(Tile) == sizeof kPairedRows / sizeof(int64_t), "an entry for each format");
+constexpr bool pairs_fit() {
+  for (const int64_t rows : kPairedRows) {
+    if (rows > kMostPaired) return false;
+  }
+  return true;
+}
+static_assert(pairs_fit(), "tiles of two panels are kept for fewer rows");
 
 }  // namespace dfk::DFK_ISA::tiles
