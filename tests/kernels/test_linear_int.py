@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_panels_that_go_together_give_the_same_bits(format: str, mins: bool) -> 
     before = threads()
     tensor = weight_of(format, 64 * 9 + 10, 352, mins=mins, pattern="any", seed=3)
     if tensor.scales is not None:
-        tensor = QTensor(format, tensor.codes, tensor.scales * 0.7123, tensor.mins)
+        tensor = replace(tensor, scales=tensor.scales * 0.7123)
     for side in (tensor.scales, tensor.mins):
         if format == "w6g" and side is not None:
             side[64:320, 1::2] = side[64:320, 0::2]
@@ -130,8 +131,8 @@ def test_panels_that_go_together_give_the_same_bits(format: str, mins: bool) -> 
         for count in (1, 2, 3):
             set_threads(count)
             for n in (64, 70, 128, 192, 320, 64 * 9 + 10):
-                part = [None if t is None else t[:n].contiguous() for t in (tensor.codes, tensor.scales, tensor.mins)]
-                weight = pack(QTensor(format, *part))  # type: ignore[arg-type]
+                parts = {name: getattr(tensor, name) for name in ("codes", "scales", "mins", "steps")}
+                weight = pack(replace(tensor, **{name: t[:n] for name, t in parts.items() if t is not None}))
                 for rows in (1, 2, 3, 4, 8):
                     assert torch.equal(linear(x[:rows], weight), many[:rows, :n]), (count, n, rows)
     finally:
