@@ -73,8 +73,8 @@ def empty(size: int) -> Tensor:
 
 
 def together(parts: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-    """Uninitialised tensors of so many elements, one behind the other, each on a 64-byte boundary: what is read together
-    shares its huge pages, however small its parts are. Where all of it is small each has its own memory."""
+    """Uninitialised tensors of so many elements, one behind the other, each on a 64-byte boundary: what is read
+    together shares its huge pages, however small its parts are. Where all of it is small each has its own memory."""
     sizes = [count * dtype.itemsize for count, dtype in parts]
     lines = [-(-size // LINE) * LINE for size in sizes]
     if sum(lines) < SMALL:

@@ -44,8 +44,8 @@ def _best(work: Callable[[], object], tries: int) -> float:
 
 
 def measure_ceilings(threads: int, *, megabytes: int = 512, size: int = 2048, tries: int = 4) -> Ceilings:
-    """At `threads` of torch's. The buffer, in huge pages as weights are, is read as a sum and as a matrix times a vector; the
-    faster counts."""
+    """At `threads` of torch's. The buffer, in huge pages as weights are, is read as a sum and as a matrix times a
+    vector; the faster counts."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
