@@ -187,28 +187,40 @@ class Step:
                     f"{name} of the step must be from {least} to {end - 1}, got {values.min()} to {values.max()}.",
                     param=name,
                 )
-        before = 0
-        for i, (row0, row1, cached, own, at, own_at, _, mask_at) in enumerate(self.spans.tolist()):
-            if not before <= row0 <= row1 <= rows:
+        self._check_spans(rows, size)
+
+    def _check_spans(self, rows: int, size: int) -> None:
+        """Of all spans at once: a step may have hundreds, and is checked before it runs."""
+        row0, row1, cached, own, at, own_at, _, mask_at = self.spans.astype(np.int64).T
+        counts = row1 - row0
+        before = np.concatenate(([0], row1[:-1]))
+        if (i := _first((row0 < before) | (counts < 0) | (row1 > rows))) is not None:
+            raise ValidationError(
+                f"span {i} has rows {row0[i]} to {row1[i]}, wanted in order within {rows}.", param="spans"
+            )
+        which = np.repeat(np.arange(len(counts)), counts)
+        inside = np.arange(len(which)) + (row0 - (np.cumsum(counts) - counts))[which]
+        for name, keys, first, blocks, limit in (
+            ("cached", cached, at, self.blocks, self.cached_limit),
+            ("own", own, own_at, self.own_blocks, self.own_limit),
+        ):
+            if (i := _first((keys < 0) | (first < 0) | (first + -(-keys // size) > len(blocks)))) is not None:
                 raise ValidationError(
-                    f"span {i} has rows {row0} to {row1}, wanted in order within {rows}.", param="spans"
+                    f"span {i} has {keys[i]} {name} keys, but not the blocks for them.", param="spans"
                 )
-            before = row1
-            for name, count, first, blocks, limit in (
-                ("cached", cached, at, self.blocks, self.cached_limit),
-                ("own", own, own_at, self.own_blocks, self.own_limit),
-            ):
-                if count < 0 or first < 0 or first + -(-count // size) > len(blocks):
-                    raise ValidationError(
-                        f"span {i} has {count} {name} keys, but not the blocks for them.", param="spans"
-                    )
-                seen = limit[row0:row1]
-                if row1 > row0 and (seen.min() < 0 or seen.max() > count):
-                    raise ValidationError(
-                        f"a row of span {i} sees {seen.max()} of {count} {name} keys.", param=f"{name}_limit"
-                    )
-            if mask_at >= 0 and mask_at + (row1 - row0) * (cached + own) > self.mask.size:
-                raise ValidationError(f"the mask of span {i} is too short.", param="mask")
+            seen = limit[inside]
+            if (row := _first((seen < 0) | (seen > keys[which]))) is not None:
+                i = which[row]
+                raise ValidationError(
+                    f"a row of span {i} sees {seen[row]} of {keys[i]} {name} keys.", param=f"{name}_limit"
+                )
+        if (i := _first((mask_at >= 0) & (mask_at + counts * (cached + own) > self.mask.size))) is not None:
+            raise ValidationError(f"the mask of span {i} is too short.", param="mask")
+
+
+def _first(wrong: NDArray[np.bool_]) -> int | None:
+    """Where the first is true."""
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 def put(values: Sequence[int], array: Ints) -> None:

@@ -45,6 +45,7 @@ __all__ = ["TritonRunner", "kv_tokens_that_fit"]
 
 log = logging.getLogger("dfastllm.engine")
 
+MOST_BANS = 64  # sets of banned ids that are kept on the device
 BANS = 8  # banned ids are padded to a multiple of so many
 
 
@@ -225,6 +226,8 @@ class TritonRunner:
             if self.graphs.run(size):
                 return self._head.fetch(len(rows))
         if ban not in self._bans:
+            if len(self._bans) == MOST_BANS:
+                self._bans.clear()
             self._bans[ban] = torch.from_numpy(_padded(ban)).to(self.device)
         barred, which = (None, None) if sets is None else sets
         return self.fetch(
