@@ -341,7 +341,8 @@ class RequestOutput:
 class LLM:
     """A loaded model. Thread-safe; use as a context manager, or call `close`, to end its engine thread.
 
-    model: a name of `dfastllm list`, a directory, a GGUF file, or ORG/NAME of a hub (`hub.find_model`). device: cpu, cuda, cuda:N or mps. engine: limits, or a
+    model: a name of `dfastllm list`, a directory, a GGUF file, or ORG/NAME of a hub (`hub.find_model`). device: cpu,
+    cuda, cuda:N or mps. engine: limits, or a
     ready engine (then no other argument is read). speculative: see `load_engine`; a request may choose among what is
     loaded with `SpeculativeParams` of its own. lora_modules: LoRA adapters by the names that requests choose them by,
     shipped ones or PEFT directories; more by `load_adapter`. Text prompts are
