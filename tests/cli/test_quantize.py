@@ -142,7 +142,7 @@ def test_a_mixture(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_sources(cli: Cli, source: Path, tmp_path: Path) -> None:
-    for name, said in (("nowhere", "no model 'nowhere'"), ("a.gguf", "a.gguf is a GGUF file")):
+    for name, said in (("nowhere", "no model 'nowhere'"), ("a.gguf", "a.gguf is no GGUF file")):
         result = cli("quantize", name, "--format", "w8", "--out", tmp_path / "out")
         assert result.exit_code == 2
         assert said in result.stderr
