@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfastllm.errors import ValidationError
+from dfastllm.errors import UnsupportedError, ValidationError
 from dfastllm.kernels.packed import QTensor
 from dfastllm.quant.formats import (
     Format,
@@ -44,9 +44,15 @@ def gptq(
 
     act_order: inputs with the largest squares are rounded first (their errors have the most inputs left to be spread
     over); scales are then fitted to the weights as they were, else to the weights as updated when a group's turn comes.
-    Raises as `quantise` does, and ValidationError for a gram matrix of another size or with NaN or infinity.
+    Raises as `quantise` does, UnsupportedError for w4r, and ValidationError for a gram matrix of another size or with NaN or infinity.
     """
     format = find_format(format) if isinstance(format, str) else format
+    if format.stepped:
+        raise UnsupportedError(
+            f"{name}: GPTQ does not round to {format.name}, whose steps share a scale of the channel.",
+            param="format",
+            hint="Take w4m or w4.",
+        )
     require_finite(weight, name)
     n, k = weight.shape
     require_divisible(format, k, name)

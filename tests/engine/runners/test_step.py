@@ -122,6 +122,13 @@ def test_what_does_not_fit_is_named(message: str, change: Callable[[Step], None]
         checks(step)
 
 
+@pytest.mark.parametrize("span", [0, 1, 2])
+def test_a_span_may_be_empty(span: int) -> None:
+    step = Step(some_step().words.copy())
+    step.spans[span][1] = step.spans[span][0]
+    checks(step)
+
+
 @given(st.integers(0, 200), st.sampled_from([-(1 << 31), -2, -1, 0, 1, 7, 300, (1 << 31) - 1]))
 @settings(max_examples=300, deadline=None)
 def test_no_word_can_crash_it(at: int, value: int) -> None:

@@ -15,11 +15,14 @@ from dfastllm.tasks import Sample
 
 __all__ = ["WITHIN", "wordy"]
 
-# grader -> the one that finds the same answer among other words; `answer` looks at the last line alone as it is.
+# grader -> the one that finds the same answer among other words. `answer` looks at the last line alone as it is, formula
+# and number at the final answer.
 WITHIN: Mapping[str, str] = {
     "answer": "answer",
+    "formula": "formula",
     "function": "function_within",
     "json": "json_within",
+    "number": "number",
     "text": "text_within",
     "tool_call": "tool_call_within",
 }

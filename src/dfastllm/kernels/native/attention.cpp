@@ -67,7 +67,8 @@ struct Cut {
 
 // All heads of a span whose rows are few: a task then reads K,V from end to end.
 int64_t heads_of_task(const Attention& a, const Cut& cut, int64_t rows) {
-  const int64_t folded = std::min(rows, cut.rows) * (a.heads / a.shape.kv_heads);
+  const int64_t most = std::clamp<int64_t>(rows, 1, cut.rows);  // a span may be empty
+  const int64_t folded = most * (a.heads / a.shape.kv_heads);
   return std::clamp<int64_t>(kFolded / folded, 1, std::min(cut.heads, a.shape.kv_heads));
 }
 
