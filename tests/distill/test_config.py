@@ -91,7 +91,7 @@ def test_defaults_are_the_documents() -> None:
         ("data.generate.brief", 1.5, "less than or equal to 1"),
         ("speed.early_tool_prefix", "name", "must be 'response' or 'call'"),
         ("eval.margin", 0, "eval.margin must be greater than 0"),
-        ("kd.draft", {"quantization": "w9"}, "quantization must be w8, w8r, w8g, w8gr, w6, w4m, w4, w4r, 8bit, got 'w9'"),
+        ("kd.draft", {"quantization": "w9"}, f"quantization must be {', '.join(FORMATS)}, 8bit, got 'w9'"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_wanted(key: str, value: Any, said: str) -> None:

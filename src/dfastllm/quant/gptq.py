@@ -44,7 +44,8 @@ def gptq(
 
     act_order: inputs with the largest squares are rounded first (their errors have the most inputs left to be spread
     over); scales are then fitted to the weights as they were, else to the weights as updated when a group's turn comes.
-    Raises as `quantise` does, UnsupportedError for w4r, and ValidationError for a gram matrix of another size or with NaN or infinity.
+    Raises as `quantise` does, UnsupportedError for w4r, and ValidationError for a gram matrix of another size or with
+    NaN or infinity.
     """
     format = find_format(format) if isinstance(format, str) else format
     if format.stepped:

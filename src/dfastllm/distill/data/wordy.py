@@ -15,8 +15,8 @@ from dfastllm.tasks import Sample
 
 __all__ = ["WITHIN", "wordy"]
 
-# grader -> the one that finds the same answer among other words. `answer` looks at the last line alone as it is, formula
-# and number at the final answer.
+# grader -> the one that finds the same answer among other words. `answer` looks at the last line alone as it is,
+# formula and number at the final answer.
 WITHIN: Mapping[str, str] = {
     "answer": "answer",
     "formula": "formula",
