@@ -175,7 +175,11 @@ def test_sigterm_while_loading(checkpoint: Path) -> None:
     command += ["--shutdown-timeout", "0.2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert "listening on" in process.stderr.readline()
+    lines = [process.stderr.readline() for _ in range(2)]  # in either order: the models load on a thread of their own
+    assert sorted(what for what in ("listening on", "loading") if any(what in line for line in lines)) == [
+        "listening on",
+        "loading",
+    ]
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)
     assert process.returncode == 0, log
