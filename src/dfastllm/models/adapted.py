@@ -7,7 +7,7 @@ where its matrix lies there. The torch module has the matrices under their own n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ __all__ = [
     "adapter_base",
     "bytes_beside",
     "on_device",
+    "placed_table",
     "require_numbers",
     "sites",
 ]
@@ -375,6 +376,23 @@ def on_device(adapter: Adapter, device: torch.device) -> Adapter:
 
     deltas = {name: delta.moved(lambda tensor: tensor.to(device)) for name, delta in adapter.deltas.items()}
     return dataclasses.replace(adapter, deltas=deltas)
+
+
+def placed_table(
+    table: Sequence[Adapter | None],
+    before: Sequence[Adapter | None],
+    placed: Sequence[Adapter | None],
+    place: Callable[[Adapter], Adapter],
+) -> list[Adapter | None]:
+    """A runner's table of adapters, where it computes with them. before, placed: the last table and what became of it,
+    which is used again; place: makes a new adapter's. Raises ValidationError, and what `place` raises."""
+    if not table or table[0] is not None:
+        raise ValidationError("number 0 of a table of adapters stands for none.", param="adapter")
+    moved = {id(adapter): there for adapter, there in zip(before, placed, strict=True)}
+    for adapter in table:
+        if adapter is not None and id(adapter) not in moved:
+            moved[id(adapter)] = place(adapter)
+    return [None if adapter is None else moved[id(adapter)] for adapter in table]
 
 
 class AdaptedRows:

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfastllm.core import ModelInfo
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.halt import Halt, Interrupted
 from dfastllm.kernels.kv import SlotCache
 from dfastllm.kernels.rows import DenseRows, Rows
 from dfastllm.kernels.step import SPAN_WORDS
 from dfastllm.models import Decoder
-from dfastllm.models.adapted import AdaptedRows, on_device, require_numbers
+from dfastllm.models.adapted import AdaptedRows, on_device, placed_table, require_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -131,15 +131,12 @@ class TorchRunner:
 
     def adapters(self, table: Sequence[Adapter | None]) -> None:
         """See `runners.Runner`. Raises ValidationError, UnsupportedError."""
-        if not table or table[0] is not None:
-            raise ValidationError("number 0 of a table of adapters stands for none.", param="adapter")
-        moved = {id(adapter): placed for adapter, placed in zip(self._given, self._table, strict=True)}
-        for adapter in table:
-            if adapter is not None and id(adapter) not in moved:
-                self.check_adapter(adapter)
-                moved[id(adapter)] = on_device(adapter, self.device)
+        self._table = placed_table(table, self._given, self._table, self._placed)
         self._given = tuple(table)
-        self._table = [None if adapter is None else moved[id(adapter)] for adapter in table]
+
+    def _placed(self, adapter: Adapter) -> Adapter:
+        self.check_adapter(adapter)
+        return on_device(adapter, self.device)
 
     def check_adapter(self, adapter: Adapter) -> None:
         """See `runners.Runner`."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from dfastllm.core import ModelInfo
 from dfastllm.engine.runners.device_rows import AdaptedDeviceRows, DeviceRows, Held
 from dfastllm.engine.runners.graphs import Buckets, Graphs
-from dfastllm.errors import UnsupportedError, ValidationError
+from dfastllm.errors import UnsupportedError
 from dfastllm.kernels.halt import Halt
 from dfastllm.kernels.rows import Rows
 from dfastllm.kernels.step import BLOCK, Step
@@ -34,7 +34,7 @@ from dfastllm.kernels.triton.memory import out_of_memory, room_for_kv
 from dfastllm.kernels.triton.ops import Ops, ops_for
 from dfastllm.kernels.triton.plain import WORDS
 from dfastllm.lora import HEAD
-from dfastllm.models.adapted import AdaptedRows, on_device, require_numbers
+from dfastllm.models.adapted import AdaptedRows, on_device, placed_table, require_numbers
 from dfastllm.models.device import DeviceDecoder
 from dfastllm.models.turned import require_turnable, turned_adapter
 
@@ -194,17 +194,11 @@ class TritonRunner:
 
     def adapters(self, table: Sequence[Adapter | None]) -> None:
         """See `runners.Runner`. Raises ValidationError, UnsupportedError."""
-        if not table or table[0] is not None:
-            raise ValidationError("number 0 of a table of adapters stands for none.", param="adapter")
-        moved = {id(adapter): placed for adapter, placed in zip(self._given, self._table, strict=True)}
-        for adapter in table:
-            if adapter is not None and id(adapter) not in moved:
-                self.check_adapter(adapter)
-                moved[id(adapter)] = self._placed(adapter)
+        self._table = placed_table(table, self._given, self._table, self._placed)
         self._given = tuple(table)
-        self._table = [None if adapter is None else moved[id(adapter)] for adapter in table]
 
     def _placed(self, adapter: Adapter) -> Adapter:
+        self.check_adapter(adapter)
         model = self.model
         held = adapter if model.basis is None else turned_adapter(adapter, model.basis, model.gains)
         return on_device(held, self.device)
